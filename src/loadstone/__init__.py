@@ -1,0 +1,24 @@
+"""loadstone: turn a trained model into an artifact that anyone can load, trust and measure."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from loadstone.artifact import detect as detect
+    from loadstone.loading import load as load
+    from loadstone.loading import plan as plan
+
+__version__ = "0.1.0"
+__all__ = ["__version__", "detect", "load", "plan"]
+
+_HOMES = {"detect": "loadstone.artifact", "load": "loadstone.loading", "plan": "loadstone.loading"}
+
+
+def __getattr__(name: str) -> Any:
+    # Resolved on first use, so that `import loadstone` (and with it the command line) stays instant.
+    if name in _HOMES:
+        from importlib import import_module
+
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'loadstone' has no attribute {name!r}")

@@ -1,0 +1,111 @@
+"""The typer application: global flags, logging to stderr, and one place where errors become exit codes."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+from typing import Any
+
+import typer
+
+from loadstone import __version__
+from loadstone.errors import LoadstoneError
+
+app = typer.Typer(
+    name="loadstone",
+    help="Turn a trained model into an artifact that anyone can [bold]load[/], [bold]trust[/] and "
+    "[bold]measure[/].\n\nResults go to stdout, progress and logs to stderr. Exit codes: 0 done, 1 unexpected "
+    "error, 2 usage, 3 artifact invalid or not loadable here, 4 a gate failed, 5 something needed is missing.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+GLOBAL_FLAGS = ("-q", "--quiet", "-v", "--verbose", "--debug")
+log = logging.getLogger("loadstone")
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"loadstone {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _globals(
+    version: bool = typer.Option(
+        False, "--version", callback=_version, is_eager=True, help="Print the version and exit."
+    ),
+    quiet: bool = typer.Option(False, "-q", "--quiet", help="Warnings and errors only; no progress bars."),
+    verbose: bool = typer.Option(False, "-v", "--verbose", help="Say more about each step."),
+    debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error."),
+) -> None:
+    # Also read, wherever they stand on the line, by `main`; declared here so that --help lists them.
+    level = logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Formatter())
+    log.handlers[:] = [handler]
+    log.propagate = False
+    log.setLevel(level)
+    if not verbose:
+        # Library chatter (import notices, load reports) would bury our own lines.
+        for name in ("torchao", "transformers", "accelerate", "datasets", "torch"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+
+class _Formatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        label = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
+        return f"loadstone: {label}{record.getMessage()}"
+
+
+def _register() -> None:
+    from loadstone.cli import evaluate, finalize, inspect
+
+    for module in (finalize, evaluate, inspect):
+        module.register(app)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line and exit with the code the outcome calls for."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    # Global flags are welcome on either side of the command name.
+    globals_ = [a for a in args if a in GLOBAL_FLAGS]
+    args = globals_ + [a for a in args if a not in GLOBAL_FLAGS]
+    debug = "--debug" in globals_
+    signal.signal(signal.SIGTERM, _terminate)
+    _register()
+    try:
+        code: Any = app(args=args, standalone_mode=True, prog_name="loadstone")
+    except LoadstoneError as error:
+        if debug:
+            raise
+        _fail(str(error), error.exit_code)
+    except (KeyboardInterrupt, Terminated) as stop:
+        _fail("interrupted", 143 if isinstance(stop, Terminated) else 130)
+    except BrokenPipeError:
+        # The reader of stdout went away (`| head`): not our error, and nothing more can be said there.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except Exception as error:
+        if debug:
+            raise
+        text = " ".join(str(error).split()) or type(error).__name__
+        _fail(f"unexpected {type(error).__name__}: {text[:500]}. Run again with --debug for the traceback", 1)
+    sys.exit(code or 0)
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived: unwinds the stack so that temporary files are removed, then exits with 143."""
+
+
+def _terminate(signum: int, frame: Any) -> None:
+    raise Terminated
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"loadstone: error: {message}", file=sys.stderr)
+    sys.exit(code)
