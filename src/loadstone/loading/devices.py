@@ -1,0 +1,39 @@
+"""Where a model goes: one device, or spread over GPUs, CPU and disk when it does not fit."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from loadstone.artifact import Artifact
+from loadstone.errors import MissingError, UsageError
+
+
+def resolve_device(device: str, artifact: Artifact) -> Any:
+    """The ``device_map`` for `from_pretrained`: None for CPU, ``{"": "cuda:0"}``, or ``"auto"`` (accelerate).
+
+    ``auto`` is the first GPU when the weights fit its free memory with a tenth to spare, accelerate's split when
+    they do not, and the CPU without a GPU. Raises `MissingError` for CUDA that is not there.
+    """
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+        raise UsageError(f"--device {device} is not known", "One of auto, cpu, cuda, cuda:N")
+    if device == "cpu":
+        return None
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device == "auto":
+        if not count:
+            return None
+        free, _ = torch.cuda.mem_get_info(0)
+        return {"": "cuda:0"} if weight_bytes(artifact) * 1.1 < free else "auto"
+    index = int(device.partition(":")[2] or 0)
+    if index >= count:
+        have = f"{count} CUDA device(s) are visible" if count else "no CUDA device is visible"
+        raise MissingError(f"--device {device}: {have}", "Use --device cpu, or check the driver and the torch build")
+    return {"": f"cuda:{index}"}
+
+
+def weight_bytes(artifact: Artifact) -> int:
+    """Bytes of all weight files."""
+    return sum((artifact.path / file).stat().st_size for file in artifact.weights.files)

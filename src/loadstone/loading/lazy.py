@@ -1,0 +1,105 @@
+"""Tensors that are read when transformers asks for them: a state dict that costs nothing until it is used.
+
+transformers' loader takes any mapping whose values answer ``value[...]`` and then ``.to(device=…, dtype=…)``
+(core_model_loading._materialize_copy). Plain tensors are safetensors slices, as in transformers itself; a quantized
+tensor is rebuilt here from its parts and its own metadata only, which keeps a load linear in the number of tensors.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+from loadstone.artifact import Artifact, FlatTensor
+from loadstone.errors import ArtifactError
+
+if TYPE_CHECKING:
+    import torch
+
+# Parts that follow the model's dtype; scales of every other class keep their own (float32, float8) dtype.
+_PARTS_IN_MODEL_DTYPE = {"IntxUnpackedToInt8Tensor": ("scale",)}
+
+
+class LazyQuantized:
+    """A quantized tensor before it is read. ``parts`` maps torchao's data names to sources that answer ``[...]``."""
+
+    def __init__(self, flat: FlatTensor, parts: dict[str, Any], dtype: torch.dtype | None) -> None:
+        self.flat = flat
+        self.parts = parts
+        self.dtype = dtype
+
+    def __getitem__(self, index: Any) -> LazyQuantized:
+        return self
+
+    def to(self, device: Any = None, dtype: Any = None) -> torch.Tensor:
+        """The torchao tensor on ``device``. ``dtype`` is transformers' wish for plain tensors and is not used."""
+        parts = {name: source[...] for name, source in self.parts.items()}
+        if device is not None:
+            parts = {name: part.to(device) for name, part in parts.items()}
+        return rebuild(self.flat, parts, self.dtype)
+
+    def get_dtype(self) -> str:
+        """What a safetensors slice answers: the model sees a quantized weight as its own floating dtype."""
+        return "BF16"
+
+
+def rebuild(flat: FlatTensor, parts: dict[str, torch.Tensor], dtype: torch.dtype | None = None) -> torch.Tensor:
+    """One torchao tensor from its parts (by torchao's data names) and its own metadata.
+
+    ``dtype`` (None: as stored) is the floating type that the tensor stands for and computes in. Raises
+    `ArtifactError`, naming the tensor, when the parts do not make one or hold a non-finite scale.
+    """
+    from torchao.prototype.safetensors.safetensors_utils import object_from_dict
+
+    description = json.loads(flat.metadata)
+    attributes = description["_data"]
+    if dtype is not None:
+        key = "orig_dtype" if "orig_dtype" in attributes else "dtype"
+        wanted = str(dtype).removeprefix("torch.")
+        if flat.type == "Int4TilePackedTo4dTensor":
+            if wanted != "bfloat16":
+                raise ArtifactError(
+                    f"tensor '{flat.name}' is packed for a bfloat16 kernel and cannot compute in {wanted}",
+                    "Use --dtype auto",
+                )
+        else:
+            attributes[key] = {"_type": "torch.dtype", "_data": wanted}
+            for name in _PARTS_IN_MODEL_DTYPE.get(flat.type, ()):
+                parts[name] = parts[name].to(dtype)
+    attributes.update(parts)
+    try:
+        return object_from_dict(description)
+    except Exception as error:
+        raise ArtifactError(f"tensor '{flat.name}': torchao cannot rebuild it ({error})", "Finalize again") from None
+
+
+@contextmanager
+def lazy_state_dict(artifact: Artifact, dtype: torch.dtype | None) -> Iterator[dict[str, Any]]:
+    """Every tensor of the artifact by its checkpoint name, unread; files stay open for the block's duration.
+
+    ``dtype``: None leaves quantized tensors as stored.
+    """
+    with ExitStack() as stack:
+        if artifact.weights.format == "safetensors":
+            yield _from_safetensors(artifact, dtype, stack)
+        else:
+            from loadstone.loading.binfiles import read_bins
+
+            yield read_bins(artifact, dtype)
+
+
+def _from_safetensors(artifact: Artifact, dtype: torch.dtype | None, stack: ExitStack) -> dict[str, Any]:
+    from safetensors import safe_open
+
+    slices: dict[str, Any] = {}
+    for file in artifact.weights.files:
+        handle = stack.enter_context(safe_open(artifact.path / file, framework="pt", device="cpu"))
+        for name in handle.keys():  # noqa: SIM118 (a safe_open handle is no mapping)
+            slices[name] = handle.get_slice(name)
+    state: dict[str, Any] = {}
+    for name, flat in artifact.quantized.items():
+        parts = {data_name: slices.pop(info.name) for data_name, info in flat.parts.items()}
+        state[name] = LazyQuantized(flat, parts, dtype)
+    return state | slices

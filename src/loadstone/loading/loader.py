@@ -1,0 +1,71 @@
+"""Act on a load plan: the one door through which every model comes."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loadstone.artifact import Artifact
+from loadstone.errors import ArtifactError
+from loadstone.loading.plan import FROM_PRETRAINED, LoadPlan, plan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+log = logging.getLogger(__name__)
+
+
+def load(target: str | Path | Artifact | LoadPlan, **options: Any) -> PreTrainedModel:
+    """Load any artifact as an ordinary transformers model in eval mode.
+
+    ``target``: a directory, or a plan that `plan` made. ``options`` are `plan`'s: ``device`` (auto, cpu, cuda,
+    cuda:N), ``dtype`` (auto, float32, bfloat16, float16), ``checkpoint``, ``trust_remote_code``. Raises
+    `ArtifactError` (damaged, or cannot be loaded here), `MissingError` (package or GPU) or `UsageError`.
+    """
+    from loadstone.loading.devices import resolve_device
+    from loadstone.loading.native import load_native
+    from loadstone.loading.pretrained import load_pretrained
+
+    chosen = target if isinstance(target, LoadPlan) else plan(target, **options)
+    quiet_imports()
+    device_map = resolve_device(chosen.device, chosen.artifact)
+    loader = load_pretrained if chosen.load_path == FROM_PRETRAINED else load_native
+    return loader(chosen, device_map).eval()
+
+
+def load_tokenizer(target: str | Path | Artifact | LoadPlan, *, trust_remote_code: bool = False) -> Any:
+    """The artifact's tokenizer; a checkpoint without one takes that of its training run."""
+    from transformers import AutoTokenizer
+
+    if isinstance(target, LoadPlan):
+        target = target.artifact
+    if not isinstance(target, Artifact):
+        target = plan(target).artifact
+    for directory in dict.fromkeys((target.path, target.root)):
+        if any((directory / name).is_file() for name in TOKENIZER_FILES):
+            try:
+                return AutoTokenizer.from_pretrained(
+                    directory, local_files_only=True, trust_remote_code=trust_remote_code
+                )
+            except Exception as error:
+                reason = " ".join(str(error).split())[:300]
+                raise ArtifactError(f"'{directory}': the tokenizer cannot be loaded ({reason})", _TOKENIZER) from None
+    raise ArtifactError(f"'{target.root}' has no tokenizer (none of {', '.join(TOKENIZER_FILES)})", _TOKENIZER)
+
+
+def quiet_imports() -> None:
+    """Import torchao without its notices about accelerator libraries that this machine cannot load."""
+    loggers = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        import torchao  # noqa: F401
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
+_TOKENIZER = "Copy tokenizer.json and tokenizer_config.json from the source model"

@@ -1,0 +1,143 @@
+"""How an artifact must be loaded, decided from facts alone. Pure data: nothing here imports torch."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from loadstone.artifact.detect import (
+    DENSE,
+    FAKEQUANT,
+    OTHER_QUANTIZER,
+    QAT,
+    TORCHAO,
+    TORCHAO_UNMARKED,
+    Artifact,
+    detect,
+)
+from loadstone.artifact.training_run import checkpoints
+from loadstone.errors import ArtifactError, UsageError
+
+log = logging.getLogger(__name__)
+
+NATIVE = "native"
+NATIVE_QUANTIZED = "native-quantized"
+FROM_PRETRAINED = "from_pretrained"
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+# What each quantizer's from_pretrained needs, as (module, pip name).
+QUANTIZER_PACKAGES = {
+    "gptq": ("gptqmodel", "gptqmodel"),
+    "awq": ("gptqmodel", "gptqmodel"),
+    "compressed-tensors": ("compressed_tensors", "compressed-tensors"),
+    "bitsandbytes": ("bitsandbytes", "bitsandbytes"),
+    "hqq": ("hqq", "hqq"),
+    "quanto": ("optimum.quanto", "optimum-quanto"),
+    "aqlm": ("aqlm", "aqlm"),
+    "eetq": ("kernels", "kernels"),
+    "auto-round": ("auto_round", "auto-round"),
+    "quark": ("quark", "amd-quark"),
+    "spqr": ("spqr_quant", "spqr-quant"),
+    "vptq": ("vptq", "vptq"),
+}
+
+
+@dataclass(frozen=True)
+class LoadPlan:
+    """One way to load one artifact here. ``device`` and ``dtype`` are as asked (``auto`` is resolved by the load)."""
+
+    artifact: Artifact
+    load_path: str
+    reason: str
+    device: str = "auto"
+    dtype: str = "auto"
+    trust_remote_code: bool = False
+    messages: tuple[str, ...] = ()
+
+
+def plan(
+    target: str | Path | Artifact,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    checkpoint: str | None = None,
+    no_checkpoint: bool = False,
+    trust_remote_code: bool = False,
+) -> LoadPlan:
+    """Decide how ``target`` must be loaded and say so once on the log.
+
+    ``checkpoint`` and ``no_checkpoint`` choose within a training run; an artifact that loads one way only overrides
+    them, with one warning that names the flag. Raises `UsageError`, `ArtifactError` or `MissingError`.
+    """
+    if dtype not in DTYPES:
+        raise UsageError(f"--dtype {dtype} is not known", f"One of {', '.join(DTYPES)}")
+    if checkpoint is not None and no_checkpoint:
+        raise UsageError(f"--checkpoint {checkpoint} and --no-checkpoint exclude each other", "Give one")
+    messages: list[str] = []
+    artifact = _choose(target, checkpoint, no_checkpoint, messages)
+    load_path, reason = _load_path(artifact)
+    if artifact.config.get("auto_map"):
+        if not trust_remote_code:
+            raise ArtifactError(
+                f"{artifact.path}/config.json: auto_map asks to run Python code that came with the model",
+                "Read that code, then pass --trust-remote-code if you trust it",
+            )
+        load_path, reason = FROM_PRETRAINED, f"{reason}; its model class is code in the directory"
+    messages += artifact.notes
+    log.info("%s: %s; load path: %s (%s)", artifact.root, artifact.kind, load_path, reason)
+    for message in messages:
+        log.warning("%s", message)
+    return LoadPlan(artifact, load_path, reason, device, dtype, trust_remote_code, tuple(messages))
+
+
+def _choose(target: str | Path | Artifact, checkpoint: str | None, no_checkpoint: bool, messages: list[str]) -> Artifact:
+    if isinstance(target, Artifact):
+        return target
+    if checkpoint is None and not no_checkpoint:
+        return detect(target)
+    root = Path(target)
+    forced = _forces_its_own_path(root)
+    if forced is not None:
+        flag = f"--checkpoint {checkpoint}" if checkpoint is not None else "--no-checkpoint"
+        messages.append(
+            f"{flag} is overridden: {root} is a {forced.kind} artifact and loads whole, by its own tensors, only"
+        )
+        return forced
+    if no_checkpoint:
+        if checkpoints(root) and not any(root.glob("*.safetensors*")) and not any(root.glob("pytorch_model*")):
+            raise UsageError(
+                f"--no-checkpoint: '{root}' holds checkpoints and no weights of its own", "Leave out --no-checkpoint"
+            )
+        return detect(root)
+    return detect(root, checkpoint=checkpoint)
+
+
+def _forces_its_own_path(root: Path) -> Artifact | None:
+    """The artifact at ``root`` itself when it is quantized, so that no checkpoint could replace it."""
+    if not (root / "config.json").is_file():
+        return None
+    try:
+        artifact = detect(root, checkpoint=None)
+    except ArtifactError:
+        return None
+    quantized = artifact.kind in (TORCHAO, TORCHAO_UNMARKED, OTHER_QUANTIZER)
+    return artifact if quantized and artifact.path == root else None
+
+
+def _load_path(artifact: Artifact) -> tuple[str, str]:
+    match artifact.kind:
+        case k if k == DENSE:
+            return NATIVE, f"plain tensors in {artifact.weights.format}"
+        case k if k == TORCHAO:
+            return NATIVE_QUANTIZED, "torchao tensors rebuilt from their own metadata"
+        case k if k == TORCHAO_UNMARKED:
+            return NATIVE_QUANTIZED, "no quantization_config: recipe recovered from the tensors themselves"
+        case k if k == FAKEQUANT:
+            return NATIVE, "folded weights are plain tensors"
+        case k if k == QAT:
+            return NATIVE, "trained with fake quantization: finalize converts it, this loads the unquantized weights"
+        case k if k == OTHER_QUANTIZER:
+            return FROM_PRETRAINED, f"quantized by {artifact.quant_method}: transformers' own quantizer loads it"
+    raise ArtifactError(f"'{artifact.root}' is a {artifact.kind}, which is no model", "Name a model directory")

@@ -1,0 +1,58 @@
+"""Artifacts that only transformers' own quantizers can load, and models whose class is code in the directory."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+from loadstone.artifact.detect import OTHER_QUANTIZER
+from loadstone.errors import ArtifactError, MissingError
+from loadstone.loading.plan import QUANTIZER_PACKAGES, LoadPlan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def load_pretrained(plan: LoadPlan, device_map: Any) -> PreTrainedModel:
+    """`AutoModelForCausalLM.from_pretrained`, with its silent failures made errors.
+
+    Raises `MissingError` naming the package that the quantizer needs, `ArtifactError` for tensors that do not fit.
+    """
+    from transformers import AutoModelForCausalLM
+
+    artifact = plan.artifact
+    if artifact.kind == OTHER_QUANTIZER:
+        check_package(str(artifact.quant_method))
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            artifact.path,
+            dtype=plan.dtype,
+            device_map=device_map,
+            trust_remote_code=plan.trust_remote_code,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except ImportError as error:
+        reason = " ".join(str(error).split())
+        raise MissingError(f"loading {artifact.quant_method} needs a package that is not here: {reason}") from None
+    except (ValueError, RuntimeError, OSError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ArtifactError(f"'{artifact.path}': transformers cannot load it here ({reason})") from None
+    for key in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info[key]:
+            raise ArtifactError(f"'{artifact.path}': {key.replace('_', ' ')}: {sorted(info[key])[0]}", "Copy it again")
+    return model
+
+
+def check_package(method: str) -> None:
+    """Raise `MissingError` with the install command when the quantizer's package is not installed."""
+    needed = QUANTIZER_PACKAGES.get(method)
+    if needed is None:
+        return
+    module, package = needed
+    try:
+        found = find_spec(module) is not None
+    except ModuleNotFoundError:
+        found = False
+    if not found:
+        raise MissingError(f"the model is quantized by {method}, which needs the package {package}", f"pip install {package}")
