@@ -1,0 +1,291 @@
+"""``loadstone eval``: parse, call, render."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from loadstone.errors import GateFailed, UsageError
+
+if TYPE_CHECKING:
+    from loadstone.evaluation.run import Outcome
+
+EXAMPLE = """
+[bold]Examples[/]
+
+  loadstone eval -M tiny-w4
+
+  loadstone eval -M run/checkpoint-900 -M tiny-w4 -M tiny-qat-w4 --data held-out.jsonl
+
+  loadstone eval -M tiny-w4 --baseline run/checkpoint-900 --fail-if 'dloss>0.03@95' --json result.json
+"""
+MODELS, TEXT, HOW, RESULT = "Models", "Text and protocol", "How to compute", "Results and gates"
+
+
+def register(app: typer.Typer) -> None:
+    """Add the ``eval`` command to the application."""
+    app.command(
+        "eval", epilog=EXAMPLE, short_help="Measure models on text, and what quantization cost them."
+    )(evaluate)
+
+
+def evaluate(
+    models: Annotated[
+        list[str],
+        typer.Option(
+            "-M",
+            "--model",
+            metavar="DIR",
+            help="Model directory, of any kind; repeat to compare.",
+            rich_help_panel=MODELS,
+        ),
+    ],
+    baseline: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR",
+            help="Model the others are compared with; otherwise the first -M.",
+            rich_help_panel=MODELS,
+        ),
+    ] = None,
+    checkpoint: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATH",
+            help="Checkpoint within a training run: newest, best, a step, or a path.",
+            rich_help_panel=MODELS,
+        ),
+    ] = None,
+    no_checkpoint: Annotated[
+        bool,
+        typer.Option(
+            "--no-checkpoint",
+            help="Use the directory's own weights, not its checkpoints.",
+            rich_help_panel=MODELS,
+        ),
+    ] = False,
+    trust_remote_code: Annotated[
+        bool,
+        typer.Option(
+            "--trust-remote-code", help="Run Python code that came with the model.", rich_help_panel=MODELS
+        ),
+    ] = False,
+    data: Annotated[
+        str,
+        typer.Option(
+            metavar="PATH|NAME",
+            help="Text: .txt .jsonl .json .csv .parquet, a directory, a dataset's "
+            "name[:config], or [bold]sample[/] (in the package).",
+            rich_help_panel=TEXT,
+        ),
+    ] = "sample",
+    text_column: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="Column that holds the text. [dim]\\[default: text][/]", rich_help_panel=TEXT
+        ),
+    ] = None,
+    split: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Split of a dataset: test, validation or train, the first there is.",
+            rich_help_panel=TEXT,
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(metavar="N", help="Only the first N documents.", rich_help_panel=TEXT)
+    ] = None,
+    protocol: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME", help="packed, strided, or rolling (as lm-eval does it).", rich_help_panel=TEXT
+        ),
+    ] = "packed",
+    context_length: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Tokens a window holds. [dim]\\[default: 1024, or the model's][/]",
+            rich_help_panel=TEXT,
+        ),
+    ] = None,
+    stride: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Tokens a window moves by; below the context length: strided.",
+            rich_help_panel=TEXT,
+        ),
+    ] = None,
+    separator: Annotated[
+        str,
+        typer.Option(
+            metavar="auto|bos|eos|ID", help="Token that starts every document.", rich_help_panel=TEXT
+        ),
+    ] = "auto",
+    batch_size: Annotated[
+        str, typer.Option(metavar="N|auto", help="Windows computed at once.", rich_help_panel=HOW)
+    ] = "auto",
+    device: Annotated[
+        str, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1 or auto.", rich_help_panel=HOW)
+    ] = "auto",
+    dtype: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="float32, bfloat16, float16, or auto: fastest exact-enough one here.",
+            rich_help_panel=HOW,
+        ),
+    ] = "auto",
+    fail_if: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="GATE",
+            help="Exit 4 when so: 'dloss>0.03', 'ppl>20', 'dppl>1%', 'dloss>0.03@95'; repeatable.",
+            rich_help_panel=RESULT,
+        ),
+    ] = None,
+    json_to: Annotated[
+        str | None,
+        typer.Option(
+            "--json", metavar="FILE|-", help="Write the result as JSON; - is stdout.", rich_help_panel=RESULT
+        ),
+    ] = None,
+) -> None:
+    """Measure models on text: loss, perplexity and bits per byte with standard errors, and the paired
+    difference to a baseline on the same tokens. Any directory is loaded the one way that is right for it;
+    no flag says how."""
+    from loadstone.evaluation.gates import parse_gate
+
+    gates = tuple(parse_gate(g) for g in fail_if or ())
+    size = _batch_size(batch_size)
+    if json_to not in (None, "-") and not Path(str(json_to)).resolve().parent.is_dir():
+        raise UsageError(f"--json {json_to}: its directory does not exist")
+
+    from loadstone.evaluation.run import Options
+    from loadstone.evaluation.run import evaluate as run
+
+    outcome = run(
+        Options(
+            models=tuple(models),
+            baseline=baseline,
+            data=data,
+            text_column=text_column,
+            split=split,
+            limit=limit,
+            protocol=protocol,
+            context_length=context_length,
+            stride=stride,
+            separator=separator,
+            batch_size=size,
+            device=device,
+            dtype=dtype,
+            checkpoint=checkpoint,
+            no_checkpoint=no_checkpoint,
+            trust_remote_code=trust_remote_code,
+            gates=gates,
+        ),
+        bar=_bar,
+    )
+    if json_to is not None:
+        text = json.dumps(outcome.as_json(), indent=2, allow_nan=False)
+        if json_to == "-":
+            print(text)
+        else:
+            Path(json_to).write_text(text + "\n", encoding="utf-8")
+    if json_to != "-":
+        _render(outcome)
+    if outcome.failures:
+        raise GateFailed("; ".join(v.describe() for v in outcome.failures))
+
+
+def _batch_size(text: str) -> int | None:
+    if text == "auto":
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise UsageError(f"--batch-size {text!r} is neither a positive number nor auto")
+    return int(text)
+
+
+@contextmanager
+def _bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
+    if not sys.stderr.isatty() or not logging.getLogger("loadstone").isEnabledFor(logging.INFO):
+        yield lambda step: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(Path(label).name, total=total)
+        yield lambda step: progress.advance(task, step)
+
+
+def _render(outcome: Outcome) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    # Piped output is for files and greps: never wrapped to a terminal's width.
+    console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 200)
+    p = outcome.protocol
+    start = "every document" if not p.bos_each_window else "every document and window"
+    stride = f", stride {p.stride}" if p.name == "strided" else ""
+    console.print(
+        f"{p.documents} documents, {p.tokens} tokens of {p.data}; {p.name} "
+        f"windows of {p.context_length}{stride}; "
+        f"{p.separator} starts {start}; {p.dtype}",
+        markup=False,
+    )
+    compared = any(r["delta_loss"] is not None for r in outcome.records)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("model")
+    for name in (
+        "loss",
+        "perplexity",
+        "bits/byte",
+        *(("Δ loss", "Δ ppl") if compared else ()),
+        "tokens/s",
+        "peak MiB",
+        "load s",
+    ):
+        table.add_column(name, justify="right")
+    for record in outcome.records:
+        table.add_row(*_row(record, compared))
+    console.print(table)
+    console.print(f"± one standard error, by bootstrap over {p.resampled}", markup=False)
+    for verdict in outcome.verdicts:
+        state = "[red]failed[/]" if verdict.failed else "[green]passed[/]"
+        console.print(f"gate {verdict.gate} {state} for {verdict.model}: {verdict.value:.6g}")
+
+
+def _row(record: dict[str, Any], compared: bool) -> list[str]:
+    delta: list[str] = []
+    if compared and record["delta_loss"] is None:
+        delta = ["reference", ""]
+    elif compared:
+        relative = 100 * record["delta_perplexity_relative"]
+        delta = [_pm(record["delta_loss"], record["delta_loss_stderr"], "+.4f"), f"{relative:+.2f} %"]
+    speed = record["tokens_per_second"]
+    return [
+        record["path"],
+        _pm(record["loss"], record["loss_stderr"], ".4f"),
+        _pm(record["perplexity"], record["perplexity_stderr"], ".3f"),
+        _pm(record["bits_per_byte"], record["bits_per_byte_stderr"], ".4f"),
+        *delta,
+        "" if speed is None else f"{speed:.0f}",
+        f"{record['peak_memory_bytes'] / 2**20:.0f}",
+        f"{record['load_seconds']:.1f}",
+    ]
+
+
+def _pm(value: float, error: float | None, form: str) -> str:
+    return format(value, form) if error is None else f"{value:{form}} ± {error:{form.lstrip('+')}}"

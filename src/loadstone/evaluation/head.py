@@ -1,0 +1,91 @@
+"""A causal language model in two halves, so that the logits of a long context are never held at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+# Logits of one chunk (float32), in bytes: small enough to stay near a CPU's caches, large enough to fill a
+# GPU.
+_CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}
+_PROBE_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class Halves:
+    """``backbone``: token ids (B, L) to hidden states (B, L, H). ``head``: hidden states (1, n, H) to
+    logits (n, V).
+
+    When ``whole`` the model could not be divided: ``backbone`` then gives logits (B, L, V) and ``head``
+    passes them on.
+    """
+
+    backbone: Callable[[torch.Tensor], torch.Tensor]
+    head: Callable[[torch.Tensor], torch.Tensor]
+    whole: bool
+
+
+def halve(model: Any) -> Halves:
+    """Divide a transformers causal model; checked on a few tokens, bit for bit, before it is trusted.
+
+    The head half is the model's own ``forward`` with its base model answering from a given hidden state, so
+    logit scales, soft caps and whatever else an architecture does after the base model are applied as the
+    model applies them. A model for which that does not reproduce its logits exactly is left whole.
+    """
+    base = getattr(model, "base_model", model)
+    whole = Halves(lambda ids: model(input_ids=ids, use_cache=False).logits, lambda logits: logits[0], True)
+    if base is model:
+        return whole
+    halves = _divide(model, base)
+    ids = torch.arange(_PROBE_TOKENS, device=model.get_input_embeddings().weight.device)[None]
+    try:
+        with torch.no_grad():
+            same = torch.equal(
+                halves.head(halves.backbone(ids)), model(input_ids=ids, use_cache=False).logits[0]
+            )
+    except (AttributeError, TypeError, IndexError):
+        same = False
+    return halves if same else whole
+
+
+def _divide(model: Any, base: Any) -> Halves:
+    output_types: list[type] = []
+
+    def backbone(ids: torch.Tensor) -> torch.Tensor:
+        output = base(input_ids=ids, use_cache=False)
+        output_types[:] = [type(output)]
+        return output.last_hidden_state  # type: ignore[no-any-return]
+
+    def head(hidden: torch.Tensor) -> torch.Tensor:
+        with _answering(base, output_types[0](last_hidden_state=hidden)):
+            ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
+            return model(input_ids=ids, use_cache=False).logits[0]  # type: ignore[no-any-return]
+
+    return Halves(backbone, head, False)
+
+
+@contextmanager
+def _answering(module: Any, output: Any) -> Iterator[None]:
+    # An instance attribute shadows the class's forward (accelerate's hooks live there too: put back what
+    # was).
+    before = module.__dict__.get("forward")
+    module.forward = lambda *args, **kwargs: output
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before
+
+
+def chunk_rows(model: Any, device: torch.device) -> int:
+    """Rows of hidden states whose logits are computed at a time."""
+    vocabulary = (
+        model.get_output_embeddings().weight.shape[0] if model.get_output_embeddings() is not None else 2**15
+    )
+    return max(16, _CHUNK_BYTES.get(device.type, _CHUNK_BYTES["cuda"]) // (4 * vocabulary))

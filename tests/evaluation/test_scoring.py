@@ -1,0 +1,172 @@
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from loadstone.errors import ArtifactError
+from loadstone.evaluation.head import halve
+from loadstone.evaluation.scoring import BatchMaker, Scores, plan_batches, score
+from loadstone.evaluation.text import Corpus, read_corpus
+from loadstone.evaluation.tokens import PROTOCOLS, TokenStream, make_protocol, make_windows, tokenize
+
+CPU = torch.device("cpu")
+
+
+def reference_losses(model: Any, stream: TokenStream, protocol: Any) -> np.ndarray:
+    """A plain loop, one window at a time, in float64: what every faster path must agree with."""
+    if not getattr(model.config, "num_experts", None):  # grouped expert products know no float64
+        model = copy.deepcopy(model).double()
+    windows = make_windows(stream, protocol)
+    losses = np.full(len(stream.ids), np.nan)
+    for start, length, first in zip(windows.start, windows.length, windows.first, strict=True):
+        ids = torch.from_numpy(stream.ids[start : start + length])[None]
+        if protocol.bos_each_window:
+            ids = ids.clone()
+            ids[0, 0] = protocol.separator_id
+        with torch.no_grad():
+            log_p = model(input_ids=ids).logits[0].double().log_softmax(-1)
+        for position in range(first, start + length + 1):
+            if stream.document[position] >= 0:
+                assert math.isnan(losses[position])
+                losses[position] = -log_p[position - 1 - start, stream.ids[position]]
+    return losses[stream.scored]
+
+
+def run(model: Any, stream: TokenStream, protocol: Any, batch_size: int = 4, **options: Any) -> Scores:
+    windows = make_windows(stream, protocol)
+    maker = BatchMaker(stream, protocol, windows, CPU)
+    return score(model, maker, plan_batches(windows, batch_size), name="m", **options)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "granite", "qwen3_moe"])
+def test_agrees_with_a_float64_loop(model_factory: Any, tokenizer: Any, family: str) -> None:
+    changes = {"granite": {"logits_scaling": 3.0}, "gemma2": {"final_logit_softcapping": 5.0}}.get(family, {})
+    model = model_factory(family=family, **changes)
+    stream = tokenize(read_corpus(limit=2), tokenizer)
+    protocol = make_protocol(stream, dtype="float32", longest=128, context_length=96)
+    expected = reference_losses(model, stream, protocol)
+    scores = run(model, stream, protocol)
+    assert not halve(model).whole
+    assert scores.done.all() and len(scores.nll) == protocol.tokens
+    assert np.abs(scores.nll - expected).max() < 1e-4
+    assert abs(scores.nll.astype(np.float64).mean() - expected.mean()) < 1e-6
+    assert expected.std() > 0.5
+
+
+@pytest.mark.parametrize("name", PROTOCOLS)
+@pytest.mark.parametrize("batch_size", [1, 5])
+def test_every_protocol_agrees_with_the_loop(
+    model: Any, bos_tokenizer: Any, name: str, batch_size: int
+) -> None:
+    documents = read_corpus(limit=3).documents
+    corpus = Corpus("x", (documents[0], "A short one.", documents[1][:700]), "0")
+    stream = tokenize(corpus, bos_tokenizer)
+    protocol = make_protocol(stream, dtype="float32", longest=128, context_length=48, name=name)
+    expected = reference_losses(model, stream, protocol)
+    assert np.abs(run(model, stream, protocol, batch_size).nll - expected).max() < 1e-4
+
+
+def test_context_matters(model: Any, tokenizer: Any) -> None:
+    """The protocols score the same tokens with different contexts: their losses must not coincide."""
+    stream = tokenize(read_corpus(limit=2), tokenizer)
+    losses = [
+        run(model, stream, make_protocol(stream, dtype="f", longest=128, context_length=32, name=name)).nll
+        for name in PROTOCOLS
+    ]
+    assert len({len(nll) for nll in losses}) == 1
+    assert np.abs(losses[0] - losses[1]).max() > 1e-3 and np.abs(losses[0] - losses[2]).max() > 1e-3
+
+
+def test_head_chunks_change_nothing(model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = tokenize(read_corpus(limit=1), tokenizer)
+    protocol = make_protocol(stream, dtype="float32", longest=128)
+    whole = run(model, stream, protocol).nll
+    shapes = []
+    real = torch.nn.functional.cross_entropy
+    monkeypatch.setattr(
+        "torch.nn.functional.cross_entropy",
+        lambda x, *a, **k: (shapes.append(x.shape[0]), real(x, *a, **k))[1],
+    )
+    monkeypatch.setattr("loadstone.evaluation.scoring.chunk_rows", lambda model, device: 7)
+    assert np.abs(run(model, stream, protocol).nll - whole).max() < 1e-5
+    assert max(shapes) == 7
+
+
+def test_a_model_that_cannot_be_divided_is_scored_whole(model: Any, tokenizer: Any) -> None:
+    class Shifted(torch.nn.Module):
+        """Adds to the base model's hidden state outside the base model's forward: the probe must notice."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.base_model, self.config = model, model.model, model.config
+
+        def forward(self, input_ids: torch.Tensor, use_cache: bool = False) -> Any:
+            output = self.inner(input_ids=input_ids, use_cache=use_cache)
+            output.logits = output.logits + 0.1 * input_ids[..., None].float() * torch.arange(400) / 400
+            return output
+
+        def get_input_embeddings(self) -> Any:
+            return self.inner.get_input_embeddings()
+
+        def get_output_embeddings(self) -> Any:
+            return self.inner.get_output_embeddings()
+
+    shifted = Shifted().eval()
+    assert halve(shifted).whole
+    stream = tokenize(read_corpus(limit=1), tokenizer)
+    protocol = make_protocol(stream, dtype="float32", longest=128, context_length=64)
+    expected = reference_losses(shifted, stream, protocol)
+    assert np.abs(run(shifted, stream, protocol).nll - expected).max() < 1e-4
+
+
+def test_the_model_is_left_as_it_was(model: Any, tokenizer: Any) -> None:
+    before = dict(model.model.__dict__)
+    stream = tokenize(read_corpus(limit=1), tokenizer)
+    run(model, stream, make_protocol(stream, dtype="float32", longest=128))
+    assert model.model.__dict__ == before
+
+
+def test_non_finite_losses_name_the_model(model_factory: Any, tokenizer: Any) -> None:
+    model = model_factory()
+    stream = tokenize(read_corpus(limit=1), tokenizer)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 3] = float("nan")
+    with pytest.raises(ArtifactError, match="'m' gives losses that are not finite"):
+        run(model, stream, make_protocol(stream, dtype="float32", longest=128))
+
+
+def test_ranks_share_the_same_batches(model: Any, tokenizer: Any) -> None:
+    stream = tokenize(read_corpus(limit=3), tokenizer)
+    protocol = make_protocol(stream, dtype="float32", longest=128)
+    whole = run(model, stream, protocol, batch_size=3)
+    parts = [run(model, stream, protocol, batch_size=3, share=(rank, 2)) for rank in range(2)]
+    assert not any((a.done & b.done).any() for a, b in [parts])
+    merged = np.where(np.isnan(parts[0].nll), parts[1].nll, parts[0].nll)
+    assert np.array_equal(merged, whole.nll)
+
+
+def test_an_interrupted_run_goes_on_to_the_same_bits(model: Any, tokenizer: Any) -> None:
+    stream = tokenize(read_corpus(limit=3), tokenizer)
+    protocol = make_protocol(stream, dtype="float32", longest=128)
+    whole = run(model, stream, protocol, batch_size=2)
+    saved: list[Scores] = []
+    calls = 0
+
+    def stop_later(step: int) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(model, stream, protocol, batch_size=2, progress=stop_later, save=saved.append)
+    assert 0 < saved[-1].done.sum() < len(saved[-1].done)
+    seen: list[int] = []
+    resumed = run(model, stream, protocol, batch_size=2, scores=saved[-1], progress=seen.append)
+    assert np.array_equal(resumed.nll, whole.nll)
+    assert sum(seen) < protocol.tokens and resumed.timed_tokens == protocol.tokens

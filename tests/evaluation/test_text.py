@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from loadstone.errors import MissingError, UsageError
+from loadstone.evaluation.text import read_corpus
+
+ROWS = ["One document.", "Another — with a dash.\nTwo lines.", "Third."]
+
+
+def write(path: Path, rows: list[str] = ROWS, column: str = "text") -> str:
+    records = [{"id": i, column: row} for i, row in enumerate(rows)]
+    match path.suffix:
+        case ".txt":
+            path.write_text("\n\f\n".join(rows), encoding="utf-8")
+        case ".jsonl":
+            path.write_text("\n".join(json.dumps(r) for r in records) + "\n\n")
+        case ".json":
+            path.write_text(json.dumps(records))
+        case ".csv":
+            import csv
+
+            with path.open("w", newline="", encoding="utf-8") as f:
+                writer = csv.DictWriter(f, ["id", column])
+                writer.writeheader()
+                writer.writerows(records)
+        case ".parquet":
+            import pyarrow as pa
+            import pyarrow.parquet as pq
+
+            pq.write_table(pa.Table.from_pylist(records), path)
+    return str(path)
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".json", ".csv", ".parquet"])
+def test_every_format_gives_the_same_documents_and_hash(tmp_path: Path, suffix: str) -> None:
+    corpus = read_corpus(write(tmp_path / f"a{suffix}"))
+    assert corpus.documents == tuple(ROWS)
+    assert corpus.sha256 == read_corpus(write(tmp_path / "b.jsonl")).sha256
+    assert corpus.bytes == sum(len(r.encode()) for r in ROWS)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet"])
+def test_text_column(tmp_path: Path, suffix: str) -> None:
+    path = write(tmp_path / f"a{suffix}", column="body")
+    assert read_corpus(path, column="body").documents == tuple(ROWS)
+    with pytest.raises(UsageError, match=r"no column 'text'.*id, body"):
+        read_corpus(path)
+
+
+def test_hash_knows_document_borders(tmp_path: Path) -> None:
+    a = read_corpus(write(tmp_path / "a.jsonl", ["ab", "c"]))
+    b = read_corpus(write(tmp_path / "b.jsonl", ["a", "bc"]))
+    assert a.sha256 != b.sha256
+
+
+def test_saved_dataset_and_its_splits(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    table = datasets.Dataset.from_dict({"text": ROWS})
+    table.save_to_disk(str(tmp_path / "one"))
+    assert read_corpus(str(tmp_path / "one")).documents == tuple(ROWS)
+    datasets.DatasetDict({"train": table, "test": table.select([1])}).save_to_disk(str(tmp_path / "two"))
+    assert read_corpus(str(tmp_path / "two")).documents == (ROWS[1],)
+    assert len(read_corpus(str(tmp_path / "two"), split="train").documents) == 3
+    with pytest.raises(UsageError, match=r"no split 'dev'.*train, test"):
+        read_corpus(str(tmp_path / "two"), split="dev")
+
+
+def test_directory_of_files(tmp_path: Path) -> None:
+    write(tmp_path / "b.txt", ["second"])
+    write(tmp_path / "a.txt", ["first"])
+    (tmp_path / "notes.md").write_text("not text to score")
+    assert read_corpus(str(tmp_path)).documents == ("first", "second")
+
+
+def test_sample_is_enough_for_a_bootstrap() -> None:
+    corpus = read_corpus()
+    assert len(corpus.documents) == 96
+    assert corpus.bytes > 250_000
+    assert all(1_000 < len(d) < 6_000 for d in corpus.documents)
+    assert read_corpus(limit=5).documents == corpus.documents[:5]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", "", "no text"),
+        ("a.txt", " \n\t\n", "no text"),
+        ("a.jsonl", '{"text": ""}\n{"text": null}\n', "no text"),
+        ("a.jsonl", '{"text": "fine"}\n{broken\n', r"a\.jsonl:2 is not JSON"),
+        ("a.jsonl", '{"text": 3}\n', "holds int, not text"),
+        ("a.jsonl", "[1]\n", "neither a string nor a record"),
+        ("a.json", '{"text": "x"}', "not a list"),
+        ("a.docx", "text", r"unknown suffix '\.docx'.*\.csv, \.json"),
+        ("a.parquet", "no parquet", "not a readable parquet"),
+    ],
+)
+def test_bad_files(tmp_path: Path, name: str, content: str, message: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UsageError, match=message):
+        read_corpus(str(tmp_path / name))
+
+
+def test_not_utf8(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(UsageError, match="not UTF-8 text: byte 3 is 0xe9"):
+        read_corpus(str(tmp_path / "a.txt"))
+
+
+def test_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UsageError, match="no file or directory"):
+        read_corpus(str(tmp_path / "absent.txt"))
+    with pytest.raises(UsageError, match="neither a saved dataset nor text"):
+        read_corpus(str(tmp_path))
+    with pytest.raises(UsageError, match="--limit"):
+        read_corpus(limit=0)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(MissingError, match="could not be had as a dataset"):
+        read_corpus("nobody/nothing-here")
