@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loadstone.artifact import Artifact, FlatTensor, TensorInfo
-from loadstone.artifact.torchao_tensors import SUBCLASSES, unknown_class_hint
+from loadstone.artifact import Artifact
+from loadstone.artifact.torchao_tensors import unknown_class_hint
 from loadstone.errors import ArtifactError
+from loadstone.quantization.flatten import flatten
 
 if TYPE_CHECKING:
     import torch
@@ -23,40 +24,11 @@ def read_bins(artifact: Artifact, dtype: torch.dtype | None) -> dict[str, Any]:
         import torchao.quantization  # noqa: F401
     state: dict[str, Any] = {}
     for file in artifact.weights.files:
-        try:
-            shard = torch.load(artifact.path / file, map_location="cpu", weights_only=True, mmap=True)
-        except Exception as error:
-            reason = " ".join(str(error).split())[:200]
-            raise ArtifactError(
-                f"{file}: cannot be read with weights_only=True ({reason})",
-                "loadstone runs no pickled code: save it as safetensors where it was made. "
-                + unknown_class_hint(reason),
-            ) from None
-        while isinstance(shard.get("state_dict"), dict):
-            shard = shard["state_dict"]
-        for name, tensor in shard.items():
-            if not isinstance(tensor, torch.Tensor):
-                raise ArtifactError(f"{file}: '{name}' is a {type(tensor).__name__}, not a tensor", "Save weights only")
+        for name, tensor in read_bin_file(artifact.path / file).items():
             if name in state:
                 raise ArtifactError(f"{file}: tensor '{name}' is in an earlier shard too", "Remove the stale shard")
             state[name] = tensor if type(tensor) in (torch.Tensor, torch.nn.Parameter) else _lazy(name, tensor, dtype)
     return state
-
-
-def flatten(name: str, tensor: torch.Tensor, file: str = "") -> tuple[FlatTensor, dict[str, torch.Tensor]]:
-    """A live torchao tensor as the facts and parts that safetensors would hold; raises for an unknown class."""
-    from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
-
-    kind = type(tensor).__name__
-    if kind not in SUBCLASSES:
-        raise ArtifactError(f"tensor '{name}' has the unknown quantized class '{kind}'", unknown_class_hint(kind))
-    # torchao wants a module path before the parameter's name.
-    data, metadata = flatten_tensor_state_dict({"m.weight": tensor.detach()})
-    text = metadata["m.weight"]
-    description = json.loads(text)
-    parts = {n: data[f"m._weight_{n}"] for n in description["_tensor_data_names"]}
-    infos = {n: TensorInfo(n, str(p.dtype), tuple(p.shape), file, 0, p.nbytes) for n, p in parts.items()}
-    return FlatTensor(name, kind, description["_data"], infos, text), parts
 
 
 def _lazy(name: str, tensor: torch.Tensor, dtype: torch.dtype | None) -> Any:
@@ -64,3 +36,23 @@ def _lazy(name: str, tensor: torch.Tensor, dtype: torch.dtype | None) -> Any:
 
     flat, parts = flatten(name, tensor)
     return LazyQuantized(flat, dict(parts), dtype)
+
+
+def read_bin_file(path: Path) -> dict[str, torch.Tensor]:
+    """The state dict of one ``.bin``, memory-mapped; raises `ArtifactError` when it holds more than tensors."""
+    import torch
+
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ArtifactError(
+            f"{path.name}: cannot be read with weights_only=True ({reason})",
+            f"loadstone runs no pickled code: save it as safetensors where it was made. {unknown_class_hint(reason)}",
+        ) from None
+    while isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
+        state = state["state_dict"]
+    for name, tensor in state.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise ArtifactError(f"{path.name}: '{name}' is a {type(tensor).__name__}, not a tensor", "Save weights only")
+    return state

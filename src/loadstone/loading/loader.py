@@ -61,7 +61,8 @@ def quiet_imports() -> None:
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     try:
-        import torchao  # noqa: F401
+        import torchao.prototype.mx_formats
+        import torchao.quantization  # noqa: F401
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)

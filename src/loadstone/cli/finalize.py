@@ -1,0 +1,226 @@
+"""`loadstone finalize`: a checkpoint becomes a self-describing artifact."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from loadstone.cli import render
+from loadstone.errors import UsageError
+
+if TYPE_CHECKING:
+    from loadstone.finalize import Finalized, FinalizePlan
+
+_INPUT, _OUTPUT, _QUANT, _RUN = "Input", "Output", "Quantization", "Run"
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("finalize", no_args_is_help=True)(command)
+
+
+def command(
+    model: Annotated[
+        Path | None, typer.Option("-M", "--model", help="Checkpoint or training run.", rich_help_panel=_INPUT)
+    ] = None,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Directory to write.", rich_help_panel=_OUTPUT)] = None,
+    quantize: Annotated[
+        str | None,
+        typer.Option(
+            "--quantize",
+            metavar="RECIPE",
+            help="Recipe by name, options after a colon: intx4-weight-only:group_size=64",
+            rich_help_panel=_QUANT,
+        ),
+    ] = None,
+    skip: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--skip", metavar="MODULE", help="Leave this module unquantized (name or regex; repeat).", rich_help_panel=_QUANT
+        ),
+    ] = None,
+    list_recipes: Annotated[
+        bool, typer.Option("--list-recipes", help="Show every recipe and exit.", rich_help_panel=_QUANT)
+    ] = False,
+    checkpoint: Annotated[
+        str | None,
+        typer.Option(
+            "--checkpoint", help="Of a training run: newest (default), best, a step or a folder.", rich_help_panel=_INPUT
+        ),
+    ] = None,
+    dtype: Annotated[
+        str,
+        typer.Option(
+            "--dtype", help="Dtype of unquantized tensors: auto (as stored), float32, bfloat16, float16.", rich_help_panel=_OUTPUT
+        ),
+    ] = "auto",
+    max_shard_size: Annotated[
+        str, typer.Option("--max-shard-size", help="Largest file to write, such as 500MB.", rich_help_panel=_OUTPUT)
+    ] = "5GB",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.", rich_help_panel=_OUTPUT)] = False,
+    device: Annotated[str, typer.Option("--device", help="Where to quantize: auto, cpu, cuda, cuda:N.", rich_help_panel=_RUN)] = "auto",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and write nothing.", rich_help_panel=_RUN)] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.", rich_help_panel=_RUN)] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run Python code that came with the model.", rich_help_panel=_INPUT)
+    ] = False,
+) -> None:
+    """Turn a checkpoint into a self-describing artifact, quantized or plain.
+
+    Example: [bold]loadstone finalize -M run/checkpoint-900 --quantize int8-dynamic-act-int4-weight -o tiny-w4[/]
+    """
+    if list_recipes:
+        return _list_recipes(as_json)
+    if model is None or out is None and not dry_run:
+        raise UsageError("finalize needs -M DIR and -o OUT", "See `loadstone finalize --help`")
+    from loadstone.quantization import parse_recipe
+
+    # What is wrong with the words of the command is said before anything heavy is imported.
+    recipe = parse_recipe(quantize) if quantize else None
+    max_bytes = _parse_size(max_shard_size)
+    if skip and recipe is None:
+        raise UsageError("--skip is about quantization", "Add --quantize RECIPE")
+    from loadstone.loading import plan as load_plan
+
+    artifact = load_plan(model, dtype=dtype, checkpoint=checkpoint, trust_remote_code=trust_remote_code).artifact
+    from loadstone.finalize import finalize, make_plan
+    from loadstone.finalize.plan import refuse_quantized, torch_dtype
+    from loadstone.finalize.run import check_output
+    from loadstone.loading.devices import quantize_device
+    from loadstone.loading.loader import quiet_imports
+    from loadstone.quantization.quantize import check_runs
+
+    refuse_quantized(artifact)
+    quiet_imports()
+    where = quantize_device(device)
+    if recipe:
+        check_runs(recipe, where, torch_dtype("BF16"))
+    plan = make_plan(
+        artifact,
+        recipe,
+        dtype=dtype,
+        device=where,
+        skip=skip,
+        max_shard_bytes=max_bytes,
+        trust_remote_code=trust_remote_code,
+    )
+    if out is not None:
+        check_output(plan, out, overwrite or dry_run)
+    if dry_run:
+        return _show_plan(plan, out, as_json)
+    assert out is not None
+    with render.progress(f"finalize {out.name}", plan.bytes_before, unit_bytes=True) as advance:
+        done = finalize(plan, out, device=where, overwrite=overwrite, on_progress=advance)
+    _show_done(done, as_json)
+
+
+def _parse_size(text: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMGT]?)i?B?", text.strip())
+    if not match or float(match[1]) <= 0:
+        raise UsageError(f"--max-shard-size '{text}' is no size", "Examples: 500MB, 5GB")
+    scale = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}[match[2]]
+    return int(float(match[1]) * scale)
+
+
+def _list_recipes(as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from loadstone.quantization import RECIPES
+
+    if as_json:
+        return render.print_json(
+            [
+                {
+                    "name": r.name,
+                    "options": asdict(r.scheme),
+                    "devices": list(r.devices),
+                    "nominal_bits": r.nominal_bits,
+                    "stored_bits": round(r.stored_bits(), 3),
+                    "needs": r.needs,
+                    "instead": r.instead,
+                }
+                for r in RECIPES.values()
+            ]
+        )
+    rows = [
+        [
+            r.name,
+            ", ".join(f"{k}={v}" for k, v in asdict(r.scheme).items()) or "-",
+            " ".join(r.devices),
+            f"{r.nominal_bits:g}",
+            f"{r.stored_bits():.2f}",
+            r.needs or "-",
+        ]
+        for r in RECIPES.values()
+    ]
+    columns = ["recipe", "options", "devices", "bits", "stored", "needs"]
+    render.console().print(render.table("", columns, rows, right=(3, 4)))
+    render.console().print(
+        "bits: per weight by name; stored: on disk for a 4096x4096 bf16 weight, scales and zero points included.\n"
+        "torchao stores intx values one to a byte, whatever their name says."
+    )
+
+
+def _groups(plan: FinalizePlan) -> list[tuple[str, str, int, int, int]]:
+    """Steps summed by what is done and why: (action, reason, tensors, bytes before, bytes after)."""
+    found: dict[tuple[str, str], list[int]] = {}
+    for step in plan.steps:
+        entry = found.setdefault((step.action, step.reason), [0, 0, 0])
+        entry[0] += 1
+        entry[1] += step.source.nbytes
+        entry[2] += step.nbytes
+    return [(action, reason, *counts) for (action, reason), counts in sorted(found.items(), reverse=True)]  # type: ignore[misc]
+
+
+def _summary(plan: FinalizePlan) -> dict[str, Any]:
+    return {
+        "source": str(plan.source.path),
+        "kind": plan.source.kind,
+        "recipe": str(plan.recipe) if plan.recipe else None,
+        "bytes_before": plan.bytes_before,
+        "bytes_after": plan.bytes_after,
+        "shards": len(plan.shards),
+        "tensors": [
+            {"action": action, "reason": reason, "count": count, "bytes_before": before, "bytes_after": after}
+            for action, reason, count, before, after in _groups(plan)
+        ],
+        "quantization_config": plan.config.get("quantization_config"),
+    }
+
+
+def _show_plan(plan: FinalizePlan, out: Path | None, as_json: bool) -> None:
+    if as_json:
+        return render.print_json({"dry_run": True, "out": str(out) if out else None} | _summary(plan))
+    console = render.console()
+    _print_groups(plan)
+    if plan.recipe:
+        import json
+
+        console.print("Would write this quantization_config block to config.json:")
+        console.print(json.dumps(plan.config["quantization_config"], indent=2), markup=False)
+    console.print("Dry run: nothing was written.")
+
+
+def _show_done(done: Finalized, as_json: bool) -> None:
+    if as_json:
+        return render.print_json(
+            {"out": str(done.out), "seconds": round(done.seconds, 3), "files": done.files} | _summary(done.plan)
+        )
+    _print_groups(done.plan)
+    render.console().print(
+        f"[bold]{done.out}[/]: {len(done.files) + 1} files, {render.size(done.plan.bytes_after)} of weights "
+        f"in {len(done.plan.shards)} shard(s), {done.seconds:.1f} s"
+    )
+
+
+def _print_groups(plan: FinalizePlan) -> None:
+    rows = [
+        [action if action != "quantize" else f"quantize ({plan.recipe})", reason or "-", str(count), render.size(before), render.size(after)]
+        for action, reason, count, before, after in _groups(plan)
+    ]
+    rows.append(["total", "", str(len(plan.steps)), render.size(plan.bytes_before), render.size(plan.bytes_after)])
+    title = f"{plan.source.path} ({plan.source.kind})"
+    render.console().print(render.table(title, ["action", "why", "tensors", "before", "after"], rows, right=(2, 3, 4)))

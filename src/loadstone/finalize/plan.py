@@ -1,0 +1,231 @@
+"""What a finalize will do, decided before any tensor is read: each tensor's step, names, sizes and shards."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from loadstone.artifact import Artifact, FlatTensor, TensorInfo
+from loadstone.artifact.detect import OTHER_QUANTIZER
+from loadstone.artifact.headers import FLOAT_DTYPES
+from loadstone.artifact.torchao_tensors import part_name
+from loadstone.errors import ArtifactError
+from loadstone.quantization import Recipe, Scheme
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+COPY, CAST, QUANTIZE = "copy", "cast", "quantize"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One source tensor and what becomes of it. ``outputs`` are the stored tensors, with sizes and no offsets yet."""
+
+    source: TensorInfo
+    action: str
+    name: str
+    outputs: tuple[TensorInfo, ...]
+    scheme: Scheme | None = None
+    reason: str = ""
+    metadata: str = '{"_type": "Tensor"}'
+
+    @property
+    def nbytes(self) -> int:
+        return sum(o.nbytes for o in self.outputs)
+
+
+@dataclass(frozen=True)
+class FinalizePlan:
+    """All of a finalize as data. ``shards`` holds the steps of each output file, ``config`` the config.json to write."""
+
+    source: Artifact
+    recipe: Recipe | None
+    dtype: str
+    shards: tuple[tuple[Step, ...], ...]
+    config: dict[str, Any] = field(repr=False)
+    dropped: tuple[str, ...] = ()
+
+    @property
+    def steps(self) -> list[Step]:
+        return [step for shard in self.shards for step in shard]
+
+    @property
+    def bytes_before(self) -> int:
+        return sum(step.source.nbytes for step in self.steps)
+
+    @property
+    def bytes_after(self) -> int:
+        return sum(step.nbytes for step in self.steps)
+
+    def file_name(self, shard: int) -> str:
+        """transformers' name of an output file."""
+        count = len(self.shards)
+        return "model.safetensors" if count == 1 else f"model-{shard + 1:05d}-of-{count:05d}.safetensors"
+
+
+def make_plan(
+    artifact: Artifact,
+    recipe: Recipe | None,
+    *,
+    dtype: str = "auto",
+    device: str = "cpu",
+    skip: list[str] | None = None,
+    max_shard_bytes: int = 5 * 10**9,
+    trust_remote_code: bool = False,
+) -> FinalizePlan:
+    """Plan a finalize from headers and the model on the meta device.
+
+    ``dtype``: floating type that plain tensors (and weights before quantization) are cast to, ``auto`` keeps the
+    stored one. ``skip``: module name patterns left unquantized. Raises `ArtifactError` when the source is quantized
+    already or does not match its config.
+    """
+    from loadstone.loading.meta import destinations, meta_model
+    from loadstone.quantization.rules import decide
+
+    refuse_quantized(artifact)
+    model = meta_model(artifact, trust_remote_code)
+    sources = source_tensors(artifact, model)
+    where = destinations(model, list(sources))
+    ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    decisions = decide(model, recipe.scheme, skip) if recipe else {}
+    templates: dict[tuple[Any, ...], FlatTensor] = {}
+    steps: list[Step] = []
+    for key, info in sources.items():
+        place = where[key]
+        if place is None and not _matches(key, ignored):
+            raise ArtifactError(
+                f"{info.file}: tensor '{key}' belongs to no part of {type(model).__name__}",
+                "Check that config.json is of these weights",
+            )
+        stored = _target_dtype(info, dtype)
+        decision = decisions.get(place.parameter) if place else None
+        if recipe and decision and decision.scheme and place and not place.converted:
+            steps.append(_quantize_step(info, place.parameter, stored, decision.scheme, device, templates))
+            continue
+        reason = decision.reason if decision else ("" if recipe is None else "not a matrix weight")
+        if decision and decision.scheme:
+            reason = "merged with others on load: torchao's tensors cannot be merged"
+        action = COPY if stored == info.dtype else CAST
+        output = replace(info, dtype=stored, begin=0, end=_nbytes(info, stored))
+        steps.append(Step(info, action, key, (output,), reason=reason))
+    if recipe and not any(step.action == QUANTIZE for step in steps):
+        raise ArtifactError(
+            f"'{artifact.path}': {type(model).__name__} has no weight that {recipe} can quantize",
+            "Finalize it without --quantize",
+        )
+    config = _config(artifact, recipe, dtype, skip, decisions)
+    return FinalizePlan(artifact, recipe, dtype, _shards(steps, max_shard_bytes), config)
+
+
+def refuse_quantized(artifact: Artifact) -> None:
+    """Raise `ArtifactError` when the source is quantized already."""
+    if artifact.is_torchao or artifact.kind == OTHER_QUANTIZER:
+        raise ArtifactError(
+            f"'{artifact.root}' is already quantized ({artifact.evidence[-1]})",
+            "Finalize the unquantized checkpoint it was made from",
+        )
+
+
+def source_tensors(artifact: Artifact, model: PreTrainedModel) -> dict[str, TensorInfo]:
+    """Every tensor of the source by name, in name order.
+
+    A state dict in ``.bin`` holds both names of a tied tensor; safetensors holds one, as transformers writes it.
+    """
+    if artifact.table is not None:
+        return dict(sorted(artifact.table.tensors.items()))
+    from loadstone.artifact.bin_header import read_bin
+
+    found: dict[str, TensorInfo] = {}
+    for file in artifact.weights.files:
+        found.update(read_bin(artifact.path / file).tensors)
+    for target, source in model.all_tied_weights_keys.items():
+        if source in found:
+            found.pop(target, None)
+    return dict(sorted(found.items()))
+
+
+def _quantize_step(
+    info: TensorInfo,
+    parameter: str,
+    stored: str,
+    scheme: Scheme,
+    device: str,
+    templates: dict[tuple[Any, ...], FlatTensor],
+) -> Step:
+    from loadstone.quantization.quantize import template
+
+    key = (scheme, info.shape, stored)
+    if key not in templates:
+        templates[key] = template(scheme, info.shape, torch_dtype(stored), device)
+    flat = templates[key]
+    outputs = tuple(replace(part, name=part_name(parameter, n)) for n, part in flat.parts.items())
+    return Step(info, QUANTIZE, parameter, outputs, scheme, "linear weight", flat.metadata)
+
+
+def _config(
+    artifact: Artifact, recipe: Recipe | None, dtype: str, skip: list[str] | None, decisions: dict[str, Any]
+) -> dict[str, Any]:
+    """config.json to write: the source's, its dtype, and the block that every transformers load looks for."""
+    config = dict(artifact.config)
+    if dtype != "auto":
+        config.pop("torch_dtype", None)
+        config["dtype"] = dtype
+    if recipe is not None:
+        config["quantization_config"] = quantization_block(recipe, skip, decisions)
+    return config
+
+
+def quantization_block(recipe: Recipe, skip: list[str] | None, decisions: dict[str, Any]) -> dict[str, Any]:
+    """The ``quantization_config`` that transformers itself would write for this recipe."""
+    from transformers import TorchAoConfig
+
+    from loadstone.quantization import to_torchao
+
+    # By default transformers leaves out just the output head. Where more is left out, all of it must be named.
+    left = {name.removesuffix(".weight"): d for name, d in decisions.items() if d.linear and d.scheme is None}
+    named = sorted(left) if skip or any(d.misfit for d in left.values()) else None
+    block = TorchAoConfig(to_torchao(recipe.scheme), modules_to_not_convert=named).to_dict()
+    return json.loads(json.dumps(block))
+
+
+def _shards(steps: list[Step], max_bytes: int) -> tuple[tuple[Step, ...], ...]:
+    """Greedy in name order: a shard closes when the next tensor would overfill it."""
+    shards: list[list[Step]] = [[]]
+    size = 0
+    for step in steps:
+        if shards[-1] and size + step.nbytes > max_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(step)
+        size += step.nbytes
+    return tuple(tuple(shard) for shard in shards)
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """``'BF16' -> torch.bfloat16``."""
+    import torch
+
+    from loadstone.quantization.flatten import TORCH_DTYPES
+
+    return getattr(torch, TORCH_DTYPES[name])
+
+
+def _target_dtype(info: TensorInfo, dtype: str) -> str:
+    from loadstone.quantization.flatten import SAFETENSORS_DTYPES
+
+    return SAFETENSORS_DTYPES[dtype] if dtype != "auto" and info.dtype in FLOAT_DTYPES else info.dtype
+
+
+def _nbytes(info: TensorInfo, dtype: str) -> int:
+    from loadstone.artifact.headers import DTYPE_BITS
+
+    return info.numel * DTYPE_BITS[dtype] // 8 if dtype != info.dtype else info.nbytes
+
+
+def _matches(key: str, patterns: Any) -> bool:
+    import re
+
+    return any(re.search(pattern, key) for pattern in patterns)

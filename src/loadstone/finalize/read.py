@@ -1,0 +1,48 @@
+"""Source tensors, one at a time, without keeping the file mapped (resident memory stays that of one tensor)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from loadstone.artifact import Artifact, TensorInfo
+from loadstone.errors import ArtifactError
+from loadstone.finalize.plan import torch_dtype
+
+if TYPE_CHECKING:
+    import torch
+
+
+class SourceReader:
+    """Reads the tensors of one artifact by their `TensorInfo`; close it when done."""
+
+    def __init__(self, artifact: Artifact) -> None:
+        self.artifact = artifact
+        self._bins: dict[str, Any] = {}
+
+    def read(self, info: TensorInfo) -> torch.Tensor:
+        """The tensor on the CPU, in its stored dtype; raises `ArtifactError` when the file ends inside it."""
+        if self.artifact.weights.format == "bin":
+            return self._read_bin(info)
+        import torch
+
+        buffer = bytearray(info.nbytes)
+        with (self.artifact.path / info.file).open("rb", buffering=0) as file:
+            file.seek(info.begin)
+            count = 0
+            view = memoryview(buffer)
+            while count < info.nbytes:
+                got = file.readinto(view[count:])
+                if not got:
+                    raise ArtifactError(f"{info.file}: truncated inside tensor '{info.name}'", "Copy the file again")
+                count += got
+        if not buffer:
+            return torch.empty(info.shape, dtype=torch_dtype(info.dtype))
+        return torch.frombuffer(buffer, dtype=torch_dtype(info.dtype)).reshape(info.shape)
+
+    def _read_bin(self, info: TensorInfo) -> torch.Tensor:
+        if info.file not in self._bins:
+            from loadstone.loading.binfiles import read_bin_file
+
+            # Steps come in name order, not file order: mapped files cost no memory, so all stay open.
+            self._bins[info.file] = read_bin_file(self.artifact.path / info.file)
+        return self._bins[info.file][info.name].contiguous()

@@ -1,0 +1,58 @@
+"""The model without weights: which checkpoint key is which parameter, and which parameters are Linear weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from loadstone.artifact import Artifact
+from loadstone.errors import ArtifactError
+from loadstone.loading.native import load_config, model_class_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def meta_model(artifact: Artifact, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The artifact's model with every parameter on the meta device; no memory, no weights read."""
+    import torch
+    from transformers.initialization import no_init_weights
+
+    config = load_config(artifact, trust_remote_code)
+    model_class = model_class_of(config, artifact)
+    try:
+        with torch.device("meta"), no_init_weights():
+            return model_class(config)
+    except (ValueError, TypeError, AttributeError, RuntimeError, ZeroDivisionError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ArtifactError(
+            f"{artifact.path}/config.json: {model_class.__name__} cannot be built from it ({reason})",
+            "Restore config.json from the source",
+        ) from None
+
+
+@dataclass(frozen=True)
+class Destination:
+    """Where a checkpoint tensor goes: ``parameter`` in the model; ``converted`` when it is merged or reshaped there."""
+
+    parameter: str
+    converted: bool
+
+
+def destinations(model: PreTrainedModel, keys: list[str]) -> dict[str, Destination | None]:
+    """For each checkpoint key the parameter it loads into, by transformers' own renaming; None when it has none."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    mapping: list[Any] = get_model_conversion_mapping(model, None, None)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    state = model.state_dict()
+    prefix = model.base_model_prefix
+    result: dict[str, Destination | None] = {}
+    for key in keys:
+        name, pattern = rename_source_key(key, renamings, converters, prefix, state)
+        if name not in state and key in state:
+            name, pattern = rename_source_key(key, [], [], prefix, state)
+        result[key] = Destination(name, pattern is not None) if name in state else None
+    return result

@@ -1,0 +1,64 @@
+"""Quantize one weight with torchao, or ask what that would give without doing it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from loadstone.errors import MissingError
+from loadstone.quantization.flatten import flatten
+from loadstone.quantization.schemes import Recipe, Scheme
+from loadstone.quantization.torchao_config import to_torchao
+
+if TYPE_CHECKING:
+    import torch
+
+    from loadstone.artifact import FlatTensor
+
+
+def quantize_weight(weight: torch.Tensor, scheme: Scheme) -> torch.Tensor:
+    """The torchao tensor that `torchao.quantize_` makes of a Linear's ``weight`` (out, in), on the same device."""
+    import torch
+    from torchao.quantization import quantize_
+
+    linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    linear.weight = torch.nn.Parameter(weight, requires_grad=False)
+    quantize_(linear, to_torchao(scheme))
+    return linear.weight.detach()
+
+
+def template(scheme: Scheme, shape: tuple[int, ...], dtype: torch.dtype, device: str) -> FlatTensor:
+    """What quantizing a weight of this shape will store: class, attributes, dtypes and shapes of its parts."""
+    import torch
+
+    try:
+        return flatten("template.weight", quantize_weight(torch.empty(shape, dtype=dtype, device="meta"), scheme))[0]
+    except Exception:
+        # Packing kernels have no meta version: the real thing on zeros tells the same.
+        return flatten("template.weight", quantize_weight(torch.zeros(shape, dtype=dtype, device=device), scheme))[0]
+
+
+def check_runs(recipe: Recipe, device: str, dtype: torch.dtype) -> None:
+    """Quantize, flatten and run one small Linear; raises `MissingError` with the reason and what to use instead.
+
+    A probe, not a table: what runs depends on the card, the packages and their versions.
+    """
+    import torch
+
+    kind = device.partition(":")[0]
+    instead = f"Use {recipe.instead}" if recipe.instead else "Choose another recipe (--list-recipes)"
+    if kind not in recipe.devices:
+        raise MissingError(f"recipe '{recipe}' does not run on {kind}: it needs {recipe.needs}", instead)
+    try:
+        linear = torch.nn.Linear(1024, 256, bias=False, dtype=dtype, device=device)
+        linear.weight = torch.nn.Parameter(quantize_weight(linear.weight.detach(), recipe.scheme), requires_grad=False)
+        flatten("probe.weight", linear.weight)
+        with torch.inference_mode():
+            linear(torch.ones(32, 1024, dtype=dtype, device=device))
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        needs = f"; it needs {recipe.needs}" if recipe.needs else ""
+        raise MissingError(f"recipe '{recipe}' does not run here on {device} in {_short(dtype)} ({reason}){needs}", instead) from None
+
+
+def _short(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")
