@@ -5,4 +5,13 @@ from loadstone.artifact.headers import ShardHeader, TensorInfo, read_header
 from loadstone.artifact.torchao_tensors import FlatTensor
 from loadstone.artifact.weights import TensorTable, WeightFiles
 
-__all__ = ["Artifact", "FlatTensor", "ShardHeader", "TensorInfo", "TensorTable", "WeightFiles", "detect", "read_header"]
+__all__ = [
+    "Artifact",
+    "FlatTensor",
+    "ShardHeader",
+    "TensorInfo",
+    "TensorTable",
+    "WeightFiles",
+    "detect",
+    "read_header",
+]

@@ -2,34 +2,57 @@
 
 from __future__ import annotations
 
-import difflib
-import json
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from loadstone.artifact.bin_header import BinContents, read_bin
-from loadstone.artifact.torchao_tensors import FlatTensor, flat_tensors, unknown_class_hint
-from loadstone.artifact.weights import TensorTable, WeightFiles, check_inside, find_weights, read_tensors
+from loadstone.artifact.dcp_header import DcpContents, read_dcp
+from loadstone.artifact.files import MAX_CONFIG_BYTES, Sink, check_inside, is_file, read_json, refuse
+from loadstone.artifact.hints import MODEL_FILES, nearest, no_config_hint
+from loadstone.artifact.kinds import (
+    CONTEXT,
+    DENSE,
+    FAKEQUANT,
+    OTHER_QUANTIZER,
+    QAT,
+    QAT_KEY,
+    TORCHAO,
+    TORCHAO_UNMARKED,
+    UNKNOWN,
+    classify,
+)
+from loadstone.artifact.torchao_tensors import FlatTensor, flat_tensors
+from loadstone.artifact.training_run import choose_checkpoint, is_checkpoint_name
+from loadstone.artifact.weights import TensorTable, WeightFiles, find_weights, read_tensors
 from loadstone.errors import ArtifactError, UsageError
 
-DENSE = "dense"
-TORCHAO = "torchao"
-TORCHAO_UNMARKED = "torchao-unmarked"
-QAT = "qat"
-OTHER_QUANTIZER = "other-quantizer"
-FAKEQUANT = "fakequant"
-CONTEXT = "context"
-
-# Key in config.json (or loadstone.json) under which a QAT run records its fake-quantization recipe.
-QAT_KEY = "loadstone_qat"
 CONFIG = "config.json"
+
+__all__ = [
+    "CONFIG",
+    "CONTEXT",
+    "DENSE",
+    "FAKEQUANT",
+    "OTHER_QUANTIZER",
+    "QAT",
+    "QAT_KEY",
+    "TORCHAO",
+    "TORCHAO_UNMARKED",
+    "UNKNOWN",
+    "Artifact",
+    "detect",
+    "examine",
+    "read_config",
+]
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """Facts about a model directory. ``root`` is what the user named; ``path`` holds the weights (a checkpoint in it)."""
+    """Facts about a model directory. ``root`` is what the user named.
+
+    ``path`` holds the weights (a checkpoint in it).
+    """
 
     path: Path
     root: Path
@@ -42,6 +65,7 @@ class Artifact:
     quantized: dict[str, FlatTensor] = field(repr=False, default_factory=dict)
     quant_method: str | None = None
     notes: tuple[str, ...] = ()
+    dcp: DcpContents | None = field(repr=False, default=None)
 
     @property
     def quantization_config(self) -> dict[str, Any] | None:
@@ -51,6 +75,19 @@ class Artifact:
     @property
     def is_torchao(self) -> bool:
         return self.kind in (TORCHAO, TORCHAO_UNMARKED)
+
+    @property
+    def needs_remote_code(self) -> bool:
+        """Whether config.json says that the model's code lies in the directory (``auto_map``)."""
+        return bool(self.config.get("auto_map"))
+
+    @property
+    def sidecar_dirs(self) -> tuple[Path, ...]:
+        """Where config, tokenizer and the like may lie, in search order.
+
+        With the weights, then in the run's root.
+        """
+        return _sidecar_dirs(self.path, self.root)
 
     def fingerprint(self) -> str:
         """Content hash of config and weights (sha256 over every byte that a load reads)."""
@@ -62,109 +99,128 @@ class Artifact:
 def detect(path: str | Path, *, checkpoint: str | None = None) -> Artifact:
     """Recognise a model directory.
 
-    ``checkpoint`` chooses within a training run: ``newest`` (default), ``best``, a step number, a folder name or a
-    path. Raises `UsageError` when ``path`` is no directory, `ArtifactError` when it is no model or is damaged.
+    ``checkpoint`` chooses within a training run: ``newest`` (default), ``best``, a step number, a folder name
+    or a path. Raises `UsageError` when ``path`` is no directory, `ArtifactError` when it is no model or is
+    damaged.
     """
-    from loadstone.artifact.training_run import choose_checkpoint
+    return examine(path, checkpoint=checkpoint)
 
-    root = Path(path)
-    if not root.exists():
-        raise UsageError(f"there is no directory '{root}'", _nearest(root))
-    if not root.is_dir():
-        raise UsageError(f"'{root}' is a file, not a model directory", f"Name the directory: {root.parent}")
-    directory, chosen = choose_checkpoint(root, checkpoint)
-    if (directory / "context.json").is_file():
-        raise ArtifactError(f"'{root}' is a fitted context", "This version of loadstone does not load contexts yet")
-    config = read_config(directory, root)
-    weights = find_weights(directory)
+
+def examine(path: str | Path, *, checkpoint: str | None = None, sink: Sink = refuse) -> Artifact:
+    """`detect`, with each problem given to ``sink``.
+
+    With a sink that goes on, what could not be told is empty.
+    """
+    root = _directory(path)
+    directory, chosen = root, tuple[str, ...]()
+    try:
+        directory, chosen = choose_checkpoint(root, checkpoint)
+        if is_file(directory / "context.json"):
+            raise ArtifactError(
+                f"'{root}' is a fitted context", "This version of loadstone does not load contexts yet"
+            )
+    except ArtifactError as error:
+        sink(error)
+    except OSError as error:
+        sink(ArtifactError(f"'{root}' cannot be read ({error.strerror})", "Check its permissions"))
+    config = _or_empty(sink, lambda: _find_config(directory, root), ({}, ()))
+    weights = _or_empty(sink, lambda: find_weights(directory, sink), WeightFiles("none", ()))
     if weights is None:
-        raise ArtifactError(
-            f"'{directory}' holds config.json and no weights (model.safetensors, pytorch_model.bin or their index)",
-            "Copy the weight files, or name the directory that has them",
-        )
-    table = read_tensors(directory, weights) if weights.format == "safetensors" else None
-    # One shard tells; the others are read when the weights are.
-    bins = (read_bin(directory / weights.files[0]),) if weights.format == "bin" else ()
-    quantized = flat_tensors(table.metadata, table.tensors) if table else {}
-    kind, evidence, method = _classify(directory, config, weights, quantized, bins)
+        weights = WeightFiles("none", ())
+        sink(_no_weights(directory))
+    table, bins, dcp = _read_weights(directory, weights, sink)
+    quantized: dict[str, FlatTensor] = {}
+    if table is not None and weights.format == "safetensors":
+        quantized = _or_empty(sink, lambda: flat_tensors(table.metadata, table.tensors, sink), {})
+    kind, evidence, method = classify(directory, config[0], weights, table, quantized, bins, sink)
     return Artifact(
         path=directory,
         root=root,
         kind=kind,
-        evidence=(*chosen, *evidence),
-        config=config,
+        evidence=(*chosen, *config[1], *evidence),
+        config=config[0],
         weights=weights,
         table=table,
         bins=bins,
         quantized=quantized,
         quant_method=method,
         notes=weights.notes,
+        dcp=dcp,
     )
 
 
-def _classify(
-    directory: Path,
-    config: dict[str, Any],
-    weights: WeightFiles,
-    quantized: dict[str, FlatTensor],
-    bins: tuple[BinContents, ...],
-) -> tuple[str, tuple[str, ...], str | None]:
-    block = config.get("quantization_config")
-    subclasses = {name: cls for contents in bins for name, cls in contents.subclasses.items()}
-    if block is not None:
-        method = str(block.get("quant_method", "")) if isinstance(block, dict) else ""
-        if not method:
-            raise ArtifactError(f"{CONFIG}: quantization_config has no quant_method", "Restore it, or finalize again")
-        if method != "torchao":
-            return OTHER_QUANTIZER, (f"{CONFIG}: quantization_config.quant_method is {method}",), method
-        if not quantized and not subclasses:
-            raise ArtifactError(
-                f"{CONFIG} says torchao, and {weights.files[0]} holds no quantized tensor",
-                "The weights are not those of this config: finalize again, or remove the quantization_config block",
-            )
-        return TORCHAO, (f"{CONFIG}: quantization_config.quant_method is torchao",), method
-    if quantized:
-        kinds = ", ".join(sorted({t.type for t in quantized.values()}))
-        return TORCHAO_UNMARKED, (f"safetensors metadata describes {len(quantized)} tensors of {kinds}",), "torchao"
-    if subclasses:
-        name, cls = next(iter(subclasses.items()))
-        if any(p.startswith("torchao.") for contents in bins for p in contents.globals):
-            return TORCHAO_UNMARKED, (f"{bins[0].file}: '{name}' is a {cls}",), "torchao"
-        raise ArtifactError(f"{bins[0].file}: '{name}' is an unknown tensor class {cls}", unknown_class_hint(cls))
-    if (directory / "fakequant_manifest.json").is_file():
-        return FAKEQUANT, ("fakequant_manifest.json",), None
-    if isinstance(config.get(QAT_KEY), dict):
-        return QAT, (f"{CONFIG}: {QAT_KEY} records a fake-quantization recipe",), None
-    return DENSE, (f"{weights.files[0]} holds plain tensors",), None
+def _or_empty(sink: Sink, work: Any, empty: Any) -> Any:
+    try:
+        return work()
+    except ArtifactError as error:
+        sink(error)
+        return empty
+
+
+def _directory(path: str | Path) -> Path:
+    root = Path(path)
+    try:
+        exists, is_directory = root.exists(), root.is_dir()
+    except (OSError, ValueError) as error:
+        raise UsageError(f"'{ascii(str(path))[1:-1][:200]}' is no path ({error})", "Check the path") from None
+    if not exists:
+        raise UsageError(f"there is no directory '{root}'", nearest(root))
+    if not is_directory:
+        raise UsageError(f"'{root}' is a file, not a model directory", f"Name the directory: {root.parent}")
+    return root
+
+
+def _sidecar_dirs(path: Path, root: Path) -> tuple[Path, ...]:
+    # Trainers that write only weights into a checkpoint leave config and tokenizer in the run's root.
+    run = [path.parent] if is_checkpoint_name(path.resolve().name) else []
+    return tuple(dict.fromkeys((path, root, *run)))
+
+
+def _find_config(directory: Path, root: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
+    for folder in _sidecar_dirs(directory, root):
+        if is_file(folder / CONFIG):
+            note = () if folder == directory else (f"{CONFIG} is the run's, {folder.name}/{CONFIG}",)
+            return read_config(folder, root), note
+    return read_config(directory, root), ()
 
 
 def read_config(directory: Path, root: Path) -> dict[str, Any]:
-    """``config.json`` of a model directory; raises `ArtifactError` when it is missing or no model's config."""
+    """``config.json`` of a model directory.
+
+    Raises `ArtifactError` when it is missing or no model's config.
+    """
     file = directory / CONFIG
-    if not file.is_file():
-        raise ArtifactError(f"'{root}' is no model directory: it has no {CONFIG}", _subdirectories(root))
+    if not is_file(file):
+        raise ArtifactError(f"'{root}' is no model directory: it has no {CONFIG}", no_config_hint(root))
     check_inside(directory, CONFIG)
-    if file.stat().st_size > 16_000_000:
-        raise ArtifactError(f"{CONFIG}: {file.stat().st_size} bytes is no model's config", "Check the directory")
-    try:
-        config = json.loads(file.read_bytes())
-    except (ValueError, RecursionError):
-        raise ArtifactError(f"{CONFIG} is not valid JSON", "Restore it from the source") from None
-    if not isinstance(config, dict) or not (config.get("model_type") or config.get("architectures")):
+    config = read_json(file, MAX_CONFIG_BYTES)
+    if not isinstance(config.get("model_type"), str) and not config.get("architectures"):
         raise ArtifactError(f"{CONFIG} names no model_type", "Restore it from the source")
     return config
 
 
-def _nearest(path: Path) -> str:
-    siblings = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
-    close = difflib.get_close_matches(path.name, siblings, n=1)
-    if close:
-        return f"Did you mean '{path.parent / close[0]}'?"
-    looks_like_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) is not None
-    hub = ". A hub name must be downloaded first (hf download NAME --local-dir DIR)" if looks_like_hub else ""
-    return f"Check the path{hub}"
+def _no_weights(directory: Path) -> ArtifactError:
+    for pattern, what, remedy in MODEL_FILES:
+        if next(directory.glob(pattern), None) is not None:
+            return ArtifactError(f"'{directory}' holds {what} and no model weights", remedy)
+    return ArtifactError(
+        f"'{directory}' holds no weights (model.safetensors, pytorch_model.bin or their index)",
+        "Copy the weight files, or name the directory that has them",
+    )
 
 
-def _subdirectories(root: Path) -> str:
-    found = sorted(p.parent.name for p in root.glob(f"*/{CONFIG}"))
-    return f"Did you mean '{root / found[0]}'?" if found else "Name a directory that save_pretrained or finalize wrote"
+def _read_weights(
+    directory: Path, weights: WeightFiles, sink: Sink
+) -> tuple[TensorTable | None, tuple[BinContents, ...], DcpContents | None]:
+    if weights.format == "safetensors":
+        return read_tensors(directory, weights, sink), (), None
+    if weights.format == "dcp":
+        dcp = _or_empty(sink, lambda: read_dcp(directory, weights.folder, sink), None)
+        return (TensorTable(dcp.tensors, {}) if dcp else None), (), dcp
+    bins = []
+    for file in weights.files:
+        try:
+            bins.append(read_bin(directory / file, sink))
+        except ArtifactError as error:
+            sink(error)
+    return None, tuple(bins), None

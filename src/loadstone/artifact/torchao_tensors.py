@@ -1,45 +1,19 @@
 """torchao's flattened tensors, understood from safetensors metadata alone.
 
-torchao writes a quantized tensor ``P.weight`` as ``P._weight_qdata``, ``P._weight_scale``, … and describes it in the
-header metadata under ``P.weight`` as JSON: ``{"_type", "_data", "_tensor_data_names"}``
+torchao writes a quantized tensor ``P.weight`` as ``P._weight_qdata``, ``P._weight_scale``, … and describes it
+in the header metadata under ``P.weight`` as JSON: ``{"_type", "_data", "_tensor_data_names"}``
 (torchao/prototype/safetensors/safetensors_support.py). ``tensor_names`` lists all described tensors.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
 from typing import Any
 
+from loadstone.artifact.files import Sink, refuse
 from loadstone.artifact.headers import TensorInfo
+from loadstone.artifact.torchao_checks import SUBCLASSES, FlatTensor, check_description, check_shapes
 from loadstone.errors import ArtifactError
-
-# The classes torchao 0.18 can write to safetensors.
-SUBCLASSES = (
-    "Float8Tensor",
-    "Int4Tensor",
-    "Int4TilePackedTo4dTensor",
-    "IntxUnpackedToInt8Tensor",
-    "Int8Tensor",
-    "Int4PlainInt32Tensor",
-    "MXTensor",
-    "NVFP4Tensor",
-)
-
-
-@dataclass(frozen=True)
-class FlatTensor:
-    """One quantized tensor: class name, attributes (torchao's JSON), and its parts by data name."""
-
-    name: str
-    type: str
-    attributes: dict[str, Any] = field(repr=False)
-    parts: dict[str, TensorInfo] = field(repr=False)
-    metadata: str = field(repr=False, default="")
-
-    @property
-    def nbytes(self) -> int:
-        return sum(part.nbytes for part in self.parts.values())
 
 
 def part_name(name: str, data_name: str) -> str:
@@ -48,55 +22,93 @@ def part_name(name: str, data_name: str) -> str:
     return f"{module}._{parameter}_{data_name}" if module else f"_{parameter}_{data_name}"
 
 
-def described_names(metadata: dict[str, str]) -> list[str]:
-    """Names that the header metadata describes, empty when torchao wrote none."""
-    if "tensor_names" not in metadata:
-        return []
+def tensor_names(metadata: dict[str, str]) -> list[str]:
+    """torchao's own list of the tensors that a header's metadata describes, empty when there is none."""
     try:
-        names = json.loads(metadata["tensor_names"])
-    except ValueError:
+        names = json.loads(metadata.get("tensor_names", "[]"))
+    except (ValueError, RecursionError):
         names = None
     if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
         raise ArtifactError("header metadata 'tensor_names' is no JSON list of strings", _AGAIN)
     return names
 
 
-def flat_tensors(metadata: dict[str, str], tensors: dict[str, TensorInfo]) -> dict[str, FlatTensor]:
-    """All quantized tensors of a directory; raises `ArtifactError` for one that is incomplete or of unknown class.
+def described_names(metadata: dict[str, str]) -> list[str]:
+    """Names that the header metadata describes, empty when torchao wrote none."""
+    if "tensor_names" in metadata:
+        return tensor_names(metadata)
+    return [k for k, v in metadata.items() if k != "format" and v.startswith('{"_type"')]
+
+
+def flat_tensors(
+    metadata: dict[str, str], tensors: dict[str, TensorInfo], sink: Sink = refuse
+) -> dict[str, FlatTensor]:
+    """All quantized tensors of a directory; raises `ArtifactError` for one that is incomplete or of unknown
+    class.
 
     Keys that look like parts of a quantized tensor but that no description claims are refused too: their
-    description was lost, and the raw integers must never be taken for weights.
+    description was lost, and the raw integers must never be taken for weights. With another ``sink``,
+    problems go there and the tensor is left out.
     """
     found: dict[str, FlatTensor] = {}
     claimed: set[str] = set()
-    for name in described_names(metadata) or [k for k in metadata if k in _described(metadata)]:
-        if name not in metadata:
-            raise ArtifactError(f"header metadata lists '{name}' and does not describe it", _AGAIN)
-        description = _parse(name, metadata[name])
-        kind = description["_type"]
-        if kind == "Tensor":
-            if name not in tensors:
-                raise ArtifactError(f"tensor '{name}' is described in the metadata and stored nowhere", _AGAIN)
-            continue
-        if kind not in SUBCLASSES:
-            raise ArtifactError(f"tensor '{name}' has the unknown quantized class '{kind}'", unknown_class_hint(kind))
-        parts = {}
-        for data_name in description["_tensor_data_names"]:
-            key = part_name(name, data_name)
-            if key not in tensors:
-                raise ArtifactError(f"quantized tensor '{name}' lacks its part '{key}'", _AGAIN)
-            parts[data_name] = tensors[key]
-            claimed.add(key)
-        if name in tensors:
-            raise ArtifactError(f"tensor '{name}' is stored both plain and quantized", _AGAIN)
-        found[name] = FlatTensor(name, kind, description["_data"], parts, metadata[name])
+    # Hundreds of layers share a handful of descriptions: each is parsed and checked once.
+    parsed: dict[str, dict[str, Any]] = {}
+    for name in described_names(metadata):
+        try:
+            flat = _flat_tensor(name, metadata, tensors, parsed, claimed)
+            if flat is not None:
+                check_shapes(flat)
+                found[name] = flat
+        except ArtifactError as error:
+            sink(error)
     for key, tensor in tensors.items():
         if key not in claimed and looks_flattened(key):
-            raise ArtifactError(
-                f"{tensor.file}: '{key}' is part of a quantized tensor that no metadata describes",
-                "The safetensors metadata was lost (rewritten by another tool?): finalize again from the source",
+            sink(
+                ArtifactError(
+                    f"{tensor.file}: '{key}' is part of a quantized tensor that no metadata describes",
+                    "The safetensors metadata was lost (rewritten by another tool?): finalize again",
+                )
             )
     return found
+
+
+def _flat_tensor(
+    name: str,
+    metadata: dict[str, str],
+    tensors: dict[str, TensorInfo],
+    parsed: dict[str, dict[str, Any]],
+    claimed: set[str],
+) -> FlatTensor | None:
+    text = metadata.get(name)
+    if text is None:
+        raise ArtifactError(f"header metadata lists {ascii(name)[:200]} and does not describe it", _AGAIN)
+    if text not in parsed:
+        parsed[text] = _parse(name, text)
+    description = parsed[text]
+    kind = description["_type"]
+    if kind == "Tensor":
+        # transformers describes a tied lm_head too and stores it nowhere: absence is for the loader to judge.
+        return None
+    data_names = description["_tensor_data_names"]
+    keys = [part_name(name, data_name) for data_name in data_names]
+    # Claimed even when refused below: one problem a tensor, not one a part.
+    claimed.update(keys)
+    if kind not in SUBCLASSES:
+        raise ArtifactError(
+            f"tensor {ascii(name)[:200]} has the unknown quantized class {ascii(kind)[:80]}",
+            unknown_class_hint(kind),
+        )
+    for key in keys:
+        if key not in tensors:
+            raise ArtifactError(f"quantized tensor '{name}' lacks its part {ascii(key)[:200]}", _AGAIN)
+    if name in tensors:
+        raise ArtifactError(
+            f"{tensors[name].file}: tensor '{name}' is stored both plain and quantized", _AGAIN
+        )
+    check_description(name, kind, description["_data"], data_names)
+    parts = {data_name: tensors[key] for data_name, key in zip(data_names, keys, strict=True)}
+    return FlatTensor(name, kind, description["_data"], parts, text)
 
 
 def looks_flattened(key: str) -> bool:
@@ -107,14 +119,10 @@ def looks_flattened(key: str) -> bool:
 
 def unknown_class_hint(kind: str) -> str:
     """What to do about a quantized tensor class that is not known: the cheap way out first."""
-    hint = "Restore the quantization_config block of config.json, or finalize again with a recipe of this version"
+    hint = "Restore the quantization_config block of config.json, or finalize again with this version"
     if "float8" in kind.lower() or "affinequantized" in kind.lower():
         hint += " (float8 tensors of older torchao releases must be made again with float8-weight-only)"
     return hint
-
-
-def _described(metadata: dict[str, str]) -> set[str]:
-    return {k for k, v in metadata.items() if k != "format" and v.startswith('{"_type"')}
 
 
 def _parse(name: str, text: str) -> dict[str, Any]:
@@ -128,7 +136,7 @@ def _parse(name: str, text: str) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, RecursionError):
         valid = False
     if not valid:
-        raise ArtifactError(f"the header metadata of tensor '{name}' is malformed", _AGAIN)
+        raise ArtifactError(f"the header metadata of tensor {ascii(name)[:200]} is malformed", _AGAIN)
     return description
 
 

@@ -3,122 +3,184 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
 
+from loadstone.artifact.dcp_header import DCP_METADATA, find_dcp
+from loadstone.artifact.files import Sink, check_inside, is_file, read_json, refuse
 from loadstone.artifact.headers import ShardHeader, TensorInfo, read_header
+from loadstone.artifact.torchao_tensors import tensor_names
 from loadstone.errors import ArtifactError
 
 SAFETENSORS = "model.safetensors"
 SAFETENSORS_INDEX = "model.safetensors.index.json"
 BIN = "pytorch_model.bin"
 BIN_INDEX = "pytorch_model.bin.index.json"
+FSDP_BIN = "pytorch_model_fsdp.bin"
+MAX_SHARDS = 10_000
 
 
 @dataclass(frozen=True)
 class WeightFiles:
-    """``format`` is ``safetensors`` or ``bin``; ``index`` names the index file of a sharded layout."""
+    """``format`` is ``safetensors``, ``bin`` or ``dcp``; ``index`` names the index file of a sharded layout.
+
+    For ``dcp`` (torch distributed checkpoint) ``folder`` is where its ``.metadata`` lies.
+    """
 
     format: str
     files: tuple[str, ...]
     index: str | None = None
     weight_map: dict[str, str] = field(default_factory=dict, repr=False)
     notes: tuple[str, ...] = ()
+    total_size: int | None = None
+    folder: str = "."
 
 
 @dataclass(frozen=True)
 class TensorTable:
     """Every tensor of a safetensors directory, with the headers' merged metadata."""
 
-    tensors: dict[str, TensorInfo]
-    metadata: dict[str, str]
-    headers: tuple[ShardHeader, ...]
+    tensors: dict[str, TensorInfo] = field(repr=False)
+    metadata: dict[str, str] = field(repr=False)
+    headers: tuple[ShardHeader, ...] = field(repr=False, default=())
 
 
-def find_weights(directory: Path) -> WeightFiles | None:
+def find_weights(directory: Path, sink: Sink = refuse) -> WeightFiles | None:
     """The weight files a load would read, in transformers' order of preference; None when there are none.
 
     Raises `ArtifactError` for an index that is malformed, leaves the directory, or names absent files.
     """
     for fmt, single, index in (("safetensors", SAFETENSORS, SAFETENSORS_INDEX), ("bin", BIN, BIN_INDEX)):
-        if (directory / single).is_file():
+        if is_file(directory / single):
             check_inside(directory, single)
-            stale = (f"{index} is ignored: {single} is the whole model",) if (directory / index).exists() else ()
-            return WeightFiles(fmt, (single,), notes=stale)
-        if (directory / index).is_file():
-            weight_map = _read_index(directory, index)
-            files = tuple(sorted(set(weight_map.values())))
-            for file in files:
-                if not (directory / file).is_file():
-                    raise ArtifactError(
-                        f"{index} names '{file}', which is not there", "Copy the missing shard or finalize again"
-                    )
-            return WeightFiles(fmt, files, index, weight_map)
+            stale = [f"{index} is ignored: {single} is the whole model"] if is_file(directory / index) else []
+            return WeightFiles(fmt, (single,), notes=(*stale, *_strays(directory, fmt, (single,))))
+        if is_file(directory / index):
+            return _sharded(directory, fmt, index, sink)
+    if is_file(directory / FSDP_BIN):
+        check_inside(directory, FSDP_BIN)
+        return WeightFiles("bin", (FSDP_BIN,))
+    folder = find_dcp(directory)
+    if folder is not None:
+        index = DCP_METADATA if folder == "." else f"{folder}/{DCP_METADATA}"
+        return WeightFiles("dcp", (index,), index, folder=folder)
     return None
 
 
-def read_tensors(directory: Path, weights: WeightFiles) -> TensorTable:
+def _sharded(directory: Path, fmt: str, index: str, sink: Sink) -> WeightFiles:
+    weight_map, total_size = _read_index(directory, index)
+    files = []
+    for file in sorted(set(weight_map.values())):
+        try:
+            check_inside(directory, file)
+            if not is_file(directory / file):
+                raise ArtifactError(
+                    f"{index} names '{file[:200]}', which is not there",
+                    "Copy the missing shard or finalize again",
+                )
+            files.append(file)
+        except ArtifactError as error:
+            sink(error)
+    return WeightFiles(
+        fmt, tuple(files), index, weight_map, _strays(directory, fmt, tuple(files)), total_size=total_size
+    )
+
+
+def read_tensors(directory: Path, weights: WeightFiles, sink: Sink = refuse) -> TensorTable:
     """Headers of all shards, held against the index; raises `ArtifactError` for any disagreement."""
-    headers = tuple(read_header(directory / file) for file in weights.files)
+    headers: list[ShardHeader] = []
     tensors: dict[str, TensorInfo] = {}
     metadata: dict[str, str] = {}
-    for header in headers:
+    described: dict[str, None] = {}
+    for file in weights.files:
+        try:
+            header = read_header(directory / file, sink, file)
+            for name in tensor_names(header.metadata):
+                described[name] = None
+        except ArtifactError as error:
+            sink(error)
+            continue
         for name, tensor in header.tensors.items():
             if name in tensors:
-                raise ArtifactError(
-                    f"tensor '{name}' is in both {tensors[name].file} and {header.file}",
-                    "Remove the stale shard or finalize again",
-                )
-            tensors[name] = tensor
+                where = f"tensor '{name}' is in both {tensors[name].file} and {file}"
+                sink(ArtifactError(where, "Remove the stale shard or finalize again"))
+            tensors.setdefault(name, tensor)
         for key, value in header.metadata.items():
-            if key not in ("format", "tensor_names") and metadata.get(key, value) != value:
-                raise ArtifactError(f"{header.file}: metadata of '{key}' differs between shards", "Finalize again")
-            metadata[key] = value
-    if weights.index is not None:
-        for name, file in weights.weight_map.items():
-            if name not in tensors:
-                raise ArtifactError(f"{file}: tensor '{name}' is named by {weights.index} and is not in it", _AGAIN)
-            if tensors[name].file != file:
-                raise ArtifactError(f"{weights.index} puts '{name}' in {file}, it is in {tensors[name].file}", _AGAIN)
-        for name, tensor in tensors.items():
-            if name not in weights.weight_map:
-                raise ArtifactError(f"{tensor.file}: tensor '{name}' is not in {weights.index}", _AGAIN)
-    return TensorTable(tensors, metadata, headers)
+            if key not in ("format", "tensor_names") and metadata.setdefault(key, value) != value:
+                sink(
+                    ArtifactError(
+                        f"{file}: metadata of {ascii(key)[:200]} differs between shards", "Finalize again"
+                    )
+                )
+            metadata.setdefault(key, value)
+        if len(weights.files) > 1 and metadata.keys() == header.metadata.keys():
+            # transformers repeats all metadata in each shard: one copy is enough to hold.
+            header = replace(header, metadata=metadata)
+        headers.append(header)
+    if described:
+        metadata["tensor_names"] = json.dumps(list(described))
+    if len(headers) == len(weights.files):
+        _check_index(weights, tensors, sink)
+    return TensorTable(tensors, metadata, tuple(headers))
 
 
-def check_inside(directory: Path, name: str) -> Path:
-    """The path of ``name`` in ``directory``; raises `ArtifactError` when it is, or links, outside.
+def _check_index(weights: WeightFiles, tensors: dict[str, TensorInfo], sink: Sink) -> None:
+    if weights.index is None:
+        return
+    for name, file in weights.weight_map.items():
+        if file not in weights.files:
+            continue
+        if name not in tensors:
+            what = f"{file}: tensor {ascii(name)[1:-1][:200]} is named by {weights.index} and is not in it"
+            sink(ArtifactError(what, _AGAIN))
+        elif tensors[name].file != file:
+            sink(
+                ArtifactError(
+                    f"{weights.index} puts '{name}' in {file}, it is in {tensors[name].file}", _AGAIN
+                )
+            )
+    for name, tensor in tensors.items():
+        if name not in weights.weight_map:
+            sink(ArtifactError(f"{tensor.file}: tensor '{name}' is not in {weights.index}", _AGAIN))
 
-    A link to another file of the same Hugging Face cache (``blobs/`` beside ``snapshots/``) is allowed.
-    """
-    parts = PurePosixPath(name).parts
-    if not name or "\\" in name or "\0" in name or PurePosixPath(name).is_absolute() or ".." in parts:
-        raise ArtifactError(f"the file name '{name}' leaves the directory", "Do not trust this artifact")
-    path = directory / name
-    root = directory.resolve()
-    target = path.resolve()
-    allowed = [root]
-    if root.parent.name == "snapshots":
-        allowed.append(root.parent.parent / "blobs")
-    if not any(target.is_relative_to(a) for a in allowed):
-        raise ArtifactError(f"'{name}' is a link that leaves the directory (to {target})", "Copy the file itself")
-    return path
+
+def _strays(directory: Path, fmt: str, files: tuple[str, ...]) -> tuple[str, ...]:
+    """Notes on weight files that lie beside those that are read."""
+    pattern = "*.safetensors" if fmt == "safetensors" else "*.bin"
+    # What trainers leave under such names: optimizer state, schedules, arguments.
+    known = (
+        "optimizer",
+        "scheduler",
+        "training_args",
+        "random_states",
+        "adapter_",
+        "custom_checkpoint",
+        "sampler",
+    )
+    found = sorted(
+        p.name for p in directory.glob(pattern) if p.name not in files and not p.name.startswith(known)
+    )
+    if not found:
+        return ()
+    names = ", ".join(ascii(n)[1:-1] for n in found[:3]) + (
+        f" and {len(found) - 3} more" if len(found) > 3 else ""
+    )
+    return (f"{names}: not part of the model, ignored",)
 
 
-def _read_index(directory: Path, index: str) -> dict[str, str]:
-    try:
-        content = json.loads(check_inside(directory, index).read_bytes())
-        weight_map = content["weight_map"]
-        valid = isinstance(weight_map, dict) and all(isinstance(v, str) for v in weight_map.values())
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        valid = False
-    if not valid:
+def _read_index(directory: Path, index: str) -> tuple[dict[str, str], int | None]:
+    content = read_json(check_inside(directory, index))
+    weight_map: Any = content.get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         raise ArtifactError(f"{index}: not a valid index (a JSON object with a 'weight_map')", _AGAIN)
     if not weight_map:
         raise ArtifactError(f"{index}: the weight_map is empty", _AGAIN)
-    for file in set(weight_map.values()):
-        check_inside(directory, file)
-    return weight_map
+    if len(set(weight_map.values())) > MAX_SHARDS:
+        raise ArtifactError(f"{index}: names over {MAX_SHARDS} files", "Do not trust this artifact")
+    metadata = content.get("metadata")
+    total = metadata.get("total_size") if isinstance(metadata, dict) else None
+    return weight_map, int(total) if isinstance(total, (int, float)) and 0 <= total < 2**63 else None
 
 
 _AGAIN = "Finalize or download the directory again"

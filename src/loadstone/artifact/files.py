@@ -1,0 +1,96 @@
+"""Reading files of a directory nobody vouches for.
+
+Bounded, regular files only, never outside the directory.
+"""
+
+from __future__ import annotations
+
+import json
+import stat
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
+from typing import Any, NoReturn
+
+from loadstone.errors import ArtifactError
+
+# Where checks report what they find: `refuse` stops at the first problem, a list's `append` collects all of
+# them.
+Sink = Callable[[ArtifactError], None]
+
+MAX_CONFIG_BYTES = 16_000_000
+MAX_JSON_BYTES = 256_000_000
+
+
+def refuse(error: ArtifactError) -> NoReturn:
+    """The strict sink: raises what it is given."""
+    raise error
+
+
+def check_inside(directory: Path, name: str) -> Path:
+    """The path of ``name`` in ``directory``; raises `ArtifactError` when it is, or links, outside.
+
+    A link to another file of the same Hugging Face cache (``blobs/`` beside ``snapshots/``) is allowed.
+    """
+    parts = PurePosixPath(name).parts
+    if (
+        not name.isprintable()
+        or "\\" in name
+        or not parts
+        or PurePosixPath(name).is_absolute()
+        or ".." in parts
+    ):
+        raise ArtifactError(f"the file name {name!a} leaves the directory", "Do not trust this artifact")
+    path = directory / name
+    try:
+        root = directory.resolve()
+        target = path.resolve()
+    except (OSError, ValueError, RuntimeError):
+        raise ArtifactError(
+            f"'{name[:200]}' cannot be followed (a loop of links?)", "Copy the file itself"
+        ) from None
+    allowed = [root]
+    if root.parent.name == "snapshots":
+        allowed.append(root.parent.parent / "blobs")
+    if not any(target.is_relative_to(a) for a in allowed):
+        raise ArtifactError(
+            f"'{name}' is a link that leaves the directory (to {target})", "Copy the file itself"
+        )
+    return path
+
+
+def is_file(path: Path) -> bool:
+    """Whether a regular file is there; False too for what the system refuses to look up."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def file_size(path: Path) -> int:
+    """Bytes of a regular file; raises `ArtifactError` for what could block or never end (FIFO, device)."""
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise ArtifactError(f"{path.name}: cannot be read ({error.strerror})", _PERMISSIONS) from None
+    if not stat.S_ISREG(status.st_mode):
+        raise ArtifactError(f"{path.name}: not a regular file", "Do not trust this artifact")
+    return status.st_size
+
+
+def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
+    """The JSON object in a file of at most ``limit`` bytes; raises `ArtifactError` naming the file."""
+    size = file_size(path)
+    if size > limit:
+        raise ArtifactError(f"{path.name}: {size} bytes, over the limit of {limit}", "Check the directory")
+    try:
+        content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise ArtifactError(f"{path.name}: cannot be read ({error.strerror})", _PERMISSIONS) from None
+    except (ValueError, RecursionError, MemoryError):
+        content = None
+    if not isinstance(content, dict):
+        raise ArtifactError(f"{path.name}: not a valid JSON object", "Restore it from the source")
+    return content
+
+
+_PERMISSIONS = "Check the file and its permissions"

@@ -1,0 +1,151 @@
+"""The kind of an artifact, told from its config and then from the tensors themselves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from loadstone.artifact.bin_header import BinContents
+from loadstone.artifact.files import Sink, is_file
+from loadstone.artifact.headers import TensorInfo
+from loadstone.artifact.torchao_checks import SUBCLASSES, FlatTensor, check_dtypes
+from loadstone.artifact.torchao_config import check_agreement, check_block
+from loadstone.artifact.torchao_tensors import unknown_class_hint
+from loadstone.artifact.weights import TensorTable, WeightFiles
+from loadstone.errors import ArtifactError
+
+DENSE = "dense"
+TORCHAO = "torchao"
+TORCHAO_UNMARKED = "torchao-unmarked"
+QAT = "qat"
+OTHER_QUANTIZER = "other-quantizer"
+FAKEQUANT = "fakequant"
+CONTEXT = "context"
+UNKNOWN = "unknown"
+
+# Key in config.json (or loadstone.json) under which a QAT run records its fake-quantization recipe.
+QAT_KEY = "loadstone_qat"
+
+Verdict = tuple[str, tuple[str, ...], str | None]
+
+# Names that other quantizers give to what they store beside or instead of a weight.
+_LEFTOVERS = {
+    ".qweight": "gptq or awq",
+    ".qzeros": "gptq or awq",
+    ".g_idx": "gptq",
+    ".weight_packed": "compressed-tensors",
+    ".weight_scale": "compressed-tensors or fp8",
+    ".weight_scale_inv": "fp8",
+    ".weight.absmax": "bitsandbytes",
+    ".SCB": "bitsandbytes",
+}
+_RAW_DTYPES = frozenset({"I8", "U8", "I32", "F4", "F8_E4M3", "F8_E5M2"})
+
+
+def classify(
+    directory: Path,
+    config: dict[str, Any],
+    weights: WeightFiles,
+    table: TensorTable | None,
+    quantized: dict[str, FlatTensor],
+    bins: tuple[BinContents, ...],
+    sink: Sink,
+) -> Verdict:
+    """(kind, evidence, quantization method).
+
+    Problems go to ``sink``, and `UNKNOWN` means one of them decided it.
+    """
+    tensors = table.tensors if table else {n: t for contents in bins for n, t in contents.tensors.items()}
+    flat = quantized or {n: t for contents in bins for n, t in contents.quantized.items()}
+    subclasses = {n: cls for contents in bins for n, cls in contents.subclasses.items()}
+    try:
+        check_subclasses(bins)
+        if config.get("quantization_config") is not None:
+            return _from_block(config, weights, tensors, flat, subclasses, sink)
+    except ArtifactError as error:
+        sink(error)
+        return UNKNOWN, (), None
+    if flat:
+        check_dtypes(flat, tensors, config, sink)
+        kinds = ", ".join(sorted({t.type for t in flat.values()}))
+        where = "safetensors metadata describes" if quantized else f"{bins[0].file} holds"
+        return TORCHAO_UNMARKED, (f"{where} {len(flat)} tensors of {kinds}",), "torchao"
+    if weights.format == "none":
+        return UNKNOWN, (), None
+    _check_leftovers(tensors, sink)
+    if is_file(directory / "fakequant_manifest.json"):
+        return FAKEQUANT, ("fakequant_manifest.json",), None
+    if isinstance(config.get(QAT_KEY), dict):
+        return QAT, (f"config.json: {QAT_KEY} records a fake-quantization recipe",), None
+    if weights.format == "dcp":
+        return DENSE, (f"{weights.files[0]} describes a torch distributed checkpoint",), None
+    return DENSE, (f"{weights.files[0]} holds plain tensors",), None
+
+
+def check_subclasses(bins: tuple[BinContents, ...]) -> None:
+    """Raises `ArtifactError` for a ``.bin`` with a tensor class that nothing here can load."""
+    for contents in bins:
+        for name, cls in contents.subclasses.items():
+            if name not in contents.quantized or cls not in SUBCLASSES:
+                raise ArtifactError(
+                    f"{contents.file}: '{name}' is of the unknown tensor class {cls}", unknown_class_hint(cls)
+                )
+
+
+def _from_block(
+    config: dict[str, Any],
+    weights: WeightFiles,
+    tensors: dict[str, TensorInfo],
+    flat: dict[str, FlatTensor],
+    subclasses: dict[str, str],
+    sink: Sink,
+) -> Verdict:
+    block = config["quantization_config"]
+    method = quant_method(block)
+    if method != "torchao":
+        if flat:
+            name = next(iter(flat))
+            raise ArtifactError(
+                f"config.json says {method}, and '{name}' is a torchao tensor",
+                "Restore the quantization_config block",
+            )
+        return OTHER_QUANTIZER, (f"config.json: quantization_config.quant_method is {method}",), method
+    recipe = check_block(block)
+    if not flat and not subclasses and weights.format != "none":
+        raise ArtifactError(
+            f"config.json says torchao, and {weights.files[0]} holds no quantized tensor",
+            "The weights are not this config's: finalize again, or remove the quantization_config block",
+        )
+    check_agreement(recipe, flat, sink)
+    check_dtypes(flat, tensors, config, sink)
+    return TORCHAO, ("config.json: quantization_config.quant_method is torchao",), method
+
+
+def quant_method(block: Any) -> str:
+    """The quantizer a ``quantization_config`` block names; raises `ArtifactError` when it names none."""
+    method = block.get("quant_method") if isinstance(block, dict) else None
+    if isinstance(block, dict) and (block.get("load_in_8bit") is True or block.get("load_in_4bit") is True):
+        # Blocks from before quant_method existed.
+        method = "bitsandbytes"
+    if not isinstance(method, str) or not method.isprintable() or not method:
+        raise ArtifactError(
+            "config.json: quantization_config has no quant_method", "Restore it, or finalize again"
+        )
+    return method
+
+
+def _check_leftovers(tensors: dict[str, TensorInfo], sink: Sink) -> None:
+    """Reports one tensor that another quantizer wrote, in a directory whose config no longer says so."""
+    for tensor in tensors.values():
+        owner = next((o for suffix, o in _LEFTOVERS.items() if tensor.name.endswith(suffix)), None)
+        if owner is None and tensor.name.endswith(".weight") and tensor.dtype in _RAW_DTYPES:
+            owner = "an unknown quantizer"
+        if owner is not None:
+            what = f"'{tensor.name}' ({tensor.dtype}) was written by {owner}"
+            what += ", and config.json has no quantization_config"
+            sink(
+                ArtifactError(
+                    f"{tensor.file}: {what}", "Restore the quantization_config block of config.json"
+                )
+            )
+            return
