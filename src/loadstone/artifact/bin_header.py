@@ -32,7 +32,8 @@ _STORAGES = {
 TORCH_DTYPES = {
     "bool": "BOOL", "uint8": "U8", "int8": "I8", "int16": "I16", "uint16": "U16", "int32": "I32",
     "uint32": "U32", "int64": "I64", "uint64": "U64", "float16": "F16", "bfloat16": "BF16", "float32": "F32",
-    "float64": "F64", "complex64": "C64", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "float8_e8m0fnu": "F8_E8M0",
+    "float64": "F64", "complex64": "C64", "float8_e4m3fn": "F8_E4M3",
+    "float8_e5m2": "F8_E5M2", "float8_e8m0fnu": "F8_E8M0",
     "float4_e2m1fn_x2": "F4", "float8_e4m3fnuz": "F8_E4M3FNUZ", "float8_e5m2fnuz": "F8_E5M2FNUZ",
 }  # fmt: skip
 # What a state dict has reason to name. torch's own weights_only reader is narrower still.
@@ -224,8 +225,8 @@ class _Reader:
         needed = ((offset + extent) * DTYPE_BITS[dtype] + 7) // 8
         if self.storages.get(key, -1) < needed:
             raise ArtifactError(
-                f"{self.file}: truncated, storage {ascii(key)[:40]} has {self.storages.get(key, 0)} bytes and "
-                f"a tensor of shape {list(shape)} in it needs {needed}",
+                f"{self.file}: truncated, storage {ascii(key)[:40]} has {self.storages.get(key, 0)} bytes "
+                f"and a tensor of shape {list(shape)} in it needs {needed}",
                 "Copy the file again",
             )
         return _Tensor(dtype, shape, key, offset)

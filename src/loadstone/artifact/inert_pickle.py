@@ -115,7 +115,8 @@ class _Machine:
             self.marks.append(self.stack)
             self.stack = []
         elif op == "TUPLE":
-            self.stack.append(tuple(self._to_mark()))
+            values = tuple(self._to_mark())
+            self.stack.append(values)
         elif op in ("GLOBAL", "STACK_GLOBAL"):
             self._global(op, argument)
         elif op in ("REDUCE", "NEWOBJ", "NEWOBJ_EX"):
@@ -144,7 +145,8 @@ class _Machine:
             values = self._to_mark()
             self._items().extend(values)
         elif op == "FROZENSET":
-            self.stack.append(Node("frozenset", (), None, self._to_mark()))
+            values = self._to_mark()
+            self.stack.append(Node("frozenset", (), None, values))
         elif op == "BUILD":
             state = stack.pop()
             stack[-1].state = state
