@@ -87,7 +87,7 @@ def command(
 
     artifact = load_plan(model, dtype=dtype, checkpoint=checkpoint, trust_remote_code=trust_remote_code).artifact
     from loadstone.finalize import finalize, make_plan
-    from loadstone.finalize.plan import refuse_quantized, torch_dtype
+    from loadstone.finalize.plan import refuse_quantized, weight_dtype
     from loadstone.finalize.run import check_output
     from loadstone.loading.devices import quantize_device
     from loadstone.loading.loader import quiet_imports
@@ -97,7 +97,7 @@ def command(
     quiet_imports()
     where = quantize_device(device)
     if recipe:
-        check_runs(recipe, where, torch_dtype("BF16"))
+        check_runs(recipe, where, weight_dtype(artifact, dtype))
     plan = make_plan(
         artifact,
         recipe,

@@ -204,6 +204,15 @@ def _shards(steps: list[Step], max_bytes: int) -> tuple[tuple[Step, ...], ...]:
     return tuple(tuple(shard) for shard in shards)
 
 
+def weight_dtype(artifact: Artifact, dtype: str) -> torch.dtype:
+    """The floating dtype that weights have when they are quantized: as asked, else as most bytes are stored."""
+    import torch
+
+    from loadstone.loading.native import load_config, stored_dtype
+
+    return getattr(torch, dtype) if dtype != "auto" else stored_dtype(artifact, load_config(artifact))
+
+
 def torch_dtype(name: str) -> torch.dtype:
     """``'BF16' -> torch.bfloat16``."""
     import torch

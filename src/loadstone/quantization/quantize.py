@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from loadstone.errors import MissingError
 from loadstone.quantization.flatten import flatten
@@ -48,17 +48,25 @@ def check_runs(recipe: Recipe, device: str, dtype: torch.dtype) -> None:
     instead = f"Use {recipe.instead}" if recipe.instead else "Choose another recipe (--list-recipes)"
     if kind not in recipe.devices:
         raise MissingError(f"recipe '{recipe}' does not run on {kind}: it needs {recipe.needs}", instead)
+    problem = _probe(recipe.scheme, device, dtype)
+    if problem and dtype != torch.bfloat16 and not _probe(recipe.scheme, device, torch.bfloat16):
+        instead = "Pass --dtype bfloat16"
+    if problem:
+        needs = f"; it needs {recipe.needs}" if recipe.needs else ""
+        kept = str(dtype).removeprefix("torch.")
+        raise MissingError(f"recipe '{recipe}' does not run here on {device} in {kept} ({problem}){needs}", instead)
+
+
+def _probe(scheme: Scheme, device: str, dtype: torch.dtype) -> str:
+    """Why one small Linear cannot be quantized, flattened and run; empty when it can."""
+    import torch
+
     try:
         linear = torch.nn.Linear(1024, 256, bias=False, dtype=dtype, device=device)
-        linear.weight = torch.nn.Parameter(quantize_weight(linear.weight.detach(), recipe.scheme), requires_grad=False)
+        linear.weight = torch.nn.Parameter(quantize_weight(linear.weight.detach(), scheme), requires_grad=False)
         flatten("probe.weight", linear.weight)
         with torch.inference_mode():
             linear(torch.ones(32, 1024, dtype=dtype, device=device))
     except Exception as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        needs = f"; it needs {recipe.needs}" if recipe.needs else ""
-        raise MissingError(f"recipe '{recipe}' does not run here on {device} in {_short(dtype)} ({reason}){needs}", instead) from None
-
-
-def _short(dtype: Any) -> str:
-    return str(dtype).removeprefix("torch.")
+        return " ".join(str(error).split())[:200] or type(error).__name__
+    return ""

@@ -1,0 +1,162 @@
+"""The native loader against stock `from_pretrained`: same bits where stock is right, an error where it is silent."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import loadstone
+from loadstone.errors import ArtifactError
+from loadstone.quantization import RECIPES
+
+ON_CPU = [name for name, recipe in RECIPES.items() if "cpu" in recipe.devices]
+ARCHITECTURES = ["llama-tied", "llama-untied", "qwen2", "qwen3", "gemma2", "gpt2", "qwen3-moe"]
+W4 = "int8-dynamic-act-int4-weight"
+TOKENS = torch.arange(3, 35)[None]
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(TOKENS).logits
+
+
+def stock(path: Path, **options: object) -> torch.nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(path, **options)
+
+
+def edit_config(path: Path, **changes: object) -> None:
+    config = json.loads((path / "config.json").read_text())
+    for key, value in changes.items():
+        config.pop(key, None)
+        if value is not None:
+            config[key] = value
+    (path / "config.json").write_text(json.dumps(config))
+
+
+def copy(source: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(source, tmp_path / "copy"))
+
+
+@pytest.mark.parametrize("shards", ["5GB", "100KB"])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_dense_equals_stock(make_model: Callable[..., Path], arch: str, shards: str) -> None:
+    path = make_model(arch, max_shard_size=shards)
+    model = loadstone.load(path)
+    assert torch.equal(logits(model), logits(stock(path)))
+    assert not model.training
+
+
+@pytest.mark.parametrize("arch", [a for a in ARCHITECTURES if a != "gpt2"])
+@pytest.mark.parametrize("recipe", [W4, "int8-weight-only", "nvfp4-weight-only"])
+def test_quantized_equals_stock(make_model: Callable, quantize_to: Callable, arch: str, recipe: str) -> None:
+    path = quantize_to(make_model(arch), recipe)
+    model, reference = loadstone.load(path), stock(path)
+    assert torch.equal(logits(model), logits(reference))
+    for (name, ours), (_, theirs) in zip(model.named_parameters(), reference.named_parameters(), strict=True):
+        assert type(ours) is type(theirs), name
+        assert ours.requires_grad == theirs.requires_grad, name
+
+
+@pytest.mark.parametrize("recipe", ON_CPU)
+def test_every_recipe_equals_stock(tiny: Path, quantize_to: Callable[..., Path], recipe: str) -> None:
+    path = quantize_to(tiny, recipe)
+    assert torch.equal(logits(loadstone.load(path)), logits(stock(path)))
+
+
+@pytest.mark.parametrize("recipe", ON_CPU)
+def test_float32_on_a_quantized_artifact_is_right(tiny: Path, quantize_to: Callable[..., Path], recipe: str) -> None:
+    # Stock transformers ends in a matmul dtype error here.
+    path = quantize_to(tiny, recipe)
+    exact = logits(loadstone.load(path, dtype="float32"))
+    assert exact.dtype == torch.float32
+    torch.testing.assert_close(exact, logits(loadstone.load(path)).float(), rtol=0.1, atol=0.05)
+
+
+def test_tied_weights_stay_one_tensor(tiny: Path, quantize_to: Callable[..., Path]) -> None:
+    for path in (tiny, quantize_to(tiny, W4)):
+        model = loadstone.load(path)
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_loaded_model_can_be_saved_by_transformers(tiny: Path, quantize_to: Callable, tmp_path: Path) -> None:
+    model = loadstone.load(quantize_to(tiny, W4))
+    model.save_pretrained(tmp_path / "again")
+    assert torch.equal(logits(model), logits(loadstone.load(tmp_path / "again")))
+
+
+def test_unmarked_is_recovered_from_its_tensors(tiny: Path, quantize_to: Callable[..., Path], tmp_path: Path) -> None:
+    whole = quantize_to(tiny, W4)
+    path = copy(whole, tmp_path)
+    edit_config(path, quantization_config=None)
+    assert loadstone.detect(path).kind == "torchao-unmarked"
+    model = loadstone.load(path)
+    assert torch.equal(logits(model), logits(loadstone.load(whole)))
+    block = model.config.quantization_config.to_dict()
+    assert block["quant_type"] == json.loads((whole / "config.json").read_text())["quantization_config"]["quant_type"]
+
+
+def test_bin_with_torchao_tensors(tiny: Path, tmp_path: Path) -> None:
+    from torchao.quantization import quantize_
+
+    from loadstone.quantization import to_torchao
+
+    model = loadstone.load(tiny)
+    quantize_(model.model, to_torchao(RECIPES[W4].scheme))
+    path = tmp_path / "bin"
+    shutil.copytree(tiny, path, ignore=shutil.ignore_patterns("*.safetensors"))
+    state = {k: v for k, v in model.state_dict().items() if k != "lm_head.weight"}
+    torch.save(state, path / "pytorch_model.bin")
+    assert loadstone.detect(path).kind == "torchao-unmarked"
+    assert torch.equal(logits(loadstone.load(path)), logits(model))
+    assert loadstone.load(path, dtype="float32").dtype == torch.float32
+
+
+def test_plain_bin(tiny: Path, tmp_path: Path) -> None:
+    path = tmp_path / "bin"
+    shutil.copytree(tiny, path, ignore=shutil.ignore_patterns("*.safetensors"))
+    torch.save(stock(tiny).state_dict(), path / "pytorch_model.bin")
+    assert torch.equal(logits(loadstone.load(path)), logits(stock(tiny)))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda t: t.pop("model.layers.1.mlp.up_proj.weight"), "layers.1.mlp.up_proj.weight' is missing"),
+        (lambda t: t.update({"model.layers.9.extra": torch.zeros(2)}), "layers.9.extra' belongs to no part"),
+        (lambda t: t.update({"model.norm.weight": torch.ones(32)}), r"model.norm.weight' has shape \[32\]"),
+        (lambda t: t["model.norm.weight"].__setitem__(3, float("nan")), "model.norm.weight' holds NaN"),
+        (lambda t: t["model.embed_tokens.weight"].__setitem__((9, 9), float("inf")), "embed_tokens.weight' holds NaN"),
+    ],
+    ids=["missing", "unexpected", "shape", "nan", "inf"],
+)
+def test_what_stock_passes_over_is_an_error(tiny: Path, tmp_path: Path, change: Callable, says: str) -> None:
+    path = copy(tiny, tmp_path)
+    tensors = load_file(path / "model.safetensors")
+    change(tensors)
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ArtifactError, match=says):
+        loadstone.load(path)
+
+
+def test_non_finite_scale_is_named(tiny: Path, quantize_to: Callable[..., Path], tmp_path: Path) -> None:
+    path = copy(quantize_to(tiny, W4), tmp_path)
+    info = loadstone.detect(path).table.tensors["model.layers.1.mlp.up_proj._weight_scale"]
+    raw = bytearray((path / info.file).read_bytes())
+    raw[info.begin + 6 : info.begin + 8] = b"\xc0\x7f"
+    (path / info.file).write_bytes(raw)
+    with pytest.raises(ArtifactError, match=r"up_proj._weight_scale' holds NaN"):
+        loadstone.load(path)
+
+
+def test_library_leaves_verbosity_as_it_was(tiny: Path) -> None:
+    from transformers.utils import logging as hf
+
+    before = hf.get_verbosity(), hf.is_progress_bar_enabled()
+    loadstone.load(tiny)
+    assert (hf.get_verbosity(), hf.is_progress_bar_enabled()) == before
