@@ -16,9 +16,9 @@ from loadstone.artifact.bin_header import TORCH_DTYPES, check_names
 from loadstone.artifact.files import Sink, check_inside, file_size, is_file, refuse
 from loadstone.artifact.headers import DTYPE_BITS, TensorInfo
 from loadstone.artifact.inert_pickle import Global, MalformedPickle, Node, read_pickle
+from loadstone.artifact.weights import DCP_METADATA
 from loadstone.errors import ArtifactError
 
-DCP_METADATA = ".metadata"
 MAX_METADATA_BYTES = 64_000_000
 # Names under which trainers nest the model's own state dict; everything else in the checkpoint is passed
 # over.
@@ -48,17 +48,6 @@ class DcpContents:
     chunks: dict[str, tuple[DcpChunk, ...]] = field(repr=False)
     keys: dict[str, str] = field(repr=False)
     files: tuple[str, ...] = ()
-
-
-def find_dcp(directory: Path) -> str | None:
-    """The folder in ``directory`` that holds the model's distributed checkpoint.
-
-    ``pytorch_model_fsdp_0``, ``.``, …
-    """
-    for folder in ("pytorch_model_fsdp_0", ".", "model"):
-        if is_file(directory / folder / DCP_METADATA):
-            return folder
-    return None
 
 
 def read_dcp(directory: Path, folder: str, sink: Sink = refuse) -> DcpContents:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from pathlib import Path
 
@@ -54,6 +53,8 @@ def nearest(path: Path) -> str:
         siblings = [p.name for p in path.parent.iterdir() if p.is_dir()]
     except OSError:
         siblings = []
+    import difflib
+
     close = difflib.get_close_matches(path.name, siblings, n=1)
     if close:
         return f"Did you mean '{path.parent / close[0]}'?"

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from loadstone.artifact.bin_header import BinContents
 from loadstone.artifact.files import Sink, is_file
 from loadstone.artifact.headers import TensorInfo
 from loadstone.artifact.torchao_checks import SUBCLASSES, FlatTensor, check_dtypes
@@ -13,6 +12,9 @@ from loadstone.artifact.torchao_config import check_agreement, check_block
 from loadstone.artifact.torchao_tensors import unknown_class_hint
 from loadstone.artifact.weights import TensorTable, WeightFiles
 from loadstone.errors import ArtifactError
+
+if TYPE_CHECKING:
+    from loadstone.artifact.bin_header import BinContents
 
 DENSE = "dense"
 TORCHAO = "torchao"

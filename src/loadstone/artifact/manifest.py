@@ -5,7 +5,6 @@ Provenance only, never needed to load.
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,12 +20,16 @@ FORMAT_VERSION = 1
 
 def sha256_file(path: Path) -> str:
     """Hex sha256 of a file's bytes."""
+    import hashlib
+
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def fingerprint(artifact: Artifact) -> str:
     """sha256 over config.json and every weight file, by name and content."""
+    import hashlib
+
     total = hashlib.sha256()
     configs = (folder / "config.json" for folder in artifact.sidecar_dirs)
     files = [next(c for c in configs if is_file(c)), *(artifact.path / f for f in artifact.weights.files)]

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from loadstone.artifact.dcp_header import DCP_METADATA, find_dcp
 from loadstone.artifact.files import Sink, check_inside, is_file, read_json, refuse
 from loadstone.artifact.headers import ShardHeader, TensorInfo, read_header
 from loadstone.artifact.torchao_tensors import tensor_names
@@ -18,6 +17,7 @@ SAFETENSORS_INDEX = "model.safetensors.index.json"
 BIN = "pytorch_model.bin"
 BIN_INDEX = "pytorch_model.bin.index.json"
 FSDP_BIN = "pytorch_model_fsdp.bin"
+DCP_METADATA = ".metadata"
 MAX_SHARDS = 10_000
 
 
@@ -65,6 +65,17 @@ def find_weights(directory: Path, sink: Sink = refuse) -> WeightFiles | None:
     if folder is not None:
         index = DCP_METADATA if folder == "." else f"{folder}/{DCP_METADATA}"
         return WeightFiles("dcp", (index,), index, folder=folder)
+    return None
+
+
+def find_dcp(directory: Path) -> str | None:
+    """The folder in ``directory`` that holds the model's distributed checkpoint.
+
+    ``pytorch_model_fsdp_0``, ``.``, …
+    """
+    for folder in ("pytorch_model_fsdp_0", ".", "model"):
+        if is_file(directory / folder / DCP_METADATA):
+            return folder
     return None
 
 
