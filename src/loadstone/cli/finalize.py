@@ -39,7 +39,7 @@ def command(
     skip: Annotated[
         list[str] | None,
         typer.Option(
-            "--skip", metavar="MODULE", help="Leave this module unquantized (name or regex; repeat).", rich_help_panel=_QUANT
+            "--skip", metavar="MODULE", help="Leave modules unquantized: a name or part of it, a glob or re:REGEX (repeat).", rich_help_panel=_QUANT
         ),
     ] = None,
     list_recipes: Annotated[

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
+from loadstone.errors import UsageError
 from loadstone.quantization.schemes import (
     Int4WeightOnly,
     Int8DynActIntxWeight,
@@ -32,20 +35,23 @@ class Decision:
 def decide(model: PreTrainedModel, scheme: Scheme, skip: list[str] | None = None) -> dict[str, Decision]:
     """A decision for each matrix weight of ``model`` (on the meta device).
 
-    Quantized are the weights of `nn.Linear` except the output head, modules kept in float32, and names that ``skip``
-    (transformers' ``modules_to_not_convert`` patterns) matches.
+    Quantized are the weights of `nn.Linear` except the output head, modules kept in float32, and modules that a
+    ``skip`` pattern matches (see `matches`). Raises `UsageError` for a pattern that matches no Linear.
     """
     import torch
     from transformers.quantizers.base import HfQuantizer
     from transformers.quantizers.quantizers_utils import should_convert_module
 
     never = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
+    unused = set(skip or ())
     decisions: dict[str, Decision] = {}
     for module_name, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             full = f"{module_name}.{name}" if module_name else name
             if isinstance(module, torch.nn.Linear) and name == "weight":
-                if skip and not should_convert_module(full, skip):
+                hit = [pattern for pattern in skip or () if matches(pattern, module_name)]
+                unused.difference_update(hit)
+                if hit:
                     decisions[full] = Decision(None, "skipped as asked", linear=True)
                 elif not should_convert_module(full, never):
                     decisions[full] = Decision(None, "output head or kept in float32", linear=True)
@@ -59,7 +65,19 @@ def decide(model: PreTrainedModel, scheme: Scheme, skip: list[str] | None = None
                 decisions[full] = Decision(None, "embedding")
             elif parameter.dim() == 2:
                 decisions[full] = Decision(None, f"weight of a {type(module).__name__}, not a Linear")
+    if unused:
+        raise UsageError(
+            f"--skip {sorted(unused)[0]} matches no Linear of {type(model).__name__}",
+            "Patterns: a module name or part of it (mlp, layers.0, down_proj), a glob, or re:REGEX",
+        )
     return decisions
+
+
+def matches(pattern: str, module: str) -> bool:
+    """Whether a rule's pattern names a module: ``re:`` regex of the whole name, glob, or a run of its dotted parts."""
+    if pattern.startswith("re:"):
+        return re.fullmatch(pattern[3:], module) is not None
+    return fnmatchcase(module, pattern) or f".{pattern}." in f".{module}."
 
 
 def misfit(scheme: Scheme, out_features: int, in_features: int) -> str:

@@ -1,0 +1,218 @@
+"""Finalize: the same tensors as torchao on the whole model, written whole or not at all."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+import loadstone
+from loadstone.artifact.manifest import sha256_file, verify_files
+from loadstone.errors import ArtifactError, MissingError, UsageError
+from loadstone.finalize import finalize, make_plan, run
+from loadstone.quantization import RECIPES, parse_recipe, to_torchao
+
+ON_CPU = [name for name, recipe in RECIPES.items() if "cpu" in recipe.devices]
+W4 = "int8-dynamic-act-int4-weight"
+TOKENS = torch.arange(3, 35)[None]
+
+
+def plan_of(source: Path, recipe: str | None = W4, **options: object):
+    return make_plan(loadstone.detect(source), parse_recipe(recipe) if recipe else None, **options)
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(TOKENS).logits
+
+
+def snapshot(directory: Path) -> dict[str, str]:
+    return {str(p.relative_to(directory)): sha256_file(p) for p in sorted(directory.rglob("*")) if p.is_file()}
+
+
+def weights(directory: Path) -> dict[str, str]:
+    return {k: v for k, v in snapshot(directory).items() if k != "loadstone.json"}
+
+
+@pytest.mark.parametrize("recipe", ON_CPU)
+def test_same_tensors_as_quantize_on_the_whole_model(tiny: Path, quantize_to: Callable[..., Path], recipe: str) -> None:
+    from torchao.quantization import quantize_
+
+    whole = loadstone.load(tiny)
+    quantize_(whole.model, to_torchao(RECIPES[recipe].scheme))
+    ours = loadstone.load(quantize_to(tiny, recipe))
+    assert torch.equal(logits(ours), logits(whole))
+    for (name, a), b in zip(ours.named_parameters(), whole.parameters(), strict=True):
+        for part in getattr(a, "tensor_data_names", ()):
+            assert torch.equal(getattr(a, part).view(torch.uint8), getattr(b, part).view(torch.uint8)), (name, part)
+
+
+def test_writes_what_save_pretrained_writes(tiny: Path, quantize_to: Callable[..., Path], tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, TorchAoConfig
+
+    stock = AutoModelForCausalLM.from_pretrained(
+        tiny, quantization_config=TorchAoConfig(to_torchao(RECIPES[W4].scheme)), device_map="cpu"
+    )
+    stock.save_pretrained(tmp_path)
+    ours = quantize_to(tiny, W4)
+    with safe_open(tmp_path / "model.safetensors", "pt") as a, safe_open(ours / "model.safetensors", "pt") as b:
+        assert set(a.keys()) == set(b.keys())
+        theirs, mine = a.metadata(), b.metadata()
+        # transformers also describes the tied head, which it does not store.
+        assert json.loads(theirs.pop("lm_head.weight")) == {"_type": "Tensor"}
+        assert set(json.loads(theirs.pop("tensor_names"))) - {"lm_head.weight"} == set(json.loads(mine.pop("tensor_names")))
+        assert theirs == mine
+        for key in a.keys():  # noqa: SIM118
+            assert torch.equal(a.get_tensor(key), b.get_tensor(key)), key
+    stock_block = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert json.loads((ours / "config.json").read_text())["quantization_config"] == stock_block
+
+
+@pytest.mark.parametrize("recipe", [None, W4])
+def test_shards_hold_the_same_tensors(tiny: Path, tmp_path: Path, recipe: str | None) -> None:
+    finalize(plan_of(tiny, recipe), tmp_path / "one")
+    finalize(plan_of(tiny, recipe, max_shard_bytes=30_000), tmp_path / "many")
+    files = sorted(p.name for p in (tmp_path / "many").glob("*.safetensors"))
+    assert len(files) > 2 and files[0] == f"model-00001-of-{len(files):05d}.safetensors"
+    index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
+    table = loadstone.detect(tmp_path / "many").table
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in table.tensors.values())
+    one, many = loadstone.load(tmp_path / "one"), loadstone.load(tmp_path / "many")
+    assert torch.equal(logits(one), logits(many))
+    from transformers import AutoModelForCausalLM
+
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "many")), logits(one))
+
+
+def test_the_same_bytes_every_time(tiny: Path, tmp_path: Path) -> None:
+    for name in "ab":
+        finalize(plan_of(tiny), tmp_path / name)
+    assert snapshot(tmp_path / "a") == snapshot(tmp_path / "b")
+
+
+def test_source_is_untouched_and_sidecars_come_along(tiny: Path, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(tiny, tmp_path / "source"))
+    (source / "optimizer.pt").write_bytes(b"x")
+    (source / "preprocessor_config.json").write_text("{}")
+    (source / "README.md").write_text("# card")
+    before = snapshot(source)
+    out = tmp_path / "out"
+    finalize(plan_of(source), out)
+    assert snapshot(source) == before
+    assert {"tokenizer.json", "tokenizer_config.json", "preprocessor_config.json", "README.md"} <= set(os.listdir(out))
+    assert not (out / "optimizer.pt").exists()
+    assert verify_files(out) == []
+    (out / "README.md").write_text("changed")
+    assert verify_files(out) == ["README.md: content differs from the sha256 in loadstone.json"]
+
+
+def test_one_chat_template(tiny: Path, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(tiny, tmp_path / "source"))
+    config = json.loads((source / "tokenizer_config.json").read_text())
+    (source / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": "inline"}))
+    (source / "chat_template.jinja").write_text("file")
+    finalize(plan_of(source, None), tmp_path / "out")
+    assert "chat_template" not in json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert loadstone.loading.load_tokenizer(tmp_path / "out").chat_template == "file"
+
+
+def test_plain_finalize_of_a_bin(tiny: Path, tmp_path: Path) -> None:
+    source = tmp_path / "bin"
+    shutil.copytree(tiny, source, ignore=shutil.ignore_patterns("*.safetensors"))
+    torch.save(loadstone.load(tiny).state_dict(), source / "pytorch_model.bin")
+    finalize(plan_of(source, None), tmp_path / "out")
+    assert loadstone.detect(tmp_path / "out").weights.format == "safetensors"
+    assert torch.equal(logits(loadstone.load(tmp_path / "out")), logits(loadstone.load(tiny)))
+
+
+def test_dtype_casts_floats(tiny: Path, tmp_path: Path) -> None:
+    finalize(plan_of(tiny, None, dtype="float32"), tmp_path / "out")
+    model = loadstone.load(tmp_path / "out")
+    assert model.dtype == torch.float32
+    assert torch.equal(logits(model), logits(loadstone.load(tiny, dtype="float32")))
+
+
+def test_gpt2_has_no_linear_that_could_be_quantized(make_model: Callable[..., Path]) -> None:
+    with pytest.raises(ArtifactError, match="GPT2LMHeadModel has no weight"):
+        plan_of(make_model("gpt2"))
+
+
+def test_fused_experts_are_reported(make_model: Callable[..., Path], quantize_to: Callable[..., Path]) -> None:
+    source = make_model("qwen3-moe")
+    reasons = {step.reason for step in plan_of(source).steps if ".experts." in step.name}
+    assert reasons == {"fused experts (3-D): torchao quantizes 2-D weights only"}
+
+
+def test_skip_and_misfits_are_named_in_the_block(tiny: Path, tmp_path: Path) -> None:
+    plan = plan_of(tiny, W4, skip=["down_proj"])
+    assert {s.reason for s in plan.steps if "down_proj" in s.name} == {"skipped as asked"}
+    names = plan.config["quantization_config"]["modules_to_not_convert"]
+    assert {"lm_head", "model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"} == set(names)
+    finalize(plan, tmp_path / "out")
+    from transformers import AutoModelForCausalLM
+
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(logits(stock), logits(loadstone.load(tmp_path / "out")))
+    assert {s.name for s in plan_of(tiny, skip=["re:.*layers.1.*"]).steps if s.reason.startswith("skip")} == {
+        s.name for s in plan.steps if "layers.1" in s.name and "proj" in s.name
+    }
+    with pytest.raises(UsageError, match="matches no Linear"):
+        plan_of(tiny, skip=["up"])
+    wide = plan_of(tiny, "intx4-weight-only:group_size=128")
+    assert any("no multiple of the group size 128" in step.reason for step in wide.steps)
+
+
+def test_refusals(tiny: Path, quantize_to: Callable[..., Path], tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="already quantized"):
+        plan_of(quantize_to(tiny, W4))
+    (tmp_path / "there").mkdir()
+    with pytest.raises(UsageError, match="--overwrite"):
+        finalize(plan_of(tiny), tmp_path / "there")
+    for inside in (tiny, tiny / "out", tiny.parent):
+        with pytest.raises(UsageError, match="overlap"):
+            finalize(plan_of(tiny), inside, overwrite=True)
+
+
+def test_overwrite_replaces_whole(tiny: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "stale.safetensors").write_text("old")
+    finalize(plan_of(tiny), out, overwrite=True)
+    assert not (out / "stale.safetensors").exists()
+    assert sorted(os.listdir(tmp_path)) == ["out"]
+
+
+def test_too_little_disk(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(run.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(MissingError, match="GB free and the output needs"):
+        finalize(plan_of(tiny), tmp_path / "out")
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, OSError])
+def test_a_failure_leaves_no_output(tiny: Path, tmp_path: Path, stop: type[BaseException]) -> None:
+    out = tmp_path / "out"
+    finalize(plan_of(tiny, None), out)
+    before = snapshot(out)
+
+    def fail(count: int) -> None:
+        raise stop
+
+    with pytest.raises(stop):
+        finalize(plan_of(tiny), out, overwrite=True, on_progress=fail)
+    assert snapshot(out) == before
+
+
+def test_nan_in_a_weight_is_refused(tiny: Path, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(tiny, tmp_path / "source"))
+    info = loadstone.detect(source).table.tensors["model.layers.0.mlp.up_proj.weight"]
+    raw = bytearray((source / info.file).read_bytes())
+    raw[info.begin : info.begin + 2] = b"\xc0\x7f"
+    (source / info.file).write_bytes(raw)
+    with pytest.raises(ArtifactError, match=r"layers.0.mlp.up_proj.weight' holds NaN"):
+        finalize(plan_of(source), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
