@@ -16,6 +16,7 @@ from loadstone.errors import GateFailed, UsageError
 
 if TYPE_CHECKING:
     from loadstone.evaluation.run import Outcome
+    from loadstone.evaluation.tokens import Protocol
 
 EXAMPLE = """
 [bold]Examples[/]
@@ -145,6 +146,50 @@ def evaluate(
             rich_help_panel=HOW,
         ),
     ] = "auto",
+    fast: Annotated[
+        bool,
+        typer.Option(
+            "--fast/--no-fast",
+            help="Keep dequantized weights where that gives the same bits and memory allows.",
+            rich_help_panel=HOW,
+        ),
+    ] = True,
+    compile_layers: Annotated[
+        bool,
+        typer.Option(
+            "--compile", help="Compile the decoder layers (seconds of warm-up).", rich_help_panel=HOW
+        ),
+    ] = False,
+    cache: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR",
+            help="Find finished scores here, by content, and keep new ones.",
+            rich_help_panel=HOW,
+        ),
+    ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="Go on where an interrupted run with the same cache stopped.",
+            rich_help_panel=HOW,
+        ),
+    ] = False,
+    kl: Annotated[
+        bool,
+        typer.Option(
+            "--kl",
+            help="Also KL divergence both ways and top-1 agreement with the baseline (both in memory).",
+            rich_help_panel=RESULT,
+        ),
+    ] = False,
+    worst: Annotated[
+        int,
+        typer.Option(
+            metavar="N", help="With --kl, list the N documents that diverge most.", rich_help_panel=RESULT
+        ),
+    ] = 5,
     fail_if: Annotated[
         list[str] | None,
         typer.Option(
@@ -170,7 +215,7 @@ def evaluate(
     if json_to not in (None, "-") and not Path(str(json_to)).resolve().parent.is_dir():
         raise UsageError(f"--json {json_to}: its directory does not exist")
 
-    from loadstone.evaluation.run import Options
+    from loadstone.evaluation.options import Options
     from loadstone.evaluation.run import evaluate as run
 
     outcome = run(
@@ -191,10 +236,18 @@ def evaluate(
             checkpoint=checkpoint,
             no_checkpoint=no_checkpoint,
             trust_remote_code=trust_remote_code,
+            divergence=kl,
+            worst=worst,
+            fast=fast,
+            compile=compile_layers,
+            cache=cache,
+            resume=resume,
             gates=gates,
         ),
         bar=_bar,
     )
+    if not outcome.first:
+        return
     if json_to is not None:
         text = json.dumps(outcome.as_json(), indent=2, allow_nan=False)
         if json_to == "-":
@@ -236,38 +289,47 @@ def _render(outcome: Outcome) -> None:
 
     # Piped output is for files and greps: never wrapped to a terminal's width.
     console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 200)
-    p = outcome.protocol
-    start = "every document" if not p.bos_each_window else "every document and window"
-    stride = f", stride {p.stride}" if p.name == "strided" else ""
-    console.print(
-        f"{p.documents} documents, {p.tokens} tokens of {p.data}; {p.name} "
-        f"windows of {p.context_length}{stride}; "
-        f"{p.separator} starts {start}; {p.dtype}",
-        markup=False,
-    )
-    compared = any(r["delta_loss"] is not None for r in outcome.records)
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("model")
-    for name in (
-        "loss",
-        "perplexity",
-        "bits/byte",
-        *(("Δ loss", "Δ ppl") if compared else ()),
-        "tokens/s",
-        "peak MiB",
-        "load s",
-    ):
-        table.add_column(name, justify="right")
+    protocol = outcome.task.protocol
+    console.print(describe(protocol), markup=False)
+    tables = [_losses(outcome)]
+    if any("kl" in record for record in outcome.records):
+        tables.append(_divergences(outcome))
+    for columns, rows in tables:
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        for i, column in enumerate(columns):
+            table.add_column(column, justify="left" if i == 0 else "right")
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+    console.print(f"± one standard error, by bootstrap over {protocol.resampled}", markup=False)
     for record in outcome.records:
-        table.add_row(*_row(record, compared))
-    console.print(table)
-    console.print(f"± one standard error, by bootstrap over {p.resampled}", markup=False)
+        for worst in record.get("worst_documents", ()):
+            at = f"document {worst['document']}: KL {worst['kl']:.4f}, Δ loss {worst['delta_loss']:+.4f}"
+            peak = f"worst token KL {worst['worst_token_kl']:.2f}: …{worst['before']}[{worst['worst_token']}]"
+            console.print(f"{record["path"]}: {at}; {' '.join(peak.split())}", markup=False)
     for verdict in outcome.verdicts:
         state = "[red]failed[/]" if verdict.failed else "[green]passed[/]"
         console.print(f"gate {verdict.gate} {state} for {verdict.model}: {verdict.value:.6g}")
 
 
-def _row(record: dict[str, Any], compared: bool) -> list[str]:
+def describe(protocol: Protocol) -> str:
+    """One line that says what was asked of the models."""
+    start = "every document and window" if protocol.bos_each_window else "every document"
+    stride = f", stride {protocol.stride}" if protocol.name == "strided" else ""
+    return (
+        f"{protocol.documents} documents, {protocol.tokens} tokens of {protocol.data}; {protocol.name} windows of "
+        f"{protocol.context_length}{stride}; {protocol.separator} starts {start}; {protocol.dtype}"
+    )
+
+
+def _losses(outcome: Outcome) -> tuple[list[str], list[list[str]]]:
+    compared = any(r["delta_loss"] is not None for r in outcome.records)
+    deltas = ["Δ loss", "Δ ppl"] if compared else []
+    columns = ["model", "loss", "perplexity", "bits/byte", *deltas, "tokens/s", "peak MiB", "load s"]
+    return columns, [_loss_row(record, compared) for record in outcome.records]
+
+
+def _loss_row(record: dict[str, Any], compared: bool) -> list[str]:
     delta: list[str] = []
     if compared and record["delta_loss"] is None:
         delta = ["reference", ""]
@@ -287,5 +349,23 @@ def _row(record: dict[str, Any], compared: bool) -> list[str]:
     ]
 
 
-def _pm(value: float, error: float | None, form: str) -> str:
+def _divergences(outcome: Outcome) -> tuple[list[str], list[list[str]]]:
+    columns = ["model", "KL", "KL reverse", "median", "90 %", "99 %", "99.9 %", "max", "same top-1"]
+    rows = [
+        [
+            r["path"],
+            _pm(r["kl"], r["kl_stderr"], ".5f"),
+            _pm(r["kl_reverse"], r["kl_reverse_stderr"], ".5f"),
+            *(f"{r[key]:.4g}" for key in ("kl_median", "kl_p90", "kl_p99", "kl_p999", "kl_max")),
+            f"{100 * r['top1_agreement']:.2f} %",
+        ]
+        for r in outcome.records
+        if "kl" in r
+    ]
+    return columns, rows
+
+
+def _pm(value: float | None, error: float | None, form: str) -> str:
+    if value is None:
+        return "inf"
     return format(value, form) if error is None else f"{value:{form}} ± {error:{form.lstrip('+')}}"

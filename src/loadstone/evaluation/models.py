@@ -13,7 +13,10 @@ from typing import Any
 import torch
 
 from loadstone.errors import UsageError
+from loadstone.evaluation.compiling import compile_layers
+from loadstone.evaluation.fastpath import keep_dequantized
 from loadstone.evaluation.measure import reset_peak
+from loadstone.evaluation.options import Options
 from loadstone.loading import LoadPlan, load, plan
 
 log = logging.getLogger(__name__)
@@ -32,44 +35,39 @@ class Subject:
 
 @dataclass(frozen=True, eq=False)
 class Opened:
-    """A loaded model. ``device`` is where its inputs go."""
+    """A loaded model. ``device`` is where its inputs go; ``fast_modules`` how many Linears keep
+    dequantized weights."""
 
     model: Any
     device: torch.device
     load_seconds: float
+    fast_modules: int
 
 
-def choose_subjects(
-    models: tuple[str, ...],
-    baseline: str | None,
-    *,
-    device: str = "auto",
-    dtype: str = "auto",
-    checkpoint: str | None = None,
-    no_checkpoint: bool = False,
-    trust_remote_code: bool = False,
-) -> tuple[Subject, ...]:
-    """Plan every model, the reference (``baseline``, or the first of several) first, in one common dtype."""
-    if not models:
+def choose_subjects(options: Options, device: str) -> tuple[Subject, ...]:
+    """Plan every model, the reference (the baseline, or the first of several) first, in one common dtype."""
+    if not options.models:
         raise UsageError("no model to evaluate", "Name a directory with -M")
-    names = list(dict.fromkeys(([baseline] if baseline is not None else []) + list(models)))
+    names = list(dict.fromkeys([options.baseline or options.models[0], *options.models]))
+    if options.baseline is not None and len(names) == 1:
+        raise UsageError(f"the baseline '{options.baseline}' is the only model", "Name another with -M")
     plans = [
         plan(
             name,
             device=device,
-            dtype=dtype,
-            checkpoint=checkpoint if name in models else None,
-            no_checkpoint=no_checkpoint and name in models,
-            trust_remote_code=trust_remote_code,
+            dtype=options.dtype,
+            checkpoint=options.checkpoint if name in options.models else None,
+            no_checkpoint=options.no_checkpoint and name in options.models,
+            trust_remote_code=options.trust_remote_code,
         )
         for name in names
     ]
-    if dtype == "auto":
+    if options.dtype == "auto":
         dtype, why = compute_dtype(plans[0], device)
         log.info("computing in %s: %s", dtype, why)
         plans = [replace(p, dtype=dtype) for p in plans]
     return tuple(
-        Subject(name, p, reference=len(names) > 1 and i == 0, given=name in models)
+        Subject(name, p, reference=len(names) > 1 and i == 0, given=name in options.models)
         for i, (name, p) in enumerate(zip(names, plans, strict=True))
     )
 
@@ -88,19 +86,22 @@ def compute_dtype(reference: LoadPlan, device: str) -> tuple[str, str]:
 
 
 @contextmanager
-def opened(subject: Subject) -> Iterator[Opened]:
+def opened(subject: Subject, options: Options) -> Iterator[Opened]:
     """Load a model for the length of a ``with`` block; its memory is free again after it."""
-    log.debug("loading %s", subject.name)
     reset_peak(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     clock = time.perf_counter()
     model = load(subject.plan)
-    model.eval()
     device = model.get_input_embeddings().weight.device
-    reset = Opened(model, device, time.perf_counter() - clock)
+    fast = keep_dequantized(model) if options.fast else 0
+    if options.compile:
+        compile_layers(model)
+    it = Opened(model, device, time.perf_counter() - clock, fast)
+    del model
     try:
-        yield reset
+        yield it
     finally:
-        del model, reset
+        # The caller's variable still names this record: what it holds has to go, not the record.
+        object.__setattr__(it, "model", None)
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

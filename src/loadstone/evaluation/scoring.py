@@ -15,8 +15,6 @@ from loadstone.errors import ArtifactError
 from loadstone.evaluation.head import Halves, chunk_rows, halve
 from loadstone.evaluation.tokens import Protocol, TokenStream, Windows
 
-# Tokens per batch that saturate the device; more only costs memory.
-_BATCH_TOKENS = {"cpu": 2048, "cuda": 32768}
 Progress = Callable[[int], None]
 
 
@@ -41,36 +39,34 @@ def plan_batches(windows: Windows, batch_size: int) -> list[np.ndarray]:
     return [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
 
 
-def default_batch_size(context_length: int, device: torch.device) -> int:
-    """Windows per batch that keep the device busy."""
-    return max(1, _BATCH_TOKENS.get(device.type, _BATCH_TOKENS["cuda"]) // context_length)
-
-
 class BatchMaker:
     """Builds batches from a stream that was moved to the device once."""
 
     def __init__(
         self, stream: TokenStream, protocol: Protocol, windows: Windows, device: torch.device
     ) -> None:
-        self._windows = windows
+        self.windows = windows
         self._bos = protocol.separator_id if protocol.bos_each_window else None
-        self._device = device
+        self.device = device
         self._ids = torch.from_numpy(stream.ids).to(device)
         self._is_text = stream.document >= 0
         self._slot = np.cumsum(self._is_text) - 1
         self.tokens = int(self._is_text.sum())
 
+    def slots(self, members: np.ndarray) -> np.ndarray:
+        """Where the losses of these windows go in the vector over all scored tokens: int64 (n,)."""
+        return self._slot[np.concatenate([self._targets(i) for i in members])]
+
+    def _targets(self, window: int) -> np.ndarray:
+        w = self.windows
+        wanted = np.arange(w.first[window], w.start[window] + w.length[window] + 1)
+        return wanted[self._is_text[wanted]]
+
     def __call__(self, members: np.ndarray) -> Batch:
-        start, length, first = (
-            a[members] for a in (self._windows.start, self._windows.length, self._windows.first)
-        )
-        width = int(length.max())
-        rows, targets = [], []
-        for i in range(len(members)):
-            wanted = np.arange(first[i], start[i] + length[i] + 1)
-            wanted = wanted[self._is_text[wanted]]
-            rows.append(i * width + wanted - 1 - start[i])
-            targets.append(wanted)
+        start = self.windows.start[members]
+        width = int(self.windows.length[members].max())
+        targets = [self._targets(i) for i in members]
+        rows = [i * width + wanted - 1 - start[i] for i, wanted in enumerate(targets)]
         position = np.minimum(start[:, None] + np.arange(width), len(self._is_text) - 1)
         target = np.concatenate(targets)
         where = self._to_device(position)
@@ -86,106 +82,121 @@ class BatchMaker:
 
     def _to_device(self, array: np.ndarray) -> torch.Tensor:
         tensor = torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64))
-        if self._device.type != "cuda":
-            return tensor.to(self._device)
+        if self.device.type != "cuda":
+            return tensor.to(self.device)
         # Pinned and asynchronous: the GPU never waits for the host between batches.
-        return tensor.pin_memory().to(self._device, non_blocking=True)
+        return tensor.pin_memory().to(self.device, non_blocking=True)
 
 
-@dataclass(eq=False)
-class Scores:
-    """Losses of a run in progress or done. ``nll``: float32 (tokens,), nats, NaN where not yet scored;
-    ``done``: bool (batches,); ``seconds``: computing time over all sessions; ``timed_tokens``: tokens it
-    covers."""
+@dataclass(frozen=True)
+class Timing:
+    """Wall time of a scoring pass and the tokens it scored (those of this process and session only)."""
 
-    nll: np.ndarray
-    done: np.ndarray
-    seconds: float = 0.0
-    timed_tokens: int = 0
-
-    @classmethod
-    def empty(cls, tokens: int, batches: int) -> Scores:
-        return cls(np.full(tokens, np.nan, dtype=np.float32), np.zeros(batches, dtype=bool))
+    seconds: float
+    tokens: int
 
 
-def score(
-    model: Any,
+# Per-token values by name, each (tokens,) on the host; NaN marks what has not been computed yet.
+Values = dict[str, np.ndarray]
+
+
+def run_batches(
+    compute: Callable[[Batch], dict[str, torch.Tensor]],
+    dtypes: dict[str, torch.dtype],
     maker: BatchMaker,
     batches: Sequence[np.ndarray],
     *,
-    name: str,
-    halves: Halves | None = None,
-    scores: Scores | None = None,
+    values: Values | None = None,
     share: tuple[int, int] = (0, 1),
     progress: Progress | None = None,
-    save: Callable[[Scores], None] | None = None,
+    save: Callable[[Values], None] | None = None,
     save_every: float = 30.0,
-) -> Scores:
-    """Score the batches that ``scores`` lacks, and of those only every ``share[1]``-th from ``share[0]`` on.
+) -> tuple[Values, Timing]:
+    """Compute per-token values batch by batch: of the batches that ``values`` lacks, every ``share[1]``-th.
 
-    ``save`` is called with what is done so far every ``save_every`` seconds, and when the run is interrupted.
-    Raises ArtifactError, naming the model, when a loss is not finite.
+    ``compute`` gives, for each name in ``dtypes``, a tensor (n,) for the batch's ``slots``. ``save`` is
+    handed what is done every ``save_every`` seconds and when the run is interrupted; given back as
+    ``values``, it is gone on from.
     """
-    device = maker._ids.device
-    halves = halves or halve(model)
-    rows_at_once = chunk_rows(model, device)
-    scores = scores or Scores.empty(maker.tokens, len(batches))
-    nll = torch.from_numpy(scores.nll).to(device, copy=True)
+    have = {} if values is None else values
+    tensors = {
+        name: torch.from_numpy(have[name]).to(maker.device, dtype, copy=True)
+        if name in have
+        else torch.full((maker.tokens,), float("nan"), dtype=dtype, device=maker.device)
+        for name, dtype in dtypes.items()
+    }
+    missing = (
+        np.any([np.isnan(v) for v in have.values()], axis=0) if have else np.ones(maker.tokens, dtype=bool)
+    )
     rank, ranks = share
-    todo = [i for i in range(len(batches)) if i % ranks == rank and not scores.done[i]]
-    finished: list[int] = []
+    todo = [members for members in batches if missing[maker.slots(members)].any()][rank::ranks]
     counted = 0
-    clock = time.perf_counter()
+    begin = saved_at = time.perf_counter()
 
-    def settle() -> None:
+    def on_host() -> Values:
         # The one place that waits for the device.
-        nonlocal clock, counted
-        scores.nll = nll.cpu().numpy().copy()
-        scores.done[finished] = True
-        now = time.perf_counter()
-        scores.seconds, scores.timed_tokens = scores.seconds + now - clock, scores.timed_tokens + counted
-        clock, counted = now, 0
+        return {name: tensor.cpu().numpy().copy() for name, tensor in tensors.items()}
 
     try:
-        for number, index in enumerate(todo):
-            batch = maker(batches[index])
+        for members in todo:
+            batch = maker(members)
             with torch.inference_mode():
-                score_batch(halves, batch, nll, rows_at_once)
-            finished.append(index)
+                for name, value in compute(batch).items():
+                    tensors[name][batch.slots] = value.to(tensors[name].dtype)
             counted += len(batch.slots)
-            if number == 0:
-                # A broken model is broken on its first batch: say so now rather than after an hour.
-                _check_finite(nll[batch.slots], name)
             if progress is not None:
                 progress(len(batch.slots))
-            if save is not None and time.perf_counter() - clock > save_every:
-                settle()
-                save(scores)
+            if save is not None and time.perf_counter() - saved_at > save_every:
+                save(on_host())
+                saved_at = time.perf_counter()
     except BaseException:
-        if save is not None:
-            settle()
-            save(scores)
+        if save is not None and counted:
+            save(on_host())
         raise
-    settle()
-    if len(finished) == len(batches) or scores.done.all():
-        _check_finite(torch.from_numpy(scores.nll), name)
-    return scores
+    return on_host(), Timing(time.perf_counter() - begin, counted)
 
 
-def score_batch(halves: Halves, batch: Batch, nll: torch.Tensor, rows_at_once: int) -> None:
-    """Write the losses of one batch into ``nll`` (tokens,) at the batch's slots."""
-    hidden = halves.backbone(batch.ids)
-    hidden = hidden.reshape(-1, hidden.shape[-1])
+def score(
+    model: Any, maker: BatchMaker, batches: Sequence[np.ndarray], *, name: str, **options: Any
+) -> tuple[Values, Timing]:
+    """Score the model: ``nll``, losses in nats, float32 (tokens,). ``options`` are `run_batches`'s.
+
+    Raises ArtifactError, naming the model, when a loss is not finite.
+    """
+    halves, rows = halve(model), chunk_rows(model, maker.device)
+    looked = False
+
+    def compute(batch: Batch) -> dict[str, torch.Tensor]:
+        nonlocal looked
+        losses = batch_losses(halves, batch, rows)
+        if not looked:
+            # A broken model is broken on its first batch: say so now rather than after an hour.
+            check_finite(losses, name)
+            looked = True
+        return {"nll": losses}
+
+    return run_batches(compute, {"nll": torch.float32}, maker, batches, **options)
+
+
+def batch_losses(halves: Halves, batch: Batch, rows_at_once: int) -> torch.Tensor:
+    """Losses of one batch, (n,): the head is computed ``rows_at_once`` rows at a time."""
+    hidden = halves.backbone(batch.ids).flatten(0, 1)
+    parts = []
     for at in range(0, len(batch.rows), rows_at_once):
         part = slice(at, at + rows_at_once)
-        logits = halves.head(hidden[batch.rows[part]][None])
-        logits = logits if logits.dtype == torch.float64 else logits.float()
-        losses = F.cross_entropy(logits, batch.targets[part], reduction="none")
-        nll[batch.slots[part]] = losses.to(nll.dtype)
+        logits = widen(halves.head(hidden[batch.rows[part]][None]))
+        parts.append(F.cross_entropy(logits, batch.targets[part], reduction="none"))
+    return torch.cat(parts) if parts else hidden.new_zeros(0)
 
 
-def _check_finite(losses: torch.Tensor, name: str) -> None:
-    bad = int((~torch.isfinite(losses)).sum())
+def widen(logits: torch.Tensor) -> torch.Tensor:
+    """Logits in at least float32: probabilities are never computed in a narrower type."""
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def check_finite(losses: torch.Tensor | np.ndarray, name: str) -> None:
+    """Raise ArtifactError when any loss is NaN or infinite."""
+    bad = int((~torch.isfinite(torch.as_tensor(losses))).sum())
     if bad:
         raise ArtifactError(
             f"'{name}' gives losses that are not finite ({bad} of the {len(losses)} tokens looked at)",

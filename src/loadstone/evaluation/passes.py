@@ -1,0 +1,164 @@
+"""One pass over the text with one model, or with a model and its reference: scores out of the store or
+computed."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from loadstone.evaluation.batching import choose_batch_size
+from loadstone.evaluation.divergence import score_pair
+from loadstone.evaluation.measure import peak_bytes
+from loadstone.evaluation.models import Opened, Subject, opened
+from loadstone.evaluation.options import Options
+from loadstone.evaluation.ranks import Ranks
+from loadstone.evaluation.scoring import BatchMaker, Timing, Values, check_finite, plan_batches, score
+from loadstone.evaluation.store import Store, entry_key
+from loadstone.evaluation.task import Task
+
+log = logging.getLogger(__name__)
+Bar = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What it took to score a model. ``cached``: the figures are those of the run that computed the
+    scores."""
+
+    seconds: float
+    timed_tokens: int
+    load_seconds: float
+    peak_bytes: int
+    device: str
+    batch_size: int
+    fast_modules: int = 0
+    cached: bool = False
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all passes of a run share. ``task`` is ready some time after the first model starts to load."""
+
+    options: Options
+    task: Future[Task]
+    store: Store | None
+    ranks: Ranks
+    bar: Bar
+
+
+def single(bench: Bench, subject: Subject) -> tuple[Values, Cost]:
+    """Score one model: ``nll``."""
+    key = _key(bench, subject)
+    if (found := _cached(bench, key, subject.name)) is not None:
+        return found[0], found[1]["model"]
+    with opened(subject, bench.options) as it:
+        maker, batches, size = _prepare(bench, it, 1)
+        values, timing = _run(
+            bench,
+            key,
+            subject.name,
+            maker,
+            lambda **kw: score(it.model, maker, batches, name=subject.name, **kw),
+        )
+        cost = _cost(bench, it, timing, size)
+    _keep(bench, key, values, {"model": cost})
+    return values, cost
+
+
+def pair(
+    bench: Bench, reference: Subject, subject: Subject, open_reference: Callable[[], Opened]
+) -> tuple[Values, Cost, Cost]:
+    """Score a model and the reference together: their losses and divergence. ``open_reference`` loads the
+    reference on first use, so that a run whose pairs are all in the store loads nothing."""
+    key = _key(bench, reference, subject)
+    if (found := _cached(bench, key, subject.name)) is not None:
+        return found[0], found[1]["reference"], found[1]["model"]
+    base = open_reference()
+    with opened(subject, bench.options) as it:
+        maker, batches, size = _prepare(bench, base, 2)
+        names = (reference.name, subject.name)
+        both: list[tuple[Timing, Timing]] = []
+
+        def compute(**kw: Any) -> tuple[Values, Timing]:
+            values, pair_timing = score_pair(base.model, it.model, maker, batches, names=names, **kw)
+            both.append((pair_timing.reference, pair_timing.model))
+            return values, pair_timing.model
+
+        values, _ = _run(bench, key, subject.name, maker, compute)
+        costs = [_cost(bench, o, t, size) for o, t in zip((base, it), both[0], strict=True)]
+    _keep(bench, key, values, {"reference": costs[0], "model": costs[1]})
+    return values, costs[0], costs[1]
+
+
+def _run(
+    bench: Bench, key: str | None, name: str, maker: BatchMaker, compute: Callable[..., tuple[Values, Timing]]
+) -> tuple[Values, Timing]:
+    """Go on from what is stored, save as it goes, and put the processes' parts together."""
+    store, ranks = bench.store, bench.ranks
+    known = store.partial(key) if store is not None and key is not None and bench.options.resume else None
+    # Nobody starts writing before everybody has read: all must divide the same rest.
+    ranks.wait()
+    save = None
+    if store is not None and key is not None:
+        save = lambda values: store.save_partial(key, ranks.rank, values)  # noqa: E731
+    with bench.bar(name if ranks.first else "", maker.tokens) as step:
+        values, timing = compute(values=known, share=(ranks.rank, ranks.count), progress=step, save=save)
+    values = ranks.merge(values, known)
+    for losses in ("nll_reference", "nll"):
+        if losses in values:
+            check_finite(values[losses], name)
+    return values, timing
+
+
+def _prepare(bench: Bench, it: Opened, models: int) -> tuple[BatchMaker, Any, int]:
+    task = bench.task.result()
+    maker = BatchMaker(task.stream, task.protocol, task.windows, it.device)
+    size = bench.options.batch_size or choose_batch_size(
+        it.model, maker, task.protocol.context_length, models
+    )
+    return maker, plan_batches(task.windows, size), size
+
+
+def _cost(bench: Bench, it: Opened, timing: Timing, size: int) -> Cost:
+    whole = bench.ranks.merge_timing(timing)
+    return Cost(
+        seconds=whole.seconds,
+        timed_tokens=whole.tokens,
+        load_seconds=it.load_seconds,
+        peak_bytes=peak_bytes(it.device),
+        device=str(it.device),
+        batch_size=size,
+        fast_modules=it.fast_modules,
+    )
+
+
+def _key(bench: Bench, *subjects: Subject) -> str | None:
+    if bench.store is None:
+        return None
+    options = bench.options
+    mode = {"compile": options.compile, "fast": options.fast, "device": options.device.partition(":")[0]}
+    prints = [fingerprint(s) for s in subjects]
+    return entry_key(bench.task.result().protocol, prints, mode)
+
+
+def fingerprint(subject: Subject) -> str:
+    """Content hash of a subject's weights; read once a run."""
+    log.debug("hashing %s", subject.name)
+    return subject.plan.artifact.fingerprint()
+
+
+def _cached(bench: Bench, key: str | None, name: str) -> tuple[Values, dict[str, Cost]] | None:
+    found = bench.store.finished(key) if bench.store is not None and key is not None else None
+    if found is None:
+        return None
+    log.info("%s: scores found in the cache", name)
+    return found[0], {role: Cost(**{**cost, "cached": True}) for role, cost in found[1].items()}
+
+
+def _keep(bench: Bench, key: str | None, values: Values, costs: dict[str, Cost]) -> None:
+    if bench.store is not None and key is not None and bench.ranks.first:
+        bench.store.finish(key, values, {role: asdict(cost) for role, cost in costs.items()})

@@ -1,0 +1,121 @@
+"""Finished and half-finished scores on disk, found again by content: weights, text, protocol and code,
+never paths."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import zipfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from loadstone.errors import UsageError
+from loadstone.evaluation.scoring import Values
+from loadstone.evaluation.tokens import Protocol
+
+log = logging.getLogger(__name__)
+# Raise when a change to scoring changes a number: older entries are then no longer found.
+SCORING_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Store:
+    """A directory of scores. Entries are written whole (temporary file, then rename), so it may be shared."""
+
+    directory: Path
+
+    def finished(self, key: str) -> tuple[Values, dict[str, Any]] | None:
+        """Values and facts of a finished evaluation, or None."""
+        return _read(self._path(key, "scores"))
+
+    def finish(self, key: str, values: Values, facts: dict[str, Any]) -> None:
+        """Keep a finished evaluation, and drop what was kept of it half done."""
+        _write(self._path(key, "scores"), values, facts)
+        for partial in self._partials(key):
+            partial.unlink(missing_ok=True)
+
+    def partial(self, key: str) -> Values | None:
+        """What earlier runs, of any number of processes, got done before they stopped; None if nothing."""
+        merged: Values | None = None
+        for path in self._partials(key):
+            found = _read(path)
+            if found is None:
+                continue
+            values = found[0]
+            merged = (
+                values
+                if merged is None
+                else {k: np.where(np.isnan(v), values[k], v) for k, v in merged.items()}
+            )
+        return merged
+
+    def save_partial(self, key: str, rank: int, values: Values) -> None:
+        _write(self._path(key, f"partial{rank}"), values, {})
+
+    def _path(self, key: str, suffix: str) -> Path:
+        return self.directory / key[:2] / f"{key}.{suffix}.npz"
+
+    def _partials(self, key: str) -> list[Path]:
+        return sorted((self.directory / key[:2]).glob(f"{key}.partial*.npz"))
+
+
+def open_store(directory: str) -> Store:
+    """Use a directory as a store. Raises UsageError when it cannot be one."""
+    path = Path(directory).expanduser()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--cache {directory}: {error.strerror}") from None
+    return Store(path)
+
+
+def entry_key(protocol: Protocol, fingerprints: Sequence[str], mode: dict[str, Any]) -> str:
+    """The key of an evaluation: what was computed (weights, tokens, windows, dtype), and with what."""
+    import torch
+    import transformers
+
+    from loadstone import __version__
+
+    facts = asdict(protocol)
+    # The name of the text and of its tokenizer do not matter, what they come to does.
+    for name in ("data", "tokenizer_sha256"):
+        del facts[name]
+    facts |= {
+        "fingerprints": list(fingerprints),
+        "mode": mode,
+        "scoring": SCORING_VERSION,
+        "loadstone": __version__,
+    }
+    facts |= {"torch": torch.__version__, "transformers": transformers.__version__}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _write(path: Path, values: Values, facts: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    with temporary.open("wb") as file:
+        packed: dict[str, Any] = {
+            "__facts__": np.frombuffer(json.dumps(facts).encode(), dtype=np.uint8),
+            **values,
+        }
+        np.savez(file, **packed)
+    temporary.replace(path)
+
+
+def _read(path: Path) -> tuple[Values, dict[str, Any]] | None:
+    try:
+        with np.load(path, allow_pickle=False) as packed:
+            values = {name: packed[name] for name in packed.files}
+        facts: dict[str, Any] = json.loads(values.pop("__facts__").tobytes())
+        return values, facts
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        log.warning("%s is damaged: computing it again", path)
+        return None

@@ -1,0 +1,61 @@
+"""What every model of a run is asked: the same tokens in the same windows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from loadstone.errors import UsageError
+from loadstone.evaluation.compare import Units, make_units
+from loadstone.evaluation.models import Subject, context_limit
+from loadstone.evaluation.options import Options
+from loadstone.evaluation.text import read_corpus
+from loadstone.evaluation.tokens import (
+    Protocol,
+    TokenStream,
+    Windows,
+    make_protocol,
+    make_windows,
+    tokenize,
+    tokenizer_hash,
+)
+from loadstone.loading import load_tokenizer
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """Tokens, the protocol they are scored by, its windows, and the units that statistics resample."""
+
+    stream: TokenStream
+    protocol: Protocol
+    windows: Windows
+    units: Units
+    tokenizer: Any
+
+
+def make_task(options: Options, subjects: tuple[Subject, ...]) -> Task:
+    """Read and tokenize the text with the reference's tokenizer. Raises UsageError when another model of
+    the run tokenizes it differently, or cannot take the context."""
+    corpus = read_corpus(options.data, column=options.text_column, split=options.split, limit=options.limit)
+    first, trust = subjects[0], options.trust_remote_code
+    tokenizer = load_tokenizer(first.plan, trust_remote_code=trust)
+    stream = tokenize(corpus, tokenizer, separator=options.separator)
+    for other in subjects[1:]:
+        its = load_tokenizer(other.plan, trust_remote_code=trust)
+        if tokenizer_hash(its) == stream.tokenizer_sha256:
+            continue
+        if tokenize(corpus, its, separator=options.separator).sha256 != stream.sha256:
+            raise UsageError(
+                f"'{first.name}' and '{other.name}' tokenize the text differently: no comparison",
+                "Evaluate them one at a time and compare bits_per_byte",
+            )
+    limits = [limit for s in subjects if (limit := context_limit(s.plan.artifact.config)) is not None]
+    protocol = make_protocol(
+        stream,
+        dtype=first.plan.dtype,
+        longest=min(limits, default=None),
+        name=options.protocol,
+        context_length=options.context_length,
+        stride=options.stride,
+    )
+    return Task(stream, protocol, make_windows(stream, protocol), make_units(stream, protocol), tokenizer)
