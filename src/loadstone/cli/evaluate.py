@@ -306,7 +306,7 @@ def _render(outcome: Outcome) -> None:
         for worst in record.get("worst_documents", ()):
             at = f"document {worst['document']}: KL {worst['kl']:.4f}, Δ loss {worst['delta_loss']:+.4f}"
             peak = f"worst token KL {worst['worst_token_kl']:.2f}: …{worst['before']}[{worst['worst_token']}]"
-            console.print(f"{record["path"]}: {at}; {' '.join(peak.split())}", markup=False)
+            console.print(f"{record['path']}: {at}; {' '.join(peak.split())}", markup=False)
     for verdict in outcome.verdicts:
         state = "[red]failed[/]" if verdict.failed else "[green]passed[/]"
         console.print(f"gate {verdict.gate} {state} for {verdict.model}: {verdict.value:.6g}")
