@@ -128,6 +128,7 @@ def test_integer_products_stay_exact_when_packed() -> None:
     quantize_(model, configs()["int8-dynamic-act-int8"])
     fast: Any = copy.deepcopy(model)
     fast.get_input_embeddings = lambda: torch.nn.Embedding(2, 2)
+    fast.get_output_embeddings = lambda: None
     assert speed_up(fast).kept == 1
     x = torch.randn(17, 2100, generator=torch.Generator().manual_seed(3))
     assert torch.equal(fast(x), model(x))
@@ -135,3 +136,18 @@ def test_integer_products_stay_exact_when_packed() -> None:
 
 def test_narrow_models_are_not_packed(model_factory: Any) -> None:
     assert speed_up(model_factory().to(torch.bfloat16)) == FastPath()
+
+
+@pytest.mark.skipif(not _amd(), reason="weights are packed on AMD CPUs only")
+@pytest.mark.parametrize("name", ["int8-dynamic-act-int4", "int8-dynamic-act-int8"])
+def test_layers_that_round_activations_stay_exact(model_factory: Any, name: str) -> None:
+    from torchao.quantization import quantize_
+
+    model = model_factory(hidden_size=64)
+    quantize_(model.model, configs()[name])
+    fast = copy.deepcopy(model)
+    assert speed_up(fast) == FastPath(kept=14, packed=1 if name.endswith("int4") else 15)
+    ids = torch.randint(0, 400, (3, 50), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        assert torch.equal(fast.model(input_ids=ids)[0], model.model(input_ids=ids)[0])
+        assert torch.allclose(fast(input_ids=ids).logits, model(input_ids=ids).logits, atol=1e-5)

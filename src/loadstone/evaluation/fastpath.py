@@ -184,8 +184,14 @@ def _keep_dequantized(model: Any) -> int:
 def _pack(model: Any) -> int:
     """Pack the weights of plain Linears and of what was kept; how many modules that are."""
     room = _SHARE * free_bytes(torch.device("cpu"))
+    modules = dict(model.named_modules())
+    rounding = any(_rounds_activations(m) for m in modules.values())
+    head = model.get_output_embeddings()
     packed = 0
-    for name, module in list(model.named_modules()):
+    for name, module in modules.items():
+        exact = isinstance(modules[name.rpartition(".products")[0]], KeptInt8Dynamic)
+        if rounding and not exact and module is not head:
+            continue
         if type(module) is nn.Linear and not _is_quantized(module.weight):
             new: nn.Module = KeptPlain(module)
         elif isinstance(module, Product):
@@ -199,6 +205,13 @@ def _pack(model: Any) -> int:
             model.set_submodule(name, new)
             packed += 1
     return packed
+
+
+def _rounds_activations(module: nn.Module) -> bool:
+    if isinstance(module, Kept):
+        return module.quantize is not None
+    # A quantized Linear that was not replaced may do anything.
+    return type(module) is nn.Linear and _is_quantized(module.weight)
 
 
 class KeptPlain(nn.Module):
