@@ -12,7 +12,13 @@ from typing import Any
 
 from loadstone.artifact.files import Sink, refuse
 from loadstone.artifact.headers import TensorInfo
-from loadstone.artifact.torchao_checks import SUBCLASSES, FlatTensor, check_description, check_shapes
+from loadstone.artifact.torchao_checks import (
+    SUBCLASSES,
+    FlatTensor,
+    check_description,
+    check_shapes,
+    looks_flattened,
+)
 from loadstone.errors import ArtifactError
 
 
@@ -111,12 +117,6 @@ def _flat_tensor(
     return FlatTensor(name, kind, description["_data"], parts, text)
 
 
-def looks_flattened(key: str) -> bool:
-    """Whether a key has the form torchao gives to parts: ``…._weight_qdata`` and the like."""
-    last = key.rpartition(".")[2]
-    return last.startswith("_") and last.endswith(_PART_SUFFIXES)
-
-
 def unknown_class_hint(kind: str) -> str:
     """What to do about a quantized tensor class that is not known: the cheap way out first."""
     hint = "Restore the quantization_config block of config.json, or finalize again with this version"
@@ -140,5 +140,4 @@ def _parse(name: str, text: str) -> dict[str, Any]:
     return description
 
 
-_PART_SUFFIXES = ("_qdata", "_scale", "_zero_point", "_scale_and_zero", "_per_tensor_scale", "_act_pre_scale")
 _AGAIN = "Finalize again from the source"
