@@ -193,18 +193,17 @@ def looks_flattened(key: str) -> bool:
     return last.startswith("_") and last.endswith(_PART_SUFFIXES)
 
 
-def check_description(name: str, kind: str, attributes: dict[str, Any], data_names: list[str]) -> None:
-    """Raises `ArtifactError` when a description names foreign classes or does not fit its class."""
-    foreign = foreign_class(attributes, _ATTRIBUTE_CLASSES)
+def check_description(tensor: FlatTensor) -> None:
+    """Raises `ArtifactError` when a description names foreign classes or does not fit its own class."""
+    foreign = foreign_class(tensor.attributes, _ATTRIBUTE_CLASSES)
     if foreign is not None:
-        raise ArtifactError(
-            f"the metadata of '{name}' names {ascii(foreign)[:80]}, no part of a tensor", _DISTRUST
-        )
-    spec = _SPECS[kind]
-    _check_names(name, kind, "attribute", set(attributes), spec.attributes, spec.optional_attributes)
-    _check_names(name, kind, "part", set(data_names), spec.parts, spec.optional_parts)
-    if len(set(data_names)) != len(data_names):
-        raise ArtifactError(f"the metadata of '{name}' names a part twice", _AGAIN)
+        what = f"the metadata of '{tensor.name}' names {ascii(foreign)[:80]}, no part of a tensor"
+        raise ArtifactError(what, _DISTRUST)
+    spec, kind = _SPECS[tensor.type], tensor.type
+    _check_names(
+        tensor.name, kind, "attribute", set(tensor.attributes), spec.attributes, spec.optional_attributes
+    )
+    _check_names(tensor.name, kind, "part", set(tensor.parts), spec.parts, spec.optional_parts)
 
 
 def _check_names(
