@@ -16,6 +16,9 @@ from loadstone.artifact.torchao_checks import FlatTensor, looks_flattened
 from loadstone.artifact.uniform import pattern_of
 from loadstone.errors import ArtifactError
 
+# A header may hold a million bad entries: nobody reads that many lines.
+MAX_PROBLEMS = 200
+
 
 @dataclass(frozen=True)
 class Group:
@@ -85,7 +88,18 @@ class Report:
 def collect(path: str | Path, *, checkpoint: str | None = None) -> Report:
     """Look at a directory and keep going past every problem; raises `UsageError` only."""
     problems: list[ArtifactError] = []
-    artifact = examine(path, checkpoint=checkpoint, sink=problems.append)
+    unlisted = 0
+
+    def note(problem: ArtifactError) -> None:
+        nonlocal unlisted
+        if len(problems) < MAX_PROBLEMS:
+            problems.append(problem)
+        else:
+            unlisted += 1
+
+    artifact = examine(path, checkpoint=checkpoint, sink=note)
+    if unlisted:
+        problems.append(ArtifactError(f"and {unlisted} more problems", "Mend the first ones and look again"))
     tensors = _stored_tensors(artifact)
     flat = _flat_tensors(artifact)
     plain = {n: t for n, t in tensors.items() if not looks_flattened(n)}
