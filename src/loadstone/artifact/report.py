@@ -224,8 +224,8 @@ def _ties(
     names = {*plain, *_flat_tensors(artifact)}
     embedding = next((n for n in names if n.endswith(_EMBEDDINGS)), None)
     has_head = any(n.endswith(_HEADS) for n in names)
-    architecture = str((artifact.config.get("architectures") or [""])[0:1])
-    if embedding is None or has_head or "ForCausalLM" not in architecture:
+    architectures = artifact.config.get("architectures") or []
+    if embedding is None or has_head or not any(name.endswith("ForCausalLM") for name in architectures):
         return tuple(found), []
     text = artifact.config.get("text_config")
     flags = [c.get("tie_word_embeddings") for c in (artifact.config, text) if isinstance(c, dict)]
