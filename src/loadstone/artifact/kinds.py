@@ -62,7 +62,7 @@ def classify(
     subclasses = {n: cls for contents in bins for n, cls in contents.subclasses.items()}
     try:
         check_subclasses(bins)
-        if config.get("quantization_config") is not None:
+        if quantization_block(config) is not None:
             return _from_block(config, weights, tensors, flat, subclasses, sink)
     except ArtifactError as error:
         sink(error)
@@ -103,7 +103,7 @@ def _from_block(
     subclasses: dict[str, str],
     sink: Sink,
 ) -> Verdict:
-    block = config["quantization_config"]
+    block = quantization_block(config)
     method = quant_method(block)
     if method != "torchao":
         if flat:
@@ -123,6 +123,13 @@ def _from_block(
     check_agreement(recipe, flat, sink)
     check_quantized(flat, tensors, config, sink)
     return TORCHAO, ("config.json: quantization_config.quant_method is torchao",), method
+
+
+def quantization_block(config: dict[str, Any]) -> Any:
+    """``quantization_config`` of a config or, as transformers also reads it, of its language model's part."""
+    inner = config.get("text_config")
+    block = config.get("quantization_config")
+    return inner.get("quantization_config") if block is None and isinstance(inner, dict) else block
 
 
 def quant_method(block: Any) -> str:
