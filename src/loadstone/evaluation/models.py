@@ -41,6 +41,7 @@ class Opened:
     model: Any
     device: torch.device
     load_seconds: float
+    parameters: int
     fast: FastPath
 
 
@@ -92,10 +93,11 @@ def opened(subject: Subject, options: Options) -> Iterator[Opened]:
     clock = time.perf_counter()
     model = load(subject.plan)
     device = model.get_input_embeddings().weight.device
+    parameters = sum(p.numel() for p in model.parameters())
     fast = speed_up(model) if options.fast else FastPath()
     if options.compile:
         compile_layers(model)
-    it = Opened(model, device, time.perf_counter() - clock, fast)
+    it = Opened(model, device, time.perf_counter() - clock, parameters, fast)
     del model
     try:
         yield it
