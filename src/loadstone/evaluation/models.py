@@ -45,8 +45,11 @@ class Opened:
     fast: FastPath
 
 
-def choose_subjects(options: Options, device: str) -> tuple[Subject, ...]:
-    """Plan every model, the reference (the baseline, or the first of several) first, in one common dtype."""
+def choose_subjects(options: Options, device: str, *, referenced: bool = False) -> tuple[Subject, ...]:
+    """Plan every model, the reference (the baseline, or the first of several) first, in one common dtype.
+
+    ``referenced``: the reference is a saved result, so none of these is.
+    """
     if not options.models:
         raise UsageError("no model to evaluate", "Name a directory with -M")
     names = list(dict.fromkeys([options.baseline or options.models[0], *options.models]))
@@ -68,7 +71,7 @@ def choose_subjects(options: Options, device: str) -> tuple[Subject, ...]:
         log.info("computing in %s: %s", dtype, why)
         plans = [replace(p, dtype=dtype) for p in plans]
     return tuple(
-        Subject(name, p, reference=len(names) > 1 and i == 0, given=name in options.models)
+        Subject(name, p, reference=len(names) > 1 and i == 0 and not referenced, given=name in options.models)
         for i, (name, p) in enumerate(zip(names, plans, strict=True))
     )
 
