@@ -187,7 +187,10 @@ def evaluate(
     worst: Annotated[
         int,
         typer.Option(
-            metavar="N", help="With --kl, list the N documents that diverge most.", rich_help_panel=RESULT
+            metavar="N",
+            min=0,
+            help="With --kl, list the N documents that diverge most.",
+            rich_help_panel=RESULT,
         ),
     ] = 5,
     tasks: Annotated[

@@ -80,7 +80,10 @@ def compute_dtype(reference: LoadPlan, device: str) -> tuple[str, str]:
     """The fastest type of the device that is exact enough, and the reason for it."""
     on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
     if not on_gpu:
-        return "float32", "a CPU emulates bfloat16 products, several times slower and less exact"
+        return (
+            "float32",
+            "most CPUs emulate bfloat16 products, several times slower; float32 agrees between CPUs",
+        )
     config = reference.artifact.config
     config = {**config, **(config.get("text_config") or {})}
     stored = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16").removeprefix("torch.")
