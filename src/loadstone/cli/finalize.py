@@ -319,6 +319,10 @@ def _print_modules(plan: FinalizePlan) -> None:
     render.console().print(render.table(title, ["module", "layers", "recipe", "why"], rows))
 
 
+def _recipe_name(plan: FinalizePlan) -> str:
+    return getattr(plan.recipe, "file", "") or str(plan.recipe)
+
+
 def _ranges(numbers: list[str]) -> str:
     """``['0', '1', '2', '5'] -> '0-2 5'``; longer numbers (layer and expert) are counted."""
     if not all(n.isdigit() for n in numbers):
@@ -374,9 +378,7 @@ def _show_done(done: Finalized, verified: int | None, as_json: bool) -> None:
 def _print_groups(plan: FinalizePlan) -> None:
     rows = [
         [
-            action
-            if action != "quantize"
-            else f"quantize ({getattr(plan.recipe, 'file', '') or plan.recipe})",
+            action if action != "quantize" else f"quantize ({_recipe_name(plan)})",
             reason or "-",
             str(count),
             render.size(before),
