@@ -21,7 +21,7 @@ _COLOURS = ("#3056d3", "#d9480f", "#2b8a3e", "#9c36b5", "#c2255c", "#0b7285", "#
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;color:#1d2433;max-width:1240px;margin:2rem auto;padding:0 1rem}
 h1{font-size:1.5rem;margin-bottom:.2rem} h2{font-size:1.1rem;margin-top:2rem} p{color:#68718a;margin:.3rem 0}
-table{border-collapse:collapse;margin:1rem 0}
+table{border-collapse:collapse;margin:1rem 0;font-size:13px}
 td,th{white-space:nowrap;padding:.3rem .7rem;text-align:right;border-bottom:1px solid #e3e6ee}
 td:first-child,th:first-child{text-align:left} th{color:#68718a;font-weight:600} img{max-width:100%}
 .failed{color:#c92a2a;font-weight:600} .passed{color:#2b8a3e;font-weight:600} code{background:#f1f3f9;padding:0 .3em}
