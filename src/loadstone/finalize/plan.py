@@ -35,6 +35,8 @@ class Step:
     scheme: Scheme | None = None
     reason: str = ""
     metadata: str = '{"_type": "Tensor"}'
+    # A safetensors file that holds the outputs already, where calibration made them.
+    ready: str = ""
 
     @property
     def nbytes(self) -> int:
