@@ -330,11 +330,18 @@ def _summary(plan: FinalizePlan) -> dict[str, Any]:
             {"action": action, "reason": reason, "count": count, "bytes_before": before, "bytes_after": after}
             for action, reason, count, before, after in _groups(plan)
         ],
+        "experts_left": _experts_left(plan),
         "modules": [
             {"module": module, "recipe": recipe, "why": why} for module, recipe, why in _modules(plan)
         ],
         "quantization_config": plan.config.get("quantization_config"),
     }
+
+
+def _experts_left(plan: FinalizePlan) -> dict[str, int]:
+    """Expert weights that a recipe leaves as they are, since they are fused on load: tensors and bytes."""
+    left = [s for s in plan.steps if plan.recipe and s.reason.startswith("fused experts")]
+    return {"tensors": len(left), "bytes": sum(s.nbytes for s in left)}
 
 
 def _modules(plan: FinalizePlan) -> list[tuple[str, str | None, str]]:
@@ -439,6 +446,13 @@ def _print_groups(plan: FinalizePlan) -> None:
         ["total", "", str(len(plan.steps)), render.size(plan.bytes_before), render.size(plan.bytes_after)]
     )
     title = f"{plan.source.path} ({plan.source.kind})"
+    experts = _experts_left(plan)
     render.console().print(
         render.table(title, ["action", "why", "tensors", "before", "after"], rows, right=(2, 3, 4))
     )
+    if experts["tensors"]:
+        share = experts["bytes"] / plan.bytes_after
+        render.console().print(
+            f"Not quantized: {experts['tensors']} expert weights, {render.size(experts['bytes'])}, {share:.0%} of the "
+            "output. transformers fuses them into 3-D tensors on load, and torchao's tensors cannot be fused."
+        )
