@@ -40,7 +40,9 @@ def read_dcp_tensor(artifact: Artifact, name: str) -> torch.Tensor:
             part = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
             place = tuple(slice(o, o + s) for o, s in zip(chunk.offsets, chunk.sizes, strict=True))
             if tuple(part.shape) != tuple(chunk.sizes) or part.dtype != whole.dtype:
-                raise ValueError(f"it is {part.dtype} {list(part.shape)}, not {whole.dtype} {list(chunk.sizes)}")
+                raise ValueError(
+                    f"it is {part.dtype} {list(part.shape)}, not {whole.dtype} {list(chunk.sizes)}"
+                )
             whole[place].copy_(part)
         except Exception as error:
             reason = " ".join(str(error).split())[:200]
