@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 from loadstone.artifact import Artifact, FlatTensor
@@ -20,7 +21,10 @@ def attach_quantizer(artifact: Artifact, model: PreTrainedModel) -> None:
     block = artifact.quantization_config
     config: Any
     if block is not None:
-        config = TorchAoConfig.from_dict({k: v for k, v in block.items() if k != "quant_method"})
+        with warnings.catch_warnings():
+            # A table of modules holds torchao's `_default`, which it deprecates and transformers still reads.
+            warnings.filterwarnings("ignore", message="Config Deprecation: _default")
+            config = TorchAoConfig.from_dict({k: v for k, v in block.items() if k != "quant_method"})
     else:
         config = TorchAoConfig(to_torchao(recovered_scheme(artifact)))
     model.config.quantization_config = config
