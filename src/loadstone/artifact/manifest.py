@@ -68,3 +68,14 @@ def verify_files(directory: Path) -> list[str]:
         elif sha256_file(path) != digest:
             problems.append(f"{name}: content differs from the sha256 in {MANIFEST}")
     return problems
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything that decides an artifact's bytes."""
+    import platform
+    from importlib.metadata import version
+
+    from loadstone import __version__
+
+    names = ("torch", "torchao", "transformers", "safetensors")
+    return {"loadstone": __version__, "python": platform.python_version()} | {name: version(name) for name in names}

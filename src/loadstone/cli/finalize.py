@@ -86,9 +86,9 @@ def command(
     from loadstone.loading import plan as load_plan
 
     artifact = load_plan(model, dtype=dtype, checkpoint=checkpoint, trust_remote_code=trust_remote_code).artifact
+    from loadstone.artifact.publish import check_output
     from loadstone.finalize import finalize, make_plan
     from loadstone.finalize.plan import refuse_quantized, weight_dtype
-    from loadstone.finalize.run import check_output
     from loadstone.loading.devices import quantize_device
     from loadstone.loading.loader import quiet_imports
     from loadstone.quantization.quantize import check_runs
@@ -108,7 +108,7 @@ def command(
         trust_remote_code=trust_remote_code,
     )
     if out is not None:
-        check_output(plan, out, overwrite or dry_run)
+        check_output(plan.source.root, out, overwrite or dry_run)
     if dry_run:
         return _show_plan(plan, out, as_json)
     assert out is not None

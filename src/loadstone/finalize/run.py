@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 import sys
 import time
@@ -15,13 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loadstone import __version__
-from loadstone.artifact.manifest import FORMAT_VERSION, MANIFEST, sha256_file
-from loadstone.errors import ArtifactError, MissingError, UsageError
-from loadstone.finalize.plan import QUANTIZE, FinalizePlan, Step, torch_dtype
-from loadstone.finalize.read import SourceReader
-from loadstone.finalize.sidecars import copy_sidecars, find_sidecars
-from loadstone.finalize.write import ShardWriter
+from loadstone.artifact.manifest import FORMAT_VERSION, MANIFEST, sha256_file, versions
+from loadstone.artifact.publish import check_output, check_space, publish
+from loadstone.artifact.sidecars import copy_sidecars, find_sidecars
+from loadstone.errors import ArtifactError
+from loadstone.finalize.plan import QUANTIZE, FinalizePlan, Step
+from loadstone.loading.shards import ShardWriter
+from loadstone.loading.source import SourceReader
+from loadstone.quantization.flatten import torch_dtype
 
 if TYPE_CHECKING:
     import torch
@@ -56,8 +56,8 @@ def finalize(
     exists, `MissingError` for too little disk space, `ArtifactError` for a damaged source.
     """
     started = time.monotonic()
-    check_output(plan, out, overwrite)
-    check_space(plan, out)
+    check_output(plan.source.root, out, overwrite)
+    check_space(plan.bytes_after, out)
     work = out.with_name(f".{out.name}.partial")
     if work.exists():
         shutil.rmtree(work)
@@ -73,44 +73,11 @@ def finalize(
                 log.warning("%s", note)
             (work / "config.json").write_text(json.dumps(plan.config, indent=2) + "\n")
             files = _write_manifest(plan, work, source_hash.result())
-        _publish(work, out, overwrite)
+        publish(work, out, overwrite)
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
         raise
     return Finalized(out, plan, time.monotonic() - started, files)
-
-
-def check_output(plan: FinalizePlan, out: Path, overwrite: bool) -> None:
-    """Refuse an existing output, and one that is or lies inside the source (or the other way round)."""
-    source, target = plan.source.root.resolve(), out.resolve()
-    if target == source or target.is_relative_to(source) or source.is_relative_to(target):
-        raise UsageError(f"the output '{out}' and the source '{plan.source.root}' overlap", "Choose another output")
-    if out.exists() and not overwrite:
-        raise UsageError(f"the output '{out}' exists", "Choose another, or pass --overwrite to replace it")
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"the output '{out}' is a file", "Choose another")
-    parent = _existing_parent(out)
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise UsageError(f"cannot write to '{parent}'", "Choose another output, or change its permissions")
-
-
-def check_space(plan: FinalizePlan, out: Path) -> None:
-    """Raise `MissingError` when the disk cannot hold the output."""
-    parent = _existing_parent(out)
-    free = shutil.disk_usage(parent).free
-    need = plan.bytes_after + 64 * 2**20
-    if free < need:
-        raise MissingError(
-            f"'{parent}' has {free / 1e9:.2f} GB free and the output needs {need / 1e9:.2f} GB",
-            "Free some space, or choose another output",
-        )
-
-
-def _existing_parent(path: Path) -> Path:
-    parent = path.resolve().parent
-    while not parent.exists():
-        parent = parent.parent
-    return parent
 
 
 def _write_shard(
@@ -211,31 +178,3 @@ def _write_manifest(plan: FinalizePlan, work: Path, source_hash: str) -> dict[st
     }
     (work / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
     return files
-
-
-def versions() -> dict[str, str]:
-    """Versions of everything that decides an artifact's bytes."""
-    import platform
-    from importlib.metadata import version
-
-    names = ("torch", "torchao", "transformers", "safetensors")
-    return {"loadstone": __version__, "python": platform.python_version()} | {name: version(name) for name in names}
-
-
-def _publish(work: Path, out: Path, overwrite: bool) -> None:
-    """Make the output appear in one rename; what it replaces is set aside first and removed after."""
-    if out.exists() and overwrite:
-        old = out.with_name(f".{out.name}.replaced")
-        shutil.rmtree(old, ignore_errors=True)
-        out.rename(old)
-        try:
-            work.rename(out)
-        except BaseException:
-            old.rename(out)
-            raise
-        shutil.rmtree(old)
-    else:
-        work.rename(out)
-    directory = os.open(out.parent, os.O_RDONLY)
-    os.fsync(directory)
-    os.close(directory)
