@@ -1,8 +1,9 @@
-"""Record golden vectors from NVIDIA ModelOpt 0.47 into golden/*.safetensors (needs ``nvidia-modelopt`` and ``requests``).
+"""Record golden vectors from NVIDIA ModelOpt 0.47 into golden/*.safetensors (needs ``nvidia-modelopt`` and
+``requests``).
 
-Usage: python tests/fakequant/record_golden.py. INT8, INT4, FP8 and W4A8 come from ModelOpt's official configurations
-on a Linear, folded as its exporter folds (``weight_quantizer(weight.float()).to(dtype)``); NVFP4 and MX from its
-storage classes; inputs from its quantizers in the same way.
+Usage: python tests/fakequant/record_golden.py. INT8, INT4, FP8 and W4A8 come from ModelOpt's official
+configurations on a Linear, folded as its exporter folds (``weight_quantizer(weight.float()).to(dtype)``);
+NVFP4 and MX from its storage classes; inputs from its quantizers in the same way.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""`loadstone export-fakequant`: a checkpoint whose weights are rounded to a format and stored as plain tensors."""
+"""`loadstone export-fakequant`: a checkpoint whose weights are rounded to a format and stored as plain
+tensors."""
 
 from __future__ import annotations
 
@@ -46,7 +47,8 @@ def command(
     activations: Annotated[
         bool,
         typer.Option(
-            "--activations", help="Keep quantizers for layer inputs too, as the format has them.",
+            "--activations",
+            help="Keep quantizers for layer inputs too, as the format has them.",
             rich_help_panel=_FORMAT,
         ),
     ] = False,
@@ -64,33 +66,45 @@ def command(
     ] = 32,
     kv_cache: Annotated[
         str | None,
-        typer.Option("--kv-cache", metavar="fp8", help="Quantize keys and values too.", rich_help_panel=_FORMAT),
+        typer.Option(
+            "--kv-cache", metavar="fp8", help="Quantize keys and values too.", rich_help_panel=_FORMAT
+        ),
     ] = None,
     untie: Annotated[
         bool,
-        typer.Option("--untie", help="Store two tensors where rules fold one side of a tie.", rich_help_panel=_OUTPUT),
+        typer.Option(
+            "--untie", help="Store two tensors where rules fold one side of a tie.", rich_help_panel=_OUTPUT
+        ),
     ] = False,
     remote_code: Annotated[
         str,
         typer.Option(
-            "--remote-code", metavar="strip|copy", help="Model code in the directory: left out, or copied whole.",
+            "--remote-code",
+            metavar="strip|copy",
+            help="Model code in the directory: left out, or copied whole.",
             rich_help_panel=_OUTPUT,
         ),
     ] = "strip",
     emit: Annotated[
         str | None,
-        typer.Option("--emit", metavar="modelopt", help="Also write ModelOpt's state file.", rich_help_panel=_OUTPUT),
+        typer.Option(
+            "--emit", metavar="modelopt", help="Also write ModelOpt's state file.", rich_help_panel=_OUTPUT
+        ),
     ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an existing output.", rich_help_panel=_OUTPUT)
     ] = False,
     checkpoint: Annotated[
         str | None,
-        typer.Option(help="Of a training run: newest (default), best, a step or a folder.", rich_help_panel=_INPUT),
+        typer.Option(
+            help="Of a training run: newest (default), best, a step or a folder.", rich_help_panel=_INPUT
+        ),
     ] = None,
     trust_remote_code: Annotated[
         bool,
-        typer.Option("--trust-remote-code", help="Run Python code that came with the model.", rich_help_panel=_INPUT),
+        typer.Option(
+            "--trust-remote-code", help="Run Python code that came with the model.", rich_help_panel=_INPUT
+        ),
     ] = False,
     device: Annotated[
         str, typer.Option(help="Where weights are folded: auto, cpu, cuda, cuda:N.", rich_help_panel=_RUN)
@@ -98,7 +112,9 @@ def command(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the plan and write nothing.", rich_help_panel=_RUN)
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.", rich_help_panel=_RUN)] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the result as JSON.", rich_help_panel=_RUN)
+    ] = False,
 ) -> None:
     """Fold a number format into a checkpoint's weights, so that its accuracy can be measured on any hardware.
 
@@ -109,7 +125,9 @@ def command(
     if out is None and not dry_run:
         raise UsageError("export-fakequant needs -o OUT", "Or pass --dry-run to see what would be written")
     if format is None and rules is None:
-        raise UsageError("no format is named", "Pass --format (fp8, int8, int4, nvfp4, mxfp8, …) or --rules FILE")
+        raise UsageError(
+            "no format is named", "Pass --format (fp8, int8, int4, nvfp4, mxfp8, …) or --rules FILE"
+        )
     # What is wrong with the words of the command is said before anything heavy is imported.
     from loadstone.fakequant.options import make_options
 

@@ -65,7 +65,8 @@ def _stored(artifact: Artifact) -> dict[str, TensorInfo]:
     """Every stored tensor by name."""
     if artifact.weights.format == "dcp":
         raise ArtifactError(
-            f"'{artifact.root}' is a torch distributed checkpoint", "Finalize it first: loadstone finalize -M DIR -o OUT"
+            f"'{artifact.root}' is a torch distributed checkpoint",
+            "Finalize it first: loadstone finalize -M DIR -o OUT",
         )
     if artifact.table is not None:
         return dict(sorted(artifact.table.tensors.items()))
@@ -109,10 +110,11 @@ def export_directory(
     extras: Extras | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> Exported:
-    """Carry out `plan_directory`'s plan. Raises `UsageError`, `ArtifactError` or `MissingError`, and leaves no output."""
+    """Carry out `plan_directory`'s plan. Raises `UsageError`, `ArtifactError` or `MissingError`, and
+    leaves no output."""
     check_output(artifact.root, out, overwrite)
     where = resolve_device(device, plan)
-    copies = sidecar_files(artifact)
+    copies = sidecar_files(artifact.root, artifact.path)
     if remote_code == COPY:
         copies |= code_files(artifact.path, artifact.config)
     source: dict[str, Any] = {"path": str(artifact.path), "fingerprint": artifact.fingerprint()}

@@ -1,4 +1,5 @@
-"""Carry out an export plan: tensors stream through, folded or as they are, into a directory that appears whole."""
+"""Carry out an export plan: tensors stream through, folded or as they are, into a directory that appears
+whole."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from loadstone.artifact import detect
 from loadstone.artifact.publish import check_space, publish
 from loadstone.errors import ArtifactError, MissingError
+from loadstone.fakequant.formats.spec import Own
 from loadstone.fakequant.package import config_text, copy_files
 from loadstone.fakequant.plan import ExportPlan, Step
 from loadstone.fakequant.state import QuantizerState, write_manifests, write_state
@@ -41,7 +43,8 @@ class Exported:
 
 @dataclass(frozen=True)
 class Beside:
-    """What goes beside the weights: files to copy, and texts to write, by name; ``source`` is for the manifest."""
+    """What goes beside the weights: files to copy, and texts to write, by name; ``source`` is for the
+    manifest."""
 
     source: dict[str, Any]
     copies: dict[str, Path]
@@ -49,11 +52,14 @@ class Beside:
 
 
 def resolve_device(device: str, plan: ExportPlan) -> str:
-    """``--device`` as a torch device; `MissingError` with the first tensor when CUDA is asked for and absent."""
+    """``--device`` as a torch device; `MissingError` with the first tensor when CUDA is asked for and
+    absent."""
     try:
         return quantize_device(device)
     except MissingError as error:
-        raise MissingError(f"{error.message}; tensor '{plan.folded[0].name}' was to be folded there", error.remedy) from None
+        raise MissingError(
+            f"{error.message}; tensor '{plan.folded[0].name}' was to be folded there", error.remedy
+        ) from None
 
 
 def write_export(
@@ -70,9 +76,10 @@ def write_export(
 ) -> Exported:
     """Write the export that ``plan`` describes to ``out``, whole or not at all.
 
-    ``tensors`` yields every source tensor once, on the CPU, in any order. ``device`` is where weights are folded,
-    one at a time. ``extras`` may write more files and returns facts for the manifest. ``on_progress`` is told the
-    bytes written since its last call. Raises `ArtifactError` or `MissingError`; ``out`` is then as it was.
+    ``tensors`` yields every source tensor once, on the CPU, in any order. ``device`` is where weights are
+    folded, one at a time. ``extras`` may write more files and returns facts for the manifest.
+    ``on_progress`` is told the bytes written since its last call. Raises `ArtifactError` or `MissingError`;
+    ``out`` is then as it was.
     """
     started = time.monotonic()
     state = state or QuantizerState()
@@ -163,7 +170,9 @@ def _write_tensors(
                         on_progress(step.output.nbytes)
         if writers.missing:
             names = ", ".join(writers.missing[:10])
-            raise ArtifactError(f"{len(writers.missing)} tensors never came: {names}", "Export from the directory")
+            raise ArtifactError(
+                f"{len(writers.missing)} tensors never came: {names}", "Export from the directory"
+            )
     finally:
         writers.close()
     for target, source in plan.aliases.items():
@@ -175,7 +184,7 @@ def _write_tensors(
 
 
 def _folded(step: Step, tensor: torch.Tensor, device: str) -> torch.Tensor:
-    if step.format is None:
+    if step.format is None or isinstance(step.format.weight, Own):
         return tensor
     from loadstone.fakequant.formats.fold import fold
 
@@ -201,7 +210,8 @@ def _write_index(plan: ExportPlan, work: Path) -> None:
 
 
 def _verify(plan: ExportPlan, work: Path) -> None:
-    """Read back every header: the names of the plan and no other, in the files of the index, as many bytes."""
+    """Read back every header: the names of the plan and no other, in the files of the index, as many
+    bytes."""
     table = detect(work).table
     found = {} if table is None else {n: (t.dtype, t.shape, t.file) for n, t in table.tensors.items()}
     planned = {s.name: (s.output.dtype, s.output.shape, s.output.file) for s in plan.steps}

@@ -78,7 +78,9 @@ def make_options(
         trust_remote_code=trust_remote_code,
     )
     if options.activations and not any(f.inputs for f in rule_set.formats):
-        raise UsageError(f"{rule_set} leaves layer inputs as they are", "Leave out --activations and --calibrate")
+        raise UsageError(
+            f"{rule_set} leaves layer inputs as they are", "Leave out --activations and --calibrate"
+        )
     if options.calibrates and calibrate is None:
         what = "--kv-cache" if kv_cache else f"the layer inputs of {rule_set}"
         raise UsageError(f"{what}: ranges have to be measured on text", "Pass --calibrate FILE (or sample)")

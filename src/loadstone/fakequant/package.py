@@ -1,4 +1,5 @@
-"""Everything beside the weights: config.json without code references, sidecar files byte for byte, the code itself."""
+"""Everything beside the weights: config.json without code references, sidecar files byte for byte, the
+code itself."""
 
 from __future__ import annotations
 
@@ -8,14 +9,15 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from loadstone.artifact import Artifact
 from loadstone.artifact.files import check_inside, is_file
-from loadstone.artifact.sidecars import find_sidecars
+from loadstone.artifact.sidecars import sidecars_in
 from loadstone.errors import ArtifactError
 
 STRIP, COPY = "strip", "copy"
 AUTO_MAP = "auto_map"
-_RELATIVE_IMPORT = re.compile(r"^\s*(?:from\s+\.(\w+)(?:\.\w+)*\s+import|from\s+\.\s+import\s+(\w+))", re.MULTILINE)
+_RELATIVE_IMPORT = re.compile(
+    r"^\s*(?:from\s+\.(\w+)(?:\.\w+)*\s+import|from\s+\.\s+import\s+(\w+))", re.MULTILINE
+)
 
 
 def without_auto_map(value: Any) -> Any:
@@ -32,9 +34,9 @@ def config_text(config: dict[str, Any]) -> str:
     return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
 
-def sidecar_files(artifact: Artifact) -> dict[str, Path]:
+def sidecar_files(*directories: Path) -> dict[str, Path]:
     """Tokenizer, chat template, generation config, processors and the like, by relative name; no code."""
-    return {name: path for name, path in find_sidecars(artifact).items() if not name.endswith(".py")}
+    return sidecars_in(directories)
 
 
 def code_files(folder: Path, config: dict[str, Any]) -> dict[str, Path]:

@@ -1,4 +1,5 @@
-"""What an export will do, decided before any tensor is read: which tensor is folded, how, and into which file."""
+"""What an export will do, decided before any tensor is read: which tensor is folded, how, and into which
+file."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ from loadstone.fakequant.rules import Decision, Role, RuleSet, decide
 
 @dataclass(frozen=True)
 class Step:
-    """One output tensor. ``source``: the key it is read by; ``output``: its name, dtype, shape, size and file."""
+    """One output tensor. ``source``: the key it is read by; ``output``: its name, dtype, shape, size and
+    file."""
 
     source: str
     output: TensorInfo
@@ -32,8 +34,8 @@ class Step:
 
 @dataclass(frozen=True)
 class ExportPlan:
-    """All of an export as data. ``aliases``: stored names that become one tensor with another; ``untied``: names
-    that become tensors of their own."""
+    """All of an export as data. ``aliases``: stored names that become one tensor with another; ``untied``:
+    names that become tensors of their own."""
 
     rules: RuleSet
     steps: tuple[Step, ...]
@@ -78,8 +80,8 @@ def make_plan(
     *,
     untie: bool = False,
 ) -> ExportPlan:
-    """``infos``: each tensor with the file it goes to. ``ties``: name -> the stored name it is one tensor with;
-    such a name may itself be stored (then it becomes an alias) or not.
+    """``infos``: each tensor with the file it goes to. ``ties``: name -> the stored name it is one tensor
+    with; such a name may itself be stored (then it becomes an alias) or not.
 
     Raises `UsageError` for a rule that decides nothing and for a tie that the rules fold on one side only,
     `ArtifactError` when nothing at all would be folded.
@@ -91,7 +93,9 @@ def make_plan(
         role = roles.get(target) or Role(False, "output head", inputs=True)
         both[target] = (role, infos[source].shape)
     decisions = decide(rules, dict(sorted(both.items())))
-    steps: dict[str, Step] = {k: Step(k, i, decisions[k], roles[k]) for k, i in infos.items() if k not in sides}
+    steps: dict[str, Step] = {
+        k: Step(k, i, decisions[k], roles[k]) for k, i in infos.items() if k not in sides
+    }
     untied = []
     for target, source in sides.items():
         if decisions[target].format == decisions[source].format:
@@ -139,6 +143,6 @@ def in_shards(infos: dict[str, TensorInfo], max_bytes: int) -> dict[str, TensorI
 
 
 def file_name(number: int, count: int) -> str:
-    """Name of an output file. A single file is named as a shard too: with an index beside it, no reader takes the
-    quantizer state for weights, as vLLM would that globs a directory without one."""
+    """Name of an output file. A single file is named as a shard too: with an index beside it, no reader
+    takes the quantizer state for weights, as vLLM would that globs a directory without one."""
     return f"model-{number + 1:05d}-of-{count:05d}.safetensors"

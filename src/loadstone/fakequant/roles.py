@@ -1,4 +1,5 @@
-"""What each stored tensor is in its model: a Linear's weight, an expert's, an embedding, the head, or something else."""
+"""What each stored tensor is in its model: a Linear's weight, an expert's, an embedding, the head, or
+something else."""
 
 from __future__ import annotations
 

@@ -15,7 +15,8 @@ NONE = "none"
 
 @dataclass(frozen=True)
 class Rule:
-    """``match``: a module name or a run of its dotted parts, a glob, or ``re:REGEX``; ``format`` None leaves it."""
+    """``match``: a module name or a run of its dotted parts, a glob, or ``re:REGEX``; ``format`` None
+    leaves it."""
 
     match: str
     format: Format | None
@@ -27,7 +28,8 @@ class Rule:
 
 @dataclass(frozen=True)
 class RuleSet:
-    """``default`` goes to every Linear and expert but the output head; the first rule that matches goes before it."""
+    """``default`` goes to every Linear and expert but the output head; the first rule that matches goes
+    before it."""
 
     default: Format | None
     rules: tuple[Rule, ...] = ()
@@ -52,10 +54,11 @@ class Decision:
 
 @dataclass(frozen=True)
 class Role:
-    """What a stored tensor is in its model. ``eligible``: the default format goes to it; ``reason``: why it does not.
+    """What a stored tensor is in its model. ``eligible``: the default format goes to it; ``reason``: why it
+    does not.
 
-    ``matrix``: whether a rule may name it; ``transposed``: stored as (…, in, out); ``inputs``: whether its layer's
-    input can be seen on its own, as that of a Linear.
+    ``matrix``: whether a rule may name it; ``transposed``: stored as (…, in, out); ``inputs``: whether its
+    layer's input can be seen on its own, as that of a Linear.
     """
 
     eligible: bool
@@ -84,7 +87,8 @@ def decide(rules: RuleSet, roles: dict[str, tuple[Role, tuple[int, ...]]]) -> di
         rule = next((r for r in rules.rules if matches(r.match, module_of(key))), None)
         if rule is not None:
             unused.pop(rule, None)
-            # What a rule asks for by name and cannot have is an error when it is folded, not passed over here.
+            # What a rule asks for by name and cannot have is an error when it is folded, not passed over
+            # here.
             decisions[key] = Decision(rule.format, "" if rule.format else "left out by a rule", rule)
         elif not role.eligible or rules.default is None:
             decisions[key] = Decision(None, role.reason or "no rule names it")
@@ -105,8 +109,8 @@ def _laid(shape: tuple[int, ...], role: Role) -> tuple[int, ...]:
 
 
 def read_rules(path: Path, default: Format | None = None) -> RuleSet:
-    """Rules from a YAML file: ``format:`` (the default, which ``default`` overrides) and ``rules:``, a list of
-    ``match`` and ``format`` pairs. Raises `UsageError` with the line of what is wrong."""
+    """Rules from a YAML file: ``format:`` (the default, which ``default`` overrides) and ``rules:``, a list
+    of ``match`` and ``format`` pairs. Raises `UsageError` with the line of what is wrong."""
     import yaml
 
     try:
@@ -151,4 +155,6 @@ def _rule_lines(node: Any) -> list[int]:
     return []
 
 
-_EXAMPLE = "Example: {format: fp8, rules: [{match: '*.down_proj', format: nvfp4}, {match: layers.0, format: none}]}"
+_EXAMPLE = (
+    "Example: {format: fp8, rules: [{match: '*.down_proj', format: nvfp4}, {match: layers.0, format: none}]}"
+)

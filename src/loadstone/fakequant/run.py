@@ -18,10 +18,11 @@ from loadstone.fakequant.state import QuantizerState, input_specs
 def export_fakequant(model_or_dir: Any, out: str | Path, **options: Any) -> Exported:
     """Export a model directory, or a live transformers model, with its weights folded.
 
-    ``options`` are the command's: ``format`` (text), ``rules`` (a YAML file), ``activations``, ``calibrate``,
-    ``kv_cache``, ``untie``, ``remote_code``, ``emit``, ``device``, ``overwrite``, ``trust_remote_code``; for a live
-    model also ``max_shard_size`` (bytes) and ``sidecars`` (a directory to take tokenizer and the like from).
-    Raises `UsageError`, `ArtifactError` or `MissingError` and leaves no output; a live model is as before.
+    ``options`` are the command's: ``format`` (text), ``rules`` (a YAML file), ``activations``,
+    ``calibrate``, ``kv_cache``, ``untie``, ``remote_code``, ``emit``, ``device``, ``overwrite``,
+    ``trust_remote_code``; for a live model also ``max_shard_size`` (bytes) and ``sidecars`` (a directory to
+    take tokenizer and the like from). Raises `UsageError`, `ArtifactError` or `MissingError` and leaves no
+    output; a live model is as before.
     """
     if isinstance(model_or_dir, (str, Path, Artifact)):
         chosen = make_options(**options)

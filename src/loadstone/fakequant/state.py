@@ -25,8 +25,8 @@ INPUT = "input_quantizer"
 @dataclass(frozen=True)
 class QuantizerState:
     """Quantizers of layer inputs and KV caches. ``specs``: quantizer name (``<module>.input_quantizer``,
-    ``<attention>.k_bmm_quantizer``) to its input format; ``tensors``: ``<quantizer>.amax`` (float32 scalars) and
-    ``<quantizer>.pre_quant_scale`` (float32, one a channel)."""
+    ``<attention>.k_bmm_quantizer``) to its input format; ``tensors``: ``<quantizer>.amax`` (float32
+    scalars) and ``<quantizer>.pre_quant_scale`` (float32, one a channel)."""
 
     specs: dict[str, str] = field(default_factory=dict)
     tensors: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
@@ -49,7 +49,9 @@ def write_state(state: QuantizerState, out: Path) -> None:
     from safetensors.torch import save_file
 
     check_state(state)
-    tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in sorted(state.tensors.items())}
+    tensors = {
+        name: tensor.detach().float().cpu().contiguous() for name, tensor in sorted(state.tensors.items())
+    }
     save_file(tensors, out / STATE_FILE, metadata={"format": "pt"})
 
 
@@ -57,7 +59,9 @@ def read_state(directory: Path) -> QuantizerState:
     """The quantizers of an export; raises `ArtifactError` when manifest and state file do not agree."""
     manifest = read_json(check_inside(directory, FAKEQUANT_MANIFEST))
     if manifest.get("schema") != SCHEMA:
-        raise ArtifactError(f"{FAKEQUANT_MANIFEST}: schema {manifest.get('schema')!r} is not known", "Update loadstone")
+        raise ArtifactError(
+            f"{FAKEQUANT_MANIFEST}: schema {manifest.get('schema')!r} is not known", "Update loadstone"
+        )
     specs = manifest.get("quantizers")
     if not isinstance(specs, dict) or not all(isinstance(v, str) for v in specs.values()):
         raise ArtifactError(f"{FAKEQUANT_MANIFEST}: 'quantizers' is malformed", "Export again")
@@ -66,7 +70,9 @@ def read_state(directory: Path) -> QuantizerState:
     from safetensors.torch import load_file
 
     if not is_file(directory / STATE_FILE):
-        raise ArtifactError(f"'{directory}' has quantizers and no {STATE_FILE}", "Copy the file, or export again")
+        raise ArtifactError(
+            f"'{directory}' has quantizers and no {STATE_FILE}", "Copy the file, or export again"
+        )
     state = QuantizerState(specs, load_file(check_inside(directory, STATE_FILE)))
     check_state(state)
     from loadstone.fakequant.formats.spec import CALIBRATED
@@ -80,8 +86,8 @@ def read_state(directory: Path) -> QuantizerState:
 def write_manifests(
     plan: ExportPlan, state: QuantizerState, work: Path, source: dict[str, Any], facts: dict[str, Any]
 ) -> dict[str, str]:
-    """Write both manifests and return the sha256 of every file but the last: ``fakequant_manifest.json`` (what was
-    done to each tensor) and ``loadstone.json`` (hashes, as every artifact of loadstone has them)."""
+    """Write both manifests and return the sha256 of every file but the last: ``fakequant_manifest.json``
+    (what was done to each tensor) and ``loadstone.json`` (hashes, as every artifact of loadstone has them)."""
     files = {str(p.relative_to(work)): sha256_file(p) for p in sorted(work.rglob("*")) if p.is_file()}
     manifest: dict[str, Any] = {
         "schema": SCHEMA,
@@ -119,7 +125,8 @@ def _entry(text: str, rule: Rule | None, source: str, name: str) -> dict[str, st
 
 
 def input_specs(plan: ExportPlan) -> dict[str, str]:
-    """Quantizer name to input format, for each folded weight whose format has one and whose layer can be seen."""
+    """Quantizer name to input format, for each folded weight whose format has one and whose layer can be
+    seen."""
     return {
         f"{module_of(step.name)}.{INPUT}": step.format.inputs
         for step in plan.folded

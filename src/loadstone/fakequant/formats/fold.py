@@ -8,7 +8,17 @@ import torch
 
 from loadstone.errors import ArtifactError
 from loadstone.fakequant.formats import float8, fp4, integer
-from loadstone.fakequant.formats.spec import Float8, InputSpec, Integer, Mx, Nvfp4, Staged, WeightSpec, misfit
+from loadstone.fakequant.formats.spec import (
+    Float8,
+    InputSpec,
+    Integer,
+    Mx,
+    Nvfp4,
+    Own,
+    Staged,
+    WeightSpec,
+    misfit,
+)
 from loadstone.quantization.schemes import Recipe
 
 # Values folded at once: bounds the float32 temporaries whatever the size of the tensor.
@@ -20,9 +30,9 @@ def fold(
 ) -> torch.Tensor:
     """``weight`` rounded to ``spec`` and back, in its own dtype, on its own device.
 
-    ``weight``: (out, in), or (experts, out, in), each expert on its own. ``amax``: largest magnitude of the whole
-    weight for per-tensor scales, measured when not given. Raises `ArtifactError`, naming the tensor, for values
-    that are not finite and for a shape that the format forbids.
+    ``weight``: (out, in), or (experts, out, in), each expert on its own. ``amax``: largest magnitude of the
+    whole weight for per-tensor scales, measured when not given. Raises `ArtifactError`, naming the tensor,
+    for values that are not finite and for a shape that the format forbids.
     """
     if problem := misfit(spec, tuple(weight.shape)):
         raise ArtifactError(
@@ -37,6 +47,8 @@ def fold(
         from loadstone.quantization.quantize import quantize_weight
 
         return quantize_weight(weight, spec.scheme).dequantize().to(weight.dtype)
+    if isinstance(spec, Own):
+        raise ValueError(f"tensor '{name}' is folded by its own quantizer")
     step = _step(spec, largest)
     rows = max(_CHUNK // weight.shape[-1], 1)
     if isinstance(spec, Float8) and spec.granularity == "block":
@@ -78,7 +90,8 @@ def _step(
 
 
 def fold_input(x: torch.Tensor, spec: InputSpec, amax: torch.Tensor | None) -> torch.Tensor:
-    """A layer's input (…, width) rounded as ``spec`` says, in its own dtype. ``amax``: scalar, for calibrated specs."""
+    """A layer's input (…, width) rounded as ``spec`` says, in its own dtype. ``amax``: scalar, for
+    calibrated specs."""
     wide = x.float()
     match spec, amax:
         case "int8", torch.Tensor():

@@ -1,5 +1,6 @@
-"""NVFP4 and OCP microscaling, bit for bit as NVIDIA ModelOpt's storage classes (``NVFP4QTensor``, ``MXFP4QTensor``,
-``MXFP8QTensor``): their rounding at ties and of tiny blocks differs from the CUDA kernels' (docs/export-fakequant.md).
+"""NVFP4 and OCP microscaling, bit for bit as NVIDIA ModelOpt's storage classes (``NVFP4QTensor``,
+``MXFP4QTensor``, ``MXFP8QTensor``): their rounding at ties and of tiny blocks differs from the CUDA
+kernels' (docs/export-fakequant.md).
 """
 
 from __future__ import annotations

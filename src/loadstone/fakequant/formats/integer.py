@@ -9,7 +9,8 @@ _TINY = 2.0**-24
 
 
 def fold_blocks(x: torch.Tensor, bits: int, amax: torch.Tensor) -> torch.Tensor:
-    """Round float32 ``x`` to ``bits``-bit integers times ``amax / (2**(bits-1) - 1)``; ``amax`` broadcasts."""
+    """Round float32 ``x`` to ``bits``-bit integers times ``amax / (2**(bits-1) - 1)``; ``amax``
+    broadcasts."""
     # A tensor over a tensor: the same quotient from a Python float differs in the last bit.
     bound = torch.tensor(2.0 ** (bits - 1) - 1.0, device=x.device)
     scale = bound / amax
@@ -19,7 +20,8 @@ def fold_blocks(x: torch.Tensor, bits: int, amax: torch.Tensor) -> torch.Tensor:
 
 
 def fold_rows(x: torch.Tensor, bits: int, block: int) -> torch.Tensor:
-    """Float32 ``x`` (rows, width) with one scale a row (``block`` 0) or a block of a row, the last padded with 0."""
+    """Float32 ``x`` (rows, width) with one scale a row (``block`` 0) or a block of a row, the last
+    padded with 0."""
     if not block:
         return fold_blocks(x, bits, x.abs().amax(-1, keepdim=True))
     rows, width = x.shape

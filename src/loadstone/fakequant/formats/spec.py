@@ -1,4 +1,5 @@
-"""Number formats as data: what a weight is rounded to, and what its layer's input is rounded to. No torch here."""
+"""Number formats as data: what a weight is rounded to, and what its layer's input is rounded to. No
+torch here."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ from loadstone.quantization.schemes import RECIPES, Recipe, parse_recipe
 
 @dataclass(frozen=True)
 class Integer:
-    """Symmetric integers, one scale a row, or a block of ``block`` values of a row (a last partial one is padded)."""
+    """Symmetric integers, one scale a row, or a block of ``block`` values of a row (a last partial one
+    is padded)."""
 
     bits: Literal[4, 8]
     block: int = 0
@@ -20,7 +22,8 @@ class Integer:
 
 @dataclass(frozen=True)
 class Float8:
-    """e4m3 with one float32 scale a tensor, a row, or a square of ``block`` x ``block`` (partial ones are padded)."""
+    """e4m3 with one float32 scale a tensor, a row, or a square of ``block`` x ``block`` (partial ones
+    are padded)."""
 
     granularity: Literal["tensor", "row", "block"] = "tensor"
     block: int = 128
@@ -45,7 +48,15 @@ class Staged:
     stages: tuple[Integer | Float8 | Nvfp4 | Mx, ...]
 
 
-WeightSpec = Integer | Float8 | Nvfp4 | Mx | Staged | Recipe
+@dataclass(frozen=True)
+class Own:
+    """What the model's own quantizer, of the class ``quantizer``, makes of the weight; done as the model
+    is read."""
+
+    quantizer: str
+
+
+WeightSpec = Integer | Float8 | Nvfp4 | Mx | Staged | Own | Recipe
 
 # How a layer's input is rounded. Those that need an ``amax`` (one value a layer) get it by calibration.
 InputSpec = Literal["int8", "fp8", "fp8-token", "nvfp4", "mxfp8", "mxfp4"]
