@@ -50,6 +50,7 @@ class LiveTensors:
             data = {name: data_of(self.model, name, state[name]) for name in names}
             data = {name: self.quantizers.folded(name, tensor) for name, tensor in data.items()}
             yield from _saved(self.model, data).items()
+        self.quantizers.check_done()
 
 
 def live_tensors(model: PreTrainedModel) -> LiveTensors:
@@ -82,8 +83,7 @@ def live_tensors(model: PreTrainedModel) -> LiveTensors:
 def _ties(model: PreTrainedModel, state: dict[str, Any]) -> dict[str, str]:
     """Tied names by the model's own table, never by address: all meta tensors share address 0."""
     table = getattr(model, "all_tied_weights_keys", None) or {}
-    wanted = model.config.get_text_config().tie_word_embeddings or model.config.tie_word_embeddings
-    return {t: s for t, s in table.items() if wanted and t in state and s in state}
+    return {t: s for t, s in table.items() if t in state and s in state}
 
 
 def _has_data(model: PreTrainedModel, name: str, tensor: torch.Tensor) -> bool:
@@ -121,17 +121,25 @@ def _saved(model: PreTrainedModel, tensors: dict[str, torch.Tensor]) -> dict[str
 
 def plan_model(live: LiveTensors, options: Options, max_shard_size: int) -> ExportPlan:
     """The plan of an export from a live model."""
-    rules = options.rules
+    rules, own = options.rules, live.quantizers.weights
+    if own and rules.default is not None:
+        raise UsageError(
+            "the model has weight quantizers of its own, and a format is named", "Leave out the format"
+        )
+    if not own and not rules.formats:
+        raise UsageError("no format is named, and the model has no quantizers of its own", "Pass format=")
+    for name, quantizer in own.items():
+        if name not in live.infos:
+            raise ArtifactError(
+                f"tensor '{name}' has an enabled {type(quantizer).__name__} and is saved under another name",
+                "Disable it, or export with a format",
+            )
     config = json.loads(live.model.config.to_json_string(use_diff=True))
     config["architectures"] = [type(live.model).__name__]
     if options.remote_code != COPY:
         config = without_auto_map(config)
     infos = in_shards(live.infos, max_shard_size)
     roles = live.quantizers.roles(roles_in(live.model, infos))
-    if live.quantizers.weights and rules.default is not None:
-        raise UsageError(
-            "the model has weight quantizers of its own and a format is named too", "Leave out the format"
-        )
     return make_plan(live.quantizers.rules(rules), infos, roles, live.ties, config, untie=options.untie)
 
 

@@ -106,15 +106,23 @@ def make_plan(
                 f"'{one}' would be folded and '{other}', which is the same tensor, not ({rules})",
                 "Give both one format by rules, or pass --untie to store two tensors",
             )
-        output = replace(infos[source], name=target)
-        steps[target] = Step(source, output, decisions[target], both[target][0])
+        stored = target if target in infos else source
+        output = replace(infos[stored], name=target)
+        steps[target] = Step(stored, output, decisions[target], both[target][0])
         untied.append(target)
     if not any(step.format for step in steps.values()):
         raise ArtifactError(f"no weight of this model can be folded by {rules}", "Name weights by --rules")
     aliases = {t: s for t, s in sides.items() if t in infos and t not in untied}
     if untied:
         config = _set_untied(config)
-    return ExportPlan(rules, tuple(steps[k] for k in sorted(steps)), aliases, tuple(untied), config)
+    return ExportPlan(rules, _numbered([steps[k] for k in sorted(steps)]), aliases, tuple(untied), config)
+
+
+def _numbered(steps: list[Step]) -> tuple[Step, ...]:
+    """The steps with files counted anew: one that held aliases only is not written."""
+    files = sorted({step.output.file for step in steps})
+    names = {file: file_name(number, len(files)) for number, file in enumerate(files)}
+    return tuple(replace(step, output=replace(step.output, file=names[step.output.file])) for step in steps)
 
 
 def _set_untied(config: dict[str, Any]) -> dict[str, Any]:

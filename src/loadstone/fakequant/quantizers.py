@@ -4,13 +4,14 @@ nothing else."""
 from __future__ import annotations
 
 import copy
+import re
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from loadstone.errors import ArtifactError
 from loadstone.fakequant.formats.spec import Format, Own
 from loadstone.fakequant.offload import data_of
-from loadstone.fakequant.rules import Role, Rule, RuleSet
+from loadstone.fakequant.rules import Role, Rule, RuleSet, module_of
 from loadstone.fakequant.state import INPUT, QuantizerState
 
 if TYPE_CHECKING:
@@ -55,6 +56,8 @@ class OwnQuantizers:
         name."""
         scale = self._smoothing(name)
         quantizer = self.weights.get(name)
+        if name in self.done:
+            raise ArtifactError(f"tensor '{name}' came to its quantizer twice", "Export the model again")
         if quantizer is None and scale is None:
             return tensor
         import torch
@@ -87,18 +90,22 @@ class OwnQuantizers:
         return getattr(quantizer, "_pre_quant_scale", None)
 
     def roles(self, roles: dict[str, Role]) -> dict[str, Role]:
-        """Every weight with a quantizer of its own is one that can be folded, the output head too."""
-        return {k: replace(r, eligible=False, matrix=True) if self.weights else r for k, r in roles.items()}
+        """Where a model has quantizers of its own, they alone decide."""
+        return {k: replace(r, eligible=False) for k, r in roles.items()} if self.weights else roles
 
     def rules(self, rules: RuleSet) -> RuleSet:
         """The rules that say of each weight what its own quantizer does to it."""
-        if not self.weights:
-            return rules
         own = tuple(
-            Rule(name.removesuffix(".weight"), Format(type(q).__name__, Own(type(q).__name__)))
+            Rule(f"re:{re.escape(module_of(name))}", Format(type(q).__name__, Own(type(q).__name__)))
             for name, q in self.weights.items()
         )
-        return RuleSet(None, (*own, *rules.rules))
+        return RuleSet(rules.default, (*own, *rules.rules))
+
+    def check_done(self) -> None:
+        """Raise `ArtifactError` when an enabled quantizer's weight was never folded."""
+        left = sorted(set(self.weights) - self.done)
+        if left:
+            raise ArtifactError(f"tensor '{left[0]}' has an enabled quantizer and was not folded", "Export again")
 
     def state(self, specs: dict[str, str]) -> QuantizerState:
         """What stays on: the plan's ``specs`` and ModelOpt's enabled input quantizers."""
