@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 MANIFEST = "loadstone.json"
 FORMAT_VERSION = 1
+QUANTIZER_FILES = ("fakequant_manifest.json", "fakequant_state.safetensors")
 
 
 def sha256_file(path: Path) -> str:
@@ -27,7 +28,7 @@ def sha256_file(path: Path) -> str:
 
 
 def fingerprint(artifact: Artifact) -> str:
-    """sha256 over config.json and every weight file, by name and content."""
+    """sha256 over config.json, every weight file and a fake-quant export's quantizers, by name and content."""
     import hashlib
 
     total = hashlib.sha256()
@@ -35,6 +36,8 @@ def fingerprint(artifact: Artifact) -> str:
     files = [next(c for c in configs if is_file(c)), *(artifact.path / f for f in artifact.weights.files)]
     if artifact.dcp is not None:
         files += [artifact.path / f for f in artifact.dcp.files]
+    # Quantizers of inputs change what is computed with the same weights.
+    files += [artifact.path / f for f in QUANTIZER_FILES if is_file(artifact.path / f)]
     for path in files:
         name = path.relative_to(artifact.path) if path.is_relative_to(artifact.path) else path.name
         total.update(f"{name}\0{sha256_file(path)}\n".encode())

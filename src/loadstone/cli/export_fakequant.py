@@ -131,12 +131,16 @@ def command(
     # What is wrong with the words of the command is said before anything heavy is imported.
     from loadstone.fakequant.options import make_options
 
+    documents = None
+    if calibrate is not None:
+        from loadstone.evaluation.text import read_corpus
+
+        documents = read_corpus(calibrate, limit=calibrate_limit).documents
     options = make_options(
         format=format,
         rules=rules,
         activations=activations,
-        calibrate=calibrate,
-        calibrate_limit=calibrate_limit,
+        calibrate=documents,
         kv_cache=kv_cache,
         untie=untie,
         remote_code=remote_code,

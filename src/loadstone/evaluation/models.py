@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from loadstone.artifact.detect import FAKEQUANT
 from loadstone.errors import UsageError
 from loadstone.evaluation.compiling import compile_layers
 from loadstone.evaluation.fastpath import keep_dequantized
@@ -92,6 +93,10 @@ def opened(subject: Subject, options: Options) -> Iterator[Opened]:
     clock = time.perf_counter()
     model = load(subject.plan)
     device = model.get_input_embeddings().weight.device
+    if subject.plan.artifact.kind == FAKEQUANT:
+        from loadstone.fakequant.inputs import apply_export
+
+        log.info("%s: %d quantizers of inputs are on", subject.name, apply_export(model, subject.plan.artifact))
     fast = keep_dequantized(model) if options.fast else 0
     if options.compile:
         compile_layers(model)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from loadstone.artifact import TensorInfo
 from loadstone.artifact.publish import check_output
 from loadstone.errors import ArtifactError, UsageError
+from loadstone.fakequant.calibrate import calibrate, token_batches
 from loadstone.fakequant.export import Beside, Exported, resolve_device, write_export
 from loadstone.fakequant.offload import data_of
 from loadstone.fakequant.options import Options
@@ -20,7 +21,7 @@ from loadstone.fakequant.package import COPY, code_files, sidecar_files, without
 from loadstone.fakequant.plan import ExportPlan, in_shards, make_plan
 from loadstone.fakequant.quantizers import OwnQuantizers, find_quantizers
 from loadstone.fakequant.roles import roles_in
-from loadstone.fakequant.state import input_specs
+from loadstone.fakequant.state import QuantizerState, input_specs
 from loadstone.quantization.flatten import dtype_name
 
 if TYPE_CHECKING:
@@ -169,8 +170,12 @@ def export_model(
     live = live_tensors(model)
     plan = plan_model(live, options, max_shard_size)
     where = resolve_device(options.device, plan)
-    specs = input_specs(plan) if options.activations else {}
-    state = live.quantizers.state(specs)
+    if options.calibrates:
+        batches = token_batches(options.calibrate or (), folder, model.config)
+        state = calibrate(model, plan, options, batches)
+    else:
+        state = QuantizerState(input_specs(plan) if options.activations else {})
+    state = live.quantizers.added_to(state)
     copies = sidecar_files(folder) if folder else {}
     if options.remote_code == COPY and folder:
         copies |= code_files(folder, plan.config)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from loadstone.errors import UsageError
 from loadstone.fakequant.formats.spec import Format, parse_format
@@ -14,12 +16,12 @@ KV_FORMATS = ("fp8",)
 
 @dataclass(frozen=True)
 class Options:
-    """How to export; the fields are the command's options (docs/export-fakequant.md)."""
+    """How to export; the fields are the command's options (docs/export-fakequant.md). ``calibrate`` holds the
+    documents themselves: texts, or token tensors."""
 
     rules: RuleSet
     activations: bool = False
-    calibrate: str | None = None
-    calibrate_limit: int = 32
+    calibrate: tuple[Any, ...] | None = None
     kv_cache: str | None = None
     untie: bool = False
     remote_code: str = "strip"
@@ -40,8 +42,7 @@ def make_options(
     format: str | Format | None = None,
     rules: Path | RuleSet | None = None,
     activations: bool = False,
-    calibrate: str | None = None,
-    calibrate_limit: int = 32,
+    calibrate: Sequence[Any] | None = None,
     kv_cache: str | None = None,
     untie: bool = False,
     remote_code: str = "strip",
@@ -62,13 +63,12 @@ def make_options(
         raise UsageError(f"--emit {emit} is not known", "The one choice is modelopt")
     if kv_cache is not None and kv_cache not in KV_FORMATS:
         raise UsageError(f"--kv-cache {kv_cache} is not known", f"One of {', '.join(KV_FORMATS)}")
-    if calibrate_limit < 1:
-        raise UsageError(f"--calibrate-limit {calibrate_limit}: at least one document is needed")
+    if isinstance(calibrate, str):
+        raise UsageError("calibrate: documents are wanted, not one text", "Give a list of texts or token tensors")
     options = Options(
         rules=rule_set,
         activations=activations or (calibrate is not None and kv_cache is None),
-        calibrate=calibrate,
-        calibrate_limit=calibrate_limit,
+        calibrate=tuple(calibrate) if calibrate is not None else None,
         kv_cache=kv_cache,
         untie=untie,
         remote_code=remote_code,

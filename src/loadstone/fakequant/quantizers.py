@@ -107,9 +107,9 @@ class OwnQuantizers:
         if left:
             raise ArtifactError(f"tensor '{left[0]}' has an enabled quantizer and was not folded", "Export again")
 
-    def state(self, specs: dict[str, str]) -> QuantizerState:
-        """What stays on: the plan's ``specs`` and ModelOpt's enabled input quantizers."""
-        found, tensors = dict(specs), {}
+    def added_to(self, state: QuantizerState) -> QuantizerState:
+        """``state`` and the model's own enabled input quantizers."""
+        found, tensors = dict(state.specs), dict(state.tensors)
         for module, quantizer in self.inputs.items():
             if not quantizer.is_enabled:
                 continue
@@ -119,9 +119,8 @@ class OwnQuantizers:
             for key in ("_amax", "_pre_quant_scale"):
                 value = getattr(quantizer, key, None)
                 if value is not None:
-                    tensors[f"{name}.{key[1:]}"] = (
-                        value.detach().float().cpu().reshape(value.shape if value.numel() > 1 else ())
-                    )
+                    value = value.detach().float().cpu()
+                    tensors[f"{name}.{key[1:]}"] = value.reshape(()) if value.numel() == 1 else value
         return QuantizerState(found, tensors)
 
 

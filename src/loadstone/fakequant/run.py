@@ -8,11 +8,11 @@ from typing import Any
 
 from loadstone.artifact import Artifact, detect
 from loadstone.errors import UsageError
+from loadstone.fakequant.calibrate import calibrate_directory
 from loadstone.fakequant.directory import export_directory, plan_directory
 from loadstone.fakequant.export import Exported
 from loadstone.fakequant.options import Options, make_options
 from loadstone.fakequant.plan import ExportPlan
-from loadstone.fakequant.state import QuantizerState, input_specs
 
 
 def export_fakequant(model_or_dir: Any, out: str | Path, **options: Any) -> Exported:
@@ -36,7 +36,7 @@ def export_fakequant(model_or_dir: Any, out: str | Path, **options: Any) -> Expo
 
 def plan_for(artifact: Artifact, options: Options) -> ExportPlan:
     """The plan of an export from a directory."""
-    if options.rules.default is None and not options.rules.rules:
+    if not options.rules.formats:
         raise UsageError("no format is named", "Pass format= or rules=")
     return plan_directory(
         artifact,
@@ -60,7 +60,7 @@ def run_directory(
         artifact,
         plan,
         out,
-        state=QuantizerState(input_specs(plan)) if options.activations else None,
+        state=calibrate_directory(artifact, plan, options),
         remote_code=options.remote_code,
         device=options.device,
         overwrite=options.overwrite,
