@@ -11,7 +11,7 @@ from loadstone.artifact import Artifact, TensorInfo
 from loadstone.artifact.detect import DENSE, FAKEQUANT, QAT
 from loadstone.artifact.publish import check_output
 from loadstone.errors import ArtifactError
-from loadstone.fakequant.export import Beside, Exported, Extras, resolve_device, write_export
+from loadstone.fakequant.export import Beside, Exported, resolve_device, write_export
 from loadstone.fakequant.package import COPY, STRIP, code_files, sidecar_files, without_auto_map
 from loadstone.fakequant.plan import ExportPlan, file_name, make_plan
 from loadstone.fakequant.roles import roles_by_name, roles_in
@@ -107,7 +107,7 @@ def export_directory(
     remote_code: str = STRIP,
     device: str = "auto",
     overwrite: bool = False,
-    extras: Extras | None = None,
+    emit_modelopt: bool = False,
     on_progress: Callable[[int], None] | None = None,
 ) -> Exported:
     """Carry out `plan_directory`'s plan. Raises `UsageError`, `ArtifactError` or `MissingError`, and
@@ -126,6 +126,6 @@ def export_directory(
         state=state,
         device=where,
         overwrite=overwrite,
-        extras=extras,
+        emit_modelopt=emit_modelopt,
         on_progress=on_progress,
     )

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     import torch
 
 INDEX = "model.safetensors.index.json"
-Extras = Callable[[Path], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -71,15 +70,14 @@ def write_export(
     state: QuantizerState | None = None,
     device: str = "cpu",
     overwrite: bool = False,
-    extras: Extras | None = None,
+    emit_modelopt: bool = False,
     on_progress: Callable[[int], None] | None = None,
 ) -> Exported:
     """Write the export that ``plan`` describes to ``out``, whole or not at all.
 
     ``tensors`` yields every source tensor once, on the CPU, in any order. ``device`` is where weights are
-    folded, one at a time. ``extras`` may write more files and returns facts for the manifest.
-    ``on_progress`` is told the bytes written since its last call. Raises `ArtifactError` or `MissingError`;
-    ``out`` is then as it was.
+    folded, one at a time. ``emit_modelopt``: ModelOpt's state file too. ``on_progress`` is told the bytes
+    written since its last call. Raises `ArtifactError` or `MissingError`; ``out`` is then as it was.
     """
     started = time.monotonic()
     state = state or QuantizerState()
@@ -96,8 +94,11 @@ def write_export(
             (work / name).write_text(text)
         (work / "config.json").write_text(config_text(plan.config))
         write_state(state, work)
-        facts = extras(work) if extras else {}
-        files = write_manifests(plan, state, work, beside.source, facts)
+        if emit_modelopt:
+            from loadstone.fakequant.modelopt_state import write_modelopt_state
+
+            write_modelopt_state(plan, state, work)
+        files = write_manifests(plan, state, work, beside.source)
         _verify(plan, work)
         publish(work, out, overwrite)
     except BaseException:

@@ -195,6 +195,7 @@ def export_model(
         state=state,
         device=where,
         overwrite=options.overwrite,
+        emit_modelopt=options.emit_modelopt,
         on_progress=on_progress,
     )
 

@@ -62,6 +62,7 @@ def run_directory(
         out,
         state=calibrate_directory(artifact, plan, options),
         remote_code=options.remote_code,
+        emit_modelopt=options.emit_modelopt,
         device=options.device,
         overwrite=options.overwrite,
         on_progress=on_progress,

@@ -84,7 +84,7 @@ def read_state(directory: Path) -> QuantizerState:
 
 
 def write_manifests(
-    plan: ExportPlan, state: QuantizerState, work: Path, source: dict[str, Any], facts: dict[str, Any]
+    plan: ExportPlan, state: QuantizerState, work: Path, source: dict[str, Any]
 ) -> dict[str, str]:
     """Write both manifests and return the sha256 of every file but the last: ``fakequant_manifest.json``
     (what was done to each tensor) and ``loadstone.json`` (hashes, as every artifact of loadstone has them)."""
@@ -104,7 +104,7 @@ def write_manifests(
         "files": files,
     }
     path = work / FAKEQUANT_MANIFEST
-    path.write_text(json.dumps(manifest | facts, indent=2) + "\n")
+    path.write_text(json.dumps(manifest, indent=2) + "\n")
     files[FAKEQUANT_MANIFEST] = sha256_file(path)
     provenance = {
         "format_version": FORMAT_VERSION,
