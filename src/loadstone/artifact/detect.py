@@ -19,10 +19,19 @@ from loadstone.artifact.kinds import (
     TORCHAO_UNMARKED,
     UNKNOWN,
     classify,
+    quantization_block,
 )
 from loadstone.artifact.torchao_tensors import FlatTensor, flat_tensors
 from loadstone.artifact.training_run import choose_checkpoint, is_checkpoint_name
-from loadstone.artifact.weights import TensorTable, WeightFiles, find_weights, read_tensors
+from loadstone.artifact.weights import (
+    BIN,
+    SAFETENSORS,
+    TensorTable,
+    WeightFiles,
+    check_index,
+    find_weights,
+    read_tensors,
+)
 from loadstone.errors import ArtifactError, UsageError
 
 if TYPE_CHECKING:
@@ -72,7 +81,7 @@ class Artifact:
     @property
     def quantization_config(self) -> dict[str, Any] | None:
         """The block of ``config.json``, None when there is none."""
-        return self.config.get("quantization_config")
+        return quantization_block(self.config)
 
     @property
     def is_torchao(self) -> bool:
@@ -82,6 +91,11 @@ class Artifact:
     def needs_remote_code(self) -> bool:
         """Whether config.json says that the model's code lies in the directory (``auto_map``)."""
         return bool(self.config.get("auto_map"))
+
+    @property
+    def config_dir(self) -> Path:
+        """Where config.json lies: ``path``, or the run's root when the checkpoint has none."""
+        return next((d for d in self.sidecar_dirs if is_file(d / CONFIG)), self.path)
 
     @property
     def sidecar_dirs(self) -> tuple[Path, ...]:
@@ -126,7 +140,11 @@ def examine(path: str | Path, *, checkpoint: str | None = None, sink: Sink = ref
     except OSError as error:
         sink(ArtifactError(f"'{root}' cannot be read ({error.strerror})", "Check its permissions"))
     config = _or_empty(sink, lambda: _find_config(directory, root), ({}, ()))
-    weights = _or_empty(sink, lambda: find_weights(directory, sink), WeightFiles("none", ()))
+    weights = _or_empty(
+        sink,
+        lambda: find_weights(directory, sink, config[0].get("transformers_weights")),
+        WeightFiles("none", ()),
+    )
     if weights is None:
         weights = WeightFiles("none", ())
         sink(_no_weights(directory))
@@ -196,12 +214,20 @@ def read_config(directory: Path, root: Path) -> dict[str, Any]:
         raise ArtifactError(f"'{root}' is no model directory: it has no {CONFIG}", no_config_hint(root))
     check_inside(directory, CONFIG)
     config = read_json(file, MAX_CONFIG_BYTES)
-    if not isinstance(config.get("model_type"), str) and not config.get("architectures"):
+    names = config.get("architectures") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ArtifactError(f"{CONFIG}: architectures is no list of names", "Restore it from the source")
+    if not isinstance(config.get("model_type"), str) and not names:
         raise ArtifactError(f"{CONFIG} names no model_type", "Restore it from the source")
     return config
 
 
 def _no_weights(directory: Path) -> ArtifactError:
+    for name in (SAFETENSORS, BIN):
+        if (directory / name).is_symlink() or (directory / name).exists():
+            return ArtifactError(
+                f"'{directory}' holds no weights: {name} is no regular file", "Copy the file itself"
+            )
     for pattern, what, remedy in MODEL_FILES:
         if next(directory.glob(pattern), None) is not None:
             return ArtifactError(f"'{directory}' holds {what} and no model weights", remedy)
@@ -224,10 +250,19 @@ def _read_weights(
         return (TensorTable(dcp.tensors, {}) if dcp else None), (), dcp
     from loadstone.artifact.bin_header import read_bin
 
-    bins = []
+    bins: list[BinContents] = []
+    stored: dict[str, str] = {}
     for file in weights.files:
         try:
             bins.append(read_bin(directory / file, sink))
         except ArtifactError as error:
             sink(error)
+            continue
+        for name in (*bins[-1].tensors, *bins[-1].subclasses):
+            if name in stored:
+                what = f"tensor {ascii(name)[:200]} is in both {stored[name]} and {file}"
+                sink(ArtifactError(what, "Remove the stale shard"))
+            stored.setdefault(name, file)
+    if len(bins) == len(weights.files):
+        check_index(weights, stored, sink)
     return None, tuple(bins), None

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loadstone.artifact.files import Sink, is_file
-from loadstone.artifact.headers import TensorInfo
-from loadstone.artifact.torchao_checks import SUBCLASSES, FlatTensor, check_dtypes
+from loadstone.artifact.headers import FLOAT_DTYPES, TensorInfo
+from loadstone.artifact.torchao_checks import SUBCLASSES, FlatTensor
 from loadstone.artifact.torchao_config import check_agreement, check_block
 from loadstone.artifact.torchao_tensors import unknown_class_hint
+from loadstone.artifact.uniform import check_layers, check_quantized
 from loadstone.artifact.weights import TensorTable, WeightFiles
 from loadstone.errors import ArtifactError
 
@@ -41,7 +42,6 @@ _LEFTOVERS = {
     ".weight.absmax": "bitsandbytes",
     ".SCB": "bitsandbytes",
 }
-_RAW_DTYPES = frozenset({"I8", "U8", "I32", "F4", "F8_E4M3", "F8_E5M2"})
 
 
 def classify(
@@ -62,13 +62,14 @@ def classify(
     subclasses = {n: cls for contents in bins for n, cls in contents.subclasses.items()}
     try:
         check_subclasses(bins)
-        if config.get("quantization_config") is not None:
+        if quantization_block(config) is not None:
             return _from_block(config, weights, tensors, flat, subclasses, sink)
     except ArtifactError as error:
         sink(error)
         return UNKNOWN, (), None
+    check_layers(tensors, sink)
     if flat:
-        check_dtypes(flat, tensors, config, sink)
+        check_quantized(flat, tensors, config, sink)
         kinds = ", ".join(sorted({t.type for t in flat.values()}))
         where = "safetensors metadata describes" if quantized else f"{bins[0].file} holds"
         return TORCHAO_UNMARKED, (f"{where} {len(flat)} tensors of {kinds}",), "torchao"
@@ -102,7 +103,7 @@ def _from_block(
     subclasses: dict[str, str],
     sink: Sink,
 ) -> Verdict:
-    block = config["quantization_config"]
+    block = quantization_block(config)
     method = quant_method(block)
     if method != "torchao":
         if flat:
@@ -112,6 +113,7 @@ def _from_block(
                 "Restore the quantization_config block",
             )
         return OTHER_QUANTIZER, (f"config.json: quantization_config.quant_method is {method}",), method
+    check_layers(tensors, sink)
     recipe = check_block(block)
     if not flat and not subclasses and weights.format != "none":
         raise ArtifactError(
@@ -119,8 +121,15 @@ def _from_block(
             "The weights are not this config's: finalize again, or remove the quantization_config block",
         )
     check_agreement(recipe, flat, sink)
-    check_dtypes(flat, tensors, config, sink)
+    check_quantized(flat, tensors, config, sink)
     return TORCHAO, ("config.json: quantization_config.quant_method is torchao",), method
+
+
+def quantization_block(config: dict[str, Any]) -> Any:
+    """``quantization_config`` of a config or, as transformers also reads it, of its language model's part."""
+    inner = config.get("text_config")
+    block = config.get("quantization_config")
+    return inner.get("quantization_config") if block is None and isinstance(inner, dict) else block
 
 
 def quant_method(block: Any) -> str:
@@ -140,7 +149,7 @@ def _check_leftovers(tensors: dict[str, TensorInfo], sink: Sink) -> None:
     """Reports one tensor that another quantizer wrote, in a directory whose config no longer says so."""
     for tensor in tensors.values():
         owner = next((o for suffix, o in _LEFTOVERS.items() if tensor.name.endswith(suffix)), None)
-        if owner is None and tensor.name.endswith(".weight") and tensor.dtype in _RAW_DTYPES:
+        if owner is None and tensor.name.endswith(".weight") and tensor.dtype not in FLOAT_DTYPES:
             owner = "an unknown quantizer"
         if owner is not None:
             what = f"'{tensor.name}' ({tensor.dtype}) was written by {owner}"

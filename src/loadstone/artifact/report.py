@@ -12,9 +12,12 @@ from loadstone.artifact.detect import CONFIG, Artifact, examine
 from loadstone.artifact.files import is_file, read_json
 from loadstone.artifact.headers import FLOAT_DTYPES, TensorInfo
 from loadstone.artifact.manifest import MANIFEST, read_manifest
-from loadstone.artifact.torchao_checks import FlatTensor
-from loadstone.artifact.torchao_tensors import looks_flattened
+from loadstone.artifact.torchao_checks import FlatTensor, looks_flattened
+from loadstone.artifact.uniform import pattern_of
 from loadstone.errors import ArtifactError
+
+# A header may hold a million bad entries: nobody reads that many lines.
+MAX_PROBLEMS = 200
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,18 @@ class Report:
 def collect(path: str | Path, *, checkpoint: str | None = None) -> Report:
     """Look at a directory and keep going past every problem; raises `UsageError` only."""
     problems: list[ArtifactError] = []
-    artifact = examine(path, checkpoint=checkpoint, sink=problems.append)
+    unlisted = 0
+
+    def note(problem: ArtifactError) -> None:
+        nonlocal unlisted
+        if len(problems) < MAX_PROBLEMS:
+            problems.append(problem)
+        else:
+            unlisted += 1
+
+    artifact = examine(path, checkpoint=checkpoint, sink=note)
+    if unlisted:
+        problems.append(ArtifactError(f"and {unlisted} more problems", "Mend the first ones and look again"))
     tensors = _stored_tensors(artifact)
     flat = _flat_tensors(artifact)
     plain = {n: t for n, t in tensors.items() if not looks_flattened(n)}
@@ -163,11 +177,6 @@ def _dtype_totals(stored: Iterable[TensorInfo]) -> tuple[DtypeTotal, ...]:
     return tuple(sorted(found, key=lambda d: (-d.nbytes, d.dtype)))
 
 
-def pattern_of(name: str) -> str:
-    """``model.layers.12.mlp.up_proj.weight -> model.layers.*.mlp.up_proj.weight``."""
-    return _NUMBER.sub(".*", name)
-
-
 def _quantized_groups(flat: dict[str, FlatTensor]) -> tuple[Group, ...]:
     members: dict[tuple[str, str, int], list[FlatTensor]] = {}
     for tensor in flat.values():
@@ -215,8 +224,8 @@ def _ties(
     names = {*plain, *_flat_tensors(artifact)}
     embedding = next((n for n in names if n.endswith(_EMBEDDINGS)), None)
     has_head = any(n.endswith(_HEADS) for n in names)
-    architecture = str((artifact.config.get("architectures") or [""])[0:1])
-    if embedding is None or has_head or "ForCausalLM" not in architecture:
+    architectures = artifact.config.get("architectures") or []
+    if embedding is None or has_head or not any(name.endswith("ForCausalLM") for name in architectures):
         return tuple(found), []
     text = artifact.config.get("text_config")
     flags = [c.get("tie_word_embeddings") for c in (artifact.config, text) if isinstance(c, dict)]
@@ -254,6 +263,8 @@ def _notes(artifact: Artifact, stored: list[TensorInfo]) -> list[str]:
     actual = sum(t.nbytes for t in stored)
     if total is not None and total != actual:
         notes.append(f"{artifact.weights.index}: total_size says {total} bytes, the tensors have {actual}")
+    if {"BF16", "F16"} <= {t.dtype for t in stored}:
+        notes.append("BF16 and F16 side by side: unusual, one may be the other mislabelled")
     if artifact.needs_remote_code:
         notes.append(f"{CONFIG}: auto_map names Python code in the directory")
     if (artifact.path / MANIFEST).exists() and not is_file(artifact.path / MANIFEST):
@@ -261,7 +272,6 @@ def _notes(artifact: Artifact, stored: list[TensorInfo]) -> list[str]:
     return notes
 
 
-_NUMBER = re.compile(r"\.\d+(?=\.|$)")
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
 _HEADS = ("lm_head.weight", "embed_out.weight", "output.weight", "output_projection.weight", "head.weight")
 _SIDECARS = {

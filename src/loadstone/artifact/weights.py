@@ -46,11 +46,14 @@ class TensorTable:
     headers: tuple[ShardHeader, ...] = field(repr=False, default=())
 
 
-def find_weights(directory: Path, sink: Sink = refuse) -> WeightFiles | None:
+def find_weights(directory: Path, sink: Sink = refuse, named: object = None) -> WeightFiles | None:
     """The weight files a load would read, in transformers' order of preference; None when there are none.
 
-    Raises `ArtifactError` for an index that is malformed, leaves the directory, or names absent files.
+    ``named`` is what config.json says under ``transformers_weights``: that file or index and no other. Raises
+    `ArtifactError` for an index that is malformed, leaves the directory, or names absent files.
     """
+    if named is not None:
+        return _named(directory, named, sink)
     for fmt, single, index in (("safetensors", SAFETENSORS, SAFETENSORS_INDEX), ("bin", BIN, BIN_INDEX)):
         if is_file(directory / single):
             check_inside(directory, single)
@@ -77,6 +80,21 @@ def find_dcp(directory: Path) -> str | None:
         if is_file(directory / folder / DCP_METADATA):
             return folder
     return None
+
+
+def _named(directory: Path, name: object, sink: Sink) -> WeightFiles:
+    known = isinstance(name, str) and name.endswith((".safetensors", ".safetensors.index.json"))
+    if not isinstance(name, str) or not known:
+        what = f"config.json: transformers_weights is {ascii(name)[:80]}, no safetensors file"
+        raise ArtifactError(what, "Restore config.json from the source")
+    check_inside(directory, name)
+    if not is_file(directory / name):
+        raise ArtifactError(
+            f"config.json names the weights '{name[:200]}', which are not there", "Copy the file"
+        )
+    if name.endswith(".index.json"):
+        return _sharded(directory, "safetensors", name, sink)
+    return WeightFiles("safetensors", (name,), notes=_strays(directory, "safetensors", (name,)))
 
 
 def _sharded(directory: Path, fmt: str, index: str, sink: Sink) -> WeightFiles:
@@ -132,28 +150,26 @@ def read_tensors(directory: Path, weights: WeightFiles, sink: Sink = refuse) -> 
     if described:
         metadata["tensor_names"] = json.dumps(list(described))
     if len(headers) == len(weights.files):
-        _check_index(weights, tensors, sink)
+        check_index(weights, {name: tensor.file for name, tensor in tensors.items()}, sink)
     return TensorTable(tensors, metadata, tuple(headers))
 
 
-def _check_index(weights: WeightFiles, tensors: dict[str, TensorInfo], sink: Sink) -> None:
+def check_index(weights: WeightFiles, stored: dict[str, str], sink: Sink) -> None:
+    """Reports where the index and ``stored`` (tensor name -> file that has it) disagree."""
     if weights.index is None:
         return
+    present = set(weights.files)
     for name, file in weights.weight_map.items():
-        if file not in weights.files:
+        if file not in present:
             continue
-        if name not in tensors:
+        if name not in stored:
             what = f"{file}: tensor {ascii(name)[:200]} is named by {weights.index} and is not in it"
             sink(ArtifactError(what, _AGAIN))
-        elif tensors[name].file != file:
-            sink(
-                ArtifactError(
-                    f"{weights.index} puts '{name}' in {file}, it is in {tensors[name].file}", _AGAIN
-                )
-            )
-    for name, tensor in tensors.items():
+        elif stored[name] != file:
+            sink(ArtifactError(f"{weights.index} puts '{name}' in {file}, it is in {stored[name]}", _AGAIN))
+    for name, file in stored.items():
         if name not in weights.weight_map:
-            sink(ArtifactError(f"{tensor.file}: tensor '{name}' is not in {weights.index}", _AGAIN))
+            sink(ArtifactError(f"{file}: tensor '{name}' is not in {weights.index}", _AGAIN))
 
 
 def _strays(directory: Path, fmt: str, files: tuple[str, ...]) -> tuple[str, ...]:

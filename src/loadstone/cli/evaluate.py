@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -190,6 +191,30 @@ def evaluate(
             metavar="N", help="With --kl, list the N documents that diverge most.", rich_help_panel=RESULT
         ),
     ] = 5,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            metavar="A,B", help="Also lm-eval tasks, compared example by example.", rich_help_panel=RESULT
+        ),
+    ] = None,
+    task_path: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR", help="Folder of task YAMLs besides lm-eval's own.", rich_help_panel=RESULT
+        ),
+    ] = None,
+    speed: Annotated[
+        bool,
+        typer.Option(
+            "--speed", help="Also prefill and decode speed, time to first token.", rich_help_panel=RESULT
+        ),
+    ] = False,
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Write an HTML page with pictures, and the pictures.", rich_help_panel=RESULT
+        ),
+    ] = None,
     fail_if: Annotated[
         list[str] | None,
         typer.Option(
@@ -210,6 +235,9 @@ def evaluate(
     no flag says how."""
     from loadstone.evaluation.gates import parse_gate
 
+    if os.environ.get("RANK", "0") != "0":
+        # Under torchrun the first process speaks for all.
+        logging.getLogger("loadstone").setLevel(logging.ERROR)
     gates = tuple(parse_gate(g) for g in fail_if or ())
     size = _batch_size(batch_size)
     if json_to not in (None, "-") and not Path(str(json_to)).resolve().parent.is_dir():
@@ -242,6 +270,9 @@ def evaluate(
             compile=compile_layers,
             cache=cache,
             resume=resume,
+            tasks=tuple(filter(None, (tasks or "").split(","))),
+            task_path=task_path,
+            speed=speed,
             gates=gates,
         ),
         bar=_bar,
@@ -256,6 +287,11 @@ def evaluate(
             Path(json_to).write_text(text + "\n", encoding="utf-8")
     if json_to != "-":
         _render(outcome)
+    if report is not None:
+        from loadstone.evaluation.report import write_report
+
+        page = write_report(outcome, report, describe(outcome.task.protocol))
+        logging.getLogger("loadstone").info("report: %s", page)
     if outcome.failures:
         raise GateFailed("; ".join(v.describe() for v in outcome.failures))
 
@@ -270,7 +306,7 @@ def _batch_size(text: str) -> int | None:
 
 @contextmanager
 def _bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
-    if not sys.stderr.isatty() or not logging.getLogger("loadstone").isEnabledFor(logging.INFO):
+    if not label or not sys.stderr.isatty() or not logging.getLogger("loadstone").isEnabledFor(logging.INFO):
         yield lambda step: None
         return
     from rich.console import Console
@@ -294,6 +330,10 @@ def _render(outcome: Outcome) -> None:
     tables = [_losses(outcome)]
     if any("kl" in record for record in outcome.records):
         tables.append(_divergences(outcome))
+    if any(record.get("tasks") for record in outcome.records):
+        tables.append(_tasks(outcome))
+    if any(record.get("speed") for record in outcome.records):
+        tables.append(_speeds(outcome))
     for columns, rows in tables:
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
         for i, column in enumerate(columns):
@@ -317,8 +357,8 @@ def describe(protocol: Protocol) -> str:
     start = "every document and window" if protocol.bos_each_window else "every document"
     stride = f", stride {protocol.stride}" if protocol.name == "strided" else ""
     return (
-        f"{protocol.documents} documents, {protocol.tokens} tokens of {protocol.data}; {protocol.name} windows "
-        f"of {protocol.context_length}{stride}; {protocol.separator} starts {start}; {protocol.dtype}"
+        f"{protocol.documents} documents, {protocol.tokens} tokens of {protocol.data}; {protocol.name} "
+        f"windows of {protocol.context_length}{stride}; {protocol.separator} starts {start}; {protocol.dtype}"
     )
 
 
@@ -363,6 +403,34 @@ def _divergences(outcome: Outcome) -> tuple[list[str], list[list[str]]]:
         if "kl" in r
     ]
     return columns, rows
+
+
+def _tasks(outcome: Outcome) -> tuple[list[str], list[list[str]]]:
+    rows = []
+    for r in outcome.records:
+        for t in r["tasks"]:
+            delta = "" if t["delta"] is None else _pm(t["delta"], t["delta_stderr"], "+.4f")
+            p_value = "" if t["p_value"] is None else f"{t['p_value']:.3f}"
+            rows.append(
+                [r["path"], t["task"], t["metric"], _pm(t["value"], t["stderr"], ".4f"), delta, p_value]
+            )
+    return ["model", "task", "metric", "value", "paired Δ", "p"], rows
+
+
+def _speeds(outcome: Outcome) -> tuple[list[str], list[list[str]]]:
+    rows = [
+        [
+            r["path"],
+            str(s["batch_size"]),
+            f"{s['prefill_tokens_per_second']:.0f}",
+            f"{1000 * s['first_token_seconds']:.0f}",
+            f"{s['decode_tokens_per_second']:.1f}",
+            f"{s['peak_memory_bytes'] / 2**20:.0f}",
+        ]
+        for r in outcome.records
+        for s in r["speed"]
+    ]
+    return ["model", "batch", "prefill tokens/s", "first token ms", "decode tokens/s", "peak MiB"], rows
 
 
 def _pm(value: float | None, error: float | None, form: str) -> str:

@@ -152,12 +152,12 @@ def command(
     from loadstone.artifact import detect
     from loadstone.artifact.publish import check_output
     from loadstone.fakequant.run import plan_for, run_directory
-    from loadstone.loading.loader import quiet_imports
+    from loadstone.loading.loader import import_libraries
 
     artifact = detect(model, checkpoint=checkpoint)
     if out is not None:
         check_output(artifact.root, out, overwrite or dry_run)
-    quiet_imports()
+    import_libraries()
     plan = plan_for(artifact, options)
     if dry_run:
         return _show_plan(plan, out, as_json)

@@ -26,7 +26,9 @@ def command(
     model: Annotated[
         Path | None, typer.Option("-M", "--model", help="Checkpoint or training run.", rich_help_panel=_INPUT)
     ] = None,
-    out: Annotated[Path | None, typer.Option("-o", "--out", help="Directory to write.", rich_help_panel=_OUTPUT)] = None,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="Directory to write.", rich_help_panel=_OUTPUT)
+    ] = None,
     quantize: Annotated[
         str | None,
         typer.Option(
@@ -39,7 +41,10 @@ def command(
     skip: Annotated[
         list[str] | None,
         typer.Option(
-            "--skip", metavar="MODULE", help="Leave modules unquantized: a name or part of it, a glob or re:REGEX (repeat).", rich_help_panel=_QUANT
+            "--skip",
+            metavar="MODULE",
+            help="Leave modules unquantized: a name or part of it, a glob or re:REGEX (repeat).",
+            rich_help_panel=_QUANT,
         ),
     ] = None,
     list_recipes: Annotated[
@@ -48,24 +53,43 @@ def command(
     checkpoint: Annotated[
         str | None,
         typer.Option(
-            "--checkpoint", help="Of a training run: newest (default), best, a step or a folder.", rich_help_panel=_INPUT
+            "--checkpoint",
+            help="Of a training run: newest (default), best, a step or a folder.",
+            rich_help_panel=_INPUT,
         ),
     ] = None,
     dtype: Annotated[
         str,
         typer.Option(
-            "--dtype", help="Dtype of unquantized tensors: auto (as stored), float32, bfloat16, float16.", rich_help_panel=_OUTPUT
+            "--dtype",
+            help="Dtype of unquantized tensors: auto (as stored), float32, bfloat16, float16.",
+            rich_help_panel=_OUTPUT,
         ),
     ] = "auto",
     max_shard_size: Annotated[
-        str, typer.Option("--max-shard-size", help="Largest file to write, such as 500MB.", rich_help_panel=_OUTPUT)
+        str,
+        typer.Option(
+            "--max-shard-size", help="Largest file to write, such as 500MB.", rich_help_panel=_OUTPUT
+        ),
     ] = "5GB",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.", rich_help_panel=_OUTPUT)] = False,
-    device: Annotated[str, typer.Option("--device", help="Where to quantize: auto, cpu, cuda, cuda:N.", rich_help_panel=_RUN)] = "auto",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and write nothing.", rich_help_panel=_RUN)] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.", rich_help_panel=_RUN)] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an existing output.", rich_help_panel=_OUTPUT)
+    ] = False,
+    device: Annotated[
+        str,
+        typer.Option("--device", help="Where to quantize: auto, cpu, cuda, cuda:N.", rich_help_panel=_RUN),
+    ] = "auto",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the plan and write nothing.", rich_help_panel=_RUN)
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the result as JSON.", rich_help_panel=_RUN)
+    ] = False,
     trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run Python code that came with the model.", rich_help_panel=_INPUT)
+        bool,
+        typer.Option(
+            "--trust-remote-code", help="Run Python code that came with the model.", rich_help_panel=_INPUT
+        ),
     ] = False,
 ) -> None:
     """Turn a checkpoint into a self-describing artifact, quantized or plain.
@@ -74,7 +98,7 @@ def command(
     """
     if list_recipes:
         return _list_recipes(as_json)
-    if model is None or out is None and not dry_run:
+    if model is None or (out is None and not dry_run):
         raise UsageError("finalize needs -M DIR and -o OUT", "See `loadstone finalize --help`")
     from loadstone.quantization import parse_recipe
 
@@ -85,16 +109,18 @@ def command(
         raise UsageError("--skip is about quantization", "Add --quantize RECIPE")
     from loadstone.loading import plan as load_plan
 
-    artifact = load_plan(model, dtype=dtype, checkpoint=checkpoint, trust_remote_code=trust_remote_code).artifact
+    artifact = load_plan(
+        model, dtype=dtype, checkpoint=checkpoint, trust_remote_code=trust_remote_code
+    ).artifact
     from loadstone.artifact.publish import check_output
     from loadstone.finalize import finalize, make_plan
     from loadstone.finalize.plan import refuse_quantized, weight_dtype
     from loadstone.loading.devices import quantize_device
-    from loadstone.loading.loader import quiet_imports
+    from loadstone.loading.loader import import_libraries
     from loadstone.quantization.quantize import check_runs
 
     refuse_quantized(artifact)
-    quiet_imports()
+    import_libraries()
     where = quantize_device(device)
     if recipe:
         check_runs(recipe, where, weight_dtype(artifact, dtype))
@@ -207,7 +233,8 @@ def _show_plan(plan: FinalizePlan, out: Path | None, as_json: bool) -> None:
 def _show_done(done: Finalized, as_json: bool) -> None:
     if as_json:
         return render.print_json(
-            {"out": str(done.out), "seconds": round(done.seconds, 3), "files": done.files} | _summary(done.plan)
+            {"out": str(done.out), "seconds": round(done.seconds, 3), "files": done.files}
+            | _summary(done.plan)
         )
     _print_groups(done.plan)
     render.console().print(
@@ -218,9 +245,19 @@ def _show_done(done: Finalized, as_json: bool) -> None:
 
 def _print_groups(plan: FinalizePlan) -> None:
     rows = [
-        [action if action != "quantize" else f"quantize ({plan.recipe})", reason or "-", str(count), render.size(before), render.size(after)]
+        [
+            action if action != "quantize" else f"quantize ({plan.recipe})",
+            reason or "-",
+            str(count),
+            render.size(before),
+            render.size(after),
+        ]
         for action, reason, count, before, after in _groups(plan)
     ]
-    rows.append(["total", "", str(len(plan.steps)), render.size(plan.bytes_before), render.size(plan.bytes_after)])
+    rows.append(
+        ["total", "", str(len(plan.steps)), render.size(plan.bytes_before), render.size(plan.bytes_after)]
+    )
     title = f"{plan.source.path} ({plan.source.kind})"
-    render.console().print(render.table(title, ["action", "why", "tensors", "before", "after"], rows, right=(2, 3, 4)))
+    render.console().print(
+        render.table(title, ["action", "why", "tensors", "before", "after"], rows, right=(2, 3, 4))
+    )

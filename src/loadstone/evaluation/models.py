@@ -15,7 +15,7 @@ import torch
 from loadstone.artifact.detect import FAKEQUANT
 from loadstone.errors import UsageError
 from loadstone.evaluation.compiling import compile_layers
-from loadstone.evaluation.fastpath import keep_dequantized
+from loadstone.evaluation.fastpath import FastPath, speed_up
 from loadstone.evaluation.measure import reset_peak
 from loadstone.evaluation.options import Options
 from loadstone.loading import LoadPlan, load, plan
@@ -42,7 +42,8 @@ class Opened:
     model: Any
     device: torch.device
     load_seconds: float
-    fast_modules: int
+    parameters: int
+    fast: FastPath
 
 
 def choose_subjects(options: Options, device: str) -> tuple[Subject, ...]:
@@ -86,6 +87,17 @@ def compute_dtype(reference: LoadPlan, device: str) -> tuple[str, str]:
     ), "the type the reference model is stored in"
 
 
+def _apply_quantizers(model: Any, subject: Subject) -> int:
+    """Turn on a fake-quant export's quantizers of inputs, keys and values; how many there are."""
+    if subject.plan.artifact.kind != FAKEQUANT:
+        return 0
+    from loadstone.fakequant.inputs import apply_export
+
+    count = apply_export(model, subject.plan.artifact)
+    log.info("%s: folded weights and %d quantizers of inputs", subject.name, count)
+    return count
+
+
 @contextmanager
 def opened(subject: Subject, options: Options) -> Iterator[Opened]:
     """Load a model for the length of a ``with`` block; its memory is free again after it."""
@@ -93,14 +105,13 @@ def opened(subject: Subject, options: Options) -> Iterator[Opened]:
     clock = time.perf_counter()
     model = load(subject.plan)
     device = model.get_input_embeddings().weight.device
-    if subject.plan.artifact.kind == FAKEQUANT:
-        from loadstone.fakequant.inputs import apply_export
-
-        log.info("%s: %d quantizers of inputs are on", subject.name, apply_export(model, subject.plan.artifact))
-    fast = keep_dequantized(model) if options.fast else 0
+    parameters = sum(p.numel() for p in model.parameters())
+    hooked = _apply_quantizers(model, subject)
+    # The fast path would put other modules in the place of those with hooks.
+    fast = speed_up(model) if options.fast and not hooked else FastPath()
     if options.compile:
         compile_layers(model)
-    it = Opened(model, device, time.perf_counter() - clock, fast)
+    it = Opened(model, device, time.perf_counter() - clock, parameters, fast)
     del model
     try:
         yield it

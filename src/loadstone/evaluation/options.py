@@ -33,6 +33,10 @@ class Options:
     compile: bool = False
     cache: str | None = None
     resume: bool = False
+    save_every: float = 30.0
+    tasks: tuple[str, ...] = ()
+    task_path: str | None = None
+    speed: bool = False
     gates: tuple[Gate, ...] = ()
 
     @property

@@ -4,11 +4,14 @@ computed."""
 from __future__ import annotations
 
 import logging
+import platform
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from typing import Any
+
+import torch
 
 from loadstone.evaluation.batching import choose_batch_size
 from loadstone.evaluation.divergence import score_pair
@@ -17,8 +20,10 @@ from loadstone.evaluation.models import Opened, Subject, opened
 from loadstone.evaluation.options import Options
 from loadstone.evaluation.ranks import Ranks
 from loadstone.evaluation.scoring import BatchMaker, Timing, Values, check_finite, plan_batches, score
+from loadstone.evaluation.speed import measure_speed
 from loadstone.evaluation.store import Store, entry_key
 from loadstone.evaluation.task import Task
+from loadstone.evaluation.tasks import TaskScore, run_tasks
 
 log = logging.getLogger(__name__)
 Bar = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
@@ -35,7 +40,9 @@ class Cost:
     peak_bytes: int
     device: str
     batch_size: int
-    fast_modules: int = 0
+    parameters: int
+    kept_linears: int = 0
+    packed_linears: int = 0
     cached: bool = False
 
 
@@ -106,7 +113,13 @@ def _run(
     if store is not None and key is not None:
         save = lambda values: store.save_partial(key, ranks.rank, values)  # noqa: E731
     with bench.bar(name if ranks.first else "", maker.tokens) as step:
-        values, timing = compute(values=known, share=(ranks.rank, ranks.count), progress=step, save=save)
+        values, timing = compute(
+            values=known,
+            share=(ranks.rank, ranks.count),
+            progress=step,
+            save=save,
+            save_every=bench.options.save_every,
+        )
     values = ranks.merge(values, known)
     for losses in ("nll_reference", "nll"):
         if losses in values:
@@ -120,6 +133,8 @@ def _prepare(bench: Bench, it: Opened, models: int) -> tuple[BatchMaker, Any, in
     size = bench.options.batch_size or choose_batch_size(
         it.model, maker, task.protocol.context_length, models
     )
+    if bench.options.compile:
+        maker.rows = size
     return maker, plan_batches(task.windows, size), size
 
 
@@ -132,7 +147,9 @@ def _cost(bench: Bench, it: Opened, timing: Timing, size: int) -> Cost:
         peak_bytes=peak_bytes(it.device),
         device=str(it.device),
         batch_size=size,
-        fast_modules=it.fast_modules,
+        parameters=it.parameters,
+        kept_linears=it.fast.kept,
+        packed_linears=it.fast.packed,
     )
 
 
@@ -140,9 +157,16 @@ def _key(bench: Bench, *subjects: Subject) -> str | None:
     if bench.store is None:
         return None
     options = bench.options
-    mode = {"compile": options.compile, "fast": options.fast, "device": options.device.partition(":")[0]}
+    mode = {"compile": options.compile, "fast": options.fast, "device": _hardware(options.device)}
     prints = [fingerprint(s) for s in subjects]
     return entry_key(bench.task.result().protocol, prints, mode)
+
+
+def _hardware(device: str) -> str:
+    """What computes: a GPU's name, or the CPU's instruction set. Other hardware rounds differently."""
+    if device != "cpu" and torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
 
 
 def fingerprint(subject: Subject) -> str:
@@ -162,3 +186,27 @@ def _cached(bench: Bench, key: str | None, name: str) -> tuple[Values, dict[str,
 def _keep(bench: Bench, key: str | None, values: Values, costs: dict[str, Cost]) -> None:
     if bench.store is not None and key is not None and bench.ranks.first:
         bench.store.finish(key, values, {role: asdict(cost) for role, cost in costs.items()})
+
+
+def extras(bench: Bench, subject: Subject, batch_size: int) -> tuple[list[TaskScore], list[dict[str, Any]]]:
+    """What was asked for besides the text: scores of lm-eval tasks, and figures of speed."""
+    options, task = bench.options, bench.task.result()
+    if not options.tasks and not options.speed:
+        return [], []
+    scores: list[TaskScore] = []
+    speeds: list[dict[str, Any]] = []
+    with opened(subject, options) as it:
+        if options.speed:
+            ids = torch.from_numpy(task.stream.ids).to(it.device)
+            speeds = measure_speed(it.model, ids, (1, batch_size))
+        if options.tasks:
+            log.info("%s: running lm-eval tasks", subject.name)
+            scores = run_tasks(
+                it.model,
+                task.tokenizer,
+                options.tasks,
+                include=options.task_path,
+                limit=options.limit,
+                batch_size=batch_size,
+            )
+    return scores, speeds

@@ -15,12 +15,13 @@ from loadstone.evaluation.divergence import divergence_record, worst_documents
 from loadstone.evaluation.gates import Verdict, judge
 from loadstone.evaluation.models import Subject, choose_subjects, opened
 from loadstone.evaluation.options import Options
-from loadstone.evaluation.passes import Bar, Bench, Cost, pair, single
+from loadstone.evaluation.passes import Bar, Bench, Cost, extras, pair, single
 from loadstone.evaluation.ranks import joined
 from loadstone.evaluation.record import make_record
 from loadstone.evaluation.scoring import Values
 from loadstone.evaluation.store import open_store
 from loadstone.evaluation.task import Task, make_task
+from loadstone.evaluation.tasks import TaskScore, task_records
 
 DEFAULT_CACHE = "~/.cache/loadstone/eval"
 
@@ -75,7 +76,10 @@ def evaluate(options: Options, bar: Bar = no_bar) -> Outcome:
         bench = Bench(options, making, store, ranks, bar)
         measure = _with_divergence if options.measures_divergence else _alone
         values, costs = measure(bench, subjects)
-        return _report(options, subjects, making.result(), values, costs, ranks.first)
+        more = {s.name: extras(bench, s, costs[s.name].batch_size) for s in subjects} if ranks.first else {}
+        # The others wait: the launcher would take an early end for a failure.
+        ranks.wait()
+        return _report(bench, subjects, values, costs, more)
 
 
 def _alone(bench: Bench, subjects: tuple[Subject, ...]) -> tuple[dict[str, Values], dict[str, Cost]]:
@@ -110,13 +114,13 @@ def _with_divergence(
 
 
 def _report(
-    options: Options,
+    bench: Bench,
     subjects: tuple[Subject, ...],
-    task: Task,
     values: dict[str, Values],
     costs: dict[str, Cost],
-    first: bool,
+    more: dict[str, tuple[list[TaskScore], list[dict[str, Any]]]],
 ) -> Outcome:
+    options, task = bench.options, bench.task.result()
     sums = {name: task.units.sums(v["nll"]) for name, v in values.items()}
     records, verdicts = [], []
     for subject in subjects:
@@ -131,8 +135,14 @@ def _report(
             record["worst_documents"] = worst_documents(
                 values[name], task.stream, task.tokenizer, options.worst
             )
+        scores, speeds = more.get(name, ([], []))
+        if options.tasks:
+            base = None if delta is None or not more else more[subjects[0].name][0]
+            record["tasks"] = task_records(scores, base)
+        if options.speed:
+            record["speed"] = speeds
         records.append(record)
         for gate in options.gates:
             if subject.given and (delta is not None or not gate.compares):
                 verdicts.append(judge(gate, record, delta))
-    return Outcome(task, tuple(records), tuple(verdicts), values, first)
+    return Outcome(task, tuple(records), tuple(verdicts), values, bench.ranks.first)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,20 +18,16 @@ from loadstone.fakequant.state import QuantizerState, check_state, input_specs
 if TYPE_CHECKING:
     import torch
 
-log = logging.getLogger(__name__)
-
 _CONTEXT = 512
-# Of the memory that is free: room for activations and for whatever else runs here.
-_SHARE = 0.7
 
 
 def calibrate_directory(artifact: Artifact, plan: ExportPlan, options: Options) -> QuantizerState:
     """The quantizers of an export with their ranges, the model loaded for it if one has to be measured."""
     if not options.calibrates:
         return QuantizerState(input_specs(plan) if options.activations else {})
-    with _loaded(artifact, options) as model:
-        batches = token_batches(options.calibrate or (), artifact.root, model.config)
-        return calibrate(model, plan, options, batches)
+    model = _loaded(artifact, options)
+    batches = token_batches(options.calibrate or (), artifact.root, model.config)
+    return calibrate(model, plan, options, batches)
 
 
 def calibrate(model: Any, plan: ExportPlan, options: Options, batches: Sequence[torch.Tensor]) -> QuantizerState:
@@ -109,42 +104,19 @@ def token_batches(documents: Sequence[Any], folder: Path | None, config: Any) ->
     return batches
 
 
-@contextmanager
-def _loaded(artifact: Artifact, options: Options) -> Iterator[Any]:
+def _loaded(artifact: Artifact, options: Options) -> Any:
     """The model, under accelerate's offload when it is larger than the memory that is free."""
     import torch
+    from accelerate.utils import get_max_memory
 
     from loadstone.loading import load
     from loadstone.loading import plan as load_plan
     from loadstone.loading.devices import weight_bytes
 
-    on_cpu = options.device == "cpu" or not torch.cuda.is_available()
-    # A CPU emulates bfloat16 products, several times slower.
-    dtype = "float32" if on_cpu else "auto"
-    free = free_memory() * _SHARE
-    if on_cpu and weight_bytes(artifact) * 2 > free:
-        import tempfile
-
-        from transformers import AutoModelForCausalLM
-
-        log.info("calibrating under disk offload: the weights are larger than the memory that is free")
-        with tempfile.TemporaryDirectory(prefix="loadstone-offload-") as folder:
-            yield AutoModelForCausalLM.from_pretrained(
-                artifact.path,
-                device_map="auto",
-                max_memory={"cpu": int(free)},
-                offload_folder=folder,
-                local_files_only=True,
-                trust_remote_code=options.trust_remote_code,
-            ).eval()
-        return
-    device = "cpu" if on_cpu else options.device
-    yield load(load_plan(artifact, device=device, dtype=dtype, trust_remote_code=options.trust_remote_code))
-
-
-def free_memory() -> int:
-    """Bytes that the system can give without swapping."""
-    for line in Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else ():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return 1 << 62
+    dtype = "auto"
+    if options.device == "cpu" or not torch.cuda.is_available():
+        # A CPU emulates bfloat16 products, several times slower: float32 where it fits.
+        dtype = "float32" if weight_bytes(artifact) * 3 < get_max_memory()["cpu"] else "auto"
+    device = "auto" if dtype == "auto" else options.device
+    plan = load_plan(artifact, device=device, dtype=dtype, trust_remote_code=options.trust_remote_code)
+    return load(plan)

@@ -84,7 +84,9 @@ def _write_shard(
     plan: FinalizePlan, number: int, work: Path, device: str, on_progress: Callable[[int], None] | None
 ) -> None:
     steps = plan.shards[number]
-    writer = ShardWriter(work / plan.file_name(number), [o for s in steps for o in s.outputs], _metadata(plan))
+    writer = ShardWriter(
+        work / plan.file_name(number), [o for s in steps for o in s.outputs], _metadata(plan)
+    )
     reader = SourceReader(plan.source)
     writes: deque[Future[None]] = deque()
     try:
@@ -124,7 +126,9 @@ def _apply(step: Step, tensor: torch.Tensor, device: str) -> dict[str, torch.Ten
         )
     flat, parts = flatten(step.name, quantize_weight(tensor.to(device=device, dtype=compute), step.scheme))
     if flat.metadata != step.metadata:
-        raise ArtifactError(f"tensor '{step.name}': torchao stored it otherwise than planned ({flat.metadata})")
+        raise ArtifactError(
+            f"tensor '{step.name}': torchao stored it otherwise than planned ({flat.metadata})"
+        )
     names = [o.name for o in step.outputs]
     return {name: part.cpu() for name, part in zip(names, parts.values(), strict=True)}
 

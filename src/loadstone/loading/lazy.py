@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from loadstone.artifact import Artifact, FlatTensor
 from loadstone.errors import ArtifactError
+from loadstone.loading.dcpfiles import LazyDcp
+from loadstone.loading.repack import int4_tiles_to_cpu
 
 if TYPE_CHECKING:
     import torch
@@ -45,7 +47,9 @@ class LazyQuantized:
         return "BF16"
 
 
-def rebuild(flat: FlatTensor, parts: dict[str, torch.Tensor], dtype: torch.dtype | None = None) -> torch.Tensor:
+def rebuild(
+    flat: FlatTensor, parts: dict[str, torch.Tensor], dtype: torch.dtype | None = None
+) -> torch.Tensor:
     """One torchao tensor from its parts (by torchao's data names) and its own metadata.
 
     ``dtype`` (None: as stored) is the floating type that the tensor stands for and computes in. Raises
@@ -55,24 +59,23 @@ def rebuild(flat: FlatTensor, parts: dict[str, torch.Tensor], dtype: torch.dtype
 
     description = json.loads(flat.metadata)
     attributes = description["_data"]
-    if dtype is not None:
+    if flat.type == "Int4TilePackedTo4dTensor":
+        if parts["qdata"].device.type == "cpu":
+            return int4_tiles_to_cpu(flat, parts, dtype or parts["scale_and_zero"].dtype)
+        # The CUDA kernel computes in bfloat16 whatever comes in, and gives back the dtype it was given.
+    elif dtype is not None:
         key = "orig_dtype" if "orig_dtype" in attributes else "dtype"
         wanted = str(dtype).removeprefix("torch.")
-        if flat.type == "Int4TilePackedTo4dTensor":
-            if wanted != "bfloat16":
-                raise ArtifactError(
-                    f"tensor '{flat.name}' is packed for a bfloat16 kernel and cannot compute in {wanted}",
-                    "Use --dtype auto",
-                )
-        else:
-            attributes[key] = {"_type": "torch.dtype", "_data": wanted}
-            for name in _PARTS_IN_MODEL_DTYPE.get(flat.type, ()):
-                parts[name] = parts[name].to(dtype)
+        attributes[key] = {"_type": "torch.dtype", "_data": wanted}
+        for name in _PARTS_IN_MODEL_DTYPE.get(flat.type, ()):
+            parts[name] = parts[name].to(dtype)
     attributes.update(parts)
     try:
         return object_from_dict(description)
     except Exception as error:
-        raise ArtifactError(f"tensor '{flat.name}': torchao cannot rebuild it ({error})", "Finalize again") from None
+        raise ArtifactError(
+            f"tensor '{flat.name}': torchao cannot rebuild it ({error})", "Finalize again"
+        ) from None
 
 
 @contextmanager
@@ -84,6 +87,8 @@ def lazy_state_dict(artifact: Artifact, dtype: torch.dtype | None) -> Iterator[d
     with ExitStack() as stack:
         if artifact.weights.format == "safetensors":
             yield _from_safetensors(artifact, dtype, stack)
+        elif artifact.dcp is not None:
+            yield {name: LazyDcp(artifact, name) for name in artifact.dcp.tensors}
         else:
             from loadstone.loading.binfiles import read_bins
 

@@ -7,15 +7,20 @@ unexpected or mismatched tensors, anything left on the meta device) is an error 
 
 from __future__ import annotations
 
+import atexit
 import logging
+import shutil
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loadstone.artifact import Artifact
-from loadstone.errors import ArtifactError
-from loadstone.loading.finite import check_finite
+from loadstone.errors import ArtifactError, MissingError
+from loadstone.loading.devices import CPU, DISK
 from loadstone.loading.lazy import lazy_state_dict
 from loadstone.loading.plan import LoadPlan
+from loadstone.loading.values import check_values, limits_of
 
 if TYPE_CHECKING:
     import torch
@@ -33,18 +38,20 @@ def load_native(plan: LoadPlan, device_map: Any) -> PreTrainedModel:
     dtype = stored_dtype(artifact, config) if plan.dtype == "auto" else getattr(torch, plan.dtype)
     model_class = model_class_of(config, artifact)
     quantized_dtype = None if plan.dtype == "auto" else dtype
+    check_device(artifact, device_map)
+    options: dict[str, Any] = {"dtype": dtype, "device_map": device_map}
     with ThreadPoolExecutor(1) as pool:
         # The scan reads the same bytes as the load, on the other core, through a small buffer.
-        scan = pool.submit(check_finite, artifact.path, list(artifact.table.tensors.values()) if artifact.table else [])
+        files = artifact.weights.format == "safetensors" and artifact.table
+        stored = files.tensors.values() if files else ()
+        scan = pool.submit(check_values, artifact.path, stored, limits_of(artifact.quantized.values()))
         with lazy_state_dict(artifact, quantized_dtype) as state, _quiet_transformers():
             model, info = model_class.from_pretrained(
-                None,
+                *_source(artifact, state, options),
                 config=config,
-                state_dict=state,
-                dtype=dtype,
-                device_map=device_map,
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
+                **options,
             )
         _check_complete(artifact, model, info)
         scan.result()
@@ -52,18 +59,66 @@ def load_native(plan: LoadPlan, device_map: Any) -> PreTrainedModel:
     return model
 
 
+def _source(artifact: Artifact, state: dict[str, Any], options: dict[str, Any]) -> tuple[Path | None]:
+    """Where `from_pretrained` takes tensors from: our lazy state dict, or the files, for what stays on disk."""
+    if isinstance(options["device_map"], dict) and DISK in options["device_map"].values():
+        # Offloaded tensors are mapped from the checkpoint itself; the folder takes those that are converted on load.
+        folder = tempfile.mkdtemp(prefix="loadstone-offload-")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        options["offload_folder"] = folder
+        return (artifact.path,)
+    options["state_dict"] = state
+    return (None,)
+
+
+def check_device(artifact: Artifact, device_map: Any) -> None:
+    """Raise `MissingError` when the artifact's kernels do not exist on the device; say when weights are repacked."""
+    from loadstone.loading.quantizer import recovered_scheme
+    from loadstone.quantization.schemes import Int4WeightOnly, recipe_for
+
+    if not artifact.is_torchao:
+        return
+    recipe = recipe_for(recovered_scheme(artifact))
+    devices = {"cpu"} if device_map is None else {str(d).partition(":")[0] for d in device_map.values()}
+    on_cpu = "cpu" in devices and "cpu" not in recipe.devices
+    if on_cpu and isinstance(recipe.scheme, Int4WeightOnly):
+        log.info(
+            "%s: int4 weights packed for CUDA are repacked for the CPU's int4 kernel, value for value",
+            artifact.root,
+        )
+    elif on_cpu:
+        raise MissingError(
+            f"'{artifact.root}' is {recipe.name}, which needs {recipe.needs}", "Use --device cuda there"
+        )
+    elif recipe.needs and "cpu" not in devices:
+        import torch
+
+        from loadstone.quantization.quantize import check_runs
+
+        check_runs(recipe, next(str(d) for d in device_map.values()), torch.bfloat16)
+
+
 def load_config(artifact: Artifact, trust_remote_code: bool = False) -> Any:
     """The transformers config of an artifact, without its quantization block (the tensors describe themselves)."""
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(artifact.path, trust_remote_code=trust_remote_code, local_files_only=True)
+        config = AutoConfig.from_pretrained(
+            beside(artifact, "config.json"), trust_remote_code=trust_remote_code, local_files_only=True
+        )
     except (ValueError, KeyError, TypeError, OSError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise ArtifactError(f"{artifact.path}/config.json: transformers refuses it ({reason})", _UPDATE) from None
+        raise ArtifactError(
+            f"{artifact.path}/config.json: transformers refuses it ({reason})", _UPDATE
+        ) from None
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     return config
+
+
+def beside(artifact: Artifact, name: str) -> Path | None:
+    """The directory that holds a sidecar file: the weights' own, else the training run's."""
+    return next((folder for folder in artifact.sidecar_dirs if (folder / name).is_file()), None)
 
 
 def model_class_of(config: Any, artifact: Artifact) -> Any:
@@ -115,11 +170,14 @@ def _check_complete(artifact: Artifact, model: PreTrainedModel, info: dict[str, 
         )
     if info.get("error_msgs"):
         raise ArtifactError(f"{where}: {info['error_msgs'][0]}", "Finalize or copy the model again")
-    offloaded = bool(getattr(model, "hf_device_map", None)) and "disk" in set(model.hf_device_map.values())
-    if not offloaded:
+    # accelerate keeps what it offloads outside the model, and leaves meta tensors in its place.
+    places = set((getattr(model, "hf_device_map", None) or {}).values())
+    if len(places) < 2 or not places & {CPU, DISK}:
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             if tensor.device.type == "meta":
-                raise ArtifactError(f"{where}: '{name}' was left without data", "Finalize or copy the model again")
+                raise ArtifactError(
+                    f"{where}: '{name}' was left without data", "Finalize or copy the model again"
+                )
 
 
 def _finish(artifact: Artifact, model: PreTrainedModel) -> None:
@@ -127,8 +185,8 @@ def _finish(artifact: Artifact, model: PreTrainedModel) -> None:
     from transformers import GenerationConfig
 
     model.config.name_or_path = model.name_or_path = str(artifact.path)
-    if model.can_generate() and (artifact.path / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(artifact.path, local_files_only=True)
+    if model.can_generate() and (folder := beside(artifact, "generation_config.json")):
+        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     if artifact.is_torchao:
         from loadstone.loading.quantizer import attach_quantizer
 

@@ -23,6 +23,10 @@ class SourceReader:
         """The tensor on the CPU, in its stored dtype; raises `ArtifactError` when the file ends inside it."""
         if self.artifact.weights.format == "bin":
             return self._read_bin(info)
+        if self.artifact.dcp is not None:
+            from loadstone.loading.dcpfiles import read_dcp_tensor
+
+            return read_dcp_tensor(self.artifact, info.name)
         import torch
 
         buffer = bytearray(info.nbytes)
@@ -33,7 +37,9 @@ class SourceReader:
             while count < info.nbytes:
                 got = file.readinto(view[count:])
                 if not got:
-                    raise ArtifactError(f"{info.file}: truncated inside tensor '{info.name}'", "Copy the file again")
+                    raise ArtifactError(
+                        f"{info.file}: truncated inside tensor '{info.name}'", "Copy the file again"
+                    )
                 count += got
         if not buffer:
             return torch.empty(info.shape, dtype=torch_dtype(info.dtype))
