@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.fakequant.conftest import hashes, load, logits, manifest, tensors
 
 import loadstone
 from loadstone import export_fakequant
@@ -19,7 +19,6 @@ from loadstone.artifact.manifest import sha256_file, verify_files
 from loadstone.errors import ArtifactError, MissingError, UsageError
 from loadstone.fakequant.formats import FORMATS, parse_format
 from loadstone.fakequant.formats.fold import fold
-from tests.fakequant.conftest import hashes, load, logits, manifest, tensors
 
 
 def rules_file(folder: Path, text: str) -> Path:
@@ -65,7 +64,9 @@ def test_gpt2_says_why_nothing_is_folded(make_model: Callable[..., Path], tmp_pa
     assert len(export_fakequant(make_model("gpt2"), tmp_path / "out", rules=pattern).plan.folded) == 2
 
 
-def test_shards_stay_as_they_are_and_total_size_is_true(make_model: Callable[..., Path], tmp_path: Path) -> None:
+def test_shards_stay_as_they_are_and_total_size_is_true(
+    make_model: Callable[..., Path], tmp_path: Path
+) -> None:
     source = make_model("llama-tied", max_shard_size="60KB")
     export_fakequant(source, tmp_path / "out", format="int8")
     theirs = json.loads((source / "model.safetensors.index.json").read_text())["weight_map"]
@@ -113,7 +114,10 @@ def remote(source: Path, target: Path, **config: Any) -> Path:
     shutil.copytree(source, target)
     found = json.loads((target / "config.json").read_text())
     reference = {"AutoConfig": "configuration_x.XConfig", "AutoModelForCausalLM": "modeling_x.X"}
-    found |= {"auto_map": reference, "nested": {"deep": [{"auto_map": {"AutoModel": "modeling_x.Y"}, "kept": 1}]}} | config
+    found |= {
+        "auto_map": reference,
+        "nested": {"deep": [{"auto_map": {"AutoModel": "modeling_x.Y"}, "kept": 1}]},
+    } | config
     (target / "config.json").write_text(json.dumps(found))
     return target
 
@@ -142,7 +146,11 @@ def test_remote_code_is_copied_whole_or_not_at_all(tiny: Path, tmp_path: Path) -
     (source / "unrelated.py").write_text("")
     export_fakequant(source, tmp_path / "out", format="fp8", remote_code="copy")
     copied = {p.name for p in (tmp_path / "out").glob("*.py")}
-    assert copied == {"modeling_x.py", "configuration_x.py", "helper_x.py"} <= set(manifest(tmp_path / "out")["files"])
+    assert (
+        copied
+        == {"modeling_x.py", "configuration_x.py", "helper_x.py"}
+        <= set(manifest(tmp_path / "out")["files"])
+    )
     assert "auto_map" in (tmp_path / "out" / "config.json").read_text()
 
 
@@ -170,9 +178,15 @@ rules:
     done = export_fakequant(tiny, tmp_path / "out", rules=rules_file(tmp_path, text))
     facts = manifest(tmp_path / "out")["tensors"]
     assert facts["model.layers.0.mlp.down_proj.weight"]["format"] == "nvfp4"
-    assert facts["model.layers.1.mlp.up_proj.weight"] == {"format": "fp8", "rule": "default", "amax": "weight"}
+    assert facts["model.layers.1.mlp.up_proj.weight"] == {
+        "format": "fp8",
+        "rule": "default",
+        "amax": "weight",
+    }
     assert facts["model.embed_tokens.weight"]["rule"] == "model.embed_tokens: int8"
-    assert manifest(tmp_path / "out")["not_folded"]["model.layers.0.mlp.up_proj.weight"] == "left out by a rule"
+    assert (
+        manifest(tmp_path / "out")["not_folded"]["model.layers.0.mlp.up_proj.weight"] == "left out by a rule"
+    )
     assert len(done.plan.folded) == 2 + 6 + 1
     over = export_fakequant(tiny, tmp_path / "over", rules=tmp_path / "rules.yaml", format="mxfp8")
     assert str(over.plan.rules.default) == "mxfp8"
@@ -181,8 +195,14 @@ rules:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("format: fp8\nrules:\n  - {match: nothing_here, format: int8}", r"rules.yaml:3: the rule 'nothing_here: int8'"),
-        ("format: fp8\nrules: [{match: mlp, format: none}, {match: up_proj, format: int8}]", "earlier rules match all"),
+        (
+            "format: fp8\nrules:\n  - {match: nothing_here, format: int8}",
+            r"rules.yaml:3: the rule 'nothing_here: int8'",
+        ),
+        (
+            "format: fp8\nrules: [{match: mlp, format: none}, {match: up_proj, format: int8}]",
+            "earlier rules match all",
+        ),
         ("format: fp9", "Did you mean 'fp8'"),
         ("format: fp8\nrules:\n  - {match: mlp}", "rules.yaml:3: a rule holds"),
         ("rules: [{match: mlp, format: none}]", "no format is named"),
@@ -211,14 +231,18 @@ def test_values_that_are_not_finite(value: float, tiny: Path, tmp_path: Path) ->
         state["model.layers.1.mlp.up_proj.weight"][3, 3] = value
 
     source = damaged(tiny, tmp_path / "source", spoil)
-    with pytest.raises(ArtifactError, match=r"'model\.layers\.1\.mlp\.up_proj\.weight' holds NaN or infinity"):
+    with pytest.raises(
+        ArtifactError, match=r"'model\.layers\.1\.mlp\.up_proj\.weight' holds NaN or infinity"
+    ):
         export_fakequant(source, tmp_path / "out", format="fp8")
-    assert sorted(os.listdir(tmp_path)) == ["source"]
+    assert [p.name for p in tmp_path.iterdir()] == ["source"]
 
 
 def test_tied_sides_that_differ(tiny: Path, tmp_path: Path) -> None:
     def add(shift: float) -> Callable[[dict[str, torch.Tensor]], None]:
-        return lambda state: state.update({"lm_head.weight": state["model.embed_tokens.weight"].clone() + shift})
+        return lambda state: state.update(
+            {"lm_head.weight": state["model.embed_tokens.weight"].clone() + shift}
+        )
 
     with pytest.raises(ArtifactError, match=r"'lm_head\.weight' and 'model\.embed_tokens\.weight' are tied"):
         export_fakequant(damaged(tiny, tmp_path / "source", add(1)), tmp_path / "out", format="fp8")
@@ -244,7 +268,9 @@ def test_a_width_that_a_rule_asks_for_and_cannot_have(tiny: Path, tmp_path: Path
     reason = manifest(tmp_path / "left")["not_folded"]["model.layers.0.mlp.down_proj.weight"]
     assert "its width 120 is no multiple of 32" in reason and len(done.plan.folded) == 12
     path = rules_file(tmp_path, "rules: [{match: down_proj, format: mxfp4}]")
-    with pytest.raises(ArtifactError, match=r"'model\.layers\.0\.mlp\.down_proj\.weight' cannot be folded: its width 120"):
+    with pytest.raises(
+        ArtifactError, match=r"'model\.layers\.0\.mlp\.down_proj\.weight' cannot be folded: its width 120"
+    ):
         export_fakequant(source, tmp_path / "out", rules=path)
     assert not (tmp_path / "out").exists()
 
@@ -275,7 +301,9 @@ def test_outputs_that_are_refused(tiny: Path, tmp_path: Path, monkeypatch: pytes
     export_fakequant(tiny, out, format="fp8", overwrite=True)
     assert not (out / "stale.safetensors").exists()
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr("loadstone.artifact.publish.shutil.disk_usage", lambda path: usage._replace(free=1000))
+    monkeypatch.setattr(
+        "loadstone.artifact.publish.shutil.disk_usage", lambda path: usage._replace(free=1000)
+    )
     with pytest.raises(MissingError, match="GB free and the output needs"):
         export_fakequant(tiny, tmp_path / "full", format="fp8")
     assert not (tmp_path / "full").exists()
@@ -309,7 +337,11 @@ def test_output_that_is_not_as_planned(tiny: Path, tmp_path: Path, monkeypatch: 
     def stranger(artifact: Any) -> Any:
         yield "model.stranger", torch.ones(2)
 
-    cases = {fewer: "5 tensors never came: model.layers.0.input_layernorm", twice: "came twice", other: "announced as"}
+    cases = {
+        fewer: "5 tensors never came: model.layers.0.input_layernorm",
+        twice: "came twice",
+        other: "announced as",
+    }
     for wrong, says in (cases | {stranger: "'model.stranger' came and is not in the plan"}).items():
         monkeypatch.setattr(directory, "read_tensors", wrong)
         with pytest.raises(ArtifactError, match=says):
@@ -318,7 +350,7 @@ def test_output_that_is_not_as_planned(tiny: Path, tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(export, "_write_index", lambda plan, work: (work / "x").touch())
     with pytest.raises(ArtifactError):
         export_fakequant(tiny, tmp_path / "out", format="fp8")
-    assert os.listdir(tmp_path) == []
+    assert not any(tmp_path.iterdir())
 
 
 def test_the_same_bytes_every_time_and_tampering_is_found(tiny: Path, tmp_path: Path) -> None:

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.fakequant.conftest import TOKENS, Snapshot, load, logits, manifest
 
 import loadstone
 from loadstone import export_fakequant
 from loadstone.errors import ArtifactError, UsageError
 from loadstone.fakequant.formats.fold import fold_input
 from loadstone.fakequant.inputs import apply_export
-from tests.fakequant.conftest import TOKENS, Snapshot, load, logits, manifest
 
 TEXTS = ["It was the best of times, it was the worst of times", "Call me Ishmael."]
 BATCHES = [TOKENS, TOKENS.flip(1)]
@@ -49,13 +49,17 @@ def test_calibrated_inputs(text: str, tiny: Path, tmp_path: Path) -> None:
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and name != "lm_head":
             module.register_forward_pre_hook(
-                lambda m, args, name=name: seen.update({name: max(seen.get(name, 0.0), args[0].abs().max().item())})
+                lambda m, args, name=name: seen.update(
+                    {name: max(seen.get(name, 0.0), args[0].abs().max().item())}
+                )
             )
     with torch.no_grad():
         for batch in BATCHES:
             model(batch)
     state = load_file(tmp_path / "out" / "fakequant_state.safetensors")
-    assert {k: v.item() for k, v in state.items()} == {f"{k}.input_quantizer.amax": v for k, v in seen.items()}
+    assert {k: v.item() for k, v in state.items()} == {
+        f"{k}.input_quantizer.amax": v for k, v in seen.items()
+    }
     spec = manifest(tmp_path / "out")["quantizers"]["model.layers.0.mlp.up_proj.input_quantizer"]
     assert spec == {"w4a8": "fp8"}.get(text, text)
     ours = applied(tmp_path / "out")
@@ -121,7 +125,9 @@ def test_a_directory_larger_than_memory_calibrates_from_disk(
     export_fakequant(source, tmp_path / "offloaded", **options)
     assert "disk" in used[0].hf_device_map.values()
     states = [load_file(tmp_path / n / "fakequant_state.safetensors") for n in ("resident", "offloaded")]
-    assert states[0].keys() == states[1].keys() and all(torch.equal(states[0][k], states[1][k]) for k in states[0])
+    assert states[0].keys() == states[1].keys() and all(
+        torch.equal(states[0][k], states[1][k]) for k in states[0]
+    )
 
 
 def test_eval_applies_them(make_model: Callable[..., Path], tmp_path: Path) -> None:
@@ -182,7 +188,11 @@ def test_a_state_that_is_damaged_is_refused(fault: str, tiny: Path, tmp_path: Pa
     if fault != "file":
         save_file(state, path)
     (out / "fakequant_manifest.json").write_text(facts)
-    says = {"schema": "schema 9", "file": "has quantizers and no", "stranger": "no_proj.input_quantizer' belongs to no"}
+    says = {
+        "schema": "schema 9",
+        "file": "has quantizers and no",
+        "stranger": "no_proj.input_quantizer' belongs to no",
+    }
     with pytest.raises(ArtifactError, match=says.get(fault, name)):
         apply_export(load(out), loadstone.detect(out))
 
@@ -191,6 +201,8 @@ def test_infinite_activations_name_the_layer(tiny: Path, tmp_path: Path) -> None
     model = load(tiny)
     with torch.no_grad():
         model.model.layers[1].input_layernorm.weight.fill_(float("inf"))
-    with pytest.raises(ArtifactError, match=r"layers\.1\.self_attn\.[qkv]_proj\.input_quantizer\.amax' is NaN, inf"):
+    with pytest.raises(
+        ArtifactError, match=r"layers\.1\.self_attn\.[qkv]_proj\.input_quantizer\.amax' is NaN, inf"
+    ):
         export_fakequant(model, tmp_path / "out", format="fp8", calibrate=BATCHES)
     assert not (tmp_path / "out").exists() and not any(m._forward_pre_hooks for m in model.modules())

@@ -8,14 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+from tests.fakequant.conftest import SET_UPS, Snapshot, hashes, load, logits, manifest, tensors
 
 from loadstone import export_fakequant
 from loadstone.errors import ArtifactError, UsageError
-from tests.fakequant.conftest import SET_UPS, Snapshot, hashes, load, logits, manifest, tensors
 
 
 @pytest.fixture(scope="module")
-def expected(make_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def expected(
+    make_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
     """The directory's own export, made once."""
     made: dict[str, Path] = {}
 
@@ -92,7 +94,9 @@ def test_a_child_hook_beats_its_parent(tmp_path: Path) -> None:
     cpu = torch.device("cpu")
 
     def hook(value: float, key: str, **options: Any) -> AlignDevicesHook:
-        made = AlignDevicesHook(execution_device=cpu, offload=True, weights_map={key: torch.full((4, 4), value)}, **options)
+        made = AlignDevicesHook(
+            execution_device=cpu, offload=True, weights_map={key: torch.full((4, 4), value)}, **options
+        )
         made.init_hook = lambda module: module  # type: ignore[method-assign]
         return made
 
@@ -229,7 +233,9 @@ def test_tied_sides_that_differ_are_an_error(make_model: Callable[..., Path], tm
 def test_one_side_of_a_tie(source: str, make_model: Callable[..., Path], tmp_path: Path) -> None:
     directory = make_model("llama-tied")
     given = load(directory) if source == "live" else directory
-    with pytest.raises(UsageError, match="'lm_head.weight' would be folded and 'model.embed_tokens.weight'"):
+    with pytest.raises(
+        UsageError, match=r"'lm_head\.weight' would be folded and 'model\.embed_tokens\.weight'"
+    ):
         export_fakequant(given, tmp_path / "out", rules=_only("lm_head"))
     export_fakequant(given, tmp_path / "out", rules=_only("lm_head"), untie=True)
     found = tensors(tmp_path / "out")
@@ -272,7 +278,9 @@ def test_shards_of_a_live_model(make_model: Callable[..., Path], tmp_path: Path)
     assert set(index["weight_map"]) == set(many)
 
 
-def test_experts_go_out_under_the_names_of_save_pretrained(make_model: Callable[..., Path], tmp_path: Path) -> None:
+def test_experts_go_out_under_the_names_of_save_pretrained(
+    make_model: Callable[..., Path], tmp_path: Path
+) -> None:
     model = load(make_model("qwen3-moe"))
     model.save_pretrained(tmp_path / "saved")
     export_fakequant(model, tmp_path / "out", format="int8")
@@ -290,13 +298,17 @@ def test_experts_go_out_under_the_names_of_save_pretrained(make_model: Callable[
     assert torch.equal(logits(folded), logits(model))
 
 
-def test_a_model_trained_with_torchao_exports_what_it_computes(make_model: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_model_trained_with_torchao_exports_what_it_computes(
+    make_model: Callable[..., Path], tmp_path: Path
+) -> None:
     from torchao.quantization import IntxWeightOnlyConfig, PerGroup, quantize_
     from torchao.quantization.qat import QATConfig
 
     model = load(make_model("llama-untied"))
     base = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32))
-    quantize_(model, QATConfig(base, step="prepare"), lambda m, n: isinstance(m, torch.nn.Linear) and n != "lm_head")
+    quantize_(
+        model, QATConfig(base, step="prepare"), lambda m, n: isinstance(m, torch.nn.Linear) and n != "lm_head"
+    )
     before = Snapshot(model)
     with pytest.raises(UsageError, match="weight quantizers of its own"):
         export_fakequant(model, tmp_path / "out", format="fp8")

@@ -1,4 +1,4 @@
-"""ModelOpt's state file; and, in a virtual environment that has ModelOpt (`make test-modelopt`), its own reload of it."""
+"""ModelOpt's state file; and, where ModelOpt is (`make test-modelopt`), its own reload of it."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from tests.fakequant.conftest import SET_UPS, TOKENS, Snapshot, hashes, load, logits, tensors
 
 import loadstone
 from loadstone import export_fakequant
 from loadstone.errors import ArtifactError
 from loadstone.fakequant.inputs import apply_export
 from loadstone.fakequant.modelopt_state import MODELOPT_FILE, read_modelopt_state
-from tests.fakequant.conftest import SET_UPS, TOKENS, Snapshot, hashes, load, logits, tensors
 
 
 @pytest.mark.parametrize("text", ["fp8", "mxfp8"])
@@ -68,7 +68,9 @@ def reload(model: Any, directory: Path) -> Any:
     for _, config, metadata in manager.modes_with_states():
         convert_to_quantized_model(model, config)
         saved = metadata["quantizer_state"]
-        whole = {k: saved[k] if k in saved else v | {"_disabled": True} for k, v in quantizer_state(model).items()}
+        whole = {
+            k: saved[k] if k in saved else v | {"_disabled": True} for k, v in quantizer_state(model).items()
+        }
         restore_quantizer_state(model, config, metadata | {"quantizer_state": whole})
     mtq.utils.set_quantizer_state_dict(model, content["modelopt_state_weights"])
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
@@ -118,7 +120,11 @@ def test_models_with_modelopt_quantizers(text: str, make_model: Callable[..., Pa
     assert live.keys() == directory.keys() and all(torch.equal(live[k], directory[k]) for k in live)
     after = logits(reload(load(tmp_path / "live"), tmp_path / "live"))
     # Between its two stages the live model rounds to bfloat16, an export does not.
-    assert torch.allclose(after, before.logits, atol=0.02) if text == "w4a8" else torch.equal(after, before.logits)
+    assert (
+        torch.allclose(after, before.logits, atol=0.02)
+        if text == "w4a8"
+        else torch.equal(after, before.logits)
+    )
 
 
 @pytest.mark.modelopt
@@ -135,7 +141,9 @@ def test_same_weights_as_modelopts_own_export(make_model: Callable[..., Path], t
 
 @pytest.mark.modelopt
 @pytest.mark.parametrize("way", ["cpu_offload", "disk_offload"])
-def test_offloaded_where_modelopts_export_fails(way: str, make_model: Callable[..., Path], tmp_path: Path) -> None:
+def test_offloaded_where_modelopts_export_fails(
+    way: str, make_model: Callable[..., Path], tmp_path: Path
+) -> None:
     from modelopt.torch.export.plugins.vllm_fakequant_hf import export_hf_vllm_fq_checkpoint
 
     source = make_model("llama-untied")
@@ -144,7 +152,9 @@ def test_offloaded_where_modelopts_export_fails(way: str, make_model: Callable[.
         import modelopt.torch.quantization as mtq
 
         config = copy.deepcopy(mtq.FP8_DEFAULT_CFG) | {"algorithm": "max"}
-        export_hf_vllm_fq_checkpoint(mtq.quantize(model, config, lambda m: m(TOKENS)), export_dir=tmp_path / "theirs")
+        export_hf_vllm_fq_checkpoint(
+            mtq.quantize(model, config, lambda m: m(TOKENS)), export_dir=tmp_path / "theirs"
+        )
     fresh = SET_UPS[way](source, tmp_path / "offload2")
     export_fakequant(fresh, tmp_path / "ours", format="fp8")
     export_fakequant(source, tmp_path / "expected", format="fp8")

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from tests.fakequant.conftest import TOKENS, load
 
 import loadstone
 from loadstone import export_fakequant
@@ -21,7 +22,6 @@ from loadstone.fakequant.formats.fold import fold_input
 from loadstone.fakequant.inputs import apply_export
 from loadstone.fakequant.state import QuantizerState
 from loadstone.fakequant.vllm_inputs import apply_to_vllm
-from tests.fakequant.conftest import TOKENS, load
 
 
 class Recorder(torch.nn.Module):
@@ -40,7 +40,9 @@ def merged_model() -> Any:
 
 def state(**specs: str) -> QuantizerState:
     named = {f"self_attn.{name}": spec for name, spec in specs.items()}
-    names = {n.removesuffix("_in") + ".input_quantizer" if n.endswith("_in") else n: s for n, s in named.items()}
+    names = {
+        n.removesuffix("_in") + ".input_quantizer" if n.endswith("_in") else n: s for n, s in named.items()
+    }
     return QuantizerState(names, {f"{n}.amax": torch.tensor(float(i + 1)) for i, n in enumerate(names)})
 
 
@@ -73,7 +75,9 @@ def test_warm_up_returns_what_the_parent_returns(
         def compile_or_warm_up_model(self) -> object:
             return times
 
-    stand_in: dict[str, Any] = {name: types.ModuleType(name) for name in ("vllm", "vllm.platforms", "vllm.v1")}
+    stand_in: dict[str, Any] = {
+        name: types.ModuleType(name) for name in ("vllm", "vllm.platforms", "vllm.v1")
+    }
     stand_in["vllm.v1.worker"] = types.ModuleType("vllm.v1.worker")
     stand_in["vllm.v1.worker.cpu_worker"] = types.ModuleType("vllm.v1.worker.cpu_worker")
     stand_in["vllm.platforms"].current_platform = types.SimpleNamespace(is_cpu=lambda: True)
@@ -136,7 +140,9 @@ def test_served_by_vllm(make_model: Callable[..., Path], tmp_path: Path) -> None
 @pytest.mark.vllm
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("fault", ["leaked", "stale"])
-def test_vllm_refuses_what_an_export_never_holds(fault: str, make_model: Callable[..., Path], tmp_path: Path) -> None:
+def test_vllm_refuses_what_an_export_never_holds(
+    fault: str, make_model: Callable[..., Path], tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     export_fakequant(make_model("llama-untied", dtype="float32"), out, format="fp8")
     leak = {"model.layers.0.mlp.up_proj.input_quantizer._amax": torch.ones(1)}

@@ -75,9 +75,10 @@ def verify_files(directory: Path) -> list[str]:
 def versions() -> dict[str, str]:
     """Versions of everything that decides an artifact's bytes."""
     import platform
+    import sys
     from importlib.metadata import version
 
-    from loadstone import __version__
-
+    # Not imported by name: the package's __init__ names this room, and type checkers dislike the circle.
+    own = sys.modules["loadstone"].__version__
     names = ("torch", "torchao", "transformers", "safetensors")
-    return {"loadstone": __version__, "python": platform.python_version()} | {name: version(name) for name in names}
+    return {"loadstone": own, "python": platform.python_version()} | {name: version(name) for name in names}

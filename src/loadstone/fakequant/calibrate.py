@@ -30,11 +30,15 @@ def calibrate_directory(artifact: Artifact, plan: ExportPlan, options: Options) 
     return calibrate(model, plan, options, batches)
 
 
-def calibrate(model: Any, plan: ExportPlan, options: Options, batches: Sequence[torch.Tensor]) -> QuantizerState:
-    """Run ``model`` on ``batches`` (int64 (1, length) each) and keep the largest magnitude each quantizer sees.
+def calibrate(
+    model: Any, plan: ExportPlan, options: Options, batches: Sequence[torch.Tensor]
+) -> QuantizerState:
+    """Run ``model`` on ``batches`` (int64 (1, length) each) and keep the largest magnitude each quantizer
+    sees.
 
-    Nothing is quantized meanwhile, weights included. Works under accelerate's offload. Raises `ArtifactError` for a
-    layer that no text reached and for a range that is not finite. The model is as before afterwards.
+    Nothing is quantized meanwhile, weights included. Works under accelerate's offload. Raises
+    `ArtifactError` for a layer that no text reached and for a range that is not finite. The model is as
+    before afterwards.
     """
     import torch
 
@@ -61,7 +65,9 @@ def calibrate(model: Any, plan: ExportPlan, options: Options, batches: Sequence[
         # Not inference mode: tensors that accelerate brings in during a pass would stay marked after it.
         stack.enter_context(torch.no_grad())
         for batch in batches:
-            model(input_ids=batch.to(model.get_input_embeddings().weight.device if _resident(model) else "cpu"))
+            model(
+                input_ids=batch.to(model.get_input_embeddings().weight.device if _resident(model) else "cpu")
+            )
     unseen = [name for name in measured if name not in seen]
     if unseen:
         raise ArtifactError(
@@ -86,7 +92,9 @@ def token_batches(documents: Sequence[Any], folder: Path | None, config: Any) ->
     tokenizer = None
     if texts:
         if folder is None:
-            raise UsageError("calibration text needs the model's tokenizer", "Pass sidecars=DIR, or token tensors")
+            raise UsageError(
+                "calibration text needs the model's tokenizer", "Pass sidecars=DIR, or token tensors"
+            )
         from loadstone.loading import load_tokenizer
 
         tokenizer = load_tokenizer(folder)

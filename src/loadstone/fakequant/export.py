@@ -200,8 +200,8 @@ def _folded(step: Step, tensor: torch.Tensor, device: str) -> torch.Tensor:
 def _digest(tensor: torch.Tensor) -> bytes:
     import torch
 
-    raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return hashlib.sha256(raw.tobytes() if raw.size < 1 else raw).digest()
+    raw = memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+    return hashlib.sha256(raw).digest()
 
 
 def _write_index(plan: ExportPlan, work: Path) -> None:

@@ -1,4 +1,5 @@
-"""Quantizers of layer inputs and of keys and values in a running transformers model, as hooks that can be removed."""
+"""Quantizers of layer inputs and of keys and values in a running transformers model, as hooks that can
+be removed."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ Change = Callable[["torch.Tensor"], "torch.Tensor"]
 
 
 def input_modules(model: Any, quantizers: list[str]) -> dict[str, Any]:
-    """The module in ``model`` whose input each ``<module>.input_quantizer`` is about; names are a checkpoint's."""
+    """The module in ``model`` whose input each ``<module>.input_quantizer`` is about; names are a
+    checkpoint's."""
     from loadstone.loading.meta import destinations
 
     weights = {q: f"{q.removesuffix(f'.{INPUT}')}.weight" for q in quantizers}
@@ -30,20 +32,24 @@ def input_modules(model: Any, quantizers: list[str]) -> dict[str, Any]:
     for quantizer, weight in weights.items():
         place = places[weight]
         if place is None or place.converted:
-            raise ArtifactError(f"'{quantizer}' belongs to no layer of {type(model).__name__}", "Export again")
+            raise ArtifactError(
+                f"'{quantizer}' belongs to no layer of {type(model).__name__}", "Export again"
+            )
         found[quantizer] = model.get_submodule(place.parameter.rpartition(".")[0])
     return found
 
 
 def hook_input(module: Any, change: Change) -> Any:
-    """Pass a layer's input through ``change``, before accelerate's own hooks move it; returns a removable handle."""
+    """Pass a layer's input through ``change``, before accelerate's own hooks move it; returns a
+    removable handle."""
     return module.register_forward_pre_hook(lambda m, args: (change(args[0]), *args[1:]))
 
 
 @contextmanager
 def keys_and_values(model: Any, change: Callable[[str, torch.Tensor], torch.Tensor]) -> Iterator[None]:
-    """Pass the keys and values of every attention layer through ``change(quantizer name, tensor)`` for the length of
-    a ``with`` block: after rotary positions, before they are multiplied, as a quantized cache would hold them."""
+    """Pass the keys and values of every attention layer through ``change(quantizer name, tensor)`` for the
+    length of a ``with`` block: after rotary positions, before they are multiplied, as a quantized cache
+    would hold them."""
     before = switch_attention(model, change)
     try:
         yield
@@ -75,7 +81,8 @@ def switch_attention(model: Any, change: Callable[[str, torch.Tensor], torch.Ten
 
 
 def apply_state(model: Any, state: QuantizerState) -> int:
-    """Make ``model`` round its layer inputs, keys and values as ``state`` says; how many quantizers are on."""
+    """Make ``model`` round its layer inputs, keys and values as ``state`` says; how many quantizers are
+    on."""
     from loadstone.fakequant.formats.fold import fold_input
 
     def rounding(quantizer: str) -> Change:

@@ -1,7 +1,9 @@
-"""``vllm_fq_modelopt_state.pth``: the quantizers that stay, in the layout that NVIDIA ModelOpt's vLLM reload reads.
+"""``vllm_fq_modelopt_state.pth``: the quantizers that stay, in the layout that NVIDIA ModelOpt's vLLM
+reload reads.
 
-Layout of ModelOpt 0.47 (``export/plugins/vllm_fakequant_hf.py``), written with torch alone. Weight quantizers are not
-in it: the weights are folded, and the reload turns off every weight quantizer that the file does not name.
+Layout of ModelOpt 0.47 (``export/plugins/vllm_fakequant_hf.py``), written with torch alone. Weight
+quantizers are not in it: the weights are folded, and the reload turns off every weight quantizer that the
+file does not name.
 """
 
 from __future__ import annotations
@@ -39,7 +41,8 @@ _DEFAULTS: dict[str, Any] = {
 
 
 def write_modelopt_state(plan: ExportPlan, state: QuantizerState, out: Path) -> None:
-    """Write the file: every Linear's input and output quantizer, on where ``state`` has one and off where not."""
+    """Write the file: every Linear's input and output quantizer, on where ``state`` has one and off
+    where not."""
     import torch
 
     quantizers: dict[str, Any] = {}
@@ -53,9 +56,11 @@ def write_modelopt_state(plan: ExportPlan, state: QuantizerState, out: Path) -> 
             if tensor is not None:
                 buffers[f"_{key}"] = tensor.detach().float().cpu().clone()
         metadata = {key: {"shape": t.shape, "dtype": t.dtype} for key, t in buffers.items()}
-        quantizers[name] = _DEFAULTS | _on(state.specs.get(name)) | {
-            "_pytorch_state_metadata": {"params": {}, "buffers": metadata}
-        }
+        quantizers[name] = (
+            _DEFAULTS
+            | _on(state.specs.get(name))
+            | {"_pytorch_state_metadata": {"params": {}, "buffers": metadata}}
+        )
         weights[name] = OrderedDict(buffers)
     config = {"quant_cfg": _config(state), "algorithm": None}
     mode = ("quantize", {"config": config, "metadata": {"quantizer_state": quantizers}})
@@ -80,11 +85,14 @@ def _config(state: QuantizerState) -> list[dict[str, Any]]:
     """Which kinds of quantizers a reload must make; what each of them does is in its own state."""
     entries: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
     kinds = {name.rpartition(".")[2]: spec for name, spec in sorted(state.specs.items())}
-    return entries + [{"quantizer_name": f"*{kind}", "cfg": _ATTRIBUTES[spec]} for kind, spec in kinds.items()]
+    return entries + [
+        {"quantizer_name": f"*{kind}", "cfg": _ATTRIBUTES[spec]} for kind, spec in kinds.items()
+    ]
 
 
 def read_modelopt_state(directory: Path) -> dict[str, Any]:
-    """The file's content; `ArtifactError` when it holds more than tensors and plain values: no code is run."""
+    """The file's content; `ArtifactError` when it holds more than tensors and plain values: no code is
+    run."""
     import torch
 
     path = check_inside(directory, MODELOPT_FILE)
@@ -96,5 +104,7 @@ def read_modelopt_state(directory: Path) -> dict[str, Any]:
             f"{MODELOPT_FILE}: cannot be read with weights_only=True ({reason})", "Do not trust this file"
         ) from None
     if not isinstance(content, dict) or set(content) != _KEYS:
-        raise ArtifactError(f"{MODELOPT_FILE}: not a ModelOpt state file", "Export again with --emit modelopt")
+        raise ArtifactError(
+            f"{MODELOPT_FILE}: not a ModelOpt state file", "Export again with --emit modelopt"
+        )
     return content

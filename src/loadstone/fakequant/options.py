@@ -64,7 +64,9 @@ def make_options(
     if kv_cache is not None and kv_cache not in KV_FORMATS:
         raise UsageError(f"--kv-cache {kv_cache} is not known", f"One of {', '.join(KV_FORMATS)}")
     if isinstance(calibrate, str):
-        raise UsageError("calibrate: documents are wanted, not one text", "Give a list of texts or token tensors")
+        raise UsageError(
+            "calibrate: documents are wanted, not one text", "Give a list of texts or token tensors"
+        )
     options = Options(
         rules=rule_set,
         activations=activations or (calibrate is not None and kv_cache is None),

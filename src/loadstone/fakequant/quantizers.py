@@ -105,7 +105,9 @@ class OwnQuantizers:
         """Raise `ArtifactError` when an enabled quantizer's weight was never folded."""
         left = sorted(set(self.weights) - self.done)
         if left:
-            raise ArtifactError(f"tensor '{left[0]}' has an enabled quantizer and was not folded", "Export again")
+            raise ArtifactError(
+                f"tensor '{left[0]}' has an enabled quantizer and was not folded", "Export again"
+            )
 
     def added_to(self, state: QuantizerState) -> QuantizerState:
         """``state`` and the model's own enabled input quantizers."""

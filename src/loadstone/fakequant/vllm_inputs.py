@@ -20,11 +20,12 @@ _NEVER_CALLED = ("ParallelLMHead", "VocabParallelEmbedding")
 
 
 def apply_to_vllm(model: Any, state: QuantizerState, tensor_parallel: int = 1) -> int:
-    """Hook every layer of a vLLM model whose input, keys or values ``state`` quantizes; how many layers that is.
+    """Hook every layer of a vLLM model whose input, keys or values ``state`` quantizes; how many layers
+    that is.
 
-    Layers that vLLM merges (q, k and v; gate and up) share one input: their quantizers must be of one kind, and the
-    largest range counts. Raises `ArtifactError` for a quantizer that finds no layer, `UsageError` for one that
-    cannot be divided among ranks.
+    Layers that vLLM merges (q, k and v; gate and up) share one input: their quantizers must be of one kind,
+    and the largest range counts. Raises `ArtifactError` for a quantizer that finds no layer, `UsageError`
+    for one that cannot be divided among ranks.
     """
     modules = dict(model.named_modules())
     merged = {part: whole for whole, parts in _packed(model).items() for part in parts}
@@ -69,7 +70,9 @@ def _hook(modules: dict[str, Any], owner: str, kind: str, names: list[str], stat
         position = 1 if kind == KEYS else 2
         attention = modules.get(f"{owner}.attn")
         if attention is None:
-            raise ArtifactError(f"'{names[0]}' finds no attention layer '{owner}.attn' in vLLM's model", _AGAIN)
+            raise ArtifactError(
+                f"'{names[0]}' finds no attention layer '{owner}.attn' in vLLM's model", _AGAIN
+            )
         attention.register_forward_pre_hook(
             lambda m, args: (*args[:position], rounded(args[position]), *args[position + 1 :])
         )
