@@ -359,6 +359,7 @@ def problems_of(given: dict[str, Any], flat: dict[str, FlatTensor]) -> list[str]
 def test_config_and_tensors_must_be_of_one_recipe() -> None:
     flat = flat_tensors(metadata(INTX), GOOD)
     assert problems_of(TORCHAO_BLOCK, flat) == []
+    assert problems_of(block(config("AWQConfig", base_config=config("Int8WeightOnlyConfig"))), flat) == []
     int4 = {"_type": "torch.dtype", "_data": "int4"}
     assert problems_of(block(config("IntxWeightOnlyConfig", weight_dtype=int4)), flat)[0].startswith(
         f"model.safetensors: quantized tensor '{NAME}' quantizes activations"
