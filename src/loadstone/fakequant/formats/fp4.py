@@ -7,21 +7,17 @@ from __future__ import annotations
 
 import torch
 
-_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-_BOUNDS = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
 _E4M3_MAX = 448.0
 
 
 def round_e2m1(x: torch.Tensor, *, ties_to_even: bool) -> torch.Tensor:
     """The nearest of 0, ±0.5, ±1, ±1.5, ±2, ±3, ±4, ±6; a tie goes to the even code, or towards zero."""
     magnitude = x.abs()
-    bounds = torch.tensor(_BOUNDS, device=x.device)
-    code = torch.bucketize(magnitude, bounds, out_int32=True)
-    if ties_to_even:
-        # 0.75, 1.75 and 3.5 lie under an odd code: such a tie goes up.
-        for bound in _BOUNDS[1:6:2]:
-            code += magnitude == bound
-    return torch.tensor(_VALUES, device=x.device)[code].copysign(x)
+    # The grid is even within each power of two, so a whole number of steps is all there is to round.
+    step = torch.where(magnitude < 2, 0.5, torch.where(magnitude < 4, 1.0, 2.0))
+    steps = magnitude / step
+    steps = steps.round_() if ties_to_even else (steps - 0.5).ceil_().clamp_(min=0)
+    return steps.mul_(step).clamp_(max=6.0).copysign_(x)
 
 
 def fold_nvfp4(x: torch.Tensor, amax: torch.Tensor) -> torch.Tensor:
