@@ -73,7 +73,7 @@ def classify(
         kinds = ", ".join(sorted({t.type for t in flat.values()}))
         where = "safetensors metadata describes" if quantized else f"{bins[0].file} holds"
         return TORCHAO_UNMARKED, (f"{where} {len(flat)} tensors of {kinds}",), "torchao"
-    if weights.format == "none":
+    if not weights.files:
         return UNKNOWN, (), None
     _check_leftovers(tensors, sink)
     if is_file(directory / "fakequant_manifest.json"):
@@ -115,7 +115,7 @@ def _from_block(
         return OTHER_QUANTIZER, (f"config.json: quantization_config.quant_method is {method}",), method
     check_layers(tensors, sink)
     recipe = check_block(block)
-    if not flat and not subclasses and weights.format != "none":
+    if not flat and not subclasses and weights.files:
         raise ArtifactError(
             f"config.json says torchao, and {weights.files[0]} holds no quantized tensor",
             "The weights are not this config's: finalize again, or remove the quantization_config block",
