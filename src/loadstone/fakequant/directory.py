@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from loadstone.artifact import Artifact, TensorInfo
 from loadstone.artifact.detect import DENSE, FAKEQUANT, QAT
@@ -117,15 +118,17 @@ def export_directory(
     copies = sidecar_files(artifact.root, artifact.path)
     if remote_code == COPY:
         copies |= code_files(artifact.path, artifact.config)
-    source: dict[str, Any] = {"path": str(artifact.path), "fingerprint": artifact.fingerprint()}
-    return write_export(
-        plan,
-        read_tensors(artifact),
-        Beside(source, copies, {}),
-        out,
-        state=state,
-        device=where,
-        overwrite=overwrite,
-        emit_modelopt=emit_modelopt,
-        on_progress=on_progress,
-    )
+    # Hashed on the other core while tensors are folded on this one.
+    with ThreadPoolExecutor(1) as hasher:
+        fingerprint = hasher.submit(artifact.fingerprint)
+        return write_export(
+            plan,
+            read_tensors(artifact),
+            Beside(lambda: {"path": str(artifact.path), "fingerprint": fingerprint.result()}, copies, {}),
+            out,
+            state=state,
+            device=where,
+            overwrite=overwrite,
+            emit_modelopt=emit_modelopt,
+            on_progress=on_progress,
+        )

@@ -45,7 +45,7 @@ class Beside:
     """What goes beside the weights: files to copy, and texts to write, by name; ``source`` is for the
     manifest."""
 
-    source: dict[str, Any]
+    source: Callable[[], dict[str, Any]]
     copies: dict[str, Path]
     texts: dict[str, str]
 
@@ -98,7 +98,7 @@ def write_export(
             from loadstone.fakequant.modelopt_state import write_modelopt_state
 
             write_modelopt_state(plan, state, work)
-        files = write_manifests(plan, state, work, beside.source)
+        files = write_manifests(plan, state, work, beside.source())
         _verify(plan, work)
         publish(work, out, overwrite)
     except BaseException:

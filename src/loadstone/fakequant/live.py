@@ -190,7 +190,7 @@ def export_model(
     return write_export(
         plan,
         live.read(),
-        Beside(source, copies, texts),
+        Beside(lambda: source, copies, texts),
         out,
         state=state,
         device=where,
