@@ -169,6 +169,8 @@ def _write_tensors(
                     writers.write(step, _folded(step, tensor, device))
                     if on_progress:
                         on_progress(step.output.nbytes)
+                # Or it would still be held while the next one is read.
+                del tensor
         if writers.missing:
             names = ", ".join(writers.missing[:10])
             raise ArtifactError(

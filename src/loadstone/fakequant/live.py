@@ -50,7 +50,10 @@ class LiveTensors:
         for names in self.groups:
             data = {name: data_of(self.model, name, state[name]) for name in names}
             data = {name: self.quantizers.folded(name, tensor) for name, tensor in data.items()}
-            yield from _saved(self.model, data).items()
+            data = _saved(self.model, data)
+            # Let go one by one: the next layer is read when this one is gone.
+            for name in list(data):
+                yield name, data.pop(name)
         self.quantizers.check_done()
 
 

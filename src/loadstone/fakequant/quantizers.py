@@ -4,18 +4,22 @@ nothing else."""
 from __future__ import annotations
 
 import copy
+import logging
 import re
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from loadstone.errors import ArtifactError
 from loadstone.fakequant.formats.spec import Format, Own
+from loadstone.fakequant.inputs import KEYS, VALUES
 from loadstone.fakequant.offload import data_of
 from loadstone.fakequant.rules import Role, Rule, RuleSet, module_of
 from loadstone.fakequant.state import INPUT, QuantizerState
 
 if TYPE_CHECKING:
     import torch
+
+log = logging.getLogger(__name__)
 
 _TYPES = {
     "TensorQuantizer": "modelopt.torch.quantization",
@@ -37,9 +41,9 @@ def is_quantizer(module: Any) -> bool:
 
 @dataclass
 class OwnQuantizers:
-    """``weights``: weight's name in the state dict -> its enabled quantizer; ``inputs``: module ->
-    ModelOpt's input quantizer; ``prefixes``: names that belong to quantizers; ``done``: weights folded so
-    far."""
+    """``weights``: weight's name in the state dict -> its enabled quantizer; ``inputs``: name -> ModelOpt's
+    quantizer of a layer's input, of keys or of values; ``prefixes``: names that belong to quantizers; ``done``:
+    weights folded so far."""
 
     model: Any
     weights: dict[str, Any] = field(default_factory=dict)
@@ -84,7 +88,7 @@ class OwnQuantizers:
 
     def _smoothing(self, name: str) -> torch.Tensor | None:
         """The scale of a disabled input quantizer, which would never be applied: it goes into the weight."""
-        quantizer = self.inputs.get(name.removesuffix(".weight"))
+        quantizer = self.inputs.get(f"{module_of(name)}.{INPUT}")
         if quantizer is None or quantizer.is_enabled:
             return None
         return getattr(quantizer, "_pre_quant_scale", None)
@@ -112,10 +116,9 @@ class OwnQuantizers:
     def added_to(self, state: QuantizerState) -> QuantizerState:
         """``state`` and the model's own enabled input quantizers."""
         found, tensors = dict(state.specs), dict(state.tensors)
-        for module, quantizer in self.inputs.items():
+        for name, quantizer in self.inputs.items():
             if not quantizer.is_enabled:
                 continue
-            name = f"{module}.{INPUT}"
             spec = _input_spec(name, quantizer)
             found[name] = spec
             for key in ("_amax", "_pre_quant_scale"):
@@ -147,16 +150,28 @@ def _is_modelopt(module: Any) -> bool:
 def find_quantizers(model: Any) -> OwnQuantizers:
     """Every quantizer of a model, by type."""
     found = OwnQuantizers(model)
-    prefixes = []
+    prefixes: list[str] = []
+    dropped: list[str] = []
     for name, module in model.named_modules():
         if not is_quantizer(module):
             continue
         prefixes.append(f"{name}.")
         owner, _, leaf = name.rpartition(".")
-        if leaf in _WEIGHT_NAMES and _enabled(module):
-            found.weights[f"{owner}.weight"] = _with_data(model, name, module)
-        elif leaf == INPUT and _is_modelopt(module):
-            found.inputs[owner] = module
+        if leaf in _WEIGHT_NAMES:
+            if _enabled(module):
+                found.weights[f"{owner}.weight"] = _with_data(model, name, module)
+        elif _is_modelopt(module) and leaf in (INPUT, KEYS, VALUES):
+            found.inputs[name] = module
+        elif _is_modelopt(module) and not name.startswith(tuple(prefixes[:-1])) and _enabled(module):
+            raise ArtifactError(f"'{name}' is enabled and an export cannot keep it", "Disable it first")
+        elif leaf == "activation_fake_quantizer" and _enabled(module):
+            dropped.append(name)
+    if dropped:
+        log.warning(
+            "'%s' (of %d) rounds a layer's input while it trains; the export keeps the weights only",
+            dropped[0],
+            len(dropped),
+        )
     found.prefixes = tuple(prefixes)
     return found
 

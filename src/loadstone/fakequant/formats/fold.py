@@ -22,7 +22,7 @@ from loadstone.fakequant.formats.spec import (
 from loadstone.quantization.schemes import Recipe
 
 # Values folded at once: bounds the float32 temporaries whatever the size of the tensor.
-_CHUNK = 1 << 22
+_CHUNK = 1 << 20
 
 
 def fold(
