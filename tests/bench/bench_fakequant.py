@@ -1,7 +1,7 @@
 """Memory and time of an export, at two model sizes, beside ModelOpt's own in-place export of the same model.
 
-Each row is a process of its own: peak anonymous memory above what imports (and, for a live model, what of it is not on disk) took, and wall seconds of the export alone. ModelOpt is measured where MODELOPT_PYTHON names a Python
-that has it (`make test-modelopt` sets one up as .venv-modelopt/bin/python).
+Each row is a process of its own: peak anonymous memory above what imports (and, for a live model, what of it is not
+on disk) took, and wall seconds of the export alone. ModelOpt is measured where MODELOPT_PYTHON names a Python
 """
 
 from __future__ import annotations

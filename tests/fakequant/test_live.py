@@ -152,7 +152,7 @@ def test_what_is_wrong_with_a_hook_is_said(fault: str, tmp_path: Path) -> None:
         up._hf_hook = type("Stranger", (ModelHook,), {})()
     with pytest.raises(ArtifactError, match=rf"'model\.layers\.0\.mlp\.up_proj\.weight'.*{says[fault]}"):
         export_fakequant(model, tmp_path / "out", format="fp8")
-    assert not (tmp_path / "out").exists() and not (tmp_path / ".out.partial").exists()
+    assert not (tmp_path / "out").exists() and not (tmp_path / ".out.export").exists()
 
 
 @pytest.mark.parametrize(

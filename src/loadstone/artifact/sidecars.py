@@ -26,7 +26,7 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 
 def find_sidecars(artifact: Artifact) -> dict[str, Path]:
     """Sidecar files by their relative name; a checkpoint's own win over those of its training run."""
-    return sidecars_in((artifact.root, artifact.path), bool(artifact.config.get("auto_map")))
+    return sidecars_in(tuple(reversed(artifact.sidecar_dirs)), bool(artifact.config.get("auto_map")))
 
 
 def sidecars_in(directories: tuple[Path, ...], remote_code: bool = False) -> dict[str, Path]:

@@ -115,7 +115,7 @@ def export_directory(
     leaves no output."""
     check_output(artifact.root, out, overwrite)
     where = resolve_device(device, plan)
-    copies = sidecar_files(artifact.root, artifact.path)
+    copies = sidecar_files(*reversed(artifact.sidecar_dirs))
     if remote_code == COPY:
         copies |= code_files(artifact.path, artifact.config)
     # Hashed on the other core while tensors are folded on this one.

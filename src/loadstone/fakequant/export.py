@@ -82,7 +82,8 @@ def write_export(
     started = time.monotonic()
     state = state or QuantizerState()
     check_space(plan.nbytes, out)
-    work = out.with_name(f".{out.name}.partial")
+    # Not the name that finalize works under: what it left there can be resumed.
+    work = out.with_name(f".{out.name}.export")
     if work.exists():
         shutil.rmtree(work)
     work.mkdir(parents=True)
