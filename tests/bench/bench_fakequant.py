@@ -70,6 +70,12 @@ else:
     config = copy.deepcopy(mtq.FP8_DEFAULT_CFG) | {"algorithm": "max"}
     mtq.quantize(model, config, lambda m: m(ids))
     work = lambda: export_hf_vllm_fq_checkpoint(model, export_dir=out, inplace_mem_efficient=True)
+# What an export imports on its way is no memory of the model.
+from loadstone.fakequant.options import make_options
+from loadstone.fakequant.run import plan_for
+from loadstone.fakequant.formats.fold import fold
+plan_for(loadstone.detect(source), make_options(format=form))
+fold("w", torch.ones(64, 64).bfloat16(), make_options(format=form).rules.default.weight)
 gc.collect()
 base = anonymous()
 threading.Thread(target=watch, daemon=True).start()
