@@ -337,3 +337,15 @@ def test_quantized_models_are_refused(tiny: Path, quantize_to: Callable[..., Pat
     del model.config.quantization_config
     with pytest.raises(ArtifactError, match="is a Int8Tensor, not a plain tensor"):
         export_fakequant(model, tmp_path / "out", format="fp8")
+
+
+def test_an_enabled_quantizer_folds_its_weight_once() -> None:
+    from loadstone.fakequant.quantizers import OwnQuantizers
+
+    own = OwnQuantizers(None, weights={"a.weight": torch.nn.Identity()})
+    with pytest.raises(ArtifactError, match=r"'a\.weight' has an enabled quantizer and was not folded"):
+        own.check_done()
+    own.folded("a.weight", torch.ones(2, 2))
+    own.check_done()
+    with pytest.raises(ArtifactError, match=r"'a\.weight' came to its quantizer twice"):
+        own.folded("a.weight", torch.ones(2, 2))
