@@ -313,9 +313,7 @@ def _print_modules(plan: FinalizePlan) -> None:
     rows = [
         [pattern, _ranges(numbers) or "-", recipe, why] for (pattern, recipe, why), numbers in folded.items()
     ]
-    title = (
-        f"{plan.recipe.file}, module by module" if getattr(plan.recipe, "file", "") else "module by module"
-    )
+    title = f"{_recipe_name(plan)}, module by module"
     render.console().print(render.table(title, ["module", "layers", "recipe", "why"], rows))
 
 

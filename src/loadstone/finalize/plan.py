@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from loadstone.artifact import Artifact, FlatTensor, TensorInfo
-from loadstone.artifact.detect import OTHER_QUANTIZER
+from loadstone.artifact.detect import OTHER_QUANTIZER, QAT_KEY
 from loadstone.artifact.headers import FLOAT_DTYPES
 from loadstone.artifact.torchao_tensors import part_name
 from loadstone.errors import ArtifactError
@@ -83,13 +83,16 @@ def make_plan(
     """Plan a finalize from headers and the model on the meta device.
 
     ``dtype``: floating type that plain tensors (and weights before quantization) are cast to, ``auto`` keeps the
-    stored one. ``skip``: module name patterns left unquantized. Raises `ArtifactError` when the source is quantized
-    already or does not match its config.
+    stored one. ``skip``: module name patterns left unquantized. A checkpoint that records its QAT recipe takes that
+    one. Raises `ArtifactError` when the source is quantized already or does not match its config, `UsageError` for a
+    recipe that the model or its record contradicts.
     """
     from loadstone.loading.meta import destinations, meta_model
+    from loadstone.quantization.qat import recorded_recipe
     from loadstone.quantization.rules import decide
 
     refuse_quantized(artifact)
+    recipe = recorded_recipe(artifact, recipe)
     model = meta_model(artifact, trust_remote_code)
     sources = source_tensors(artifact, model)
     where = destinations(model, list(sources))
@@ -226,6 +229,7 @@ def _config(
 ) -> dict[str, Any]:
     """config.json to write: the source's, its dtype, and the block that every transformers load looks for."""
     config = json.loads(json.dumps(artifact.config))
+    config.pop(QAT_KEY, None)
     if dtype != "auto":
         config.pop("torch_dtype", None)
         config["dtype"] = dtype
