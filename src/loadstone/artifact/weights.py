@@ -184,6 +184,7 @@ def _strays(directory: Path, fmt: str, files: tuple[str, ...]) -> tuple[str, ...
         "adapter_",
         "custom_checkpoint",
         "sampler",
+        "fakequant_state",
     )
     found = sorted(
         p.name for p in directory.glob(pattern) if p.name not in files and not p.name.startswith(known)

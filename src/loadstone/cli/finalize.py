@@ -165,11 +165,11 @@ def command(
     for each in recipes_in(recipe):
         if getattr(each.scheme, "rounding", "") == "gptq" and not calibrate_on:
             raise UsageError(f"{each} needs text to calibrate with", "Add --calibrate FILE")
+    from loadstone.artifact.publish import check_output
     from loadstone.finalize import finalize, make_plan
     from loadstone.finalize.calibrate import discard
     from loadstone.finalize.plan import refuse_quantized, weight_dtype
     from loadstone.finalize.ranks import joined
-    from loadstone.finalize.run import check_output
     from loadstone.finalize.verify import verify as verify_artifact
     from loadstone.loading.devices import quantize_device
     from loadstone.loading.loader import import_libraries
@@ -190,7 +190,7 @@ def command(
         trust_remote_code=trust_remote_code,
     )
     if out is not None:
-        check_output(plan, out, overwrite or dry_run)
+        check_output(plan.source.root, out, overwrite or dry_run)
     if dry_run:
         return _show_plan(plan, out, as_json)
     assert out is not None

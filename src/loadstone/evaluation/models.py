@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from loadstone.artifact.detect import FAKEQUANT
 from loadstone.errors import UsageError
 from loadstone.evaluation.compiling import compile_layers
 from loadstone.evaluation.fastpath import FastPath, speed_up
@@ -92,6 +93,17 @@ def compute_dtype(reference: LoadPlan, device: str) -> tuple[str, str]:
     ), "the type the reference model is stored in"
 
 
+def _apply_quantizers(model: Any, subject: Subject) -> int:
+    """Turn on a fake-quant export's quantizers of inputs, keys and values; how many there are."""
+    if subject.plan.artifact.kind != FAKEQUANT:
+        return 0
+    from loadstone.fakequant.inputs import apply_export
+
+    count = apply_export(model, subject.plan.artifact)
+    log.info("%s: folded weights and %d quantizers of inputs", subject.name, count)
+    return count
+
+
 @contextmanager
 def opened(subject: Subject, options: Options) -> Iterator[Opened]:
     """Load a model for the length of a ``with`` block; its memory is free again after it."""
@@ -100,7 +112,9 @@ def opened(subject: Subject, options: Options) -> Iterator[Opened]:
     model = load(subject.plan)
     device = model.get_input_embeddings().weight.device
     parameters = sum(p.numel() for p in model.parameters())
-    fast = speed_up(model) if options.fast else FastPath()
+    hooked = _apply_quantizers(model, subject)
+    # The fast path would put other modules in the place of those with hooks.
+    fast = speed_up(model) if options.fast and not hooked else FastPath()
     if options.compile:
         compile_layers(model)
     it = Opened(model, device, time.perf_counter() - clock, parameters, fast)

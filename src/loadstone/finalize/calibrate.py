@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from loadstone.artifact import Artifact
 from loadstone.errors import ArtifactError, UsageError
 from loadstone.finalize.plan import QUANTIZE, FinalizePlan, Step
-from loadstone.finalize.read import SourceReader
+from loadstone.loading.source import SourceReader
 from loadstone.quantization.schemes import Int8DynActIntxWeight, IntxWeightOnly
 
 if TYPE_CHECKING:

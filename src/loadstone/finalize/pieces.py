@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from loadstone.errors import ArtifactError, UsageError
-from loadstone.finalize.plan import QUANTIZE, Step, torch_dtype
-from loadstone.quantization.flatten import SAFETENSORS_DTYPES, flatten
+from loadstone.finalize.plan import QUANTIZE, Step
+from loadstone.quantization.flatten import SAFETENSORS_DTYPES, flatten, torch_dtype
 from loadstone.quantization.quantize import quantize_weight, row_block
 
 if TYPE_CHECKING:

@@ -210,6 +210,7 @@ def _quantize_step(
     device: str,
     templates: dict[tuple[Any, ...], FlatTensor],
 ) -> Step:
+    from loadstone.quantization.flatten import torch_dtype
     from loadstone.quantization.quantize import template
 
     assert decision.scheme is not None
@@ -308,15 +309,6 @@ def weight_dtype(artifact: Artifact, dtype: str) -> torch.dtype:
     from loadstone.loading.native import load_config, stored_dtype
 
     return getattr(torch, dtype) if dtype != "auto" else stored_dtype(artifact, load_config(artifact))
-
-
-def torch_dtype(name: str) -> torch.dtype:
-    """``'BF16' -> torch.bfloat16``."""
-    import torch
-
-    from loadstone.quantization.flatten import TORCH_DTYPES
-
-    return getattr(torch, TORCH_DTYPES[name])
 
 
 def _target_dtype(info: TensorInfo, dtype: str) -> str:

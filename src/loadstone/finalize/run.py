@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import logging
-import os
 import shutil
 import sys
 import time
@@ -17,9 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loadstone import __version__
-from loadstone.artifact.manifest import FORMAT_VERSION, MANIFEST, sha256_file
-from loadstone.errors import MissingError, UsageError
+from loadstone.artifact.manifest import FORMAT_VERSION, MANIFEST, sha256_file, versions
+from loadstone.artifact.publish import check_output, check_space, publish
+from loadstone.artifact.sidecars import copy_sidecars, find_sidecars
+from loadstone.errors import MissingError
 from loadstone.finalize.journal import (
     close_journal,
     finished,
@@ -32,9 +32,8 @@ from loadstone.finalize.journal import (
 from loadstone.finalize.pieces import pieces
 from loadstone.finalize.plan import FinalizePlan
 from loadstone.finalize.ranks import Ranks
-from loadstone.finalize.read import SourceReader
-from loadstone.finalize.sidecars import copy_sidecars, find_sidecars
-from loadstone.finalize.write import ShardWriter
+from loadstone.loading.shards import ShardWriter
+from loadstone.loading.source import SourceReader
 
 log = logging.getLogger(__name__)
 
@@ -71,17 +70,17 @@ def finalize(
     """
     started = time.monotonic()
     ranks = ranks or Ranks()
-    check_output(plan, out, overwrite)
+    check_output(plan.source.root, out, overwrite)
     work = work_directory(out)
     with locked(out) if ranks.rank == 0 else nullcontext():
         if ranks.rank == 0:
             open_journal(plan, work, versions(), resume)
-            check_space(plan, out, work)
+            check_space(plan.bytes_after, out, work)
         ranks.wait()
         try:
             files = _write_all_files(plan, work, device, ranks, on_progress)
             if ranks.rank == 0:
-                _publish(work, out, overwrite)
+                publish(work, out, overwrite)
         except OSError as error:
             _discard_unless_resumable(work, ranks)
             if error.errno == errno.ENOSPC:
@@ -132,42 +131,6 @@ def _write_all_files(
 
 def _note(work: Path, name: str) -> None:
     note_finished(work, name, sha256_file(work / name))
-
-
-def check_output(plan: FinalizePlan, out: Path, overwrite: bool) -> None:
-    """Refuse an existing output, and one that is or lies inside the source (or the other way round)."""
-    source, target = plan.source.root.resolve(), out.resolve()
-    if target == source or target.is_relative_to(source) or source.is_relative_to(target):
-        raise UsageError(
-            f"the output '{out}' and the source '{plan.source.root}' overlap", "Choose another output"
-        )
-    if out.exists() and not overwrite:
-        raise UsageError(f"the output '{out}' exists", "Choose another, or pass --overwrite to replace it")
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"the output '{out}' is a file", "Choose another")
-    parent = _existing_parent(out)
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise UsageError(f"cannot write to '{parent}'", "Choose another output, or change its permissions")
-
-
-def check_space(plan: FinalizePlan, out: Path, work: Path | None = None) -> None:
-    """Raise `MissingError` when the disk cannot hold the output; what lies in ``work`` already counts as free."""
-    parent = _existing_parent(out)
-    held = sum(p.stat().st_blocks * 512 for p in work.iterdir()) if work is not None and work.exists() else 0
-    free = shutil.disk_usage(parent).free + held
-    need = plan.bytes_after + 64 * 2**20
-    if free < need:
-        raise MissingError(
-            f"'{parent}' has {free / 1e9:.2f} GB free and the output needs {need / 1e9:.2f} GB",
-            "Free some space, or choose another output",
-        )
-
-
-def _existing_parent(path: Path) -> Path:
-    parent = path.resolve().parent
-    while not parent.exists():
-        parent = parent.parent
-    return parent
 
 
 def _write_shard(
@@ -243,33 +206,3 @@ def _write_manifest(
     }
     (work / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
     return files
-
-
-def versions() -> dict[str, str]:
-    """Versions of everything that decides an artifact's bytes."""
-    import platform
-    from importlib.metadata import version
-
-    names = ("torch", "torchao", "transformers", "safetensors")
-    return {"loadstone": __version__, "python": platform.python_version()} | {
-        name: version(name) for name in names
-    }
-
-
-def _publish(work: Path, out: Path, overwrite: bool) -> None:
-    """Make the output appear in one rename; what it replaces is set aside first and removed after."""
-    if out.exists() and overwrite:
-        old = out.with_name(f".{out.name}.replaced")
-        shutil.rmtree(old, ignore_errors=True)
-        out.rename(old)
-        try:
-            work.rename(out)
-        except BaseException:
-            old.rename(out)
-            raise
-        shutil.rmtree(old)
-    else:
-        work.rename(out)
-    directory = os.open(out.parent, os.O_RDONLY)
-    os.fsync(directory)
-    os.close(directory)

@@ -10,7 +10,7 @@ from loadstone.artifact.manifest import verify_files
 from loadstone.errors import ArtifactError
 from loadstone.finalize.pieces import pieces
 from loadstone.finalize.plan import FinalizePlan
-from loadstone.finalize.read import SourceReader
+from loadstone.loading.source import SourceReader
 
 
 def verify(

@@ -43,3 +43,10 @@ def flatten(name: str, tensor: torch.Tensor) -> tuple[FlatTensor, dict[str, torc
 def dtype_name(dtype: torch.dtype) -> str:
     """``torch.bfloat16 -> 'BF16'``."""
     return SAFETENSORS_DTYPES[str(dtype).removeprefix("torch.")]
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """``'BF16' -> torch.bfloat16``."""
+    import torch
+
+    return getattr(torch, TORCH_DTYPES[name])

@@ -26,12 +26,17 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 
 def find_sidecars(artifact: Artifact) -> dict[str, Path]:
     """Sidecar files by their relative name; a checkpoint's own win over those of its training run."""
+    return sidecars_in(tuple(reversed(artifact.sidecar_dirs)), bool(artifact.config.get("auto_map")))
+
+
+def sidecars_in(directories: tuple[Path, ...], remote_code: bool = False) -> dict[str, Path]:
+    """Sidecar files of directories, the last of which wins; ``remote_code``: Python files too."""
     found: dict[str, Path] = {}
-    for directory in reversed(artifact.sidecar_dirs):
+    for directory in dict.fromkeys(directories):
         for path in sorted(directory.iterdir()):
-            if path.is_file() and _is_sidecar(path.name, bool(artifact.config.get("auto_map"))):
+            if path.is_file() and _is_sidecar(path.name, remote_code):
                 found[path.name] = path
-    templates = artifact.path / "additional_chat_templates"
+    templates = directories[-1] / "additional_chat_templates"
     if templates.is_dir():
         found |= {f"{templates.name}/{p.name}": p for p in sorted(templates.glob("*.jinja"))}
     return found

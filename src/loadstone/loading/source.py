@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from loadstone.artifact import Artifact, TensorInfo
 from loadstone.errors import ArtifactError
-from loadstone.finalize.plan import torch_dtype
+from loadstone.quantization.flatten import torch_dtype
 
 if TYPE_CHECKING:
     import torch

@@ -1,0 +1,68 @@
+"""An output directory that appears whole or not at all: checks before the work, one rename at its end."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from loadstone.errors import MissingError, UsageError
+
+# Room for config, tokenizer and index beside the weights.
+_SPARE_BYTES = 64 * 2**20
+
+
+def check_output(source: Path | None, out: Path, overwrite: bool) -> None:
+    """Refuse an existing output, and one that is or lies inside the source (or the other way round)."""
+    target = out.resolve()
+    if source is not None:
+        root = source.resolve()
+        if target == root or target.is_relative_to(root) or root.is_relative_to(target):
+            raise UsageError(f"the output '{out}' and the source '{source}' overlap", "Choose another output")
+    if out.exists() and not overwrite:
+        raise UsageError(f"the output '{out}' exists", "Choose another, or pass --overwrite to replace it")
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"the output '{out}' is a file", "Choose another")
+    parent = _existing_parent(out)
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise UsageError(f"cannot write to '{parent}'", "Choose another output, or change its permissions")
+
+
+def check_space(nbytes: int, out: Path, work: Path | None = None) -> None:
+    """Raise `MissingError` when the disk cannot hold an output with ``nbytes`` of weights; what lies in ``work``
+    already counts as free."""
+    parent = _existing_parent(out)
+    held = sum(p.stat().st_blocks * 512 for p in work.iterdir()) if work is not None and work.exists() else 0
+    free = shutil.disk_usage(parent).free + held
+    need = nbytes + _SPARE_BYTES
+    if free < need:
+        raise MissingError(
+            f"'{parent}' has {free / 1e9:.2f} GB free and the output needs {need / 1e9:.2f} GB",
+            "Free some space, or choose another output",
+        )
+
+
+def publish(work: Path, out: Path, overwrite: bool) -> None:
+    """Make the output appear in one rename; what it replaces is set aside first and removed after."""
+    if out.exists() and overwrite:
+        old = out.with_name(f".{out.name}.replaced")
+        shutil.rmtree(old, ignore_errors=True)
+        out.rename(old)
+        try:
+            work.rename(out)
+        except BaseException:
+            old.rename(out)
+            raise
+        shutil.rmtree(old)
+    else:
+        work.rename(out)
+    directory = os.open(out.parent, os.O_RDONLY)
+    os.fsync(directory)
+    os.close(directory)
+
+
+def _existing_parent(path: Path) -> Path:
+    parent = path.resolve().parent
+    while not parent.exists():
+        parent = parent.parent
+    return parent

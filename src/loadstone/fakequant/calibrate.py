@@ -1,0 +1,130 @@
+"""Ranges of layer inputs, keys and values, measured by running the model on text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loadstone.artifact import Artifact
+from loadstone.errors import ArtifactError, UsageError
+from loadstone.fakequant.formats.spec import CALIBRATED
+from loadstone.fakequant.inputs import hook_input, input_modules, keys_and_values
+from loadstone.fakequant.options import Options
+from loadstone.fakequant.plan import ExportPlan
+from loadstone.fakequant.state import QuantizerState, check_state, input_specs
+
+if TYPE_CHECKING:
+    import torch
+
+_CONTEXT = 512
+
+
+def calibrate_directory(artifact: Artifact, plan: ExportPlan, options: Options) -> QuantizerState:
+    """The quantizers of an export with their ranges, the model loaded for it if one has to be measured."""
+    if not options.calibrates:
+        return QuantizerState(input_specs(plan) if options.activations else {})
+    model = _loaded(artifact, options)
+    batches = token_batches(options.calibrate or (), artifact.root, model.config)
+    return calibrate(model, plan, options, batches)
+
+
+def calibrate(
+    model: Any, plan: ExportPlan, options: Options, batches: Sequence[torch.Tensor]
+) -> QuantizerState:
+    """Run ``model`` on ``batches`` (int64 (1, length) each) and keep the largest magnitude each quantizer
+    sees.
+
+    Nothing is quantized meanwhile, weights included. Works under accelerate's offload. Raises
+    `ArtifactError` for a layer that no text reached and for a range that is not finite. The model is as
+    before afterwards.
+    """
+    import torch
+
+    specs = input_specs(plan) if options.activations else {}
+    seen: dict[str, torch.Tensor] = {}
+
+    def record(name: str, x: torch.Tensor) -> torch.Tensor:
+        low, high = torch.aminmax(x.detach())
+        amax = torch.maximum(low.abs(), high.abs()).float()
+        seen[name] = torch.maximum(seen[name], amax) if name in seen else amax
+        return x
+
+    measured = [name for name, spec in specs.items() if spec in CALIBRATED]
+    training = model.training
+    with ExitStack() as stack:
+        for name, module in input_modules(model, measured).items():
+            handle = hook_input(module, lambda x, name=name: record(name, x))  # type: ignore[misc]
+            stack.callback(handle.remove)
+        if options.kv_cache:
+            stack.enter_context(keys_and_values(model, record))
+        if training:
+            model.eval()
+            stack.callback(model.train)
+        # Not inference mode: tensors that accelerate brings in during a pass would stay marked after it.
+        stack.enter_context(torch.no_grad())
+        for batch in batches:
+            model(
+                input_ids=batch.to(model.get_input_embeddings().weight.device if _resident(model) else "cpu")
+            )
+    unseen = [name for name in measured if name not in seen]
+    if unseen:
+        raise ArtifactError(
+            f"'{unseen[0]}' (of {len(unseen)}) saw no text during calibration", "Calibrate on more text"
+        )
+    specs |= {name: str(options.kv_cache) for name in seen if name not in specs}
+    state = QuantizerState(specs, {f"{name}.amax": amax.cpu() for name, amax in seen.items()})
+    check_state(state)
+    return state
+
+
+def _resident(model: Any) -> bool:
+    return model.get_input_embeddings().weight.device.type != "meta"
+
+
+def token_batches(documents: Sequence[Any], folder: Path | None, config: Any) -> list[torch.Tensor]:
+    """``documents`` (texts, or int64 token tensors) as batches of one, cut to what the model takes."""
+    import torch
+
+    limit = min(_CONTEXT, getattr(config.get_text_config(), "max_position_embeddings", None) or _CONTEXT)
+    texts = [d for d in documents if isinstance(d, str)]
+    tokenizer = None
+    if texts:
+        if folder is None:
+            raise UsageError(
+                "calibration text needs the model's tokenizer", "Pass sidecars=DIR, or token tensors"
+            )
+        from loadstone.loading import load_tokenizer
+
+        tokenizer = load_tokenizer(folder)
+    batches = []
+    for document in documents:
+        if isinstance(document, str):
+            assert tokenizer is not None
+            ids = torch.tensor(tokenizer(document, truncation=True, max_length=limit)["input_ids"])
+        else:
+            ids = document.reshape(-1)[:limit]
+        if ids.numel():
+            batches.append(ids.long()[None])
+    if not batches:
+        raise UsageError("there is no text to calibrate on", "Give a file with text")
+    return batches
+
+
+def _loaded(artifact: Artifact, options: Options) -> Any:
+    """The model, under accelerate's offload when it is larger than the memory that is free."""
+    import torch
+    from accelerate.utils import get_max_memory
+
+    from loadstone.loading import load
+    from loadstone.loading import plan as load_plan
+    from loadstone.loading.devices import weight_bytes
+
+    dtype = "auto"
+    if options.device == "cpu" or not torch.cuda.is_available():
+        # A CPU emulates bfloat16 products, several times slower: float32 where it fits.
+        dtype = "float32" if weight_bytes(artifact) * 3 < get_max_memory()["cpu"] else "auto"
+    device = "auto" if dtype == "auto" else options.device
+    plan = load_plan(artifact, device=device, dtype=dtype, trust_remote_code=options.trust_remote_code)
+    return load(plan)

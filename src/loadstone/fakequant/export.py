@@ -1,0 +1,224 @@
+"""Carry out an export plan: tensors stream through, folded or as they are, into a directory that appears
+whole."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loadstone.artifact import detect
+from loadstone.artifact.publish import check_space, publish
+from loadstone.errors import ArtifactError, MissingError
+from loadstone.fakequant.formats.spec import Own
+from loadstone.fakequant.package import config_text, copy_files
+from loadstone.fakequant.plan import ExportPlan, Step
+from loadstone.fakequant.state import QuantizerState, write_manifests, write_state
+from loadstone.loading.devices import quantize_device
+from loadstone.loading.shards import ShardWriter
+from loadstone.quantization.flatten import dtype_name
+
+if TYPE_CHECKING:
+    import torch
+
+INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export wrote. ``files``: sha256 of each by name."""
+
+    out: Path
+    plan: ExportPlan
+    quantizers: dict[str, str]
+    seconds: float
+    files: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What goes beside the weights: files to copy, and texts to write, by name; ``source`` is for the
+    manifest."""
+
+    source: Callable[[], dict[str, Any]]
+    copies: dict[str, Path]
+    texts: dict[str, str]
+
+
+def resolve_device(device: str, plan: ExportPlan) -> str:
+    """``--device`` as a torch device; `MissingError` with the first tensor when CUDA is asked for and
+    absent."""
+    try:
+        return quantize_device(device)
+    except MissingError as error:
+        raise MissingError(
+            f"{error.message}; tensor '{plan.folded[0].name}' was to be folded there", error.remedy
+        ) from None
+
+
+def write_export(
+    plan: ExportPlan,
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    beside: Beside,
+    out: Path,
+    *,
+    state: QuantizerState | None = None,
+    device: str = "cpu",
+    overwrite: bool = False,
+    emit_modelopt: bool = False,
+    on_progress: Callable[[int], None] | None = None,
+) -> Exported:
+    """Write the export that ``plan`` describes to ``out``, whole or not at all.
+
+    ``tensors`` yields every source tensor once, on the CPU, in any order. ``device`` is where weights are
+    folded, one at a time. ``emit_modelopt``: ModelOpt's state file too. ``on_progress`` is told the bytes
+    written since its last call. Raises `ArtifactError` or `MissingError`; ``out`` is then as it was.
+    """
+    started = time.monotonic()
+    state = state or QuantizerState()
+    check_space(plan.nbytes, out)
+    # Not the name that finalize works under: what it left there can be resumed.
+    work = out.with_name(f".{out.name}.export")
+    if work.exists():
+        shutil.rmtree(work)
+    work.mkdir(parents=True)
+    try:
+        _write_tensors(plan, tensors, work, device, on_progress)
+        _write_index(plan, work)
+        copy_files(beside.copies, work)
+        for name, text in beside.texts.items():
+            (work / name).write_text(text)
+        (work / "config.json").write_text(config_text(plan.config))
+        write_state(state, work)
+        if emit_modelopt:
+            from loadstone.fakequant.modelopt_state import write_modelopt_state
+
+            write_modelopt_state(plan, state, work)
+        files = write_manifests(plan, state, work, beside.source())
+        _verify(plan, work)
+        publish(work, out, overwrite)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+    return Exported(out, plan, state.specs, time.monotonic() - started, files)
+
+
+class _Writers:
+    """One open file a shard, made on its first tensor and closed after its last."""
+
+    def __init__(self, plan: ExportPlan, work: Path) -> None:
+        self._files = plan.files
+        self._left = {file: {info.name for info in infos} for file, infos in self._files.items()}
+        self._open: dict[str, ShardWriter] = {}
+        self._work = work
+
+    def write(self, step: Step, tensor: torch.Tensor) -> None:
+        file, name = step.output.file, step.name
+        if name not in self._left[file]:
+            raise ArtifactError(f"tensor '{name}' came twice", "This is a fault of the model or of loadstone")
+        if (dtype_name(tensor.dtype), tuple(tensor.shape)) != (step.output.dtype, step.output.shape):
+            raise ArtifactError(
+                f"tensor '{name}' is {dtype_name(tensor.dtype)} {list(tensor.shape)} and was announced as "
+                f"{step.output.dtype} {list(step.output.shape)}",
+                "The model changed while it was exported",
+            )
+        if file not in self._open:
+            self._open[file] = ShardWriter(self._work / file, self._files[file], {"format": "pt"})
+        self._open[file].write(name, tensor)
+        self._left[file].discard(name)
+        if not self._left[file]:
+            self._open.pop(file).close()
+
+    @property
+    def missing(self) -> list[str]:
+        return sorted(name for names in self._left.values() for name in names)
+
+    def close(self) -> None:
+        for writer in self._open.values():
+            writer.close()
+
+
+def _write_tensors(
+    plan: ExportPlan,
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    work: Path,
+    device: str,
+    on_progress: Callable[[int], None] | None,
+) -> None:
+    import torch
+
+    steps: dict[str, list[Step]] = {}
+    for step in plan.steps:
+        steps.setdefault(step.source, []).append(step)
+    tied = {*plan.aliases, *plan.aliases.values()}
+    seen: dict[str, bytes] = {}
+    writers = _Writers(plan, work)
+    try:
+        # Per thread, so entered here and not by the caller; the model's own tensors stay as they are.
+        with torch.no_grad():
+            for key, tensor in tensors:
+                if key in tied:
+                    seen[key] = _digest(tensor)
+                if key not in steps and key not in plan.aliases:
+                    raise ArtifactError(f"tensor '{key}' came and is not in the plan", "Export again")
+                for step in steps.get(key, ()):
+                    writers.write(step, _folded(step, tensor, device))
+                    if on_progress:
+                        on_progress(step.output.nbytes)
+                # Or it would still be held while the next one is read.
+                del tensor
+        if writers.missing:
+            names = ", ".join(writers.missing[:10])
+            raise ArtifactError(
+                f"{len(writers.missing)} tensors never came: {names}", "Export from the directory"
+            )
+    finally:
+        writers.close()
+    for target, source in plan.aliases.items():
+        if seen.get(target) != seen.get(source):
+            raise ArtifactError(
+                f"'{target}' and '{source}' are tied by the config and their values differ",
+                "Set tie_word_embeddings to false in config.json, or remove the one that is not used",
+            )
+
+
+def _folded(step: Step, tensor: torch.Tensor, device: str) -> torch.Tensor:
+    if step.format is None or isinstance(step.format.weight, Own):
+        return tensor
+    from loadstone.fakequant.formats.fold import fold
+
+    there = tensor.to(device)
+    if step.role.transposed:
+        # Stored as (…, in, out): the scales of a row run along its inputs.
+        there = there.transpose(-1, -2).contiguous()
+    result = fold(step.name, there, step.format.weight)
+    return (result.transpose(-1, -2).contiguous() if step.role.transposed else result).cpu()
+
+
+def _digest(tensor: torch.Tensor) -> bytes:
+    import torch
+
+    raw = memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+    return hashlib.sha256(raw).digest()
+
+
+def _write_index(plan: ExportPlan, work: Path) -> None:
+    weight_map = {step.name: step.output.file for step in plan.steps}
+    index = {"metadata": {"total_size": plan.nbytes}, "weight_map": dict(sorted(weight_map.items()))}
+    (work / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _verify(plan: ExportPlan, work: Path) -> None:
+    """Read back every header: the names of the plan and no other, in the files of the index, as many
+    bytes."""
+    table = detect(work).table
+    found = {} if table is None else {n: (t.dtype, t.shape, t.file) for n, t in table.tensors.items()}
+    planned = {s.name: (s.output.dtype, s.output.shape, s.output.file) for s in plan.steps}
+    wrong = sorted(n for n in {*found, *planned} if found.get(n) != planned.get(n))
+    if wrong:
+        raise ArtifactError(f"tensor '{wrong[0]}' was not written as planned", "Export again")

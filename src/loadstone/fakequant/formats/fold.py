@@ -1,0 +1,128 @@
+"""Fold: quantize and dequantize a weight, or a layer's input, in its own dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from loadstone.errors import ArtifactError
+from loadstone.fakequant.formats import float8, fp4, integer
+from loadstone.fakequant.formats.spec import (
+    Float8,
+    InputSpec,
+    Integer,
+    Mx,
+    Nvfp4,
+    Own,
+    Staged,
+    WeightSpec,
+    misfit,
+)
+from loadstone.quantization.schemes import Recipe
+
+# Values folded at once: bounds the float32 temporaries whatever the size of the tensor.
+_CHUNK = 1 << 20
+
+
+def fold(
+    name: str, weight: torch.Tensor, spec: WeightSpec, *, amax: torch.Tensor | None = None
+) -> torch.Tensor:
+    """``weight`` rounded to ``spec`` and back, in its own dtype, on its own device.
+
+    ``weight``: (out, in), or (experts, out, in), each expert on its own. ``amax``: largest magnitude of the
+    whole weight for per-tensor scales, measured when not given. Raises `ArtifactError`, naming the tensor,
+    for values that are not finite and for a shape that the format forbids.
+    """
+    if problem := misfit(spec, tuple(weight.shape)):
+        raise ArtifactError(
+            f"tensor '{name}' cannot be folded: {problem}", "Leave it out by a rule (format: none)"
+        )
+    if weight.numel() == 0:
+        return weight
+    if weight.dim() == 3:
+        return torch.stack([fold(f"{name}[{i}]", expert, spec) for i, expert in enumerate(weight)])
+    largest = _amax(name, weight) if amax is None else _checked_amax(name, amax)
+    if isinstance(spec, Recipe):
+        from loadstone.quantization.quantize import quantize_weight
+
+        return quantize_weight(weight, spec.scheme).dequantize().to(weight.dtype)
+    if isinstance(spec, Own):
+        raise ValueError(f"tensor '{name}' is folded by its own quantizer")
+    step = _step(spec, largest)
+    rows = max(_CHUNK // weight.shape[-1], 1)
+    if isinstance(spec, Float8) and spec.granularity == "block":
+        rows = max(rows // spec.block, 1) * spec.block
+    out = torch.empty_like(weight)
+    for part, into in zip(weight.split(rows), out.split(rows), strict=True):
+        into.copy_(step(part.float()))
+    return out
+
+
+def _step(
+    spec: Integer | Float8 | Nvfp4 | Mx | Staged, amax: torch.Tensor
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What is done to some float32 rows of a weight whose largest magnitude is ``amax``."""
+    match spec:
+        case Integer(bits=bits, block=block):
+            return lambda x: integer.fold_rows(x, bits, block)
+        case Float8(granularity="tensor"):
+            return lambda x: float8.fold_scaled(x, amax)
+        case Float8(granularity="row"):
+            return float8.fold_rows
+        case Float8(block=block):
+            return lambda x: float8.fold_squares(x, block)
+        case Nvfp4():
+            return lambda x: fp4.fold_nvfp4(x, amax)
+        case Mx(bits=4):
+            return fp4.fold_mxfp4
+        case Mx():
+            return fp4.fold_mxfp8
+        case Staged(stages=stages):
+            steps = [_step(stage, amax) for stage in stages]
+
+            def in_order(x: torch.Tensor) -> torch.Tensor:
+                for step in steps:
+                    x = step(x)
+                return x
+
+            return in_order
+
+
+def fold_input(x: torch.Tensor, spec: InputSpec, amax: torch.Tensor | None) -> torch.Tensor:
+    """A layer's input (…, width) rounded as ``spec`` says, in its own dtype. ``amax``: scalar, for
+    calibrated specs."""
+    wide = x.float()
+    match spec, amax:
+        case "int8", torch.Tensor():
+            folded = integer.fold_blocks(wide, 8, amax)
+        case "fp8", torch.Tensor():
+            folded = float8.fold_scaled(wide, amax)
+        case "nvfp4", torch.Tensor():
+            folded = fp4.fold_nvfp4(wide, amax)
+        case "fp8-token", _:
+            folded = float8.fold_rows(wide)
+        case "mxfp8", _:
+            folded = fp4.fold_mxfp8(wide)
+        case "mxfp4", _:
+            folded = fp4.fold_mxfp4(wide)
+        case _:
+            raise ValueError(f"{spec} needs an amax")
+    return folded.to(x.dtype)
+
+
+def _amax(name: str, weight: torch.Tensor) -> torch.Tensor:
+    low, high = torch.aminmax(weight)
+    amax = torch.maximum(low.abs(), high.abs()).float()
+    if not bool(amax.isfinite()):
+        raise ArtifactError(
+            f"tensor '{name}' holds NaN or infinity and cannot be folded", "Use another checkpoint"
+        )
+    return amax
+
+
+def _checked_amax(name: str, amax: torch.Tensor) -> torch.Tensor:
+    amax = amax.float()
+    if not bool((amax.isfinite() & (amax >= 0)).all()):
+        raise ArtifactError(f"tensor '{name}': its amax is NaN, infinite or negative", "Calibrate again")
+    return amax

@@ -1,0 +1,52 @@
+"""NVFP4 and OCP microscaling, bit for bit as NVIDIA ModelOpt's storage classes (``NVFP4QTensor``,
+``MXFP4QTensor``, ``MXFP8QTensor``): their rounding at ties and of tiny blocks differs from the CUDA
+kernels' (docs/export-fakequant.md).
+"""
+
+from __future__ import annotations
+
+import torch
+
+_E4M3_MAX = 448.0
+
+
+def round_e2m1(x: torch.Tensor, *, ties_to_even: bool) -> torch.Tensor:
+    """The nearest of 0, ±0.5, ±1, ±1.5, ±2, ±3, ±4, ±6; a tie goes to the even code, or towards zero."""
+    magnitude = x.abs()
+    # The grid is even within each power of two, so a whole number of steps is all there is to round.
+    step = torch.where(magnitude < 2, 0.5, torch.where(magnitude < 4, 1.0, 2.0))
+    steps = magnitude / step
+    steps = steps.round_() if ties_to_even else (steps - 0.5).ceil_().clamp_(min=0)
+    return steps.mul_(step).clamp_(max=6.0).copysign_(x)
+
+
+def fold_nvfp4(x: torch.Tensor, amax: torch.Tensor) -> torch.Tensor:
+    """Float32 ``x`` (…, width), width a multiple of 16, with the tensor-wide ``amax`` (a scalar tensor)."""
+    if not bool(amax > 0):
+        return torch.zeros_like(x)
+    whole = amax / (6.0 * _E4M3_MAX)
+    blocks = x.reshape(*x.shape[:-1], -1, 16)
+    scale = blocks.abs().amax(-1, keepdim=True) / (6.0 * whole)
+    scale = scale.masked_fill(scale == 0, 1.0).clamp(2.0**-9, _E4M3_MAX)
+    step = scale.to(torch.float8_e4m3fn).to(torch.float32) * whole
+    return (round_e2m1(blocks / step, ties_to_even=True) * step).reshape(x.shape)
+
+
+def fold_mxfp4(x: torch.Tensor) -> torch.Tensor:
+    """Float32 ``x`` (…, width), width a multiple of 32."""
+    blocks = x.reshape(*x.shape[:-1], -1, 32)
+    exponent = torch.log2(blocks.abs().amax(-1, keepdim=True) / 6.0).clamp(min=-127.0).ceil()
+    return (round_e2m1(blocks / torch.exp2(exponent), ties_to_even=False) * torch.exp2(exponent)).reshape(
+        x.shape
+    )
+
+
+def fold_mxfp8(x: torch.Tensor) -> torch.Tensor:
+    """Float32 ``x`` (…, width); a last partial block of 32 is padded with 0."""
+    width = x.shape[-1]
+    padded = torch.nn.functional.pad(x, (0, -width % 32))
+    blocks = padded.reshape(*padded.shape[:-1], -1, 32)
+    exponent = torch.log2(blocks.abs().amax(-1, keepdim=True) / _E4M3_MAX).ceil().clamp(-127.0, 127.0)
+    scaled = (blocks * torch.exp2(-exponent)).clamp(-_E4M3_MAX, _E4M3_MAX)
+    folded = scaled.to(torch.float8_e4m3fn).to(torch.float32) * torch.exp2(exponent)
+    return folded.reshape(padded.shape)[..., :width]

@@ -1,0 +1,91 @@
+"""What each stored tensor is in its model: a Linear's weight, an expert's, an embedding, the head, or
+something else."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+from loadstone.artifact import TensorInfo
+from loadstone.artifact.headers import FLOAT_DTYPES
+from loadstone.errors import ArtifactError
+from loadstone.fakequant.rules import Role
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_VECTOR = Role(False, "not a matrix", matrix=False)
+_LINEAR = Role(True, inputs=True)
+_HEAD = Role(False, "output head", inputs=True)
+_ROUTER = Role(False, "router", inputs=True)
+_EMBEDDING = Role(False, "embedding")
+
+
+def roles_in(model: PreTrainedModel, infos: dict[str, TensorInfo]) -> dict[str, Role]:
+    """The role of each stored tensor, told from the modules that it loads into. ``model`` may lie on meta.
+
+    Raises `ArtifactError` for a tensor that belongs to no part of the model.
+    """
+    from loadstone.loading.meta import destinations
+
+    where = destinations(model, list(infos))
+    ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    head = model.get_output_embeddings()
+    roles: dict[str, Role] = {}
+    for key, info in infos.items():
+        place = where[key]
+        if place is None and not any(re.search(pattern, key) for pattern in ignored):
+            raise ArtifactError(
+                f"{info.file}: tensor '{key}' belongs to no part of {type(model).__name__}",
+                "Check that config.json is of these weights",
+            )
+        if place is None or len(info.shape) not in (2, 3) or info.dtype not in FLOAT_DTYPES:
+            roles[key] = _VECTOR
+            continue
+        owner_name, _, leaf = place.parameter.rpartition(".")
+        roles[key] = _role(model, model.get_submodule(owner_name), owner_name, leaf, info, head)
+    return roles
+
+
+def _role(
+    model: PreTrainedModel, owner: Any, owner_name: str, leaf: str, info: TensorInfo, head: Any
+) -> Role:
+    import torch
+
+    if owner is head:
+        return _HEAD
+    if isinstance(owner, torch.nn.Linear) and leaf == "weight":
+        parent = model.get_submodule(owner_name.rpartition(".")[0])
+        is_router = owner_name.endswith(("router", "gate")) and hasattr(parent, "experts")
+        kept = getattr(model, "_keep_in_fp32_modules", None) or ()
+        if any(f".{part}." in f".{owner_name}." for part in kept):
+            return Role(False, "kept in float32", inputs=True)
+        return _ROUTER if is_router else _LINEAR
+    if isinstance(owner, torch.nn.Embedding):
+        return _EMBEDDING
+    parameter = getattr(owner, leaf)
+    if parameter.dim() == 3 and "expert" in f"{owner_name} {type(owner).__name__}".lower():
+        # Two stored dimensions: an expert of its own, merged with the others on load.
+        transposed = bool(getattr(owner, "is_transposed", False)) and len(info.shape) == 3
+        return Role(True, transposed=transposed)
+    return Role(False, f"weight of a {type(owner).__name__}, not a Linear")
+
+
+def roles_by_name(infos: dict[str, TensorInfo]) -> dict[str, Role]:
+    """The same for a model whose class transformers does not have, told from names and shapes alone."""
+    roles: dict[str, Role] = {}
+    for key, info in infos.items():
+        module = key.removesuffix(".weight")
+        if len(info.shape) != 2 or module == key or info.dtype not in FLOAT_DTYPES:
+            roles[key] = _VECTOR
+        elif re.search(r"embed|(^|\.)(wte|wpe)$", module):
+            roles[key] = _EMBEDDING
+        elif re.search(r"(^|\.)(lm_head|embed_out|output|score|classifier)$", module):
+            roles[key] = _HEAD
+        elif re.search(r"(^|\.)(router|gate)$", module):
+            roles[key] = _ROUTER
+        elif "norm" in module.rpartition(".")[2]:
+            roles[key] = _VECTOR
+        else:
+            roles[key] = _LINEAR
+    return roles

@@ -1,0 +1,134 @@
+"""The state of the quantizers that stay: ``fakequant_state.safetensors`` and ``fakequant_manifest.json``."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loadstone.artifact.files import check_inside, is_file, read_json
+from loadstone.artifact.manifest import FORMAT_VERSION, MANIFEST, sha256_file, versions
+from loadstone.errors import ArtifactError
+from loadstone.fakequant.plan import ExportPlan
+from loadstone.fakequant.rules import Rule, module_of
+
+if TYPE_CHECKING:
+    import torch
+
+STATE_FILE = "fakequant_state.safetensors"
+FAKEQUANT_MANIFEST = "fakequant_manifest.json"
+SCHEMA = 1
+INPUT = "input_quantizer"
+
+
+@dataclass(frozen=True)
+class QuantizerState:
+    """Quantizers of layer inputs and KV caches. ``specs``: quantizer name (``<module>.input_quantizer``,
+    ``<attention>.k_bmm_quantizer``) to its input format; ``tensors``: ``<quantizer>.amax`` (float32
+    scalars) and ``<quantizer>.pre_quant_scale`` (float32, one a channel)."""
+
+    specs: dict[str, str] = field(default_factory=dict)
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
+
+    def amax(self, quantizer: str) -> torch.Tensor | None:
+        return self.tensors.get(f"{quantizer}.amax")
+
+
+def check_state(state: QuantizerState) -> None:
+    """Raise `ArtifactError`, naming the quantizer, for a value that is NaN, infinite or negative."""
+    for name, tensor in state.tensors.items():
+        if not bool((tensor.isfinite() & (tensor >= 0)).all()):
+            raise ArtifactError(f"'{name}' is NaN, infinite or negative", "Calibrate again on other text")
+
+
+def write_state(state: QuantizerState, out: Path) -> None:
+    """Write the tensors; nothing when there is no quantizer that stays."""
+    if not state.specs:
+        return
+    from safetensors.torch import save_file
+
+    check_state(state)
+    tensors = {
+        name: tensor.detach().float().cpu().contiguous() for name, tensor in sorted(state.tensors.items())
+    }
+    save_file(tensors, out / STATE_FILE, metadata={"format": "pt"})
+
+
+def read_state(directory: Path) -> QuantizerState:
+    """The quantizers of an export; raises `ArtifactError` when manifest and state file do not agree."""
+    manifest = read_json(check_inside(directory, FAKEQUANT_MANIFEST))
+    if manifest.get("schema") != SCHEMA:
+        raise ArtifactError(
+            f"{FAKEQUANT_MANIFEST}: schema {manifest.get('schema')!r} is not known", "Update loadstone"
+        )
+    specs = manifest.get("quantizers")
+    if not isinstance(specs, dict) or not all(isinstance(v, str) for v in specs.values()):
+        raise ArtifactError(f"{FAKEQUANT_MANIFEST}: 'quantizers' is malformed", "Export again")
+    if not specs:
+        return QuantizerState()
+    from safetensors.torch import load_file
+
+    if not is_file(directory / STATE_FILE):
+        raise ArtifactError(
+            f"'{directory}' has quantizers and no {STATE_FILE}", "Copy the file, or export again"
+        )
+    state = QuantizerState(specs, load_file(check_inside(directory, STATE_FILE)))
+    check_state(state)
+    from loadstone.fakequant.formats.spec import CALIBRATED
+
+    for name, spec in specs.items():
+        if spec in CALIBRATED and state.amax(name) is None:
+            raise ArtifactError(f"{STATE_FILE}: '{name}.amax' is missing", "Export again")
+    return state
+
+
+def write_manifests(
+    plan: ExportPlan, state: QuantizerState, work: Path, source: dict[str, Any]
+) -> dict[str, str]:
+    """Write both manifests and return the sha256 of every file but the last: ``fakequant_manifest.json``
+    (what was done to each tensor) and ``loadstone.json`` (hashes, as every artifact of loadstone has them)."""
+    files = {str(p.relative_to(work)): sha256_file(p) for p in sorted(work.rglob("*")) if p.is_file()}
+    manifest: dict[str, Any] = {
+        "schema": SCHEMA,
+        "versions": versions(),
+        "source": source,
+        "format": str(plan.rules.default) if plan.rules.default else None,
+        "rules": [str(rule) for rule in plan.rules.rules],
+        "total_size": plan.nbytes,
+        "tensors": {s.name: _entry(str(s.format), s.decision.rule, s.source, s.name) for s in plan.folded},
+        "not_folded": {s.name: s.decision.reason for s in plan.steps if s.format is None},
+        "aliases": plan.aliases,
+        "untied": list(plan.untied),
+        "quantizers": dict(sorted(state.specs.items())),
+        "files": files,
+    }
+    path = work / FAKEQUANT_MANIFEST
+    path.write_text(json.dumps(manifest, indent=2) + "\n")
+    files[FAKEQUANT_MANIFEST] = sha256_file(path)
+    provenance = {
+        "format_version": FORMAT_VERSION,
+        "kind": "fakequant",
+        "recipe": str(plan.rules),
+        "source": source,
+        "versions": versions(),
+        "files": files,
+    }
+    (work / MANIFEST).write_text(json.dumps(provenance, indent=2) + "\n")
+    return files
+
+
+def _entry(text: str, rule: Rule | None, source: str, name: str) -> dict[str, str]:
+    """``amax`` says where the scale comes from: here always the weight itself."""
+    entry = {"format": text, "rule": str(rule) if rule else "default", "amax": "weight"}
+    return entry if source == name else entry | {"copied_from": source}
+
+
+def input_specs(plan: ExportPlan) -> dict[str, str]:
+    """Quantizer name to input format, for each folded weight whose format has one and whose layer can be
+    seen."""
+    return {
+        f"{module_of(step.name)}.{INPUT}": step.format.inputs
+        for step in plan.folded
+        if step.format is not None and step.format.inputs and step.role.inputs
+    }

@@ -1,0 +1,364 @@
+"""Exports from a directory: what is folded, what lies beside it, what is refused, and that nothing is half written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tests.fakequant.conftest import hashes, load, logits, manifest, tensors
+
+import loadstone
+from loadstone import export_fakequant
+from loadstone.artifact.manifest import sha256_file, verify_files
+from loadstone.errors import ArtifactError, MissingError, UsageError
+from loadstone.fakequant.formats import FORMATS, parse_format
+from loadstone.fakequant.formats.fold import fold
+
+
+def rules_file(folder: Path, text: str) -> Path:
+    path = folder / "rules.yaml"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("text", [*FORMATS, "fp8:granularity=row", "intx4-weight-only"])
+def test_each_format_is_folded_and_the_rest_is_as_it_was(text: str, tiny: Path, tmp_path: Path) -> None:
+    done = export_fakequant(tiny, tmp_path / "out", format=text)
+    stored, found = tensors(tiny), tensors(tmp_path / "out")
+    assert found.keys() == stored.keys()
+    spec = parse_format(text).weight
+    for name, tensor in stored.items():
+        folded = "proj" in name
+        assert torch.equal(found[name], fold(name, tensor, spec) if folded else tensor), name
+        assert folded == (name in manifest(tmp_path / "out")["tensors"])
+    assert len(done.plan.folded) == 14
+
+
+def test_export_loads_in_transformers_and_loadstone(tiny: Path, tmp_path: Path) -> None:
+    export_fakequant(tiny, tmp_path / "out", format="nvfp4")
+    artifact = loadstone.detect(tmp_path / "out")
+    assert artifact.kind == "fakequant" and artifact.notes == ()
+    stock = load(tmp_path / "out")
+    assert torch.equal(logits(loadstone.load(tmp_path / "out")), logits(stock))
+    assert not torch.equal(logits(stock), logits(load(tiny)))
+
+
+@pytest.mark.parametrize("arch", ["qwen2", "qwen3", "gemma2", "qwen3-moe"])
+def test_architectures(arch: str, make_model: Callable[..., Path], tmp_path: Path) -> None:
+    source = make_model(arch)
+    done = export_fakequant(source, tmp_path / "out", format="fp8")
+    assert len(done.plan.folded) == (44 - 12 if arch == "qwen3-moe" else 14)
+    assert torch.isfinite(logits(load(tmp_path / "out"))).all()
+
+
+def test_gpt2_says_why_nothing_is_folded(make_model: Callable[..., Path], tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="no weight of this model can be folded by fp8"):
+        export_fakequant(make_model("gpt2"), tmp_path / "out", format="fp8")
+    pattern = rules_file(tmp_path, "rules: [{match: '*.c_fc', format: fp8}]")
+    assert len(export_fakequant(make_model("gpt2"), tmp_path / "out", rules=pattern).plan.folded) == 2
+
+
+def test_shards_stay_as_they_are_and_total_size_is_true(
+    make_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    source = make_model("llama-tied", max_shard_size="60KB")
+    export_fakequant(source, tmp_path / "out", format="int8")
+    theirs = json.loads((source / "model.safetensors.index.json").read_text())["weight_map"]
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert index["weight_map"] == theirs and len(set(theirs.values())) > 2
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in tensors(tmp_path / "out").values())
+    for name, file in theirs.items():
+        assert name in load_file(tmp_path / "out" / file)
+
+
+def test_bin_sources(tiny: Path, tmp_path: Path) -> None:
+    source = tmp_path / "bin"
+    shutil.copytree(tiny, source, ignore=shutil.ignore_patterns("*.safetensors"))
+    torch.save(load(tiny).state_dict(), source / "pytorch_model.bin")
+    export_fakequant(source, tmp_path / "out", format="fp8")
+    export_fakequant(tiny, tmp_path / "other", format="fp8")
+    assert hashes(tmp_path / "out") == hashes(tmp_path / "other")
+    assert manifest(tmp_path / "out")["aliases"] == {"lm_head.weight": "model.embed_tokens.weight"}
+
+
+def test_sidecars_byte_for_byte_and_the_source_untouched(tiny: Path, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(tiny, tmp_path / "source"))
+    extra = {
+        "preprocessor_config.json": '{"a": 1,\n "b": 2}',
+        "processor_config.json": "{}",
+        "generation_config.json": '{"max_length":  7}',
+        "chat_template.jinja": "{{ messages }}",
+    }
+    for name, text in extra.items():
+        (source / name).write_text(text)
+    (source / "optimizer.pt").write_bytes(b"x")
+    before = {p.name: sha256_file(p) for p in source.iterdir()}
+    export_fakequant(source, tmp_path / "out", format="fp8")
+    assert {p.name: sha256_file(p) for p in source.iterdir()} == before
+    for name in (*extra, "tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes(), name
+    assert not (tmp_path / "out" / "optimizer.pt").exists()
+    for name in (*extra, "tokenizer.json", "tokenizer_config.json"):
+        (source / name).unlink()
+    export_fakequant(source, tmp_path / "bare", format="fp8")
+    assert verify_files(tmp_path / "bare") == []
+
+
+def remote(source: Path, target: Path, **config: Any) -> Path:
+    shutil.copytree(source, target)
+    found = json.loads((target / "config.json").read_text())
+    reference = {"AutoConfig": "configuration_x.XConfig", "AutoModelForCausalLM": "modeling_x.X"}
+    found |= {
+        "auto_map": reference,
+        "nested": {"deep": [{"auto_map": {"AutoModel": "modeling_x.Y"}, "kept": 1}]},
+    } | config
+    (target / "config.json").write_text(json.dumps(found))
+    return target
+
+
+def test_auto_map_goes_at_any_depth(tiny: Path, tmp_path: Path) -> None:
+    source = remote(tiny, tmp_path / "source")
+    (source / "modeling_x.py").write_text("raise SystemExit('never run')")
+    export_fakequant(source, tmp_path / "out", format="fp8")
+    text = (tmp_path / "out" / "config.json").read_text()
+    assert "auto_map" not in text and json.loads(text)["nested"] == {"deep": [{"kept": 1}]}
+    assert not list((tmp_path / "out").glob("*.py"))
+    from transformers import AutoConfig
+
+    AutoConfig.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    load(tmp_path / "out")
+
+
+def test_remote_code_is_copied_whole_or_not_at_all(tiny: Path, tmp_path: Path) -> None:
+    source = remote(tiny, tmp_path / "source")
+    (source / "modeling_x.py").write_text("from .configuration_x import XConfig\nfrom .helper_x import f\n")
+    (source / "configuration_x.py").write_text("")
+    with pytest.raises(ArtifactError, match=r"auto_map needs helper_x\.py"):
+        export_fakequant(source, tmp_path / "out", format="fp8", remote_code="copy")
+    assert not (tmp_path / "out").exists()
+    (source / "helper_x.py").write_text("f = 1")
+    (source / "unrelated.py").write_text("")
+    export_fakequant(source, tmp_path / "out", format="fp8", remote_code="copy")
+    copied = {p.name for p in (tmp_path / "out").glob("*.py")}
+    assert (
+        copied
+        == {"modeling_x.py", "configuration_x.py", "helper_x.py"}
+        <= set(manifest(tmp_path / "out")["files"])
+    )
+    assert "auto_map" in (tmp_path / "out" / "config.json").read_text()
+
+
+def test_a_model_class_that_transformers_lacks_is_told_by_names(tiny: Path, tmp_path: Path) -> None:
+    source = remote(tiny, tmp_path / "source", model_type="x-unknown")
+    done = export_fakequant(source, tmp_path / "out", format="fp8")
+    export_fakequant(tiny, tmp_path / "known", format="fp8")
+    assert len(done.plan.folded) == 14
+    ours, known = tensors(tmp_path / "out"), tensors(tmp_path / "known")
+    assert all(torch.equal(ours[n], known[n]) for n in known)
+
+
+def test_rules(tiny: Path, tmp_path: Path) -> None:
+    text = """
+format: fp8
+rules:
+  - match: "*.down_proj"
+    format: nvfp4
+  - match: layers.0
+    format: none
+  - match: model.embed_tokens
+    format: int8
+  - {match: lm_head, format: int8}
+"""
+    done = export_fakequant(tiny, tmp_path / "out", rules=rules_file(tmp_path, text))
+    facts = manifest(tmp_path / "out")["tensors"]
+    assert facts["model.layers.0.mlp.down_proj.weight"]["format"] == "nvfp4"
+    assert facts["model.layers.1.mlp.up_proj.weight"] == {
+        "format": "fp8",
+        "rule": "default",
+        "amax": "weight",
+    }
+    assert facts["model.embed_tokens.weight"]["rule"] == "model.embed_tokens: int8"
+    assert (
+        manifest(tmp_path / "out")["not_folded"]["model.layers.0.mlp.up_proj.weight"] == "left out by a rule"
+    )
+    assert len(done.plan.folded) == 2 + 6 + 1
+    over = export_fakequant(tiny, tmp_path / "over", rules=tmp_path / "rules.yaml", format="mxfp8")
+    assert str(over.plan.rules.default) == "mxfp8"
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (
+            "format: fp8\nrules:\n  - {match: nothing_here, format: int8}",
+            r"rules.yaml:3: the rule 'nothing_here: int8'",
+        ),
+        (
+            "format: fp8\nrules: [{match: mlp, format: none}, {match: up_proj, format: int8}]",
+            "earlier rules match all",
+        ),
+        ("format: fp9", "Did you mean 'fp8'"),
+        ("format: fp8\nrules:\n  - {match: mlp}", "rules.yaml:3: a rule holds"),
+        ("rules: [{match: mlp, format: none}]", "no format is named"),
+        ("- fp8", "'format' and 'rules' only"),
+        ("format: [", "not valid YAML"),
+        ("format: !!python/object/apply:os.system [true]", "not valid YAML"),
+    ],
+)
+def test_rules_that_are_wrong(text: str, says: str, tiny: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=says):
+        export_fakequant(tiny, tmp_path / "out", rules=rules_file(tmp_path, text))
+    assert not (tmp_path / "out").exists()
+
+
+def damaged(tiny: Path, target: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> Path:
+    shutil.copytree(tiny, target)
+    state = load_file(target / "model.safetensors")
+    change(state)
+    save_file(state, target / "model.safetensors", metadata={"format": "pt"})
+    return target
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite(value: float, tiny: Path, tmp_path: Path) -> None:
+    def spoil(state: dict[str, torch.Tensor]) -> None:
+        state["model.layers.1.mlp.up_proj.weight"][3, 3] = value
+
+    source = damaged(tiny, tmp_path / "source", spoil)
+    with pytest.raises(
+        ArtifactError, match=r"'model\.layers\.1\.mlp\.up_proj\.weight' holds NaN or infinity"
+    ):
+        export_fakequant(source, tmp_path / "out", format="fp8")
+    assert [p.name for p in tmp_path.iterdir()] == ["source"]
+
+
+def test_tied_sides_that_differ(tiny: Path, tmp_path: Path) -> None:
+    def add(shift: float) -> Callable[[dict[str, torch.Tensor]], None]:
+        return lambda state: state.update(
+            {"lm_head.weight": state["model.embed_tokens.weight"].clone() + shift}
+        )
+
+    with pytest.raises(ArtifactError, match=r"'lm_head\.weight' and 'model\.embed_tokens\.weight' are tied"):
+        export_fakequant(damaged(tiny, tmp_path / "source", add(1)), tmp_path / "out", format="fp8")
+    assert not (tmp_path / "out").exists()
+    export_fakequant(damaged(tiny, tmp_path / "same", add(0)), tmp_path / "out", format="fp8")
+    assert "lm_head.weight" not in tensors(tmp_path / "out")
+    assert manifest(tmp_path / "out")["aliases"] == {"lm_head.weight": "model.embed_tokens.weight"}
+
+
+def test_a_width_that_a_rule_asks_for_and_cannot_have(tiny: Path, tmp_path: Path) -> None:
+    def narrow(state: dict[str, torch.Tensor]) -> None:
+        for layer in "01":
+            name = f"model.layers.{layer}.mlp.down_proj.weight"
+            state[name] = state[name][:, :120].clone()
+            for part in ("gate", "up"):
+                name = f"model.layers.{layer}.mlp.{part}_proj.weight"
+                state[name] = state[name][:120].clone()
+
+    source = damaged(tiny, tmp_path / "source", narrow)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"intermediate_size": 120}))
+    done = export_fakequant(source, tmp_path / "left", format="mxfp4")
+    reason = manifest(tmp_path / "left")["not_folded"]["model.layers.0.mlp.down_proj.weight"]
+    assert "its width 120 is no multiple of 32" in reason and len(done.plan.folded) == 12
+    path = rules_file(tmp_path, "rules: [{match: down_proj, format: mxfp4}]")
+    with pytest.raises(
+        ArtifactError, match=r"'model\.layers\.0\.mlp\.down_proj\.weight' cannot be folded: its width 120"
+    ):
+        export_fakequant(source, tmp_path / "out", rules=path)
+    assert not (tmp_path / "out").exists()
+
+
+def test_sources_that_are_quantized(tiny: Path, quantize_to: Callable[..., Path], tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="is already quantized"):
+        export_fakequant(quantize_to(tiny, "int8-weight-only"), tmp_path / "out", format="fp8")
+    export_fakequant(tiny, tmp_path / "once", format="fp8")
+    with pytest.raises(ArtifactError, match="is a fake-quantized export"):
+        export_fakequant(tmp_path / "once", tmp_path / "out", format="fp8")
+
+    def to_float8(state: dict[str, torch.Tensor]) -> None:
+        name = "model.layers.0.mlp.up_proj.weight"
+        state[name] = state[name].to(torch.float8_e4m3fn)
+
+    with pytest.raises(ArtifactError, match=r"layers\.0\.mlp\.up_proj\.weight' \(F8_E4M3\) was written by"):
+        export_fakequant(damaged(tiny, tmp_path / "source", to_float8), tmp_path / "out", format="fp8")
+
+
+def test_outputs_that_are_refused(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "stale.safetensors").write_text("old")
+    with pytest.raises(UsageError, match="exists"):
+        export_fakequant(tiny, out, format="fp8")
+    with pytest.raises(UsageError, match="overlap"):
+        export_fakequant(tiny, tiny / "inside", format="fp8")
+    export_fakequant(tiny, out, format="fp8", overwrite=True)
+    assert not (out / "stale.safetensors").exists()
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(
+        "loadstone.artifact.publish.shutil.disk_usage", lambda path: usage._replace(free=1000)
+    )
+    with pytest.raises(MissingError, match="GB free and the output needs"):
+        export_fakequant(tiny, tmp_path / "full", format="fp8")
+    assert not (tmp_path / "full").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+def test_cuda_that_is_not_there_names_the_first_tensor(tiny: Path, tmp_path: Path) -> None:
+    says = r"no CUDA device is visible; tensor 'model\.layers\.0\.mlp\.down_proj\.weight' .* Use --device cpu"
+    for source in (tiny, load(tiny)):
+        with pytest.raises(MissingError, match=says):
+            export_fakequant(source, tmp_path / "out", format="fp8", device="cuda")
+    assert not (tmp_path / "out").exists()
+
+
+def test_output_that_is_not_as_planned(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from loadstone.fakequant import directory, export
+
+    real = directory.read_tensors
+
+    def fewer(artifact: Any) -> Any:
+        return ((k, t) for k, t in real(artifact) if "norm" not in k)
+
+    def twice(artifact: Any) -> Any:
+        for key, tensor in real(artifact):
+            yield key, tensor
+            yield key, tensor
+
+    def other(artifact: Any) -> Any:
+        return ((k, t.float()) for k, t in real(artifact))
+
+    def stranger(artifact: Any) -> Any:
+        yield "model.stranger", torch.ones(2)
+
+    cases = {
+        fewer: "5 tensors never came: model.layers.0.input_layernorm",
+        twice: "came twice",
+        other: "announced as",
+    }
+    for wrong, says in (cases | {stranger: "'model.stranger' came and is not in the plan"}).items():
+        monkeypatch.setattr(directory, "read_tensors", wrong)
+        with pytest.raises(ArtifactError, match=says):
+            export_fakequant(tiny, tmp_path / "out", format="fp8")
+    monkeypatch.setattr(directory, "read_tensors", real)
+    monkeypatch.setattr(export, "_write_index", lambda plan, work: (work / "x").touch())
+    with pytest.raises(ArtifactError):
+        export_fakequant(tiny, tmp_path / "out", format="fp8")
+    assert not any(tmp_path.iterdir())
+
+
+def test_the_same_bytes_every_time_and_tampering_is_found(tiny: Path, tmp_path: Path) -> None:
+    for name in "ab":
+        export_fakequant(tiny, tmp_path / name, format="nvfp4")
+    every = [{p.name: sha256_file(p) for p in (tmp_path / name).iterdir()} for name in "ab"]
+    assert every[0] == every[1] and verify_files(tmp_path / "a") == []
+    for name, text in (("fakequant_manifest.json", '"nvfp4"'), ("config.json", "llama")):
+        path = tmp_path / "a" / name
+        path.write_text(path.read_text().replace(text, text.upper(), 1))
+        assert any(problem.startswith(f"{name}: content differs") for problem in verify_files(tmp_path / "a"))

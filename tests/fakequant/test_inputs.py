@@ -1,0 +1,208 @@
+"""Quantizers of inputs, keys and values: measured by calibration, stored, and applied to a running model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tests.fakequant.conftest import TOKENS, Snapshot, load, logits, manifest
+
+import loadstone
+from loadstone import export_fakequant
+from loadstone.errors import ArtifactError, UsageError
+from loadstone.fakequant.formats.fold import fold_input
+from loadstone.fakequant.inputs import apply_export
+
+TEXTS = ["It was the best of times, it was the worst of times", "Call me Ishmael."]
+BATCHES = [TOKENS, TOKENS.flip(1)]
+
+
+def applied(directory: Path) -> torch.Tensor:
+    model = load(directory)
+    assert apply_export(model, loadstone.detect(directory)) > 0
+    return logits(model)
+
+
+def by_hand(directory: Path, spec: str, amax: dict[str, float]) -> torch.Tensor:
+    """The folded model with every projection's input rounded by a plain wrapper."""
+    model = load(directory)
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and name != "lm_head":
+            known = torch.tensor(amax[name]) if name in amax else None
+
+            def forward(x: torch.Tensor, module: Any = module, known: Any = known) -> torch.Tensor:
+                return torch.nn.functional.linear(fold_input(x, spec, known), module.weight)  # type: ignore[arg-type]
+
+            module.forward = forward
+    return logits(model)
+
+
+@pytest.mark.parametrize("text", ["fp8", "int8", "nvfp4", "w4a8"])
+def test_calibrated_inputs(text: str, tiny: Path, tmp_path: Path) -> None:
+    export_fakequant(tiny, tmp_path / "out", format=text, activations=True, calibrate=BATCHES)
+    # What each Linear sees in the unquantized model, by plain hooks.
+    model, seen = load(tiny, dtype=torch.float32), {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and name != "lm_head":
+            module.register_forward_pre_hook(
+                lambda m, args, name=name: seen.update(
+                    {name: max(seen.get(name, 0.0), args[0].abs().max().item())}
+                )
+            )
+    with torch.no_grad():
+        for batch in BATCHES:
+            model(batch)
+    state = load_file(tmp_path / "out" / "fakequant_state.safetensors")
+    assert {k: v.item() for k, v in state.items()} == {
+        f"{k}.input_quantizer.amax": v for k, v in seen.items()
+    }
+    spec = manifest(tmp_path / "out")["quantizers"]["model.layers.0.mlp.up_proj.input_quantizer"]
+    assert spec == {"w4a8": "fp8"}.get(text, text)
+    ours = applied(tmp_path / "out")
+    assert torch.equal(ours, by_hand(tmp_path / "out", spec, seen))
+    assert not torch.equal(ours, logits(load(tmp_path / "out")))
+
+
+@pytest.mark.parametrize("text", ["mxfp8", "mxfp4", "fp8:granularity=row"])
+def test_dynamic_inputs_need_no_text(text: str, tiny: Path, tmp_path: Path) -> None:
+    export_fakequant(tiny, tmp_path / "out", format=text, activations=True)
+    spec = {"fp8:granularity=row": "fp8-token"}.get(text, text)
+    assert torch.equal(applied(tmp_path / "out"), by_hand(tmp_path / "out", spec, {}))
+
+
+def test_keys_and_values(tiny: Path, tmp_path: Path) -> None:
+    export_fakequant(tiny, tmp_path / "out", format="int8", kv_cache="fp8", calibrate=BATCHES)
+    specs = manifest(tmp_path / "out")["quantizers"]
+    names = [f"model.layers.{i}.self_attn.{s}_bmm_quantizer" for i in (0, 1) for s in "kv"]
+    assert specs == dict.fromkeys(names, "fp8")
+    before = logits(load(tmp_path / "out"))
+    after = applied(tmp_path / "out")
+    assert not torch.equal(after, before)
+    assert (after - before).abs().mean() < 0.05 * before.abs().mean()
+    model = load(tiny)
+    seen = {}
+    for i, layer in enumerate(model.model.layers):
+        layer.self_attn.v_proj.register_forward_hook(
+            lambda m, args, out, i=i: seen.update({i: max(seen.get(i, 0.0), out.abs().max().item())})
+        )
+    with torch.no_grad():
+        for batch in BATCHES:
+            model.float()(batch)
+    state = load_file(tmp_path / "out" / "fakequant_state.safetensors")
+    for i in (0, 1):
+        assert state[f"model.layers.{i}.self_attn.v_bmm_quantizer.amax"].item() == pytest.approx(seen[i])
+
+
+def test_calibration_runs_under_offload(
+    set_up: Callable[[Path, Path], Any], make_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    source = make_model("llama-untied", dtype="float32")
+    model = set_up(source, tmp_path / "offload")
+    before = Snapshot(model)
+    options: dict[str, Any] = {"format": "fp8", "activations": True, "kv_cache": "fp8"}
+    export_fakequant(model, tmp_path / "live", calibrate=TEXTS, sidecars=source, **options)
+    assert torch.equal(logits(model), before.logits) and model.config._attn_implementation == "sdpa"
+    assert not any(m._forward_pre_hooks for m in model.modules())
+    export_fakequant(source, tmp_path / "directory", calibrate=TEXTS, **options)
+    for file in ("fakequant_state.safetensors", "model-00001-of-00001.safetensors", "config.json"):
+        assert (tmp_path / "live" / file).read_bytes() == (tmp_path / "directory" / file).read_bytes(), file
+
+
+def test_a_directory_larger_than_memory_calibrates_from_disk(
+    make_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = make_model("llama-untied")
+    options: dict[str, Any] = {"format": "int8", "activations": True, "calibrate": BATCHES}
+    export_fakequant(load(source), tmp_path / "resident", **options)
+    used = []
+    monkeypatch.setattr("accelerate.utils.get_max_memory", lambda *args: {"cpu": 130_000})
+    real = loadstone.loading.load
+    monkeypatch.setattr("loadstone.loading.load", lambda plan: used.append(real(plan)) or used[0])
+    export_fakequant(source, tmp_path / "offloaded", **options)
+    assert "disk" in used[0].hf_device_map.values()
+    states = [load_file(tmp_path / n / "fakequant_state.safetensors") for n in ("resident", "offloaded")]
+    assert states[0].keys() == states[1].keys() and all(
+        torch.equal(states[0][k], states[1][k]) for k in states[0]
+    )
+
+
+def test_eval_applies_them(make_model: Callable[..., Path], tmp_path: Path) -> None:
+    from loadstone.evaluation.options import Options
+    from loadstone.evaluation.run import evaluate
+
+    source = make_model("llama-tied")
+    export_fakequant(source, tmp_path / "weights", format="mxfp4")
+    export_fakequant(source, tmp_path / "both", format="mxfp4", activations=True)
+    names = tuple(str(tmp_path / n) for n in ("weights", "both"))
+    outcome = evaluate(Options(models=names, limit=1, context_length=64, separator="1", device="cpu"))
+    # A cache of results goes by this: the same weights with other quantizers are another artifact.
+    assert len({loadstone.detect(name).fingerprint() for name in names}) == 2
+    weights, both = (record["loss"] for record in outcome.records)
+    # By hooks, which the fast path must leave in place.
+    assert 1e-4 < abs(weights - both) < 0.5
+    model = load(tmp_path / "both", dtype=torch.float32)
+    assert apply_export(model, loadstone.detect(tmp_path / "both")) == 14
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"format": "fp8", "activations": True}, "ranges have to be measured on text"),
+        ({"format": "int4", "activations": True}, "leaves layer inputs as they are"),
+        ({"format": "mxfp8", "activations": True, "calibrate": TEXTS}, "need no calibration"),
+        ({"format": "fp8", "kv_cache": "fp8"}, "--kv-cache: ranges have to be measured"),
+        ({"format": "fp8", "kv_cache": "int3", "calibrate": TEXTS}, "--kv-cache int3 is not known"),
+        ({"format": "fp8", "calibrate": [""]}, "no text to calibrate on"),
+        ({"format": "fp8", "calibrate": "one text"}, "documents are wanted"),
+        ({"format": "fp8", "remote_code": "run"}, "One of strip, copy"),
+        ({"format": "fp8", "emit": "onnx"}, "--emit onnx"),
+    ],
+)
+def test_wrong_use(options: dict[str, Any], says: str, tiny: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=says):
+        export_fakequant(tiny, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("fault", ["nan", "negative", "missing", "file", "schema", "stranger"])
+def test_a_state_that_is_damaged_is_refused(fault: str, tiny: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    export_fakequant(tiny, out, format="fp8", calibrate=BATCHES)
+    path, name = out / "fakequant_state.safetensors", "model.layers.0.mlp.up_proj.input_quantizer"
+    state = load_file(path)
+    facts = (out / "fakequant_manifest.json").read_text()
+    if fault in ("nan", "negative"):
+        state[f"{name}.amax"] = torch.tensor(float("nan") if fault == "nan" else -1.0)
+    elif fault == "missing":
+        del state[f"{name}.amax"]
+    elif fault == "schema":
+        facts = facts.replace('"schema": 1', '"schema": 9')
+    elif fault == "stranger":
+        facts = facts.replace(name, name.replace("up_proj", "no_proj"))
+        state[f"{name}.amax".replace("up_proj", "no_proj")] = state[f"{name}.amax"].clone()
+    path.unlink()
+    if fault != "file":
+        save_file(state, path)
+    (out / "fakequant_manifest.json").write_text(facts)
+    says = {
+        "schema": "schema 9",
+        "file": "has quantizers and no",
+        "stranger": "no_proj.input_quantizer' belongs to no",
+    }
+    with pytest.raises(ArtifactError, match=says.get(fault, name)):
+        apply_export(load(out), loadstone.detect(out))
+
+
+def test_infinite_activations_name_the_layer(tiny: Path, tmp_path: Path) -> None:
+    model = load(tiny)
+    with torch.no_grad():
+        model.model.layers[1].input_layernorm.weight.fill_(float("inf"))
+    with pytest.raises(
+        ArtifactError, match=r"layers\.1\.self_attn\.[qkv]_proj\.input_quantizer\.amax' is NaN, inf"
+    ):
+        export_fakequant(model, tmp_path / "out", format="fp8", calibrate=BATCHES)
+    assert not (tmp_path / "out").exists() and not any(m._forward_pre_hooks for m in model.modules())

@@ -1,0 +1,161 @@
+"""ModelOpt's state file; and, where ModelOpt is (`make test-modelopt`), its own reload of it."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.fakequant.conftest import SET_UPS, TOKENS, Snapshot, hashes, load, logits, tensors
+
+import loadstone
+from loadstone import export_fakequant
+from loadstone.errors import ArtifactError
+from loadstone.fakequant.inputs import apply_export
+from loadstone.fakequant.modelopt_state import MODELOPT_FILE, read_modelopt_state
+
+
+@pytest.mark.parametrize("text", ["fp8", "mxfp8"])
+def test_state_file(text: str, tiny: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"calibrate": [TOKENS]} if text == "fp8" else {}
+    for name in "ab":
+        export_fakequant(tiny, tmp_path / name, format=text, activations=True, emit="modelopt", **options)
+    assert hashes(tmp_path / "a") == hashes(tmp_path / "b")
+    content = read_modelopt_state(tmp_path / "a")
+    (mode, parts), *_ = content["modelopt_state_dict"]
+    states, weights = parts["metadata"]["quantizer_state"], content["modelopt_state_weights"]
+    assert mode == "quantize" and states.keys() == weights.keys()
+    assert not any("weight_quantizer" in name for name in states)
+    on = [name for name, state in states.items() if not state["_disabled"]]
+    assert len(on) == 14 and all(name.endswith(".input_quantizer") for name in on)
+    assert all(bool(weights[name]) == (text == "fp8") for name in on)
+
+
+def test_a_state_file_with_code_is_refused(tiny: Path, tmp_path: Path) -> None:
+    export_fakequant(tiny, tmp_path / "out", format="mxfp8", activations=True, emit="modelopt")
+
+    class Hostile:
+        def __reduce__(self) -> Any:
+            return os.system, ("touch " + str(tmp_path / "ran"),)
+
+    torch.save({"modelopt_version": Hostile()}, tmp_path / "out" / MODELOPT_FILE)
+    with pytest.raises(ArtifactError, match="cannot be read with weights_only=True"):
+        read_modelopt_state(tmp_path / "out")
+    assert not (tmp_path / "ran").exists()
+    torch.save({"other": 1}, tmp_path / "out" / MODELOPT_FILE)
+    with pytest.raises(ArtifactError, match="not a ModelOpt state file"):
+        read_modelopt_state(tmp_path / "out")
+
+
+def reload(model: Any, directory: Path) -> Any:
+    """What ModelOpt's vLLM worker does with the file, for a transformers model: convert, fill in what the file leaves
+    out with weight quantizers off, restore, load the tensors, fold."""
+    import modelopt.torch.quantization as mtq
+    from modelopt.torch.opt.conversion import ModeloptStateManager
+    from modelopt.torch.quantization.conversion import (
+        convert_to_quantized_model,
+        quantizer_state,
+        restore_quantizer_state,
+    )
+
+    content = read_modelopt_state(directory)
+    manager = ModeloptStateManager(model=model, init_state=True)
+    manager.load_state_dict(content["modelopt_state_dict"], content["modelopt_version"])
+    for _, config, metadata in manager.modes_with_states():
+        convert_to_quantized_model(model, config)
+        saved = metadata["quantizer_state"]
+        whole = {
+            k: saved[k] if k in saved else v | {"_disabled": True} for k, v in quantizer_state(model).items()
+        }
+        restore_quantizer_state(model, config, metadata | {"quantizer_state": whole})
+    mtq.utils.set_quantizer_state_dict(model, content["modelopt_state_weights"])
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    mtq.fold_weight(model)
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    assert not any(n.endswith("weight_quantizer") and m.is_enabled for n, m in model.named_modules())
+    return model
+
+
+@pytest.mark.modelopt
+@pytest.mark.parametrize("text", ["fp8", "int8", "w4a8", "fp8:granularity=row"])
+def test_modelopt_reloads_it(text: str, tiny: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {} if "row" in text else {"calibrate": [TOKENS]}
+    export_fakequant(tiny, tmp_path / "out", format=text, activations=True, emit="modelopt", **options)
+    theirs = logits(reload(load(tmp_path / "out"), tmp_path / "out"))
+    ours = load(tmp_path / "out")
+    assert apply_export(ours, loadstone.detect(tmp_path / "out")) == 14
+    assert torch.equal(theirs, logits(ours))
+
+
+CONFIGS = {
+    "fp8": "FP8_DEFAULT_CFG",
+    "int8": "INT8_DEFAULT_CFG",
+    "int4": "INT4_BLOCKWISE_WEIGHT_ONLY_CFG",
+    "w4a8": "W4A8_AWQ_BETA_CFG",
+}
+
+
+def quantized(directory: Path, name: str) -> Any:
+    import modelopt.torch.quantization as mtq
+
+    config = copy.deepcopy(getattr(mtq, name)) | {"algorithm": "max"}
+    model = load(directory)
+    return mtq.quantize(model, config, lambda m: m(TOKENS))
+
+
+@pytest.mark.modelopt
+@pytest.mark.parametrize("text", CONFIGS)
+def test_models_with_modelopt_quantizers(text: str, make_model: Callable[..., Path], tmp_path: Path) -> None:
+    source = make_model("llama-untied")
+    model = quantized(source, CONFIGS[text])
+    before = Snapshot(model)
+    export_fakequant(model, tmp_path / "live", emit="modelopt")
+    before.check()
+    export_fakequant(source, tmp_path / "directory", format=text)
+    live, directory = tensors(tmp_path / "live"), tensors(tmp_path / "directory")
+    assert live.keys() == directory.keys() and all(torch.equal(live[k], directory[k]) for k in live)
+    after = logits(reload(load(tmp_path / "live"), tmp_path / "live"))
+    # Between its two stages the live model rounds to bfloat16, an export does not.
+    assert (
+        torch.allclose(after, before.logits, atol=0.02)
+        if text == "w4a8"
+        else torch.equal(after, before.logits)
+    )
+
+
+@pytest.mark.modelopt
+def test_same_weights_as_modelopts_own_export(make_model: Callable[..., Path], tmp_path: Path) -> None:
+    from modelopt.torch.export.plugins.vllm_fakequant_hf import export_hf_vllm_fq_checkpoint
+
+    source = make_model("llama-untied")
+    model = quantized(source, "FP8_DEFAULT_CFG")
+    export_hf_vllm_fq_checkpoint(model, export_dir=tmp_path / "theirs")
+    export_fakequant(source, tmp_path / "ours", format="fp8")
+    ours, theirs = tensors(tmp_path / "ours"), tensors(tmp_path / "theirs")
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
+
+
+@pytest.mark.modelopt
+@pytest.mark.parametrize("way", ["cpu_offload", "disk_offload"])
+def test_offloaded_where_modelopts_export_fails(
+    way: str, make_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    from modelopt.torch.export.plugins.vllm_fakequant_hf import export_hf_vllm_fq_checkpoint
+
+    source = make_model("llama-untied")
+    model = SET_UPS[way](source, tmp_path / "offload")
+    with pytest.raises(Exception, match=r"meta|state_dict|quantiz"):
+        import modelopt.torch.quantization as mtq
+
+        config = copy.deepcopy(mtq.FP8_DEFAULT_CFG) | {"algorithm": "max"}
+        export_hf_vllm_fq_checkpoint(
+            mtq.quantize(model, config, lambda m: m(TOKENS)), export_dir=tmp_path / "theirs"
+        )
+    fresh = SET_UPS[way](source, tmp_path / "offload2")
+    export_fakequant(fresh, tmp_path / "ours", format="fp8")
+    export_fakequant(source, tmp_path / "expected", format="fp8")
+    assert hashes(tmp_path / "ours") == hashes(tmp_path / "expected")
