@@ -22,7 +22,7 @@ from loadstone.artifact.kinds import (
 )
 from loadstone.artifact.torchao_tensors import FlatTensor, flat_tensors
 from loadstone.artifact.training_run import choose_checkpoint, is_checkpoint_name
-from loadstone.artifact.weights import TensorTable, WeightFiles, find_weights, read_tensors
+from loadstone.artifact.weights import BIN, SAFETENSORS, TensorTable, WeightFiles, find_weights, read_tensors
 from loadstone.errors import ArtifactError, UsageError
 
 if TYPE_CHECKING:
@@ -202,6 +202,11 @@ def read_config(directory: Path, root: Path) -> dict[str, Any]:
 
 
 def _no_weights(directory: Path) -> ArtifactError:
+    for name in (SAFETENSORS, BIN):
+        if (directory / name).is_symlink() or (directory / name).exists():
+            return ArtifactError(
+                f"'{directory}' holds no weights: {name} is no regular file", "Copy the file itself"
+            )
     for pattern, what, remedy in MODEL_FILES:
         if next(directory.glob(pattern), None) is not None:
             return ArtifactError(f"'{directory}' holds {what} and no model weights", remedy)

@@ -170,7 +170,8 @@ class _Machine:
             module, _, name = argument.partition(" ")
         else:
             name, module = self.stack.pop(), self.stack.pop()
-        path = f"{module}.{name}"
+        # Protocol 2, which torch.save uses, spells builtins as Python 2 did.
+        path = f"builtins.{name}" if module == "__builtin__" else f"{module}.{name}"
         self.names.add(path)
         self.stack.append(Global(path))
 

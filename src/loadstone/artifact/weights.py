@@ -143,7 +143,7 @@ def _check_index(weights: WeightFiles, tensors: dict[str, TensorInfo], sink: Sin
         if file not in weights.files:
             continue
         if name not in tensors:
-            what = f"{file}: tensor {ascii(name)[1:-1][:200]} is named by {weights.index} and is not in it"
+            what = f"{file}: tensor {ascii(name)[:200]} is named by {weights.index} and is not in it"
             sink(ArtifactError(what, _AGAIN))
         elif tensors[name].file != file:
             sink(

@@ -317,8 +317,8 @@ def describe(protocol: Protocol) -> str:
     start = "every document and window" if protocol.bos_each_window else "every document"
     stride = f", stride {protocol.stride}" if protocol.name == "strided" else ""
     return (
-        f"{protocol.documents} documents, {protocol.tokens} tokens of {protocol.data}; {protocol.name} windows of "
-        f"{protocol.context_length}{stride}; {protocol.separator} starts {start}; {protocol.dtype}"
+        f"{protocol.documents} documents, {protocol.tokens} tokens of {protocol.data}; {protocol.name} "
+        f"windows of {protocol.context_length}{stride}; {protocol.separator} starts {start}; {protocol.dtype}"
     )
 
 

@@ -85,7 +85,6 @@ def _answering(module: Any, output: Any) -> Iterator[None]:
 
 def chunk_rows(model: Any, device: torch.device) -> int:
     """Rows of hidden states whose logits are computed at a time."""
-    vocabulary = (
-        model.get_output_embeddings().weight.shape[0] if model.get_output_embeddings() is not None else 2**15
-    )
+    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    vocabulary = getattr(config, "vocab_size", None) or 2**17
     return max(16, _CHUNK_BYTES.get(device.type, _CHUNK_BYTES["cuda"]) // (4 * vocabulary))

@@ -14,7 +14,7 @@ import torch
 
 from loadstone.errors import UsageError
 from loadstone.evaluation.compiling import compile_layers
-from loadstone.evaluation.fastpath import keep_dequantized
+from loadstone.evaluation.fastpath import FastPath, speed_up
 from loadstone.evaluation.measure import reset_peak
 from loadstone.evaluation.options import Options
 from loadstone.loading import LoadPlan, load, plan
@@ -41,7 +41,7 @@ class Opened:
     model: Any
     device: torch.device
     load_seconds: float
-    fast_modules: int
+    fast: FastPath
 
 
 def choose_subjects(options: Options, device: str) -> tuple[Subject, ...]:
@@ -92,7 +92,7 @@ def opened(subject: Subject, options: Options) -> Iterator[Opened]:
     clock = time.perf_counter()
     model = load(subject.plan)
     device = model.get_input_embeddings().weight.device
-    fast = keep_dequantized(model) if options.fast else 0
+    fast = speed_up(model) if options.fast else FastPath()
     if options.compile:
         compile_layers(model)
     it = Opened(model, device, time.perf_counter() - clock, fast)

@@ -4,11 +4,14 @@ computed."""
 from __future__ import annotations
 
 import logging
+import platform
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from typing import Any
+
+import torch
 
 from loadstone.evaluation.batching import choose_batch_size
 from loadstone.evaluation.divergence import score_pair
@@ -35,7 +38,8 @@ class Cost:
     peak_bytes: int
     device: str
     batch_size: int
-    fast_modules: int = 0
+    kept_linears: int = 0
+    packed_linears: int = 0
     cached: bool = False
 
 
@@ -132,7 +136,8 @@ def _cost(bench: Bench, it: Opened, timing: Timing, size: int) -> Cost:
         peak_bytes=peak_bytes(it.device),
         device=str(it.device),
         batch_size=size,
-        fast_modules=it.fast_modules,
+        kept_linears=it.fast.kept,
+        packed_linears=it.fast.packed,
     )
 
 
@@ -140,9 +145,16 @@ def _key(bench: Bench, *subjects: Subject) -> str | None:
     if bench.store is None:
         return None
     options = bench.options
-    mode = {"compile": options.compile, "fast": options.fast, "device": options.device.partition(":")[0]}
+    mode = {"compile": options.compile, "fast": options.fast, "device": _hardware(options.device)}
     prints = [fingerprint(s) for s in subjects]
     return entry_key(bench.task.result().protocol, prints, mode)
+
+
+def _hardware(device: str) -> str:
+    """What computes: a GPU's name, or the CPU's instruction set. Other hardware rounds differently."""
+    if device != "cpu" and torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
 
 
 def fingerprint(subject: Subject) -> str:

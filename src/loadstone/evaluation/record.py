@@ -47,7 +47,8 @@ def make_record(
         "device": cost.device,
         "dtype": subject.plan.dtype,
         "batch_size": cost.batch_size,
-        "fast_modules": cost.fast_modules,
+        "kept_linears": cost.kept_linears,
+        "packed_linears": cost.packed_linears,
         "cached": cost.cached,
     }
     if delta is not None:

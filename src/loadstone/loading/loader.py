@@ -23,6 +23,8 @@ def load(target: str | Path | Artifact | LoadPlan, **options: Any) -> PreTrained
     cuda:N), ``dtype`` (auto, float32, bfloat16, float16), ``checkpoint``, ``trust_remote_code``. Raises
     `ArtifactError` (damaged, or cannot be loaded here), `MissingError` (package or GPU) or `UsageError`.
     """
+    import torch
+
     from loadstone.loading.devices import resolve_device
     from loadstone.loading.native import load_native
     from loadstone.loading.pretrained import load_pretrained
@@ -31,7 +33,9 @@ def load(target: str | Path | Artifact | LoadPlan, **options: Any) -> PreTrained
     quiet_imports()
     device_map = resolve_device(chosen.device, chosen.artifact)
     loader = load_pretrained if chosen.load_path == FROM_PRETRAINED else load_native
-    return loader(chosen, device_map).eval()
+    # torchao's tensors cannot be made from inference tensors, so a caller's inference mode ends here.
+    with torch.inference_mode(False):
+        return loader(chosen, device_map).eval()
 
 
 def load_tokenizer(target: str | Path | Artifact | LoadPlan, *, trust_remote_code: bool = False) -> Any:

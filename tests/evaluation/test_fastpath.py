@@ -1,0 +1,153 @@
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+from loadstone.evaluation.fastpath import FastPath, Kept, _amd, speed_up
+
+
+def configs() -> dict[str, Any]:
+    from torchao.prototype.mx_formats import NVFP4WeightOnlyConfig
+    from torchao.quantization import (
+        Float8WeightOnlyConfig,
+        Int8DynamicActivationInt8WeightConfig,
+        Int8DynamicActivationIntxWeightConfig,
+        Int8WeightOnlyConfig,
+        IntxWeightOnlyConfig,
+        PerAxis,
+        PerGroup,
+    )
+    from torchao.quantization.quant_primitives import MappingType
+
+    return {
+        "int8-dynamic-act-int4": Int8DynamicActivationIntxWeightConfig(torch.int4, PerGroup(32)),
+        "int4-asymmetric": IntxWeightOnlyConfig(torch.int4, PerGroup(32), MappingType.ASYMMETRIC),
+        "int2": IntxWeightOnlyConfig(torch.int2, PerGroup(16)),
+        "int8-per-axis": IntxWeightOnlyConfig(torch.int8, PerAxis(0)),
+        "int8": Int8WeightOnlyConfig(),
+        "int8-grouped": Int8WeightOnlyConfig(granularity=PerGroup(32)),
+        "int8-dynamic-act-int8": Int8DynamicActivationInt8WeightConfig(),
+        "float8": Float8WeightOnlyConfig(),
+        "nvfp4": NVFP4WeightOnlyConfig(),
+    }
+
+
+NAMES = (
+    "int8-dynamic-act-int4",
+    "int4-asymmetric",
+    "int2",
+    "int8-per-axis",
+    "int8",
+    "int8-grouped",
+    "int8-dynamic-act-int8",
+    "float8",
+    "nvfp4",
+)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", NAMES)
+def test_same_bits(
+    model_factory: Any, name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torchao.quantization import quantize_
+
+    # Wide enough that int8 products need more than one exact part (1088 > 1024 terms).
+    model = model_factory(hidden_size=64, intermediate_size=1088).to(dtype)
+    quantize_(model.model, configs()[name])
+    fast = copy.deepcopy(model)
+    monkeypatch.setattr("loadstone.evaluation.fastpath._amd", lambda: False)
+    assert speed_up(fast) == FastPath(kept=14)
+    ids = torch.randint(0, 400, (3, 50), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        assert torch.equal(fast(input_ids=ids).logits, model(input_ids=ids).logits)
+    assert not any("torchao" in type(p.data).__module__ for p in fast.parameters())
+
+
+def test_bias_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torchao.quantization import quantize_
+
+    monkeypatch.setattr("loadstone.evaluation.fastpath._amd", lambda: False)
+    for name, config in configs().items():
+        torch.manual_seed(0)
+        model: Any = torch.nn.Sequential(torch.nn.Linear(64, 48, bias=True))
+        model.get_input_embeddings = lambda: torch.nn.Embedding(2, 2)
+        quantize_(model, config)
+        expected = model(torch.ones(2, 64))
+        assert speed_up(model).kept == 1, name
+        assert torch.equal(model(torch.ones(2, 64)), expected), name
+
+
+def test_a_replacement_that_differs_is_not_used(model_factory: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torchao.quantization import quantize_
+
+    model = model_factory(hidden_size=64)
+    quantize_(model.model, configs()["int8"])
+    monkeypatch.setattr(
+        "loadstone.evaluation.fastpath._replacement",
+        lambda m: Kept(m.weight.dequantize() * 1.0001, m.bias, None),
+    )
+    assert speed_up(model).kept == 0
+
+
+def test_memory_is_respected(model_factory: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torchao.quantization import quantize_
+
+    model = model_factory(hidden_size=64)
+    quantize_(model.model, configs()["int8"])
+    monkeypatch.setattr("loadstone.evaluation.fastpath.free_bytes", lambda device: 2 * 4 * 64 * 64 * 2)
+    assert 0 < speed_up(model).kept < 14
+
+
+@pytest.mark.skipif(not _amd(), reason="weights are packed on AMD CPUs only")
+@pytest.mark.parametrize("name", [None, "int4-asymmetric", "int8", "float8"])
+def test_packed_to_float32_rounding(model_factory: Any, name: str | None) -> None:
+    from torchao.quantization import quantize_
+
+    model = model_factory(hidden_size=64)
+    if name is not None:
+        quantize_(model.model, configs()[name])
+    fast = copy.deepcopy(model)
+    assert speed_up(fast) == FastPath(kept=0 if name is None else 14, packed=15)
+    ids = torch.randint(0, 400, (3, 50), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        expected, got = model(input_ids=ids).logits, fast(input_ids=ids).logits
+    assert torch.allclose(got, expected, rtol=1e-4, atol=1e-4)
+    targets = torch.randint(0, 400, (150,), generator=torch.Generator().manual_seed(2))
+    losses = [torch.nn.functional.cross_entropy(x.flatten(0, 1).double(), targets) for x in (expected, got)]
+    assert abs(losses[0] - losses[1]) < 1e-6
+
+
+def test_integer_products_stay_exact_when_packed() -> None:
+    from torchao.quantization import quantize_
+
+    model = torch.nn.Sequential(torch.nn.Linear(2100, 48, bias=True))
+    quantize_(model, configs()["int8-dynamic-act-int8"])
+    fast: Any = copy.deepcopy(model)
+    fast.get_input_embeddings = lambda: torch.nn.Embedding(2, 2)
+    fast.get_output_embeddings = lambda: None
+    assert speed_up(fast).kept == 1
+    x = torch.randn(17, 2100, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(fast(x), model(x))
+
+
+def test_narrow_models_are_not_packed(model_factory: Any) -> None:
+    assert speed_up(model_factory().to(torch.bfloat16)) == FastPath()
+
+
+@pytest.mark.skipif(not _amd(), reason="weights are packed on AMD CPUs only")
+@pytest.mark.parametrize("name", ["int8-dynamic-act-int4", "int8-dynamic-act-int8"])
+def test_layers_that_round_activations_stay_exact(model_factory: Any, name: str) -> None:
+    from torchao.quantization import quantize_
+
+    model = model_factory(hidden_size=64)
+    quantize_(model.model, configs()[name])
+    fast = copy.deepcopy(model)
+    assert speed_up(fast) == FastPath(kept=14, packed=1 if name.endswith("int4") else 15)
+    ids = torch.randint(0, 400, (3, 50), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        assert torch.equal(fast.model(input_ids=ids)[0], model.model(input_ids=ids)[0])
+        assert torch.allclose(fast(input_ids=ids).logits, model(input_ids=ids).logits, atol=1e-5)
