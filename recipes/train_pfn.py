@@ -43,7 +43,7 @@ def main() -> None:
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         # The fused step skips a gradient that is not finite by itself, without waiting for the GPU.
-        optimizer.grad_scale, optimizer.found_inf = None, (~norm.isfinite()).float().reshape(1)
+        optimizer.grad_scale, optimizer.found_inf = None, (~norm.isfinite()).float()
         optimizer.step()
         step, cells = step + 1, cells + batch.x.numel()
         recent[task].append(loss.detach())

@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from loadstone.context.errors import ArchitectureMismatch, BaseMismatch
+from loadstone.artifact.context_errors import ArchitectureMismatch, BaseMismatch
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

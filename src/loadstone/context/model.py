@@ -136,6 +136,8 @@ class PFN(nn.Module):
     def __init__(self, config: PFNConfig) -> None:
         super().__init__()
         self.config = config
+        # Where the weights were loaded from, for a context to record; None for a model made in memory.
+        self.source: str | None = None
         width = config.width
         if config.per_feature:
             self.embed_cell = nn.Linear(2, width)

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from loadstone.context.bars import BarPosterior
 from loadstone.context.encoding import Scaler
-from loadstone.context.errors import SchemaMismatch
+from loadstone.artifact.context_errors import SchemaMismatch
 from loadstone.context.layer_cache import LayerCache
 from loadstone.errors import UsageError
 
