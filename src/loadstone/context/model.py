@@ -183,7 +183,8 @@ class PFN(nn.Module):
         """Scaled targets (regression) or class numbers (batch, rows) -> target tokens (batch, rows, width)."""
         if task == REGRESSION:
             return self.embed_value(y.to(self.dtype).unsqueeze(-1))
-        return self.embed_class(y.long())
+        # A product and not a look-up: its gradient sums a few rows over many targets, which look-ups do slowly.
+        return F.one_hot(y.long(), self.config.classes).to(self.dtype) @ self.embed_class.weight
 
     def read_out(self, x: Tensor, task: str) -> Tensor:
         """The target token after the last layer (..., width) -> logits over bars or classes."""

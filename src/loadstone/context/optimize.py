@@ -77,16 +77,16 @@ class _Counted:
 
     def value(self, unit: Tensor) -> Tensor:
         self.rows += len(unit)
-        return self.acquisition(self.place(unit))
+        value = self.acquisition(self.place(unit))
+        return torch.where(value.isfinite(), value, -torch.inf)
 
     def loss_and_gradient(self, unit: Tensor) -> tuple[Tensor, Tensor]:
-        """Minus the value (m,) and its gradient (m, d); a value that is not finite counts as the worst."""
+        """Minus the value (m,) and its gradient (m, d); a value that is not finite counts as the worst there is."""
         unit = unit.detach().requires_grad_()
         with torch.enable_grad():
             loss = -self.value(unit)
             (gradient,) = torch.autograd.grad(loss.sum(), unit)
-        loss = torch.where(loss.isfinite(), loss.detach(), torch.inf)
-        return loss.to(unit.dtype), gradient.nan_to_num(0.0, 0.0, 0.0)
+        return loss.detach().to(unit.dtype), gradient.nan_to_num(0.0, 0.0, 0.0)
 
 
 def _lbfgs(counter: _Counted, start: Tensor, steps: int) -> Tensor:
