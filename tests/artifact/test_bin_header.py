@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import pickle
+import re
 import struct
 import zipfile
 from collections import OrderedDict
@@ -15,6 +17,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from loadstone import detect
 from loadstone.artifact.bin_header import MAX_PICKLE_BYTES, read_bin
 from loadstone.artifact.inert_pickle import MalformedPickle, Node, read_pickle
 from loadstone.errors import ArtifactError
@@ -99,19 +102,24 @@ def quantized_state(config) -> dict:
     return dict(model.state_dict())
 
 
+def intx_config():
+    from torchao.quantization import Int8DynamicActivationIntxWeightConfig, PerGroup
+
+    return Int8DynamicActivationIntxWeightConfig(weight_dtype=torch.int4, weight_granularity=PerGroup(32))
+
+
 def test_torchao_tensors_read_as_their_safetensors_form_would(tmp_path: Path) -> None:
     from torchao.prototype.mx_formats import NVFP4WeightOnlyConfig
     from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
-    from torchao.quantization import Int8DynamicActivationIntxWeightConfig, Int8WeightOnlyConfig, PerGroup
+    from torchao.quantization import Int8WeightOnlyConfig
 
     from loadstone.artifact.torchao_tensors import part_name
 
-    intx = Int8DynamicActivationIntxWeightConfig(weight_dtype=torch.int4, weight_granularity=PerGroup(32))
-    for config in (intx, Int8WeightOnlyConfig(set_inductor_config=False), NVFP4WeightOnlyConfig()):
+    for config in (intx_config(), Int8WeightOnlyConfig(set_inductor_config=False), NVFP4WeightOnlyConfig()):
         state = quantized_state(config)
         flat = read_bin(save(tmp_path / "m.bin", state)).quantized["0.weight"]
         parts, metadata = flatten_tensor_state_dict(state)
-        expected = __import__("json").loads(metadata["0.weight"])
+        expected = json.loads(metadata["0.weight"])
         assert flat.type == expected["_type"]
         assert {part_name("0.weight", d): p.shape for d, p in flat.parts.items()} == {
             n: tuple(t.shape) for n, t in parts.items()
@@ -119,6 +127,29 @@ def test_torchao_tensors_read_as_their_safetensors_form_would(tmp_path: Path) ->
         assert flat.shape == (32, 64) and flat.nbytes == sum(t.nbytes for t in parts.values())
         for name, value in expected["_data"].items():
             assert flat.attributes[name] == value, name
+
+
+def test_sharded_bins_are_held_against_their_index(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "dtype": "bfloat16"}')
+    first, second = "pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"
+    save(tmp_path / first, {"a": torch.zeros(2)})
+    save(tmp_path / second, {"b": torch.zeros(2)} | quantized_state(intx_config()))
+    good = {"a": first, "b": second, "0.weight": second}
+    index = tmp_path / "pytorch_model.bin.index.json"
+    index.write_text(json.dumps({"weight_map": good}))
+    assert detect(tmp_path).kind == "torchao-unmarked"
+    for weight_map, words in (
+        (good | {"ghost": first}, f"{first}: tensor 'ghost' is named by"),
+        (good | {"b": first}, f"puts 'b' in {first}, it is in {second}"),
+        ({"a": first, "b": second}, f"{second}: tensor '0.weight' is not in"),
+    ):
+        index.write_text(json.dumps({"weight_map": weight_map}))
+        with pytest.raises(ArtifactError, match=re.escape(words)):
+            detect(tmp_path)
+    index.write_text(json.dumps({"weight_map": good}))
+    save(tmp_path / second, {"a": torch.ones(2), "b": torch.zeros(2)})
+    with pytest.raises(ArtifactError, match=f"'a' is in both {first} and {second}"):
+        detect(tmp_path)
 
 
 class Evil:

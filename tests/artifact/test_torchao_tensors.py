@@ -79,6 +79,7 @@ DTYPE = {"_type": "torch.dtype", "_data": "bfloat16"}
             without(GOOD, "zero_point"),
             "lacks the part zero_point",
         ),
+        (INTX | {"_tensor_data_names": ["qdata", "scale", "scale"]}, GOOD, "names a part twice"),
         (INTX | {"_type": "Int8Tensor"}, GOOD, "unknown to Int8Tensor"),
         (INTX | {"_type": "Float8Tensor"}, GOOD, "unknown to Float8Tensor"),
         (

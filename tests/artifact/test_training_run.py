@@ -116,7 +116,7 @@ def test_the_config_may_lie_in_the_root_of_the_run(tmp_path: Path, named: str) -
     artifact = detect(tmp_path / named)
     assert artifact.path.name == "checkpoint-1000" and artifact.config == CONFIG
     assert "config.json is the run's, run/config.json" in artifact.evidence
-    assert artifact.sidecar_dirs == (artifact.path, root)
+    assert artifact.sidecar_dirs == (artifact.path, root) and artifact.config_dir == root
     assert len(artifact.fingerprint()) == 64
 
 

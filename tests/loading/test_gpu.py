@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import loadstone
-from loadstone.errors import LoadstoneError
+from loadstone.errors import LoadstoneError, MissingError
 from loadstone.finalize import finalize, make_plan
 from loadstone.quantization import RECIPES, parse_recipe, to_torchao
 from loadstone.quantization.quantize import check_runs
@@ -35,8 +35,13 @@ def runnable(name: str) -> None:
         pytest.skip(str(error))
 
 
+def spelled(name: str) -> str:
+    """The recipe with a group that fits the tiny models."""
+    return f"{name}:group_size=32" if name == "int4-weight-only" else name
+
+
 def finalize_on(device: str, source: Path, recipe: str, out: Path) -> Path:
-    finalize(make_plan(loadstone.detect(source), parse_recipe(recipe), device=device), out, device=device)
+    finalize(make_plan(loadstone.detect(source), parse_recipe(spelled(recipe)), device=device), out, device=device)
     return out
 
 
@@ -54,7 +59,7 @@ def test_finalized_and_loaded_on_cuda(make_model: Callable[..., Path], tmp_path:
     assert ours.isfinite().all()
     assert torch.equal(ours, stock(path, "cuda:0"))
     whole = loadstone.load(source, device="cuda")
-    quantize_(whole.model, to_torchao(RECIPES[recipe].scheme))
+    quantize_(whole.model, to_torchao(parse_recipe(spelled(recipe)).scheme))
     assert torch.equal(ours, logits(whole))
 
 
@@ -69,14 +74,35 @@ def test_from_cpu_to_cuda(tiny: Path, tmp_path: Path, recipe: str) -> None:
 def test_from_cuda_to_cpu(tiny: Path, tmp_path: Path, recipe: str) -> None:
     runnable(recipe)
     path = finalize_on("cuda:0", tiny, recipe, tmp_path / "out")
+    if recipe == "float8-dynamic-act-float8-weight":
+        with pytest.raises(MissingError, match="needs a CUDA GPU"):
+            loadstone.load(path, device="cpu")
+        return
     model = loadstone.load(path, device="cpu")
     if recipe in ON_CPU:
         assert torch.equal(logits(model), stock(path, "cpu"))
-    else:
-        # A packing for one device: repacked exactly, so that the products differ by rounding alone.
-        torch.testing.assert_close(
-            logits(model).float(), logits(loadstone.load(path, device="cuda")).float(), rtol=0.1, atol=0.05
-        )
+        return
+    # A packing for one device: the same values, so that the products differ by rounding alone.
+    on_gpu = loadstone.load(path, device="cuda")
+    for name, weight in on_gpu.named_parameters():
+        if hasattr(weight, "scale_and_zero"):
+            eye = torch.eye(weight.shape[1], dtype=torch.bfloat16)
+            repacked = model.get_parameter(name)
+            ours = torch.nn.functional.linear(eye, repacked)
+            theirs = torch.nn.functional.linear(eye.cuda(), weight).cpu()
+            torch.testing.assert_close(ours, theirs, rtol=2**-7, atol=1e-6)
+    torch.testing.assert_close(logits(model).float(), logits(on_gpu).float(), rtol=0.1, atol=0.05)
+
+
+@pytest.mark.parametrize("recipe", [None, "int8-dynamic-act-int4-weight", "int8-weight-only", "float8-weight-only"])
+def test_layers_offloaded_to_the_cpu(tiny: Path, tmp_path: Path, recipe: str | None) -> None:
+    from loadstone.loading.native import load_native
+
+    path = finalize_on("cuda:0", tiny, recipe, tmp_path / "out") if recipe else tiny
+    device_map = {"model.embed_tokens": 0, "lm_head": 0, "model.norm": 0, "model.rotary_emb": 0}
+    device_map |= {"model.layers.0": 0, "model.layers.1": "cpu"}
+    model = load_native(loadstone.plan(path), device_map)
+    assert torch.equal(logits(model), logits(loadstone.load(path, device="cuda")))
 
 
 @pytest.mark.parametrize("recipe", [None, "int8-dynamic-act-int4-weight"])

@@ -25,7 +25,15 @@ from loadstone.artifact.kinds import (
 )
 from loadstone.artifact.torchao_tensors import FlatTensor, flat_tensors
 from loadstone.artifact.training_run import choose_checkpoint, is_checkpoint_name
-from loadstone.artifact.weights import BIN, SAFETENSORS, TensorTable, WeightFiles, find_weights, read_tensors
+from loadstone.artifact.weights import (
+    BIN,
+    SAFETENSORS,
+    TensorTable,
+    WeightFiles,
+    check_index,
+    find_weights,
+    read_tensors,
+)
 from loadstone.errors import ArtifactError, UsageError
 
 if TYPE_CHECKING:
@@ -86,6 +94,11 @@ class Artifact:
     def needs_remote_code(self) -> bool:
         """Whether config.json says that the model's code lies in the directory (``auto_map``)."""
         return bool(self.config.get("auto_map"))
+
+    @property
+    def config_dir(self) -> Path:
+        """Where config.json lies: ``path``, or the run's root when the checkpoint has none."""
+        return next((d for d in self.sidecar_dirs if is_file(d / CONFIG)), self.path)
 
     @property
     def sidecar_dirs(self) -> tuple[Path, ...]:
@@ -246,10 +259,19 @@ def _read_weights(
         return (TensorTable(dcp.tensors, {}) if dcp else None), (), dcp
     from loadstone.artifact.bin_header import read_bin
 
-    bins = []
+    bins: list[BinContents] = []
+    stored: dict[str, str] = {}
     for file in weights.files:
         try:
             bins.append(read_bin(directory / file, sink))
         except ArtifactError as error:
             sink(error)
+            continue
+        for name in (*bins[-1].tensors, *bins[-1].subclasses):
+            if name in stored:
+                what = f"tensor {ascii(name)[:200]} is in both {stored[name]} and {file}"
+                sink(ArtifactError(what, "Remove the stale shard"))
+            stored.setdefault(name, file)
+    if len(bins) == len(weights.files):
+        check_index(weights, stored, sink)
     return None, tuple(bins), None

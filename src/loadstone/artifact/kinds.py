@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loadstone.artifact.files import Sink, is_file
-from loadstone.artifact.headers import TensorInfo
-from loadstone.artifact.torchao_checks import SUBCLASSES, FlatTensor, check_dtypes
+from loadstone.artifact.headers import FLOAT_DTYPES, TensorInfo
+from loadstone.artifact.torchao_checks import SUBCLASSES, FlatTensor
 from loadstone.artifact.torchao_config import check_agreement, check_block
 from loadstone.artifact.torchao_tensors import unknown_class_hint
+from loadstone.artifact.uniform import check_layers, check_quantized
 from loadstone.artifact.weights import TensorTable, WeightFiles
 from loadstone.errors import ArtifactError
 
@@ -45,7 +46,6 @@ _LEFTOVERS = {
     ".weight.absmax": "bitsandbytes",
     ".SCB": "bitsandbytes",
 }
-_RAW_DTYPES = frozenset({"I8", "U8", "I32", "F4", "F8_E4M3", "F8_E5M2"})
 
 
 def classify(
@@ -73,8 +73,9 @@ def classify(
     except ArtifactError as error:
         sink(error)
         return UNKNOWN, (), None
+    check_layers(tensors, sink)
     if flat:
-        check_dtypes(flat, tensors, config, sink)
+        check_quantized(flat, tensors, config, sink)
         kinds = ", ".join(sorted({t.type for t in flat.values()}))
         where = "safetensors metadata describes" if quantized else f"{bins[0].file} holds"
         return TORCHAO_UNMARKED, (f"{where} {len(flat)} tensors of {kinds}",), "torchao"
@@ -118,6 +119,7 @@ def _from_block(
                 "Restore the quantization_config block",
             )
         return OTHER_QUANTIZER, (f"config.json: quantization_config.quant_method is {method}",), method
+    check_layers(tensors, sink)
     recipe = check_block(block)
     if not flat and not subclasses and weights.format != "none":
         raise ArtifactError(
@@ -125,7 +127,7 @@ def _from_block(
             "The weights are not this config's: finalize again, or remove the quantization_config block",
         )
     check_agreement(recipe, flat, sink)
-    check_dtypes(flat, tensors, config, sink)
+    check_quantized(flat, tensors, config, sink)
     return TORCHAO, ("config.json: quantization_config.quant_method is torchao",), method
 
 
@@ -146,7 +148,7 @@ def _check_leftovers(tensors: dict[str, TensorInfo], sink: Sink) -> None:
     """Reports one tensor that another quantizer wrote, in a directory whose config no longer says so."""
     for tensor in tensors.values():
         owner = next((o for suffix, o in _LEFTOVERS.items() if tensor.name.endswith(suffix)), None)
-        if owner is None and tensor.name.endswith(".weight") and tensor.dtype in _RAW_DTYPES:
+        if owner is None and tensor.name.endswith(".weight") and tensor.dtype not in FLOAT_DTYPES:
             owner = "an unknown quantizer"
         if owner is not None:
             what = f"'{tensor.name}' ({tensor.dtype}) was written by {owner}"

@@ -31,8 +31,7 @@ def fingerprint(artifact: Artifact) -> str:
     import hashlib
 
     total = hashlib.sha256()
-    configs = (folder / "config.json" for folder in artifact.sidecar_dirs)
-    files = [next(c for c in configs if is_file(c)), *(artifact.path / f for f in artifact.weights.files)]
+    files = [artifact.config_dir / "config.json", *(artifact.path / f for f in artifact.weights.files)]
     if artifact.dcp is not None:
         files += [artifact.path / f for f in artifact.dcp.files]
     for path in files:

@@ -12,8 +12,8 @@ from loadstone.artifact.detect import CONFIG, Artifact, examine
 from loadstone.artifact.files import is_file, read_json
 from loadstone.artifact.headers import FLOAT_DTYPES, TensorInfo
 from loadstone.artifact.manifest import MANIFEST, read_manifest
-from loadstone.artifact.torchao_checks import FlatTensor
-from loadstone.artifact.torchao_tensors import looks_flattened
+from loadstone.artifact.torchao_checks import FlatTensor, looks_flattened
+from loadstone.artifact.uniform import pattern_of
 from loadstone.errors import ArtifactError
 
 
@@ -163,11 +163,6 @@ def _dtype_totals(stored: Iterable[TensorInfo]) -> tuple[DtypeTotal, ...]:
     return tuple(sorted(found, key=lambda d: (-d.nbytes, d.dtype)))
 
 
-def pattern_of(name: str) -> str:
-    """``model.layers.12.mlp.up_proj.weight -> model.layers.*.mlp.up_proj.weight``."""
-    return _NUMBER.sub(".*", name)
-
-
 def _quantized_groups(flat: dict[str, FlatTensor]) -> tuple[Group, ...]:
     members: dict[tuple[str, str, int], list[FlatTensor]] = {}
     for tensor in flat.values():
@@ -254,6 +249,8 @@ def _notes(artifact: Artifact, stored: list[TensorInfo]) -> list[str]:
     actual = sum(t.nbytes for t in stored)
     if total is not None and total != actual:
         notes.append(f"{artifact.weights.index}: total_size says {total} bytes, the tensors have {actual}")
+    if {"BF16", "F16"} <= {t.dtype for t in stored}:
+        notes.append("BF16 and F16 side by side: unusual, one may be the other mislabelled")
     if artifact.needs_remote_code:
         notes.append(f"{CONFIG}: auto_map names Python code in the directory")
     if (artifact.path / MANIFEST).exists() and not is_file(artifact.path / MANIFEST):
@@ -261,7 +258,6 @@ def _notes(artifact: Artifact, stored: list[TensorInfo]) -> list[str]:
     return notes
 
 
-_NUMBER = re.compile(r"\.\d+(?=\.|$)")
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
 _HEADS = ("lm_head.weight", "embed_out.weight", "output.weight", "output_projection.weight", "head.weight")
 _SIDECARS = {

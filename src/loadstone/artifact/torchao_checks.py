@@ -8,13 +8,11 @@ numbers or a failure deep in a kernel. All of this follows from headers alone.
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
-from loadstone.artifact.files import Sink
 from loadstone.artifact.headers import FLOAT_DTYPES, TensorInfo
 from loadstone.errors import ArtifactError
 
@@ -189,18 +187,23 @@ def _dicts(tree: Any) -> Iterator[dict[str, Any]]:
             stack.extend(item)
 
 
-def check_description(name: str, kind: str, attributes: dict[str, Any], data_names: list[str]) -> None:
-    """Raises `ArtifactError` when a description names foreign classes or does not fit its class."""
-    foreign = foreign_class(attributes, _ATTRIBUTE_CLASSES)
+def looks_flattened(key: str) -> bool:
+    """Whether a key has the form torchao gives to parts: ``…._weight_qdata`` and the like."""
+    last = key.rpartition(".")[2]
+    return last.startswith("_") and last.endswith(_PART_SUFFIXES)
+
+
+def check_description(tensor: FlatTensor) -> None:
+    """Raises `ArtifactError` when a description names foreign classes or does not fit its own class."""
+    foreign = foreign_class(tensor.attributes, _ATTRIBUTE_CLASSES)
     if foreign is not None:
-        raise ArtifactError(
-            f"the metadata of '{name}' names {ascii(foreign)[:80]}, no part of a tensor", _DISTRUST
-        )
-    spec = _SPECS[kind]
-    _check_names(name, kind, "attribute", set(attributes), spec.attributes, spec.optional_attributes)
-    _check_names(name, kind, "part", set(data_names), spec.parts, spec.optional_parts)
-    if len(set(data_names)) != len(data_names):
-        raise ArtifactError(f"the metadata of '{name}' names a part twice", _AGAIN)
+        what = f"the metadata of '{tensor.name}' names {ascii(foreign)[:80]}, no part of a tensor"
+        raise ArtifactError(what, _DISTRUST)
+    spec, kind = _SPECS[tensor.type], tensor.type
+    _check_names(
+        tensor.name, kind, "attribute", set(tensor.attributes), spec.attributes, spec.optional_attributes
+    )
+    _check_names(tensor.name, kind, "part", set(tensor.parts), spec.parts, spec.optional_parts)
 
 
 def _check_names(
@@ -329,28 +332,6 @@ def _misfit(tensor: FlatTensor, part: TensorInfo, what: str) -> ArtifactError:
     return ArtifactError(f"{part.file}: '{part.name}' {what} (part of quantized '{tensor.name}')", _AGAIN)
 
 
-def check_dtypes(
-    quantized: dict[str, FlatTensor], plain: dict[str, TensorInfo], config: dict[str, Any], sink: Sink
-) -> None:
-    """Reports tensors that would dequantize to another dtype than the rest of the model computes in."""
-    counts = Counter(t.dtype for t in quantized.values() if t.dtype)
-    if not counts:
-        return
-    usual = counts.most_common(1)[0][0]
-    for tensor in quantized.values():
-        if tensor.dtype not in (None, usual):
-            what = f"quantized tensor '{tensor.name}' dequantizes to {tensor.dtype}, the others to {usual}"
-            sink(ArtifactError(f"{tensor.parts['qdata'].file}: {what}", _AGAIN))
-    spelled = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
-    known = {spelled[t.dtype] for t in plain.values() if t.dtype in spelled}
-    declared = config.get("dtype") or config.get("torch_dtype")
-    if isinstance(declared, str):
-        known.add(declared.removeprefix("torch."))
-    if known and usual not in known:
-        first = next(t for t in quantized.values() if t.dtype == usual)
-        what = f"quantized tensors dequantize to {usual}, the model computes in {' or '.join(sorted(known))}"
-        sink(ArtifactError(f"{first.parts['qdata'].file}: {what} (first is '{first.name}')", _AGAIN))
-
-
+_PART_SUFFIXES = ("_qdata", "_scale", "_zero_point", "_scale_and_zero", "_per_tensor_scale", "_act_pre_scale")
 _AGAIN = "Finalize again from the source"
 _DISTRUST = "Do not trust this artifact"

@@ -12,7 +12,13 @@ from typing import Any
 
 from loadstone.artifact.files import Sink, refuse
 from loadstone.artifact.headers import TensorInfo
-from loadstone.artifact.torchao_checks import SUBCLASSES, FlatTensor, check_description, check_shapes
+from loadstone.artifact.torchao_checks import (
+    SUBCLASSES,
+    FlatTensor,
+    check_description,
+    check_shapes,
+    looks_flattened,
+)
 from loadstone.errors import ArtifactError
 
 
@@ -52,21 +58,27 @@ def flat_tensors(
     """
     found: dict[str, FlatTensor] = {}
     claimed: set[str] = set()
-    # Hundreds of layers share a handful of descriptions: each is parsed and checked once.
+    # Thousands of layers share a handful of descriptions and shapes: each is parsed and checked once.
     parsed: dict[str, dict[str, Any]] = {}
+    checked: set[tuple[Any, ...]] = set()
     for name in described_names(metadata):
         try:
             flat = _flat_tensor(name, metadata, tensors, parsed, claimed)
-            if flat is not None:
+            if flat is None:
+                continue
+            key = (flat.metadata, *((k, p.dtype, p.shape) for k, p in flat.parts.items()))
+            if key not in checked:
+                check_description(flat)
                 check_shapes(flat)
-                found[name] = flat
+                checked.add(key)
+            found[name] = flat
         except ArtifactError as error:
             sink(error)
-    for key, tensor in tensors.items():
-        if key not in claimed and looks_flattened(key):
+    for stored, tensor in tensors.items():
+        if stored not in claimed and looks_flattened(stored):
             sink(
                 ArtifactError(
-                    f"{tensor.file}: '{key}' is part of a quantized tensor that no metadata describes",
+                    f"{tensor.file}: '{stored}' is part of a quantized tensor that no metadata describes",
                     "The safetensors metadata was lost (rewritten by another tool?): finalize again",
                 )
             )
@@ -106,15 +118,10 @@ def _flat_tensor(
         raise ArtifactError(
             f"{tensors[name].file}: tensor '{name}' is stored both plain and quantized", _AGAIN
         )
-    check_description(name, kind, description["_data"], data_names)
+    if len(set(keys)) != len(keys):
+        raise ArtifactError(f"the metadata of '{name}' names a part twice", _AGAIN)
     parts = {data_name: tensors[key] for data_name, key in zip(data_names, keys, strict=True)}
     return FlatTensor(name, kind, description["_data"], parts, text)
-
-
-def looks_flattened(key: str) -> bool:
-    """Whether a key has the form torchao gives to parts: ``…._weight_qdata`` and the like."""
-    last = key.rpartition(".")[2]
-    return last.startswith("_") and last.endswith(_PART_SUFFIXES)
 
 
 def unknown_class_hint(kind: str) -> str:
@@ -140,5 +147,4 @@ def _parse(name: str, text: str) -> dict[str, Any]:
     return description
 
 
-_PART_SUFFIXES = ("_qdata", "_scale", "_zero_point", "_scale_and_zero", "_per_tensor_scale", "_act_pre_scale")
 _AGAIN = "Finalize again from the source"

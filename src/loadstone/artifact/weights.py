@@ -132,28 +132,26 @@ def read_tensors(directory: Path, weights: WeightFiles, sink: Sink = refuse) -> 
     if described:
         metadata["tensor_names"] = json.dumps(list(described))
     if len(headers) == len(weights.files):
-        _check_index(weights, tensors, sink)
+        check_index(weights, {name: tensor.file for name, tensor in tensors.items()}, sink)
     return TensorTable(tensors, metadata, tuple(headers))
 
 
-def _check_index(weights: WeightFiles, tensors: dict[str, TensorInfo], sink: Sink) -> None:
+def check_index(weights: WeightFiles, stored: dict[str, str], sink: Sink) -> None:
+    """Reports where the index and ``stored`` (tensor name -> file that has it) disagree."""
     if weights.index is None:
         return
+    present = set(weights.files)
     for name, file in weights.weight_map.items():
-        if file not in weights.files:
+        if file not in present:
             continue
-        if name not in tensors:
+        if name not in stored:
             what = f"{file}: tensor {ascii(name)[:200]} is named by {weights.index} and is not in it"
             sink(ArtifactError(what, _AGAIN))
-        elif tensors[name].file != file:
-            sink(
-                ArtifactError(
-                    f"{weights.index} puts '{name}' in {file}, it is in {tensors[name].file}", _AGAIN
-                )
-            )
-    for name, tensor in tensors.items():
+        elif stored[name] != file:
+            sink(ArtifactError(f"{weights.index} puts '{name}' in {file}, it is in {stored[name]}", _AGAIN))
+    for name, file in stored.items():
         if name not in weights.weight_map:
-            sink(ArtifactError(f"{tensor.file}: tensor '{name}' is not in {weights.index}", _AGAIN))
+            sink(ArtifactError(f"{file}: tensor '{name}' is not in {weights.index}", _AGAIN))
 
 
 def _strays(directory: Path, fmt: str, files: tuple[str, ...]) -> tuple[str, ...]:

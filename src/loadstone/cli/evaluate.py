@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -210,6 +211,9 @@ def evaluate(
     no flag says how."""
     from loadstone.evaluation.gates import parse_gate
 
+    if os.environ.get("RANK", "0") != "0":
+        # Under torchrun the first process speaks for all.
+        logging.getLogger("loadstone").setLevel(logging.ERROR)
     gates = tuple(parse_gate(g) for g in fail_if or ())
     size = _batch_size(batch_size)
     if json_to not in (None, "-") and not Path(str(json_to)).resolve().parent.is_dir():
@@ -270,7 +274,7 @@ def _batch_size(text: str) -> int | None:
 
 @contextmanager
 def _bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
-    if not sys.stderr.isatty() or not logging.getLogger("loadstone").isEnabledFor(logging.INFO):
+    if not label or not sys.stderr.isatty() or not logging.getLogger("loadstone").isEnabledFor(logging.INFO):
         yield lambda step: None
         return
     from rich.console import Console

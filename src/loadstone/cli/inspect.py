@@ -237,7 +237,7 @@ def _show(
     out = render.console()
     with out.capture() as captured:
         for part in parts:
-            out.print(part)
+            out.print(part, soft_wrap=isinstance(part, Text))
     # rich pads every line to the table's width, which only gets in the way of a pipe.
     sys.stdout.write("".join(line.rstrip() + "\n" for line in captured.get().splitlines()))
 

@@ -33,6 +33,7 @@ class Options:
     compile: bool = False
     cache: str | None = None
     resume: bool = False
+    save_every: float = 30.0
     gates: tuple[Gate, ...] = ()
 
     @property

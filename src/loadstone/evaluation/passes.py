@@ -110,7 +110,13 @@ def _run(
     if store is not None and key is not None:
         save = lambda values: store.save_partial(key, ranks.rank, values)  # noqa: E731
     with bench.bar(name if ranks.first else "", maker.tokens) as step:
-        values, timing = compute(values=known, share=(ranks.rank, ranks.count), progress=step, save=save)
+        values, timing = compute(
+            values=known,
+            share=(ranks.rank, ranks.count),
+            progress=step,
+            save=save,
+            save_every=bench.options.save_every,
+        )
     values = ranks.merge(values, known)
     for losses in ("nll_reference", "nll"):
         if losses in values:

@@ -8,23 +8,60 @@ from typing import Any
 from loadstone.artifact import Artifact
 from loadstone.errors import MissingError, UsageError
 
+CPU, DISK = "cpu", "disk"
+
 
 def resolve_device(device: str, artifact: Artifact) -> Any:
-    """The ``device_map`` for `from_pretrained`: None for CPU, ``{"": "cuda:0"}``, or ``"auto"`` (accelerate).
+    """The ``device_map`` for `from_pretrained`: None for the CPU, ``{"": "cuda:0"}``, or a module-to-device map.
 
-    ``auto`` is the first GPU when the weights fit its free memory with a tenth to spare, accelerate's split when
-    they do not, and the CPU without a GPU. Raises `MissingError` for CUDA that is not there.
+    ``auto`` is the first GPU when the weights fit its free memory with a tenth to spare, the CPU when there is no
+    GPU and they fit there, and accelerate's split over GPUs, CPU and disk otherwise. Raises `MissingError` for CUDA
+    that is not there.
     """
-    if device == "cpu":
+    if device == CPU:
         return None
     if device != "auto":
         return _cuda_map(device)
-    import torch
+    from accelerate.utils import get_max_memory
 
-    if not torch.cuda.is_available():
+    free: dict[Any, int] = get_max_memory()
+    need = weight_bytes(artifact) * 1.1
+    if 0 in free and need < free[0]:
+        return {"": "cuda:0"}
+    if 0 not in free and need < free[CPU]:
         return None
-    free, _ = torch.cuda.mem_get_info(0)
-    return {"": "cuda:0"} if weight_bytes(artifact) * 1.1 < free else "auto"
+    return split_map(artifact, free)
+
+
+def split_map(artifact: Artifact, max_memory: dict[Any, int]) -> dict[str, Any]:
+    """accelerate's device map under ``max_memory`` (bytes by GPU number, ``cpu``); raises when it cannot be kept.
+
+    Quantized weights are sized as one byte a value. They can be moved between GPU and CPU and cannot be mapped from
+    disk, so an artifact that would need the disk is refused.
+    """
+    import torch
+    from accelerate import infer_auto_device_map
+
+    from loadstone.loading.meta import meta_model
+    from loadstone.loading.native import load_config, stored_dtype
+
+    model = meta_model(artifact)
+    model.tie_weights()
+    device_map = infer_auto_device_map(
+        model,
+        max_memory=max_memory,
+        no_split_module_classes=sorted(model._no_split_modules or ()),
+        dtype=stored_dtype(artifact, load_config(artifact)),
+        special_dtypes=dict.fromkeys(artifact.quantized, torch.int8),
+    )
+    if DISK in device_map.values() and artifact.is_torchao:
+        have = ", ".join(f"{k}: {v / 1e9:.1f} GB" for k, v in max_memory.items())
+        raise MissingError(
+            f"'{artifact.root}' ({weight_bytes(artifact) / 1e9:.1f} GB) does not fit here ({have}), and quantized "
+            "tensors cannot be offloaded to disk",
+            "Use a machine with more memory, or the unquantized source",
+        )
+    return device_map
 
 
 def _cuda_map(device: str) -> dict[str, str]:
@@ -50,5 +87,5 @@ def quantize_device(device: str) -> str:
     import torch
 
     if device == "auto":
-        return "cuda:0" if torch.cuda.is_available() else "cpu"
-    return "cpu" if device == "cpu" else str(_cuda_map(device)[""])
+        return "cuda:0" if torch.cuda.is_available() else CPU
+    return CPU if device == CPU else str(_cuda_map(device)[""])

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from loadstone.artifact import Artifact, FlatTensor
 from loadstone.errors import ArtifactError
+from loadstone.loading.repack import int4_tiles_to_cpu
 
 if TYPE_CHECKING:
     import torch
@@ -55,19 +56,16 @@ def rebuild(flat: FlatTensor, parts: dict[str, torch.Tensor], dtype: torch.dtype
 
     description = json.loads(flat.metadata)
     attributes = description["_data"]
-    if dtype is not None:
+    if flat.type == "Int4TilePackedTo4dTensor":
+        if parts["qdata"].device.type == "cpu":
+            return int4_tiles_to_cpu(flat, parts, dtype or parts["scale_and_zero"].dtype)
+        # The CUDA kernel computes in bfloat16 whatever comes in, and gives back the dtype it was given.
+    elif dtype is not None:
         key = "orig_dtype" if "orig_dtype" in attributes else "dtype"
         wanted = str(dtype).removeprefix("torch.")
-        if flat.type == "Int4TilePackedTo4dTensor":
-            if wanted != "bfloat16":
-                raise ArtifactError(
-                    f"tensor '{flat.name}' is packed for a bfloat16 kernel and cannot compute in {wanted}",
-                    "Use --dtype auto",
-                )
-        else:
-            attributes[key] = {"_type": "torch.dtype", "_data": wanted}
-            for name in _PARTS_IN_MODEL_DTYPE.get(flat.type, ()):
-                parts[name] = parts[name].to(dtype)
+        attributes[key] = {"_type": "torch.dtype", "_data": wanted}
+        for name in _PARTS_IN_MODEL_DTYPE.get(flat.type, ()):
+            parts[name] = parts[name].to(dtype)
     attributes.update(parts)
     try:
         return object_from_dict(description)

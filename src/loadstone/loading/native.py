@@ -7,12 +7,17 @@ unexpected or mismatched tensors, anything left on the meta device) is an error 
 
 from __future__ import annotations
 
+import atexit
 import logging
+import shutil
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loadstone.artifact import Artifact
-from loadstone.errors import ArtifactError
+from loadstone.errors import ArtifactError, MissingError
+from loadstone.loading.devices import DISK
 from loadstone.loading.finite import check_finite
 from loadstone.loading.lazy import lazy_state_dict
 from loadstone.loading.plan import LoadPlan
@@ -33,23 +38,57 @@ def load_native(plan: LoadPlan, device_map: Any) -> PreTrainedModel:
     dtype = stored_dtype(artifact, config) if plan.dtype == "auto" else getattr(torch, plan.dtype)
     model_class = model_class_of(config, artifact)
     quantized_dtype = None if plan.dtype == "auto" else dtype
+    check_device(artifact, device_map)
+    options: dict[str, Any] = {"dtype": dtype, "device_map": device_map}
     with ThreadPoolExecutor(1) as pool:
         # The scan reads the same bytes as the load, on the other core, through a small buffer.
         scan = pool.submit(check_finite, artifact.path, list(artifact.table.tensors.values()) if artifact.table else [])
         with lazy_state_dict(artifact, quantized_dtype) as state, _quiet_transformers():
             model, info = model_class.from_pretrained(
-                None,
+                *_source(artifact, state, options),
                 config=config,
-                state_dict=state,
-                dtype=dtype,
-                device_map=device_map,
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
+                **options,
             )
         _check_complete(artifact, model, info)
         scan.result()
     _finish(artifact, model)
     return model
+
+
+def _source(artifact: Artifact, state: dict[str, Any], options: dict[str, Any]) -> tuple[Path | None]:
+    """Where `from_pretrained` takes tensors from: our lazy state dict, or the files, for what stays on disk."""
+    if isinstance(options["device_map"], dict) and DISK in options["device_map"].values():
+        # Offloaded tensors are mapped from the checkpoint itself; the folder takes those that are converted on load.
+        folder = tempfile.mkdtemp(prefix="loadstone-offload-")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        options["offload_folder"] = folder
+        return (artifact.path,)
+    options["state_dict"] = state
+    return (None,)
+
+
+def check_device(artifact: Artifact, device_map: Any) -> None:
+    """Raise `MissingError` when the artifact's kernels do not exist on the device; say when weights are repacked."""
+    from loadstone.loading.quantizer import recovered_scheme
+    from loadstone.quantization.schemes import Int4WeightOnly, recipe_for
+
+    if not artifact.is_torchao:
+        return
+    recipe = recipe_for(recovered_scheme(artifact))
+    devices = {"cpu"} if device_map is None else {str(d).partition(":")[0] for d in device_map.values()}
+    on_cpu = "cpu" in devices and "cpu" not in recipe.devices
+    if on_cpu and isinstance(recipe.scheme, Int4WeightOnly):
+        log.info("%s: int4 weights packed for CUDA are repacked for the CPU's int4 kernel, value for value", artifact.root)
+    elif on_cpu:
+        raise MissingError(f"'{artifact.root}' is {recipe.name}, which needs {recipe.needs}", "Use --device cuda there")
+    elif recipe.needs and "cpu" not in devices:
+        import torch
+
+        from loadstone.quantization.quantize import check_runs
+
+        check_runs(recipe, next(str(d) for d in device_map.values()), torch.bfloat16)
 
 
 def load_config(artifact: Artifact, trust_remote_code: bool = False) -> Any:

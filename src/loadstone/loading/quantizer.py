@@ -33,8 +33,11 @@ def attach_quantizer(artifact: Artifact, model: PreTrainedModel) -> None:
 def recovered_scheme(artifact: Artifact) -> Scheme:
     """The scheme of most quantized tensors of an artifact, told from the tensors alone."""
     if artifact.quantized:
-        schemes = [scheme_of(t, has_zero_points=has_zero_points(artifact, t)) for t in artifact.quantized.values()]
-        return max(set(schemes), key=schemes.count)
+        by_scheme: dict[Scheme, list[FlatTensor]] = {}
+        for tensor in artifact.quantized.values():
+            by_scheme.setdefault(scheme_of(tensor), []).append(tensor)
+        first = max(by_scheme.values(), key=len)[0]
+        return scheme_of(first, has_zero_points=has_zero_points(artifact, first))
     from loadstone.loading.binfiles import read_bins
     from loadstone.loading.lazy import LazyQuantized
 

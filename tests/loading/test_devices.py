@@ -1,0 +1,56 @@
+"""Placement without a GPU: CPU and disk offload through accelerate, and int4 weights packed for CUDA."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import loadstone
+from loadstone.errors import MissingError
+from loadstone.loading.devices import split_map
+from loadstone.loading.native import load_native
+from loadstone.loading.repack import unpack_int4_tiles
+
+from .test_native import W4, logits
+
+
+@pytest.mark.parametrize("arch", ["llama-tied", "qwen3-moe"])
+def test_layers_on_disk(make_model: Callable[..., Path], arch: str) -> None:
+    path = make_model(arch, max_shard_size="100KB")
+    device_map = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk"}
+    device_map |= {"model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    model = load_native(loadstone.plan(path), device_map)
+    assert model.model.layers[1].self_attn.q_proj.weight.device.type == "meta"
+    assert torch.equal(logits(model), logits(loadstone.load(path)))
+
+
+def test_split_goes_to_disk_when_memory_ends(tiny: Path) -> None:
+    device_map = split_map(loadstone.detect(tiny), {"cpu": 150_000})
+    assert set(device_map.values()) == {"cpu", "disk"}
+    assert torch.equal(logits(load_native(loadstone.plan(tiny), device_map)), logits(loadstone.load(tiny)))
+
+
+def test_quantized_is_refused_on_disk(tiny: Path, quantize_to: Callable[..., Path]) -> None:
+    artifact = loadstone.detect(quantize_to(tiny, W4))
+    with pytest.raises(MissingError, match="cannot be offloaded to disk"):
+        split_map(artifact, {"cpu": 60_000})
+
+
+def test_unpack_int4_tiles() -> None:
+    """Against the packing kernel's own loop, written out lane by lane."""
+    torch.manual_seed(0)
+    n, k = 16, 256
+    values = torch.randint(0, 16, (n, k), dtype=torch.int32)
+    packed = torch.zeros(n // 8, k // 128, 32, 4, dtype=torch.int64)
+    for n_tile in range(n // 8):
+        for k_outer in range(k // 128):
+            for lane in range(32):
+                for pair in range(4):
+                    base = k_outer * 128 + pair * 32 + 2 * (lane % 4)
+                    row = values[n_tile * 8 + lane // 4]
+                    v = [(int(row[base + c]), int(row[base + c + 1])) for c in (0, 8, 16, 24)]
+                    word = sum(high << (4 * i) for i, (high, _) in enumerate(v))
+                    word |= sum(low << (16 + 4 * i) for i, (_, low) in enumerate(v))
+                    packed[n_tile, k_outer, lane, pair] = word
+    assert torch.equal(unpack_int4_tiles(packed.to(torch.int32)), values)
