@@ -121,7 +121,7 @@ def test_refuses_what_is_no_header(tmp_path: Path, raw: bytes, words: str) -> No
 
 def test_refuses_duplicate_names(tmp_path: Path) -> None:
     entry = json.dumps({"dtype": "U8", "shape": [1], "data_offsets": [0, 1]})
-    write_raw(tmp_path / "m", f'{{"a": {entry}, "a": {entry}}}'.encode(), b"\0")
+    write_raw(tmp_path / "m", f'{{"z": {entry}, "a": {entry}, "a": {entry}}}'.encode(), b"\0")
     with pytest.raises(ArtifactError, match="'a' stands twice"):
         read_header(tmp_path / "m")
 
@@ -131,7 +131,7 @@ def test_refuses_deep_and_wide_json(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="not valid JSON"):
         read_header(tmp_path / "deep")
     write_raw(tmp_path / "wide", b'{"a":[' + b"[]," * 5_000_000 + b"0]}")
-    with pytest.raises(ArtifactError, match="over 8000000 items"):
+    with pytest.raises(ArtifactError, match="over 4000000 items"):
         read_header(tmp_path / "wide")
 
 

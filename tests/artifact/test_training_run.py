@@ -214,3 +214,53 @@ def test_damaged_distributed_checkpoints(fsdp: Path) -> None:
         (folder / ".metadata").write_bytes(bad)
         with pytest.raises(ArtifactError, match=words):
             detect(fsdp)
+
+
+def sharded(folder: Path, offsets: tuple[int, ...] = (0, 3), compress: bool = False) -> Path:
+    """A tensor of five rows in two files, as two ranks would have left it."""
+    import pickle
+
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+    from torch.distributed.checkpoint.metadata import (
+        ChunkStorageMetadata,
+        Metadata,
+        MetadataIndex,
+        TensorProperties,
+        TensorStorageMetadata,
+    )
+
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    chunks, storage = [], {}
+    for rank, (start, rows) in enumerate(zip(offsets, (3, 2), strict=True)):
+        name = f"__{rank}_0.distcp"
+        torch.save(torch.full((rows, 4), float(rank), dtype=torch.bfloat16), folder / name)
+        chunks.append(ChunkStorageMetadata(torch.Size([start, 0]), torch.Size([rows, 4])))
+        index = MetadataIndex("w", torch.Size([start, 0]), rank)
+        storage[index] = _StorageInfo(name, 0, (folder / name).stat().st_size, ["zstd"] if compress else None)
+    tensor = TensorStorageMetadata(TensorProperties(torch.bfloat16), torch.Size([5, 4]), chunks)
+    metadata = Metadata({"w": tensor}, {"w": ("w",)}, storage)
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    return folder
+
+
+def test_slices_of_several_ranks(tmp_path: Path) -> None:
+    artifact = detect(sharded(tmp_path / "m"))
+    assert artifact.table is not None and artifact.dcp is not None
+    assert artifact.table.tensors["w"].shape == (5, 4) and artifact.table.tensors["w"].nbytes == 40
+    assert [(c.file, c.offsets, c.sizes) for c in artifact.dcp.chunks["w"]] == [
+        ("__0_0.distcp", (0, 0), (3, 4)),
+        ("__1_0.distcp", (3, 0), (2, 4)),
+    ]
+    (tmp_path / "m" / "__1_0.distcp").unlink()
+    with pytest.raises(ArtifactError, match=r"__1_0\.distcp: missing, it holds 'w'"):
+        detect(tmp_path / "m")
+
+
+def test_slices_that_do_not_make_a_tensor(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="a slice of 'w' lies outside of it"):
+        detect(sharded(tmp_path / "outside", (0, 4)))
+    with pytest.raises(ArtifactError, match="slices of 'w' hold"):
+        detect(sharded(tmp_path / "twice", (0, 0)))
+    with pytest.raises(ArtifactError, match="compressed or encrypted"):
+        detect(sharded(tmp_path / "zstd", compress=True))

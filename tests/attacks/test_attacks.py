@@ -224,10 +224,22 @@ def header_of_90_megabytes_of_zeros(d: Path) -> None:
     os.truncate(d / "model.safetensors", 100_000_000)
 
 
-@attack("over 8000000 items")
+@attack("over 4000000 items")
 def header_of_empty_lists(d: Path) -> None:
     dense(d)
     write_raw(d / "model.safetensors", b'{"a":[' + b"[]," * 30_000_000 + b"0]}")
+
+
+@attack("malformed header entry")
+def header_of_empty_entries(d: Path) -> None:
+    dense(d)
+    write_raw(d / "model.safetensors", b"{" + b",".join(b'"%06x":{}' % n for n in range(400_000)) + b"}")
+
+
+@attack("model.safetensors.index.json: not a valid JSON object")
+def index_of_empty_lists(d: Path) -> None:
+    dense(d, shards=2)
+    (d / "model.safetensors.index.json").write_bytes(b'{"weight_map":[' + b"[]," * 30_000_000 + b"0]}")
 
 
 @attack("truncated")
@@ -459,7 +471,7 @@ def tensor_with_a_foreign_attribute(d: Path) -> None:
     edit_header(d / "model.safetensors", lambda h: h["__metadata__"].update({UP: text}))
 
 
-# Training runs
+# Training runs and crowds
 
 
 @attack("no checkpoint")
@@ -476,11 +488,16 @@ def trainer_state_of_a_terabyte(d: Path) -> None:
 
 
 @attack("no weights")
-def ten_thousand_empty_files(d: Path) -> None:
+def thousands_of_empty_files(d: Path) -> None:
     d.mkdir()
     (d / "config.json").write_text(json.dumps(CONFIG))
-    for number in range(10_000):
+    for number in range(3_000):
         (d / f"checkpoint-{number}x").touch()
+
+
+@attack("names over 10000 files")
+def index_of_too_many_files(d: Path) -> None:
+    index(d, {f"t{n}": f"model-{n}.safetensors" for n in range(10_001)})
 
 
 @attack("is in both")

@@ -1,10 +1,11 @@
 """Calibration of `--fail-if 'dloss>0.03@95'` by seeded simulation.
 
-    python tests/bench/bench_gate.py [--trials 2000]
+python tests/bench/bench_gate.py [--trials 2000]
 
-Each trial draws documents as uneven as real ones: lengths log-normal, a per-document effect of quantization that is
-skewed (gamma) and grows with length or does not, and token noise. A true difference at the limit must fail at most 5 %
-of the time; the power column says how often a true difference of 0.03 + 0.015 is caught.
+Each trial draws documents as uneven as real ones: lengths log-normal, a per-document effect of quantization
+that is skewed (gamma) and grows with length or does not, and token noise. A true difference at the limit
+must fail at most 5 % of the time; the power column says how often a true difference of 0.03 + 0.015 is
+caught.
 """
 
 from __future__ import annotations
@@ -47,7 +48,9 @@ def rate(documents: int, truth: float, length_effect: float, trials: int, seed: 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--trials", type=int, default=2000)
     trials = parser.parse_args().trials
     print(f"{trials} trials; gate dloss>{LIMIT}@95")

@@ -220,3 +220,12 @@ def test_names_cannot_write_to_the_terminal(tmp_path: Path, inspect) -> None:
     }
     _, out, _ = inspect(dense(tmp_path / "m", config=config))
     assert "\x1b" not in out and "[bold]Evil[/]" in out and "[red]x" in out
+
+
+def test_a_flood_of_problems_is_counted(tmp_path: Path, inspect_json) -> None:
+    directory = dense(tmp_path / "m")
+    broken = {f"t{n}": {"dtype": "U8", "shape": [1], "data_offsets": [0, 0]} for n in range(300)}
+    edit_header(directory / "model.safetensors", lambda h: h.update(broken))
+    code, found = inspect_json(directory)
+    assert code == 3 and len(found["problems"]) == 201
+    assert found["problems"][-1]["message"] == "and 100 more problems"

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from loadstone.evaluation.fastpath import FastPath, Kept, _amd, speed_up
+from loadstone.evaluation.fastpath import FastPath, Kept, _amd, int8_round_trip, speed_up
 
 
 def configs() -> dict[str, Any]:
@@ -151,3 +151,15 @@ def test_layers_that_round_activations_stay_exact(model_factory: Any, name: str)
     with torch.inference_mode():
         assert torch.equal(fast.model(input_ids=ids)[0], model.model(input_ids=ids)[0])
         assert torch.allclose(fast(input_ids=ids).logits, model(input_ids=ids).logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_round_trip_is_torchaos(dtype: torch.dtype) -> None:
+    from torchao.quantization.quantize_.workflows.intx import intx_unpacked_to_int8_tensor as intx
+
+    generator = torch.Generator().manual_seed(4)
+    x = (torch.randn(3, 70, 1536, generator=generator) * torch.rand(3, 70, 1, generator=generator) * 9).to(
+        dtype
+    )
+    x[0, 0], x[0, 1], x[0, 2], x[0, 3] = 0.0, 5.0, -3.0, 1e-30
+    assert torch.equal(int8_round_trip(x), intx._apply_int8_act_asym_per_token_quant_dequant(x))

@@ -174,3 +174,17 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(model: Any, tokenizer: Any,
     values, timing = run_timed(model, stream, protocol, 2, values=saved[-1])
     assert np.array_equal(values["nll"], whole)
     assert timing.tokens == protocol.tokens - sum(steps)
+
+
+@pytest.mark.parametrize("name", PROTOCOLS)
+def test_fixed_shapes_change_nothing_but_the_shapes(model: Any, tokenizer: Any, name: str) -> None:
+    stream = tokenize(read_corpus(limit=7), tokenizer)
+    protocol = make_protocol(stream, dtype="float32", longest=128, context_length=100, name=name)
+    windows = make_windows(stream, protocol)
+    expected = run(model, stream, protocol, 3)
+    maker = BatchMaker(stream, protocol, windows, CPU)
+    maker.rows = 3
+    batches = plan_batches(windows, 3)
+    assert {tuple(maker(members).ids.shape) for members in batches} <= {(3, 64), (3, 100)}
+    got = score(model, maker, batches, name="m")[0]["nll"]
+    assert np.abs(got - expected).max() < 1e-4

@@ -113,6 +113,10 @@ class _Reader:
                 continue
             key, file = index.attribute("fqn"), info.attribute("relative_path")
             begin, length = info.attribute("offset"), info.attribute("length")
+            if info.attribute("transform_descriptors"):
+                raise ArtifactError(
+                    f"{self.label}: its slices are compressed or encrypted", "Save it without"
+                )
             if isinstance(key, str) and isinstance(file, str) and type(begin) is int and type(length) is int:
                 found[key, _size(index.attribute("offset")) or ()] = (file, begin, begin + length)
         return found
@@ -135,14 +139,15 @@ class _Reader:
                     "Copy the checkpoint again",
                 )
             assert offsets is not None and sizes is not None
-            place = places.get((key, offsets)) or places.get((key, ()))
+            # A tensor in one piece may be filed without an offset.
+            place = places.get((key, offsets)) or (places.get((key, ())) if len(listed) == 1 else None)
             if place is None:
                 raise ArtifactError(
                     f"{self.label}: no file holds {ascii(key)[:200]}", "Copy the checkpoint again"
                 )
             found.append(DcpChunk(self.check_file(key, *place), place[1], place[2], offsets, sizes))
             covered += prod(sizes)
-        if covered != prod(total):
+        if covered != prod(total) or len({chunk.offsets for chunk in found}) != len(found):
             raise ArtifactError(
                 f"{self.label}: slices of {ascii(key)[:200]} hold {covered} of its {prod(total)} elements",
                 "Copy the files of all ranks",
@@ -207,6 +212,7 @@ def _size(value: Any) -> tuple[int, ...] | None:
     good = (
         isinstance(value, tuple)
         and len(value) <= 64
-        and all(type(n) is int and 0 <= n < 2**63 for n in value)
+        # Below the modulus of int hashes, so that no chosen sizes can collide in a dict.
+        and all(type(n) is int and 0 <= n < 2**60 for n in value)
     )
     return value if good else None

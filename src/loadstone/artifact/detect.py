@@ -226,7 +226,10 @@ def read_config(directory: Path, root: Path) -> dict[str, Any]:
         raise ArtifactError(f"'{root}' is no model directory: it has no {CONFIG}", no_config_hint(root))
     check_inside(directory, CONFIG)
     config = read_json(file, MAX_CONFIG_BYTES)
-    if not isinstance(config.get("model_type"), str) and not config.get("architectures"):
+    names = config.get("architectures") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ArtifactError(f"{CONFIG}: architectures is no list of names", "Restore it from the source")
+    if not isinstance(config.get("model_type"), str) and not names:
         raise ArtifactError(f"{CONFIG} names no model_type", "Restore it from the source")
     return config
 

@@ -19,6 +19,9 @@ Sink = Callable[[ArtifactError], None]
 
 MAX_CONFIG_BYTES = 16_000_000
 MAX_JSON_BYTES = 256_000_000
+# Values, keys and brackets in one JSON text: a hundred megabytes of `[[],[],…]` take gigabytes once parsed.
+# A hundred thousand tensors, with the descriptions that torchao adds, stay under half of this.
+MAX_JSON_ITEMS = 4_000_000
 
 
 def refuse(error: ArtifactError) -> NoReturn:
@@ -83,7 +86,8 @@ def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
     if size > limit:
         raise ArtifactError(f"{path.name}: {size} bytes, over the limit of {limit}", "Check the directory")
     try:
-        content = json.loads(path.read_bytes())
+        raw = path.read_bytes()
+        content = None if too_many_items(raw) else json.loads(raw)
     except OSError as error:
         raise ArtifactError(f"{path.name}: cannot be read ({error.strerror})", _PERMISSIONS) from None
     except (ValueError, RecursionError, MemoryError):
@@ -91,6 +95,11 @@ def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ArtifactError(f"{path.name}: not a valid JSON object", "Restore it from the source")
     return content
+
+
+def too_many_items(raw: bytes) -> bool:
+    """Whether a JSON text would take too much memory to parse; counts without parsing it."""
+    return raw.count(b",") + raw.count(b"{") + raw.count(b"[") > MAX_JSON_ITEMS
 
 
 _PERMISSIONS = "Check the file and its permissions"

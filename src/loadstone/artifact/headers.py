@@ -16,13 +16,10 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from loadstone.artifact.files import Sink, file_size, refuse
+from loadstone.artifact.files import MAX_JSON_ITEMS, Sink, file_size, refuse, too_many_items
 from loadstone.errors import ArtifactError
 
 MAX_HEADER_BYTES = 100_000_000
-# Values, keys and brackets in one header. 100 MB of `[[],[],…]` would take gigabytes once parsed.
-MAX_HEADER_ITEMS = 8_000_000
-
 # Bits per element of every dtype the format names (F4 packs two to a byte).
 DTYPE_BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4, "F6_E2M3": 6,
@@ -72,8 +69,8 @@ def read_header(path: Path, sink: Sink = refuse, name: str | None = None) -> Sha
     name = path.name if name is None else name
     file_bytes = file_size(path)
     raw = _read_raw(path, name, file_bytes)
-    if raw.count(b",") + raw.count(b"{") + raw.count(b"[") > MAX_HEADER_ITEMS:
-        raise ArtifactError(f"{name}: the header holds over {MAX_HEADER_ITEMS} items", _HOSTILE)
+    if too_many_items(raw):
+        raise ArtifactError(f"{name}: the header holds over {MAX_JSON_ITEMS} items", _HOSTILE)
     try:
         header = json.loads(raw, object_pairs_hook=_no_duplicates)
     except _DuplicateKey as error:

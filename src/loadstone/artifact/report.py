@@ -16,6 +16,9 @@ from loadstone.artifact.torchao_checks import FlatTensor, looks_flattened
 from loadstone.artifact.uniform import pattern_of
 from loadstone.errors import ArtifactError
 
+# A header may hold a million bad entries: nobody reads that many lines.
+MAX_PROBLEMS = 200
+
 
 @dataclass(frozen=True)
 class Group:
@@ -85,7 +88,18 @@ class Report:
 def collect(path: str | Path, *, checkpoint: str | None = None) -> Report:
     """Look at a directory and keep going past every problem; raises `UsageError` only."""
     problems: list[ArtifactError] = []
-    artifact = examine(path, checkpoint=checkpoint, sink=problems.append)
+    unlisted = 0
+
+    def note(problem: ArtifactError) -> None:
+        nonlocal unlisted
+        if len(problems) < MAX_PROBLEMS:
+            problems.append(problem)
+        else:
+            unlisted += 1
+
+    artifact = examine(path, checkpoint=checkpoint, sink=note)
+    if unlisted:
+        problems.append(ArtifactError(f"and {unlisted} more problems", "Mend the first ones and look again"))
     tensors = _stored_tensors(artifact)
     flat = _flat_tensors(artifact)
     plain = {n: t for n, t in tensors.items() if not looks_flattened(n)}
@@ -210,8 +224,8 @@ def _ties(
     names = {*plain, *_flat_tensors(artifact)}
     embedding = next((n for n in names if n.endswith(_EMBEDDINGS)), None)
     has_head = any(n.endswith(_HEADS) for n in names)
-    architecture = str((artifact.config.get("architectures") or [""])[0:1])
-    if embedding is None or has_head or "ForCausalLM" not in architecture:
+    architectures = artifact.config.get("architectures") or []
+    if embedding is None or has_head or not any(name.endswith("ForCausalLM") for name in architectures):
         return tuple(found), []
     text = artifact.config.get("text_config")
     flags = [c.get("tie_word_embeddings") for c in (artifact.config, text) if isinstance(c, dict)]

@@ -90,11 +90,11 @@ def command(
     from loadstone.finalize.plan import refuse_quantized, weight_dtype
     from loadstone.finalize.run import check_output
     from loadstone.loading.devices import quantize_device
-    from loadstone.loading.loader import quiet_imports
+    from loadstone.loading.loader import import_libraries
     from loadstone.quantization.quantize import check_runs
 
     refuse_quantized(artifact)
-    quiet_imports()
+    import_libraries()
     where = quantize_device(device)
     if recipe:
         check_runs(recipe, where, weight_dtype(artifact, dtype))

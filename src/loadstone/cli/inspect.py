@@ -251,9 +251,9 @@ def _rows(
         rows.append(("weights in", str(artifact.path)))
     if load_plan is not None:
         rows.append(("would load", f"{load_plan.load_path}: {load_plan.reason}"))
-    architecture = artifact.config.get("architectures") or [artifact.config.get("model_type")]
-    if architecture[0:1] != [None]:
-        rows.append(("model", str(architecture[0])))
+    names = artifact.config.get("architectures") or [artifact.config.get("model_type")]
+    if names[0] is not None:
+        rows.append(("model", str(names[0])))
     if report.nbytes:
         files = artifact.dcp.files if artifact.dcp else artifact.weights.files
         where = files[0] if len(files) == 1 else f"{len(files)} files"

@@ -8,6 +8,9 @@ from typing import Any
 from torch import nn
 
 log = logging.getLogger(__name__)
+# torchao's int8 recipes turn inductor's exhaustive tuning on for the whole process: minutes a layer for
+# nothing.
+_INDUCTOR = {"coordinate_descent_tuning": False, "coordinate_descent_check_all_directions": False}
 
 
 def compile_layers(model: Any) -> int:
@@ -23,12 +26,13 @@ def compile_layers(model: Any) -> int:
         log.warning("--compile: no stack of decoder layers found; computing without it")
     for layer in layers:
         # Windows come in few lengths; a symbolic shape would cost speed.
-        layer.compile(dynamic=False)
+        layer.compile(dynamic=False, options=_INDUCTOR)
     return len(layers)
 
 
 def decoder_layers(model: Any) -> list[nn.Module]:
-    """The longest list of equal modules under the base model: its decoder layers."""
-    stacks = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len({type(x) for x in m}) == 1]
-    # Experts and the like are stacks too, inside a layer: the outermost comes first in `modules`.
-    return list(stacks[0]) if stacks else []
+    """The decoder layers: the outermost list of two or more modules of one type, empty if there is none."""
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) and len({type(x) for x in module}) == 1:
+            return list(module)
+    return []

@@ -29,6 +29,7 @@ _SHARE = 0.5
 # Products of two int8 values are at most 2**14: so many of them sum exactly in float32.
 _EXACT_TERMS = 1024
 _PACKED_TOLERANCE = 1e-5
+_CACHED_ELEMENTS = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -243,6 +244,8 @@ def _replacement(module: nn.Linear) -> nn.Module | None:
 
             dynamic = weight.activation_quantization is not None
             quantize = intx._apply_int8_act_asym_per_token_quant_dequant if dynamic else None
+            if dynamic and weight.device.type == "cpu":
+                quantize = int8_round_trip
             return Kept(weight.dequantize(), module.bias, quantize)
         case "NVFP4Tensor" if weight.act_quant_kwargs is None:
             return Kept(weight.dequantize(weight.orig_dtype), module.bias)
@@ -251,6 +254,22 @@ def _replacement(module: nn.Linear) -> nn.Module | None:
         case "Int8Tensor" if weight.act_pre_scale is None:
             return _int8(weight, module.bias)
     return None
+
+
+def int8_round_trip(x: torch.Tensor) -> torch.Tensor:
+    """x (..., in) rounded to int8 per token, asymmetrically, and back: torchao's operations in torchao's
+    order, in place and on a few rows at a time, so that they run out of the cache."""
+    rows = x.reshape(-1, x.shape[-1])
+    out = torch.empty_like(rows)
+    at_once = max(1, _CACHED_ELEMENTS // x.shape[-1])
+    for some, rounded in zip(rows.split(at_once), out.split(at_once), strict=True):
+        # Two reductions: `aminmax` is ten times slower than both.
+        low, high = some.amin(-1, keepdim=True).clamp_(max=0), some.amax(-1, keepdim=True).clamp_(min=0)
+        scale = ((high - low) / 255.0).clamp_(min=torch.finfo(x.dtype).smallest_normal)
+        zero = (-128 - (low / scale).round_()).clamp_(-128, 127)
+        torch.mul(some, 1.0 / scale, out=rounded)
+        rounded.round_().add_(zero).clamp_(-128, 127).sub_(zero).mul_(scale)
+    return out.reshape(x.shape)
 
 
 def _int8(weight: Any, bias: torch.Tensor | None) -> nn.Module | None:

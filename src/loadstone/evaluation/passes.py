@@ -130,6 +130,8 @@ def _prepare(bench: Bench, it: Opened, models: int) -> tuple[BatchMaker, Any, in
     size = bench.options.batch_size or choose_batch_size(
         it.model, maker, task.protocol.context_length, models
     )
+    if bench.options.compile:
+        maker.rows = size
     return maker, plan_batches(task.windows, size), size
 
 

@@ -15,6 +15,7 @@ from loadstone.errors import ArtifactError
 from loadstone.evaluation.head import Halves, chunk_rows, halve
 from loadstone.evaluation.tokens import Protocol, TokenStream, Windows
 
+_NARROWEST = 64
 Progress = Callable[[int], None]
 
 
@@ -40,12 +41,19 @@ def plan_batches(windows: Windows, batch_size: int) -> list[np.ndarray]:
 
 
 class BatchMaker:
-    """Builds batches from a stream that was moved to the device once."""
+    """Builds batches from a stream that was moved to the device once.
+
+    ``rows`` fixes the shapes for compiled models: every batch is padded to that many rows, and to a width
+    that is a power of two or the context length, so that a handful of graphs serves all.
+    """
+
+    rows: int | None = None
 
     def __init__(
         self, stream: TokenStream, protocol: Protocol, windows: Windows, device: torch.device
     ) -> None:
         self.windows = windows
+        self._context = protocol.context_length
         self._bos = protocol.separator_id if protocol.bos_each_window else None
         self.device = device
         self._ids = torch.from_numpy(stream.ids).to(device)
@@ -65,6 +73,9 @@ class BatchMaker:
     def __call__(self, members: np.ndarray) -> Batch:
         start = self.windows.start[members]
         width = int(self.windows.length[members].max())
+        if self.rows is not None:
+            width = min(max(_NARROWEST, 1 << (width - 1).bit_length()), self._context)
+            start = np.pad(start, (0, self.rows - len(members)), mode="edge")
         targets = [self._targets(i) for i in members]
         rows = [i * width + wanted - 1 - start[i] for i, wanted in enumerate(targets)]
         position = np.minimum(start[:, None] + np.arange(width), len(self._is_text) - 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +36,7 @@ def load(target: str | Path | Artifact | LoadPlan, **options: Any) -> PreTrained
 
         with torch.inference_mode(False):
             return load_own(chosen, resolve_device(chosen.device, chosen.artifact)).eval()
-    quiet_imports()
+    import_libraries()
     device_map = resolve_device(chosen.device, chosen.artifact)
     loader = load_pretrained if chosen.load_path == FROM_PRETRAINED else load_native
     # torchao's tensors cannot be made from inference tensors, so a caller's inference mode ends here.
@@ -45,6 +46,7 @@ def load(target: str | Path | Artifact | LoadPlan, **options: Any) -> PreTrained
 
 def load_tokenizer(target: str | Path | Artifact | LoadPlan, *, trust_remote_code: bool = False) -> Any:
     """The artifact's tokenizer; a checkpoint without one takes that of its training run."""
+    import_libraries()
     from transformers import AutoTokenizer
 
     if isinstance(target, LoadPlan):
@@ -63,19 +65,31 @@ def load_tokenizer(target: str | Path | Artifact | LoadPlan, *, trust_remote_cod
     raise ArtifactError(f"'{target.root}' has no tokenizer (none of {', '.join(TOKENIZER_FILES)})", _TOKENIZER)
 
 
-def quiet_imports() -> None:
-    """Import torchao without its notices about accelerator libraries that this machine cannot load."""
-    loggers = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        import torchao.prototype.mx_formats
-        import torchao.quantization  # noqa: F401
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+def import_libraries() -> None:
+    """Import torchao and transformers, one thread at a time and without notices about what this machine lacks.
+
+    transformers resolves its names lazily, and two threads doing that at once can fail with an ImportError.
+    """
+    with _IMPORTING:
+        loggers = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
+        levels = [logger.level for logger in loggers]
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            import torchao.prototype.mx_formats
+            import torchao.quantization  # noqa: F401
+            from transformers import (  # noqa: F401
+                AutoConfig,
+                AutoModelForCausalLM,
+                AutoTokenizer,
+                GenerationConfig,
+                PreTrainedModel,
+            )
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
 
 
+_IMPORTING = threading.Lock()
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
 _TOKENIZER = "Copy tokenizer.json and tokenizer_config.json from the source model"

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from loadstone.artifact import Artifact
 from loadstone.errors import ArtifactError, MissingError
-from loadstone.loading.devices import DISK
-from loadstone.loading.finite import check_finite
+from loadstone.loading.devices import CPU, DISK
+from loadstone.loading.values import check_values, limits_of
 from loadstone.loading.lazy import lazy_state_dict
 from loadstone.loading.plan import LoadPlan
 
@@ -42,7 +42,8 @@ def load_native(plan: LoadPlan, device_map: Any) -> PreTrainedModel:
     options: dict[str, Any] = {"dtype": dtype, "device_map": device_map}
     with ThreadPoolExecutor(1) as pool:
         # The scan reads the same bytes as the load, on the other core, through a small buffer.
-        scan = pool.submit(check_finite, artifact.path, list(artifact.table.tensors.values()) if artifact.table else [])
+        stored = artifact.table.tensors.values() if artifact.table else ()
+        scan = pool.submit(check_values, artifact.path, stored, limits_of(artifact.quantized.values()))
         with lazy_state_dict(artifact, quantized_dtype) as state, _quiet_transformers():
             model, info = model_class.from_pretrained(
                 *_source(artifact, state, options),
@@ -154,8 +155,9 @@ def _check_complete(artifact: Artifact, model: PreTrainedModel, info: dict[str, 
         )
     if info.get("error_msgs"):
         raise ArtifactError(f"{where}: {info['error_msgs'][0]}", "Finalize or copy the model again")
-    offloaded = bool(getattr(model, "hf_device_map", None)) and "disk" in set(model.hf_device_map.values())
-    if not offloaded:
+    # accelerate keeps what it offloads outside the model, and leaves meta tensors in its place.
+    places = set((getattr(model, "hf_device_map", None) or {}).values())
+    if len(places) < 2 or not places & {CPU, DISK}:
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             if tensor.device.type == "meta":
                 raise ArtifactError(f"{where}: '{name}' was left without data", "Finalize or copy the model again")

@@ -1,0 +1,97 @@
+"""A scan of tensors on disk for values that no sound artifact holds, in bounded memory, beside the load itself."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from loadstone.errors import ArtifactError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import numpy
+
+    from loadstone.artifact import FlatTensor, TensorInfo
+
+_CHUNK = 4 << 20
+
+# (view dtype, mask, value): an element is NaN or infinite exactly when (element & mask) == value.
+_PATTERNS = {
+    "BF16": ("uint16", 0x7F80, 0x7F80),
+    "F16": ("uint16", 0x7C00, 0x7C00),
+    "F32": ("uint32", 0x7F800000, 0x7F800000),
+    "F64": ("uint64", 0x7FF0000000000000, 0x7FF0000000000000),
+    "F8_E4M3": ("uint8", 0x7F, 0x7F),
+    "F8_E5M2": ("uint8", 0x7C, 0x7C),
+    "F8_E8M0": ("uint8", 0xFF, 0xFF),
+}
+
+
+# Bit patterns of the finite values above zero: (view dtype, smallest, largest).
+_POSITIVE = {"BF16": ("uint16", 1, 0x7F7F), "F16": ("uint16", 1, 0x7BFF), "F32": ("uint32", 1, 0x7F7FFFFF)}
+_POSITIVE_SCALES = ("IntxUnpackedToInt8Tensor", "Int8Tensor", "Float8Tensor")
+
+
+def limits_of(quantized: Iterable[FlatTensor]) -> dict[str, tuple[str, int, int]]:
+    """What the parts of quantized tensors may hold: scales above zero, intx values within their bits."""
+    limits: dict[str, tuple[str, int, int]] = {}
+    for tensor in quantized:
+        scale = tensor.parts.get("scale")
+        if tensor.type in _POSITIVE_SCALES and scale is not None and scale.dtype in _POSITIVE:
+            limits[scale.name] = _POSITIVE[scale.dtype]
+        if tensor.type == "IntxUnpackedToInt8Tensor":
+            bits = int(tensor.attributes["target_dtype"]["_data"].removeprefix("int"))
+            limits[tensor.parts["qdata"].name] = ("int8", -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+    return limits
+
+
+def check_values(
+    directory: Path, tensors: Iterable[TensorInfo], limits: dict[str, tuple[str, int, int]] | None = None
+) -> None:
+    """Raise `ArtifactError` naming the first stored tensor that holds NaN, infinity or a value outside its limits.
+
+    Reads through a 4 MiB buffer: resident memory does not grow with the model, unlike a scan of mapped tensors.
+    """
+    import numpy
+
+    buffer = bytearray(_CHUNK)
+    view = memoryview(buffer)
+    raw = numpy.frombuffer(buffer, dtype=numpy.uint8)
+    by_file: dict[str, list[TensorInfo]] = {}
+    for tensor in tensors:
+        if tensor.dtype in _PATTERNS or tensor.name in (limits or {}):
+            by_file.setdefault(tensor.file, []).append(tensor)
+    for file, entries in by_file.items():
+        descriptor = os.open(directory / file, os.O_RDONLY)
+        try:
+            for tensor in sorted(entries, key=lambda t: t.begin):
+                for position in range(tensor.begin, tensor.end, _CHUNK):
+                    count = os.preadv(descriptor, [view[: min(_CHUNK, tensor.end - position)]], position)
+                    if count < min(_CHUNK, tensor.end - position):
+                        raise ArtifactError(f"{file}: truncated inside tensor '{tensor.name}'", "Copy the file again")
+                    problem = _problem(raw[:count], tensor, (limits or {}).get(tensor.name))
+                    if problem:
+                        raise ArtifactError(
+                            f"{file}: tensor '{tensor.name}' holds {problem}",
+                            "The file is damaged or the training diverged: copy it again or use another checkpoint",
+                        )
+        finally:
+            os.close(descriptor)
+
+
+def _problem(raw: numpy.ndarray, tensor: TensorInfo, limit: tuple[str, int, int] | None) -> str:
+    # numpy and not torch: one thread beside the load, which keeps torch's threads for itself.
+    if limit is not None:
+        name, low, high = limit
+        values = raw.view(name)
+        outside = values.min() < low or values.max() > high
+        if outside and name == "int8":
+            return f"values outside {low} to {high}"
+        if not outside or tensor.dtype not in _PATTERNS:
+            return ""
+    name, mask, value = _PATTERNS[tensor.dtype]
+    bits = raw.view(name)
+    bits &= bits.dtype.type(mask)
+    return "NaN or infinity" if bits.max() == value else "a scale that is not above zero" if limit is not None else ""

@@ -1,0 +1,101 @@
+"""What only a GPU can show; run with ``-m gpu``."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from loadstone.evaluation.batching import choose_batch_size
+from loadstone.evaluation.fastpath import speed_up
+from loadstone.evaluation.options import Options
+from loadstone.evaluation.run import evaluate
+from loadstone.evaluation.scoring import BatchMaker, plan_batches, score
+from loadstone.evaluation.text import read_corpus
+from loadstone.evaluation.tokens import make_protocol, make_windows, tokenize
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+
+
+def test_gpu_and_cpu_agree(model_dir: Path, worse_dir: Path) -> None:
+    options = Options((str(model_dir), str(worse_dir)), limit=10, divergence=True, dtype="float32")
+    cpu, gpu = (evaluate(replace(options, device=device)) for device in ("cpu", "cuda"))
+    for a, b in zip(cpu.records, gpu.records, strict=True):
+        assert b["device"].startswith("cuda") and b["loss"] == pytest.approx(a["loss"], abs=1e-4)
+    assert gpu.records[1]["kl"] == pytest.approx(cpu.records[1]["kl"], rel=1e-2)
+
+
+def test_batch_size_does_not_matter_and_auto_fits(model_dir: Path) -> None:
+    losses = [
+        evaluate(
+            Options((str(model_dir),), limit=10, dtype="float32", device="cuda", batch_size=size)
+        ).records[0]
+        for size in (1, 16, None)
+    ]
+    assert losses[2]["batch_size"] >= 16
+    assert losses[1]["loss"] == pytest.approx(losses[0]["loss"], abs=1e-5)
+    assert losses[2]["loss"] == pytest.approx(losses[0]["loss"], abs=1e-5)
+
+
+def test_auto_batch_size_respects_memory(
+    model_factory: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = model_factory(max_position_embeddings=512, hidden_size=512, intermediate_size=4096).cuda()
+    stream = tokenize(read_corpus(limit=60), tokenizer)
+    protocol = make_protocol(stream, dtype="float32", longest=512, context_length=512)
+    windows = make_windows(stream, protocol)
+    maker = BatchMaker(stream, protocol, windows, torch.device("cuda"))
+    held = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    room = 512 << 20
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (room - held, 80 << 30))
+    size = choose_batch_size(model, maker, 512)
+    assert 1 <= size < 128
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    score(model, maker, plan_batches(windows, size), name="m")
+    assert torch.cuda.max_memory_allocated() - before <= room
+
+
+def test_memory_is_flat_in_context_and_vocabulary(model_factory: Any, tokenizer: Any) -> None:
+    """Full logits of the longer context would take 2 GiB; the chunked head stays far below."""
+    peaks = []
+    for context in (2048, 8192):
+        model = model_factory(vocab_size=65536, max_position_embeddings=8192).cuda()
+        stream = tokenize(read_corpus(limit=40), tokenizer)
+        protocol = make_protocol(stream, dtype="float32", longest=8192, context_length=context)
+        windows = make_windows(stream, protocol)
+        maker = BatchMaker(stream, protocol, windows, torch.device("cuda"))
+        torch.cuda.reset_peak_memory_stats()
+        score(model, maker, plan_batches(windows, 1), name="m")
+        peaks.append(torch.cuda.max_memory_allocated())
+        del model, maker
+    assert peaks[1] < 1.3 * peaks[0]
+
+
+@pytest.mark.parametrize("recipe", ["int8-dynamic-act-int4-weight", "intx4-weight-only", "int8-weight-only",
+                                    "float8-weight-only", "nvfp4-weight-only"])  # fmt: skip
+def test_fast_path_gives_the_same_bits(model_factory: Any, recipe: str) -> None:
+    from torchao.quantization import quantize_
+
+    from loadstone.quantization import parse_recipe, to_torchao
+
+    model = model_factory(hidden_size=128, intermediate_size=256).to("cuda", torch.bfloat16)
+    quantize_(model.model, to_torchao(parse_recipe(recipe).scheme))
+    fast = copy.deepcopy(model)
+    assert speed_up(fast).kept == 14
+    ids = torch.randint(0, 400, (3, 50), generator=torch.Generator().manual_seed(1)).cuda()
+    with torch.inference_mode():
+        assert torch.equal(fast(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+def test_compiled_layers_agree(model_dir: Path) -> None:
+    options = Options((str(model_dir),), limit=20, device="cuda", dtype="float32")
+    eager, compiled = (evaluate(replace(options, compile=on)) for on in (False, True))
+    assert compiled.records[0]["loss"] == pytest.approx(eager.records[0]["loss"], abs=1e-4)
+    a, b = (next(iter(o.values.values()))["nll"] for o in (eager, compiled))
+    assert np.abs(a - b).max() < 1e-2
