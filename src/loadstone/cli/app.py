@@ -63,9 +63,9 @@ class _Formatter(logging.Formatter):
 
 
 def _register() -> None:
-    from loadstone.cli import evaluate, finalize, inspect
+    from loadstone.cli import evaluate, finalize, inspect, predict
 
-    for module in (finalize, evaluate, inspect):
+    for module in (finalize, evaluate, predict, inspect):
         module.register(app)
 
 

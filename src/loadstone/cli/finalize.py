@@ -14,7 +14,7 @@ from loadstone.errors import UsageError
 if TYPE_CHECKING:
     from loadstone.finalize import Finalized, FinalizePlan
 
-_INPUT, _OUTPUT, _QUANT, _RUN = "Input", "Output", "Quantization", "Run"
+_INPUT, _OUTPUT, _QUANT, _FIT, _RUN = "Input", "Output", "Quantization", "Fitted context", "Run"
 
 
 def register(app: typer.Typer) -> None:
@@ -60,6 +60,23 @@ def command(
     max_shard_size: Annotated[
         str, typer.Option("--max-shard-size", help="Largest file to write, such as 500MB.", rich_help_panel=_OUTPUT)
     ] = "5GB",
+    fit: Annotated[
+        Path | None,
+        typer.Option(
+            "--fit", metavar="FILE", help="Fit an in-context model (default builtin:tiny-pfn) on this table.", rich_help_panel=_FIT
+        ),
+    ] = None,
+    target: Annotated[
+        str | None, typer.Option("--target", metavar="NAME", help="Column to predict.", rich_help_panel=_FIT)
+    ] = None,
+    task: Annotated[
+        str | None,
+        typer.Option("--task", help="classification or regression; otherwise told from the column.", rich_help_panel=_FIT),
+    ] = None,
+    cache_dtype: Annotated[
+        str | None,
+        typer.Option("--cache-dtype", help="Keys and values in float32 (default), bfloat16 or int8.", rich_help_panel=_FIT),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.", rich_help_panel=_OUTPUT)] = False,
     device: Annotated[str, typer.Option("--device", help="Where to quantize: auto, cpu, cuda, cuda:N.", rich_help_panel=_RUN)] = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and write nothing.", rich_help_panel=_RUN)] = False,
@@ -74,6 +91,20 @@ def command(
     """
     if list_recipes:
         return _list_recipes(as_json)
+    if fit is not None:
+        from loadstone.cli import contexts
+
+        if quantize or skip or checkpoint:
+            raise UsageError("--fit makes a context and quantizes nothing", "Leave out --quantize, --skip, --checkpoint")
+        if out is None and not dry_run:
+            raise UsageError("finalize --fit needs -o OUT", "See `loadstone finalize --help`")
+        base = str(model or contexts.DEFAULT_BASE)
+        request = contexts.FitRequest(
+            base, out, fit, target, task, cache_dtype, device, overwrite, dry_run, as_json
+        )
+        return contexts.fit(request)
+    if target or task or cache_dtype:
+        raise UsageError("--target, --task and --cache-dtype go with --fit", "Add --fit train.csv")
     if model is None or out is None and not dry_run:
         raise UsageError("finalize needs -M DIR and -o OUT", "See `loadstone finalize --help`")
     from loadstone.quantization import parse_recipe

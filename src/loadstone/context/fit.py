@@ -112,9 +112,10 @@ class Predictions:
 
 
 def predict_table(
-    context: TrainingContext, path: str | Path, *, quantiles: tuple[float, ...] = (0.05, 0.5, 0.95)
+    context: TrainingContext, path: str | Path, *, quantiles: tuple[float, ...] = (0.05, 0.5, 0.95), measure: bool = True
 ) -> Predictions:
-    """Predict each row of a table with the context's columns; with its target column, measure the predictions.
+    """Predict each row of a table with the context's columns; with its target column, and unless ``measure`` is
+    False, measure the predictions.
 
     Classification: ``prediction`` and a probability for each class. Regression: ``mean``, ``std`` and ``quantiles``.
     Raises `SchemaMismatch` for other columns than the fitted ones.
@@ -126,7 +127,7 @@ def predict_table(
     schema = tables.Schema.from_json(context.schema)
     table = tables.read_table(path)
     queries = torch.from_numpy(tables.features(table, schema)).to(context.device)
-    known = schema.target in table.columns
+    known = measure and schema.target in table.columns
     with torch.no_grad():
         if context.task == CLASSIFICATION:
             probabilities = context.probabilities(queries).cpu().numpy()

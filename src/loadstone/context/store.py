@@ -38,7 +38,7 @@ from loadstone.context.model import PFN, REGRESSION, TASKS, PFNConfig
 from loadstone.context.training_context import TrainingContext
 from loadstone.errors import ArtifactError, LoadstoneError, UsageError
 from loadstone.finalize.write import ShardWriter
-from loadstone.loading.finite import check_finite
+from loadstone.loading.values import check_values
 
 # Largest difference of a logit, relative to the largest one of the probe, between the machine that fitted and this.
 PROBE_TOLERANCE = {"float64": 1e-9, "float32": 2e-3, "bfloat16": 0.1}
@@ -197,7 +197,7 @@ def _check_facts(file: ContextFile) -> PFNConfig:
             what = "is missing" if found is None else "does not belong" if want is None else "has another shape or dtype"
             raise CorruptContext(f"{CONTEXT_TENSORS}: tensor '{name}' {what}", "Fit the context again")
     try:
-        check_finite(file.path, list(file.tensors.values()))
+        check_values(file.path, list(file.tensors.values()))
     except ArtifactError as error:
         raise CorruptContext(error.message, error.remedy) from None
     return config

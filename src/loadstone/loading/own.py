@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from loadstone.errors import ArtifactError
-from loadstone.loading.finite import check_finite
+from loadstone.loading.values import check_values
 from loadstone.loading.plan import LoadPlan
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def load_own(plan: LoadPlan, device_map: Any) -> nn.Module:
                 f"'{artifact.root}': tensor '{key}' is {list(stored)}, the config says {list(expected[key].shape)}",
                 "Copy config.json and weights of one model",
             )
-    check_finite(artifact.path, list(artifact.table.tensors.values()))
+    check_values(artifact.path, list(artifact.table.tensors.values()))
     device = "cpu" if device_map is None else device_map[""]
     dtype = None if plan.dtype == "auto" else getattr(torch, plan.dtype)
     state = {}
