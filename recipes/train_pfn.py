@@ -22,7 +22,6 @@ from loadstone.context import encoding, priors
 from loadstone.context.bars import BarPosterior
 from loadstone.context.model import CLASSIFICATION, PFN, REGRESSION, PFNConfig
 
-
 # Shapes come from short lists, so that what libraries work out for a shape is used again.
 FEATURES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 17, 23, 30, 40)
 ROWS = (24, 48, 96, 160, 256, 400, 640)
@@ -40,7 +39,9 @@ def main() -> None:
     config = PFNConfig(width=args.width, layers=args.layers, heads=4, hidden=2 * args.width, bars=args.bars)
     model = initialise(PFN(config)).to(device)
     model.borders.copy_(prior_borders(config.bars, device))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.01, betas=(0.9, 0.98), fused=True)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=args.lr, weight_decay=0.01, betas=(0.9, 0.98), fused=True
+    )
     started, step, cells, curve = time.monotonic(), 0, 0, []
     recent: dict[str, list[torch.Tensor]] = {REGRESSION: [], CLASSIFICATION: []}
     while (progress := (time.monotonic() - started) / args.seconds) < 1:
@@ -59,7 +60,9 @@ def main() -> None:
         recent[task].append(loss.detach())
         if step % args.every == 0:
             means = {name: torch.stack(values).mean().item() for name, values in recent.items()}
-            curve.append({"step": step, "seconds": round(time.monotonic() - started, 1), "cells": cells} | means)
+            curve.append(
+                {"step": step, "seconds": round(time.monotonic() - started, 1), "cells": cells} | means
+            )
             print(json.dumps(curve[-1]), flush=True)
             recent = {name: [] for name in recent}
     save(model, args.out, curve)

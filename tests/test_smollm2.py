@@ -14,7 +14,9 @@ import loadstone
 from loadstone.quantization import RECIPES, to_torchao
 
 ON_CPU = [name for name, recipe in RECIPES.items() if "cpu" in recipe.devices]
-TEXT = "The trained model was quantized, saved, and loaded again. Its answers must not change by a single bit."
+TEXT = (
+    "The trained model was quantized, saved, and loaded again. Its answers must not change by a single bit."
+)
 
 # Runs in a process of its own, which imports transformers and never loadstone.
 STOCK = """
@@ -40,7 +42,9 @@ def stock_logits(
 ) -> dict[str, torch.Tensor]:
     jobs = {name: str(quantize_to(smollm2, name)) for name in ON_CPU}
     out = tmp_path_factory.mktemp("stock") / "logits.safetensors"
-    subprocess.run([sys.executable, "-c", STOCK, json.dumps(jobs), str(out), TEXT], check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, "-c", STOCK, json.dumps(jobs), str(out), TEXT], check=True, capture_output=True
+    )
     return load_file(out)
 
 

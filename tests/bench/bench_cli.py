@@ -16,11 +16,16 @@ def cpu_seconds(*arguments: str) -> float:
         before = os.times()
         subprocess.run([sys.executable, "-m", "loadstone", *arguments], stdout=subprocess.DEVNULL, check=True)
         after = os.times()
-        times.append(after.children_user + after.children_system - before.children_user - before.children_system)
+        times.append(
+            after.children_user + after.children_system - before.children_user - before.children_system
+        )
     return statistics.median(times)
 
 
 def main() -> None:
     print(f"{'command':<24}{'CPU s':>8}{'limit':>8}")
-    for label, limit, arguments in (("--help", 0.2, ["--help"]), ("inspect SmolLM2", 0.3, ["inspect", str(SMOLLM2)])):
+    for label, limit, arguments in (
+        ("--help", 0.2, ["--help"]),
+        ("inspect SmolLM2", 0.3, ["inspect", str(SMOLLM2)]),
+    ):
         print(f"{label:<24}{cpu_seconds(*arguments):>8.3f}{limit:>8.1f}")

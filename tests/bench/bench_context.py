@@ -40,8 +40,12 @@ def main() -> None:
         return
     table = []
     for d in args.features:
-        print(f"\nd = {d}, {args.device}: seconds / MB; floor by FLOPs: plain needs {flop_ratio(d):.0f} times the cached")
-        print(f"{'R':>5}" + "".join(f"{way:>20}" for way in WAYS) + f"{'times faster':>14}{'memory saved':>14}")
+        print(
+            f"\nd = {d}, {args.device}: seconds / MB; floor by FLOPs: plain needs {flop_ratio(d):.0f} times the cached"
+        )
+        print(
+            f"{'R':>5}" + "".join(f"{way:>20}" for way in WAYS) + f"{'times faster':>14}{'memory saved':>14}"
+        )
         base: dict[str, float] = {}
         for restarts in args.restarts:
             row: dict[str, Any] = {"d": d, "restarts": restarts, "device": args.device}
@@ -58,7 +62,11 @@ def cell(way: str, d: int, restarts: int, args: argparse.Namespace, base: dict[s
     """A measured or (plain only) extrapolated figure; ``base`` remembers the largest plain one made."""
     if base and base["megabytes"] / base["restarts"] * restarts > args.limit_gb * 1000:
         factor = restarts / base["restarts"]
-        return {"seconds": base["seconds"] * factor, "megabytes": base["megabytes"] * factor, "extrapolated": True}
+        return {
+            "seconds": base["seconds"] * factor,
+            "megabytes": base["megabytes"] * factor,
+            "extrapolated": True,
+        }
     if args.device == "cpu":
         command = [sys.executable, "-m", "tests.bench.bench_context", "--one", way, str(d), str(restarts)]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -75,7 +83,9 @@ def line(row: dict[str, Any]) -> str:
     cells = ""
     for way in WAYS:
         mark = "~" if row[way].get("extrapolated") else ""
-        cells += f"{mark + format(row[way]['seconds'], '.4f') + ' / ' + format(row[way]['megabytes'], '.0f'):>20}"
+        cells += (
+            f"{mark + format(row[way]['seconds'], '.4f') + ' / ' + format(row[way]['megabytes'], '.0f'):>20}"
+        )
     saved = 100 * (1 - cached["megabytes"] / plain["megabytes"])
     return f"{row['restarts']:>5}{cells}{plain['seconds'] / cached['seconds']:>13.0f}x{saved:>12.1f} %"
 
@@ -87,7 +97,9 @@ def setting(d: int, device: str) -> tuple[Any, Any, Any]:
     from loadstone.context.model import PFN, PFNConfig
 
     torch.manual_seed(0)
-    model = PFN(PFNConfig(width=128, hidden=512, layers=6, heads=4, bars=100, classes=0)).requires_grad_(False)
+    model = PFN(PFNConfig(width=128, hidden=512, layers=6, heads=4, bars=100, classes=0)).requires_grad_(
+        False
+    )
     x = torch.rand(ROWS, d)
     return model.to(device), x.to(device), torch.sin(3 * x).sum(-1).to(device)
 
@@ -106,13 +118,17 @@ def evaluation(way: str, d: int, restarts: int, device: str) -> tuple[Callable[[
 
     def logits(queries: torch.Tensor) -> torch.Tensor:
         if way == "plain":
-            return model(x.expand(restarts, -1, -1), y.expand(restarts, -1), queries, "regression", context.codes)
+            return model(
+                x.expand(restarts, -1, -1), y.expand(restarts, -1), queries, "regression", context.codes
+            )
         if way == "folded":
             rows = queries.reshape(1, restarts, d)
             return model(x.unsqueeze(0), y.unsqueeze(0), rows, "regression", context.codes)
         if way == "cached":
             return context.logits(queries)
-        tokens = model.embed_rows(context.scaler(queries), context.codes, model.unknown_target.expand(restarts, 1, -1))
+        tokens = model.embed_rows(
+            context.scaler(queries), context.codes, model.unknown_target.expand(restarts, 1, -1)
+        )
         for layer, cache in zip(model.layers, context.layers, strict=True):
             tokens = layer.mix_features(tokens, target_only=layer is model.layers[-1])
             copies = (kept.repeat(restarts, 1, 1, 1) for kept in (cache.keys, cache.values))

@@ -44,12 +44,16 @@ print(json.dumps([seconds, resident() - base]))
 
 
 def measure(who: str, path: Path) -> tuple[float, float]:
-    done = subprocess.run([sys.executable, "-c", CHILD, who, str(path)], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, who, str(path)], capture_output=True, text=True, check=True
+    )
     seconds, peak = json.loads(done.stdout.splitlines()[-1])
     return seconds, peak / 2**20
 
 
-def pair(path: Path, *, stock: bool = True, repeats: int = 3) -> tuple[tuple[float, float], tuple[float, float] | None]:
+def pair(
+    path: Path, *, stock: bool = True, repeats: int = 3
+) -> tuple[tuple[float, float], tuple[float, float] | None]:
     ours, theirs = [], []
     for _ in range(repeats):
         ours.append(measure("loadstone", path))
@@ -82,12 +86,18 @@ def quantize(source: Path, recipe: str, out: Path) -> Path:
 
 def row(label: str, ours: tuple[float, float], theirs: tuple[float, float] | None, stored: int) -> None:
     size = stored / 2**20
-    stock = f"{theirs[0]:>10.2f}{theirs[0] / ours[0]:>8.1f}x{theirs[1]:>12.0f}" if theirs else f"{'-':>10}{'-':>9}{'-':>12}"
+    stock = (
+        f"{theirs[0]:>10.2f}{theirs[0] / ours[0]:>8.1f}x{theirs[1]:>12.0f}"
+        if theirs
+        else f"{'-':>10}{'-':>9}{'-':>12}"
+    )
     print(f"{label:<34}{ours[0]:>10.2f}{stock}{ours[1]:>12.0f}{ours[1] / size:>9.2f}", flush=True)
 
 
 def main() -> None:
-    print(f"{'':<34}{'ours s':>10}{'stock s':>10}{'ratio':>9}{'stock MiB':>12}{'ours MiB':>12}{'/tensors':>9}")
+    print(
+        f"{'':<34}{'ours s':>10}{'stock s':>10}{'ratio':>9}{'stock MiB':>12}{'ours MiB':>12}{'/tensors':>9}"
+    )
     full = os.environ.get("FULL") == "1"
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
@@ -95,9 +105,20 @@ def main() -> None:
             dense = root / f"dense{layers}"
             make_llama(layers, dense)
             packed = quantize(dense, W4, root / f"w4-{layers}")
-            for label, path, stock in (("bf16", dense, True), ("w4", packed, layers <= 40 or (full and layers <= 80))):
+            for label, path, stock in (
+                ("bf16", dense, True),
+                ("w4", packed, layers <= 40 or (full and layers <= 80)),
+            ):
                 size = (path / "model.safetensors").stat().st_size
-                row(f"{7 * layers} Linears {label}", *pair(path, stock=stock, repeats=3 if layers <= 40 else 1), size)
+                row(
+                    f"{7 * layers} Linears {label}",
+                    *pair(path, stock=stock, repeats=3 if layers <= 40 else 1),
+                    size,
+                )
         for recipe in (None, "int8-weight-only", W4, "nvfp4-weight-only"):
             path = quantize(SMOLLM2, recipe, root / recipe) if recipe else SMOLLM2
-            row(f"SmolLM2 {recipe or 'bf16'}", *pair(path, repeats=5), (path / "model.safetensors").stat().st_size)
+            row(
+                f"SmolLM2 {recipe or 'bf16'}",
+                *pair(path, repeats=5),
+                (path / "model.safetensors").stat().st_size,
+            )

@@ -1,5 +1,4 @@
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -31,14 +30,22 @@ def test_finalize_then_json(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def test_table(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, stdout, stderr = run(capsys, "finalize", "-M", tiny, "--quantize", W4, "-o", tmp_path / "o", "--quiet")
+    code, stdout, stderr = run(
+        capsys, "finalize", "-M", tiny, "--quantize", W4, "-o", tmp_path / "o", "--quiet"
+    )
     assert code == 0 and "quantize (int8-dynamic-act-int4-weight)" in stdout and stderr == ""
 
 
 def test_dry_run_writes_nothing(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, stdout, _ = run(capsys, "finalize", "-M", tiny, "--quantize", W4, "-o", tmp_path / "out", "--dry-run")
-    assert code == 0 and "Would write this quantization_config" in stdout and '"quant_method": "torchao"' in stdout
-    assert os.listdir(tmp_path) == []
+    code, stdout, _ = run(
+        capsys, "finalize", "-M", tiny, "--quantize", W4, "-o", tmp_path / "out", "--dry-run"
+    )
+    assert (
+        code == 0
+        and "Would write this quantization_config" in stdout
+        and '"quant_method": "torchao"' in stdout
+    )
+    assert not any(tmp_path.iterdir())
 
 
 def test_list_recipes(capsys: pytest.CaptureFixture[str]) -> None:
@@ -51,7 +58,11 @@ def test_list_recipes(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("args", "code", "says"),
     [
-        (["-M", "{tiny}", "--quantize", "int8-weight", "-o", "{tmp}/o"], 2, "Did you mean 'int8-weight-only'"),
+        (
+            ["-M", "{tiny}", "--quantize", "int8-weight", "-o", "{tmp}/o"],
+            2,
+            "Did you mean 'int8-weight-only'",
+        ),
         (["-M", "{tiny}x", "-o", "{tmp}/o"], 2, "there is no directory"),
         (["-M", "{tmp}", "-o", "{tmp}/o"], 3, "is no model directory"),
         (["-M", "{tiny}", "-o", "{tmp}"], 2, "exists"),
@@ -59,7 +70,20 @@ def test_list_recipes(capsys: pytest.CaptureFixture[str]) -> None:
         (["-M", "{tiny}", "-o", "{tmp}/o", "--skip", "x"], 2, "--quantize"),
         (["-M", "{tiny}", "-o", "{tmp}/o", "--max-shard-size", "big"], 2, "500MB"),
         (["-M", "{tiny}", "-o", "{tmp}/o", "--dtype", "int4"], 2, "float32"),
-        (["-M", "{tiny}", "-o", "{tmp}/o", "--quantize", "nvfp4-dynamic-act-nvfp4-weight", "--device", "cpu"], 5, "Use nvfp4-weight-only"),
+        (
+            [
+                "-M",
+                "{tiny}",
+                "-o",
+                "{tmp}/o",
+                "--quantize",
+                "nvfp4-dynamic-act-nvfp4-weight",
+                "--device",
+                "cpu",
+            ],
+            5,
+            "Use nvfp4-weight-only",
+        ),
     ],
 )
 def test_wrong_use(
@@ -68,11 +92,15 @@ def test_wrong_use(
     got, stdout, stderr = run(capsys, "finalize", *[a.format(tiny=tiny, tmp=tmp_path) for a in args])
     lines = [line for line in stderr.splitlines() if "error:" in line]
     assert got == code and len(lines) == 1 and says in lines[0], stderr
-    assert stdout == "" and os.listdir(tmp_path) == []
+    assert stdout == "" and not any(tmp_path.iterdir())
 
 
-def test_already_quantized(tiny: Path, quantize_to, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, _, stderr = run(capsys, "finalize", "-M", quantize_to(tiny, W4), "--quantize", W4, "-o", tmp_path / "o")
+def test_already_quantized(
+    tiny: Path, quantize_to, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, stderr = run(
+        capsys, "finalize", "-M", quantize_to(tiny, W4), "--quantize", W4, "-o", tmp_path / "o"
+    )
     assert code == 3 and "already quantized" in stderr
 
 

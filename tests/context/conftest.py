@@ -45,7 +45,9 @@ def pfn_dir(pfn: PFN, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def rows() -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
     """``rows(n, d, dtype)``: training rows and a smooth target."""
 
-    def make(n: int = 20, d: int = 6, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+    def make(
+        n: int = 20, d: int = 6, dtype: torch.dtype = torch.float32
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         generator = torch.Generator().manual_seed(n + d)
         x = torch.rand(n, d, generator=generator, dtype=torch.float64)
         y = torch.sin(3 * x).sum(-1) + 0.1 * torch.randn(n, generator=generator, dtype=torch.float64)

@@ -48,7 +48,9 @@ def test_acquisitions_are_integrals(posterior: BarPosterior, best: float, maximi
     excess = integral(posterior, lambda y: (sign * (y - best)).clamp(min=0))
     ei = acquisition.ei(posterior, best, maximize=maximize)
     torch.testing.assert_close(ei, excess, rtol=2e-6, atol=2e-7)
-    torch.testing.assert_close(acquisition.log_ei(posterior, best, maximize=maximize), ei.log(), rtol=0, atol=1e-9)
+    torch.testing.assert_close(
+        acquisition.log_ei(posterior, best, maximize=maximize), ei.log(), rtol=0, atol=1e-9
+    )
     share = integral(posterior, lambda y: (sign * (y - best) > 0).double())
     torch.testing.assert_close(acquisition.pi(posterior, best, maximize=maximize), share, rtol=0, atol=3e-3)
     expected = sign * posterior.mean + 3**0.5 * posterior.std
@@ -101,4 +103,6 @@ def test_discretized_forms_are_bounded(posterior: BarPosterior) -> None:
     for best in (-1.2, 0.2, 1.9):
         torch.testing.assert_close(acquisition.discretized_ei(inner, best), acquisition.ei(inner, best))
         torch.testing.assert_close(acquisition.discretized_pi(inner, best), acquisition.pi(inner, best))
-    assert (acquisition.discretized_ei(posterior, 5.0) == 0).all() and (acquisition.ei(posterior, 5.0) > 0).all()
+    assert (acquisition.discretized_ei(posterior, 5.0) == 0).all() and (
+        acquisition.ei(posterior, 5.0) > 0
+    ).all()

@@ -7,10 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from tests.context.conftest import random_pfn
 from torch import Tensor
 
 from loadstone.context.model import CLASSIFICATION, PFN, REGRESSION
-from tests.context.conftest import random_pfn
 
 Rows = Callable[..., tuple[Tensor, Tensor]]
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
@@ -90,7 +90,9 @@ def test_order_and_company_do_not_matter(rows: Rows) -> None:
     queries = torch.rand(8, 6, dtype=torch.float64)
     expected = model.fit(x, y).logits(queries)
     shuffled = torch.randperm(20)
-    torch.testing.assert_close(model.fit(x[shuffled], y[shuffled]).logits(queries), expected, rtol=0, atol=1e-10)
+    torch.testing.assert_close(
+        model.fit(x[shuffled], y[shuffled]).logits(queries), expected, rtol=0, atol=1e-10
+    )
     regrouped = model.fit(x, y).logits(queries.flip(0).view(2, 2, 2, 6)).view(8, -1).flip(0)
     torch.testing.assert_close(regrouped, expected, rtol=0, atol=1e-10)
     torch.testing.assert_close(model.fit(x, y).logits(queries[3]), expected[3], rtol=0, atol=1e-10)
@@ -101,7 +103,11 @@ def test_smaller_caches_drift_little(pfn: PFN, rows: Rows, dtype: str, drift: fl
     x, y = rows(40, 6)
     full, small = pfn.fit(x, y), pfn.fit(x, y, cache_dtype=dtype)
     queries = torch.rand(16, 6)
-    assert 0 < (full.logits(queries) - small.logits(queries)).abs().max() < drift * full.logits(queries).abs().max()
+    assert (
+        0
+        < (full.logits(queries) - small.logits(queries)).abs().max()
+        < drift * full.logits(queries).abs().max()
+    )
     assert small.nbytes < full.nbytes * {"bfloat16": 0.55, "int8": 0.45}[dtype]
     queries.requires_grad_()
     small.logits(queries).sum().backward()
@@ -156,7 +162,9 @@ def test_degenerate_tables(pfn: PFN, task: str) -> None:
     logits.sum().backward()
     assert queries.grad.isfinite().all()
     if task == CLASSIFICATION:
-        assert context.classes == (7,) and torch.equal(context.probabilities(queries), torch.ones(3, 1).double())
+        assert context.classes == (7,) and torch.equal(
+            context.probabilities(queries), torch.ones(3, 1).double()
+        )
     else:
         posterior = context.posterior(queries)
         assert posterior.mean.isfinite().all() and (posterior.variance > 0).all()
@@ -167,6 +175,8 @@ def test_units_do_not_matter(pfn: PFN, rows: Rows) -> None:
     x, y = rows(20, 3, torch.float64)
     queries = torch.rand(5, 3, dtype=torch.float64)
     plain, scaled = pfn.fit(x, y), pfn.fit(1.7e18 + 1e12 * x, 1e6 + 1e3 * y)
-    torch.testing.assert_close(scaled.logits(1.7e18 + 1e12 * queries), plain.logits(queries), rtol=0, atol=2e-3)
+    torch.testing.assert_close(
+        scaled.logits(1.7e18 + 1e12 * queries), plain.logits(queries), rtol=0, atol=2e-3
+    )
     mean = scaled.posterior(1.7e18 + 1e12 * queries).mean
     torch.testing.assert_close(mean, 1e6 + 1e3 * plain.posterior(queries).mean, rtol=1e-5, atol=0)

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.context.conftest import random_pfn, write_pfn
 from torch import Tensor
 
 from loadstone.context.model import CLASSIFICATION, REGRESSION
 from loadstone.context.store import load_context
-from tests.context.conftest import random_pfn, write_pfn
 
 pytestmark = [
     pytest.mark.gpu,
@@ -47,7 +47,9 @@ def test_device_pairs(rows: Rows, tmp_path: Path, made: str, used: str, task: st
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("d", [6, 100])
 @pytest.mark.parametrize(("restarts", "q"), [(1, 1), (4, 3), (32, 3)])
-def test_cached_is_plain(rows: Rows, restarts: int, q: int, d: int, dtype: torch.dtype, tolerance: float) -> None:
+def test_cached_is_plain(
+    rows: Rows, restarts: int, q: int, d: int, dtype: torch.dtype, tolerance: float
+) -> None:
     model = random_pfn(layers=2).to("cuda", dtype)
     x, y = (t.cuda() for t in rows(20, d, dtype))
     queries = torch.rand(restarts, q, d, dtype=dtype, device="cuda")
@@ -57,7 +59,9 @@ def test_cached_is_plain(rows: Rows, restarts: int, q: int, d: int, dtype: torch
     plain = model(x.expand(restarts, -1, -1), y.expand(restarts, -1), other, REGRESSION, context.codes)
     scale = plain.detach().abs().max().clamp(min=1).item()
     torch.testing.assert_close(cached / scale, plain / scale, rtol=0, atol=tolerance)
-    torch.testing.assert_close(context.logits(queries, memory_budget=1), cached.detach(), rtol=0, atol=tolerance * scale)
+    torch.testing.assert_close(
+        context.logits(queries, memory_budget=1), cached.detach(), rtol=0, atol=tolerance * scale
+    )
     cached.square().sum().backward()
     plain.square().sum().backward()
     scale = other.grad.abs().max()

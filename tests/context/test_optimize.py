@@ -8,7 +8,7 @@ from torch import Tensor
 
 from loadstone.context import acquisition
 from loadstone.context.bars import BarPosterior
-from loadstone.context.model import REGRESSION, PFN
+from loadstone.context.model import PFN, REGRESSION
 from loadstone.context.optimize import optimize_acquisition
 from loadstone.errors import UsageError
 
@@ -37,7 +37,9 @@ def test_converged_restarts_are_left_out() -> None:
     assert found.value > -1e-10 and min(sizes) < 16 and found.evaluations == sum(sizes)
 
 
-def test_same_candidate_with_and_without_the_cache(pfn: PFN, rows: Callable[..., tuple[Tensor, Tensor]]) -> None:
+def test_same_candidate_with_and_without_the_cache(
+    pfn: PFN, rows: Callable[..., tuple[Tensor, Tensor]]
+) -> None:
     model = pfn.double()
     try:
         x, y = rows(12, 3, torch.float64)
@@ -51,10 +53,14 @@ def test_same_candidate_with_and_without_the_cache(pfn: PFN, rows: Callable[...,
 
         box = torch.stack((torch.zeros(3), torch.ones(3))).double()
         options = {"restarts": 4, "raw_samples": 16, "steps": 15, "seed": 5}
-        cached = optimize_acquisition(lambda q: acquisition.log_ei(context.posterior(q), y.max()), box, **options)  # type: ignore[arg-type]
+        cached = optimize_acquisition(
+            lambda q: acquisition.log_ei(context.posterior(q), y.max()), box, **options
+        )  # type: ignore[arg-type]
         plain = optimize_acquisition(uncached, box, **options)  # type: ignore[arg-type]
         torch.testing.assert_close(cached.x, plain.x, rtol=0, atol=1e-7)
-        again = optimize_acquisition(lambda q: acquisition.log_ei(context.posterior(q), y.max()), box, **options)  # type: ignore[arg-type]
+        again = optimize_acquisition(
+            lambda q: acquisition.log_ei(context.posterior(q), y.max()), box, **options
+        )  # type: ignore[arg-type]
         assert torch.equal(cached.x, again.x)
     finally:
         pfn.float()

@@ -1,7 +1,6 @@
 """Finalize: the same tensors as torchao on the whole model, written whole or not at all."""
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -31,7 +30,9 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 
 
 def snapshot(directory: Path) -> dict[str, str]:
-    return {str(p.relative_to(directory)): sha256_file(p) for p in sorted(directory.rglob("*")) if p.is_file()}
+    return {
+        str(p.relative_to(directory)): sha256_file(p) for p in sorted(directory.rglob("*")) if p.is_file()
+    }
 
 
 def weights(directory: Path) -> dict[str, str]:
@@ -39,7 +40,9 @@ def weights(directory: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("recipe", ON_CPU)
-def test_same_tensors_as_quantize_on_the_whole_model(tiny: Path, quantize_to: Callable[..., Path], recipe: str) -> None:
+def test_same_tensors_as_quantize_on_the_whole_model(
+    tiny: Path, quantize_to: Callable[..., Path], recipe: str
+) -> None:
     from torchao.quantization import quantize_
 
     whole = loadstone.load(tiny)
@@ -48,10 +51,15 @@ def test_same_tensors_as_quantize_on_the_whole_model(tiny: Path, quantize_to: Ca
     assert torch.equal(logits(ours), logits(whole))
     for (name, a), b in zip(ours.named_parameters(), whole.parameters(), strict=True):
         for part in getattr(a, "tensor_data_names", ()):
-            assert torch.equal(getattr(a, part).view(torch.uint8), getattr(b, part).view(torch.uint8)), (name, part)
+            assert torch.equal(getattr(a, part).view(torch.uint8), getattr(b, part).view(torch.uint8)), (
+                name,
+                part,
+            )
 
 
-def test_writes_what_save_pretrained_writes(tiny: Path, quantize_to: Callable[..., Path], tmp_path: Path) -> None:
+def test_writes_what_save_pretrained_writes(
+    tiny: Path, quantize_to: Callable[..., Path], tmp_path: Path
+) -> None:
     from transformers import AutoModelForCausalLM, TorchAoConfig
 
     stock = AutoModelForCausalLM.from_pretrained(
@@ -59,12 +67,17 @@ def test_writes_what_save_pretrained_writes(tiny: Path, quantize_to: Callable[..
     )
     stock.save_pretrained(tmp_path)
     ours = quantize_to(tiny, W4)
-    with safe_open(tmp_path / "model.safetensors", "pt") as a, safe_open(ours / "model.safetensors", "pt") as b:
+    with (
+        safe_open(tmp_path / "model.safetensors", "pt") as a,
+        safe_open(ours / "model.safetensors", "pt") as b,
+    ):
         assert set(a.keys()) == set(b.keys())
         theirs, mine = a.metadata(), b.metadata()
         # transformers also describes the tied head, which it does not store.
         assert json.loads(theirs.pop("lm_head.weight")) == {"_type": "Tensor"}
-        assert set(json.loads(theirs.pop("tensor_names"))) - {"lm_head.weight"} == set(json.loads(mine.pop("tensor_names")))
+        assert set(json.loads(theirs.pop("tensor_names"))) - {"lm_head.weight"} == set(
+            json.loads(mine.pop("tensor_names"))
+        )
         assert theirs == mine
         for key in a.keys():  # noqa: SIM118
             assert torch.equal(a.get_tensor(key), b.get_tensor(key)), key
@@ -103,7 +116,9 @@ def test_source_is_untouched_and_sidecars_come_along(tiny: Path, tmp_path: Path)
     out = tmp_path / "out"
     finalize(plan_of(source), out)
     assert snapshot(source) == before
-    assert {"tokenizer.json", "tokenizer_config.json", "preprocessor_config.json", "README.md"} <= set(os.listdir(out))
+    assert {"tokenizer.json", "tokenizer_config.json", "preprocessor_config.json", "README.md"} <= set(
+        {p.name for p in out.iterdir()}
+    )
     assert not (out / "optimizer.pt").exists()
     assert verify_files(out) == []
     (out / "README.md").write_text("changed")
@@ -141,7 +156,9 @@ def test_gpt2_has_no_linear_that_could_be_quantized(make_model: Callable[..., Pa
         plan_of(make_model("gpt2"))
 
 
-def test_fused_experts_are_reported(make_model: Callable[..., Path], quantize_to: Callable[..., Path]) -> None:
+def test_fused_experts_are_reported(
+    make_model: Callable[..., Path], quantize_to: Callable[..., Path]
+) -> None:
     source = make_model("qwen3-moe")
     reasons = {step.reason for step in plan_of(source).steps if ".experts." in step.name}
     assert reasons == {"fused experts (3-D): torchao quantizes 2-D weights only"}
@@ -183,7 +200,7 @@ def test_overwrite_replaces_whole(tiny: Path, tmp_path: Path) -> None:
     (out / "stale.safetensors").write_text("old")
     finalize(plan_of(tiny), out, overwrite=True)
     assert not (out / "stale.safetensors").exists()
-    assert sorted(os.listdir(tmp_path)) == ["out"]
+    assert {p.name for p in tmp_path.iterdir()} == {"out"}
 
 
 def test_too_little_disk(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

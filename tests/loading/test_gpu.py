@@ -41,13 +41,17 @@ def spelled(name: str) -> str:
 
 
 def finalize_on(device: str, source: Path, recipe: str, out: Path) -> Path:
-    finalize(make_plan(loadstone.detect(source), parse_recipe(spelled(recipe)), device=device), out, device=device)
+    finalize(
+        make_plan(loadstone.detect(source), parse_recipe(spelled(recipe)), device=device), out, device=device
+    )
     return out
 
 
 @pytest.mark.parametrize("arch", ["llama-tied", "qwen3-moe"])
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_finalized_and_loaded_on_cuda(make_model: Callable[..., Path], tmp_path: Path, recipe: str, arch: str) -> None:
+def test_finalized_and_loaded_on_cuda(
+    make_model: Callable[..., Path], tmp_path: Path, recipe: str, arch: str
+) -> None:
     from torchao.quantization import quantize_
 
     runnable(recipe)
@@ -94,7 +98,9 @@ def test_from_cuda_to_cpu(tiny: Path, tmp_path: Path, recipe: str) -> None:
     torch.testing.assert_close(logits(model).float(), logits(on_gpu).float(), rtol=0.1, atol=0.05)
 
 
-@pytest.mark.parametrize("recipe", [None, "int8-dynamic-act-int4-weight", "int8-weight-only", "float8-weight-only"])
+@pytest.mark.parametrize(
+    "recipe", [None, "int8-dynamic-act-int4-weight", "int8-weight-only", "float8-weight-only"]
+)
 def test_layers_offloaded_to_the_cpu(tiny: Path, tmp_path: Path, recipe: str | None) -> None:
     from loadstone.loading.native import load_native
 
@@ -111,7 +117,9 @@ def test_the_same_bytes_from_cpu_and_cuda(tiny: Path, tmp_path: Path, recipe: st
 
     for device in ("cpu", "cuda:0"):
         scheme = parse_recipe(recipe) if recipe else None
-        finalize(make_plan(loadstone.detect(tiny), scheme, device=device), tmp_path / device[:4], device=device)
+        finalize(
+            make_plan(loadstone.detect(tiny), scheme, device=device), tmp_path / device[:4], device=device
+        )
     a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("cpu", "cuda"))
     assert all(torch.equal(a[key], b[key]) for key in a)
 

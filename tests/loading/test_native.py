@@ -70,7 +70,9 @@ def test_every_recipe_equals_stock(tiny: Path, quantize_to: Callable[..., Path],
 
 
 @pytest.mark.parametrize("recipe", ON_CPU)
-def test_float32_on_a_quantized_artifact_is_right(tiny: Path, quantize_to: Callable[..., Path], recipe: str) -> None:
+def test_float32_on_a_quantized_artifact_is_right(
+    tiny: Path, quantize_to: Callable[..., Path], recipe: str
+) -> None:
     # Stock transformers ends in a matmul dtype error here.
     path = quantize_to(tiny, recipe)
     exact = logits(loadstone.load(path, dtype="float32"))
@@ -90,7 +92,9 @@ def test_loaded_model_can_be_saved_by_transformers(tiny: Path, quantize_to: Call
     assert torch.equal(logits(model), logits(loadstone.load(tmp_path / "again")))
 
 
-def test_unmarked_is_recovered_from_its_tensors(tiny: Path, quantize_to: Callable[..., Path], tmp_path: Path) -> None:
+def test_unmarked_is_recovered_from_its_tensors(
+    tiny: Path, quantize_to: Callable[..., Path], tmp_path: Path
+) -> None:
     whole = quantize_to(tiny, W4)
     path = copy(whole, tmp_path)
     edit_config(path, quantization_config=None)
@@ -98,7 +102,10 @@ def test_unmarked_is_recovered_from_its_tensors(tiny: Path, quantize_to: Callabl
     model = loadstone.load(path)
     assert torch.equal(logits(model), logits(loadstone.load(whole)))
     block = model.config.quantization_config.to_dict()
-    assert block["quant_type"] == json.loads((whole / "config.json").read_text())["quantization_config"]["quant_type"]
+    assert (
+        block["quant_type"]
+        == json.loads((whole / "config.json").read_text())["quantization_config"]["quant_type"]
+    )
 
 
 def test_bin_with_torchao_tensors(tiny: Path, tmp_path: Path) -> None:
@@ -131,7 +138,10 @@ def test_plain_bin(tiny: Path, tmp_path: Path) -> None:
         (lambda t: t.update({"model.layers.9.extra": torch.zeros(2)}), "layers.9.extra' belongs to no part"),
         (lambda t: t.update({"model.norm.weight": torch.ones(32)}), r"model.norm.weight' has shape \[32\]"),
         (lambda t: t["model.norm.weight"].__setitem__(3, float("nan")), "model.norm.weight' holds NaN"),
-        (lambda t: t["model.embed_tokens.weight"].__setitem__((9, 9), float("inf")), "embed_tokens.weight' holds NaN"),
+        (
+            lambda t: t["model.embed_tokens.weight"].__setitem__((9, 9), float("inf")),
+            "embed_tokens.weight' holds NaN",
+        ),
     ],
     ids=["missing", "unexpected", "shape", "nan", "inf"],
 )

@@ -48,7 +48,10 @@ def test_checkpoint_chooses_within_a_run(run: Path) -> None:
 
 @pytest.mark.parametrize(
     ("options", "flag"),
-    [({"checkpoint": "some/checkpoint-3"}, "--checkpoint some/checkpoint-3"), ({"no_checkpoint": True}, "--no-checkpoint")],
+    [
+        ({"checkpoint": "some/checkpoint-3"}, "--checkpoint some/checkpoint-3"),
+        ({"no_checkpoint": True}, "--no-checkpoint"),
+    ],
 )
 def test_flags_that_a_quantized_artifact_overrides(
     tiny: Path, quantize_to, caplog: pytest.LogCaptureFixture, options: dict, flag: str
@@ -109,5 +112,3 @@ def test_cuda_that_is_not_there(tiny: Path) -> None:
 def test_unknown_dtype(tiny: Path) -> None:
     with pytest.raises(UsageError, match="float32"):
         loadstone.plan(tiny, dtype="int3")
-
-

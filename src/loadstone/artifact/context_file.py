@@ -19,7 +19,19 @@ CONTEXT_TENSORS = "context.safetensors"
 FORMAT_VERSION = 1
 KINDS = ("pfn",)
 # A directory may hold notes of its owner's; what a loader could be tricked into running has no place in it.
-_UNSAFE_SUFFIXES = (".pkl", ".pickle", ".joblib", ".pt", ".pth", ".bin", ".npy", ".npz", ".dill", ".tabpfn_fit", ".py")
+_UNSAFE_SUFFIXES = (
+    ".pkl",
+    ".pickle",
+    ".joblib",
+    ".pt",
+    ".pth",
+    ".bin",
+    ".npy",
+    ".npz",
+    ".dill",
+    ".tabpfn_fit",
+    ".py",
+)
 
 
 @dataclass(frozen=True)
@@ -53,7 +65,9 @@ def read_context(directory: Path, *, verify: bool = False) -> ContextFile:
         facts = read_json(check_inside(directory, CONTEXT_JSON), MAX_CONFIG_BYTES)
         _check_version(facts)
         if facts.get("digest") != digest(facts):
-            raise CorruptContext(f"{CONTEXT_JSON}: its content is not what was written (digest differs)", _RECOPY)
+            raise CorruptContext(
+                f"{CONTEXT_JSON}: its content is not what was written (digest differs)", _RECOPY
+            )
         _check_shape(facts)
         path = check_inside(directory, CONTEXT_TENSORS)
         if not is_file(path):
@@ -67,9 +81,13 @@ def read_context(directory: Path, *, verify: bool = False) -> ContextFile:
         raise (UnsafeContent if unsafe else CorruptContext)(error.message, error.remedy) from None
     expected = facts["files"][CONTEXT_TENSORS]
     if header.file_bytes != expected["bytes"]:
-        raise CorruptContext(f"{CONTEXT_TENSORS}: {header.file_bytes} bytes, {expected['bytes']} were written", _RECOPY)
+        raise CorruptContext(
+            f"{CONTEXT_TENSORS}: {header.file_bytes} bytes, {expected['bytes']} were written", _RECOPY
+        )
     if verify and sha256_file(path) != expected["sha256"]:
-        raise CorruptContext(f"{CONTEXT_TENSORS}: its bytes are not those that were written (sha256 differs)", _RECOPY)
+        raise CorruptContext(
+            f"{CONTEXT_TENSORS}: its bytes are not those that were written (sha256 differs)", _RECOPY
+        )
     return ContextFile(directory, facts, header.tensors, header.file_bytes)
 
 
@@ -103,15 +121,25 @@ def _check_shape(facts: dict[str, Any]) -> None:
     files, base, cache = facts["files"], facts["base"], facts["cache"]
     names = set(files)
     for name in names - {CONTEXT_TENSORS}:
-        raise UnsafeContent(f"{CONTEXT_JSON} names the file {name[:200]!a}, which no context has", "Do not trust it")
+        raise UnsafeContent(
+            f"{CONTEXT_JSON} names the file {name[:200]!a}, which no context has", "Do not trust it"
+        )
     entry = files.get(CONTEXT_TENSORS)
-    if not isinstance(entry, dict) or type(entry.get("bytes")) is not int or not isinstance(entry.get("sha256"), str):
+    if (
+        not isinstance(entry, dict)
+        or type(entry.get("bytes")) is not int
+        or not isinstance(entry.get("sha256"), str)
+    ):
         raise CorruptContext(f"{CONTEXT_JSON}: 'files' does not describe {CONTEXT_TENSORS}", _RECOPY)
     tensors = base.get("tensors")
     well_formed = isinstance(tensors, dict) and all(
         isinstance(t, list) and len(t) == 3 and isinstance(t[1], list) for t in tensors.values()
     )
-    if not well_formed or not isinstance(base.get("architecture"), dict) or not isinstance(cache.get("dtype"), str):
+    if (
+        not well_formed
+        or not isinstance(base.get("architecture"), dict)
+        or not isinstance(cache.get("dtype"), str)
+    ):
         raise CorruptContext(f"{CONTEXT_JSON}: 'base' or 'cache' is malformed", _RECOPY)
 
 

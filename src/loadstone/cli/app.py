@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import sys
+from importlib import import_module
 from typing import Any
 
 import typer
@@ -23,6 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+COMMANDS = ("finalize", "evaluate", "predict", "inspect")
 GLOBAL_FLAGS = ("-q", "--quiet", "-v", "--verbose", "--debug")
 log = logging.getLogger("loadstone")
 
@@ -63,10 +65,8 @@ class _Formatter(logging.Formatter):
 
 
 def _register() -> None:
-    from loadstone.cli import evaluate, finalize, inspect, predict
-
-    for module in (finalize, evaluate, predict, inspect):
-        module.register(app)
+    for name in COMMANDS:
+        import_module(f"loadstone.cli.{name}").register(app)
 
 
 def main(argv: list[str] | None = None) -> None:

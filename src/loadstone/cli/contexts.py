@@ -50,18 +50,23 @@ def fit(request: FitRequest) -> None:
     if request.target is None:
         raise UsageError("--fit needs --target NAME, the column to predict", "Name a column of the table")
     if request.out is not None and request.out.exists() and not request.overwrite and not request.dry_run:
-        raise UsageError(f"the output '{request.out}' exists", "Choose another, or pass --overwrite to replace it")
+        raise UsageError(
+            f"the output '{request.out}' exists", "Choose another, or pass --overwrite to replace it"
+        )
     from loadstone.artifact import detect
     from loadstone.artifact.detect import PFN
 
     artifact = detect(request.base)
     if artifact.kind != PFN:
         raise UsageError(
-            f"'{request.base}' is {artifact.kind}, and --fit needs an in-context model", f"Try -M {DEFAULT_BASE}"
+            f"'{request.base}' is {artifact.kind}, and --fit needs an in-context model",
+            f"Try -M {DEFAULT_BASE}",
         )
     from loadstone.context.fit import fit_table, plan_fit
 
-    plan = plan_fit(artifact, request.data, request.target, task=request.task, cache_dtype=request.cache_dtype)
+    plan = plan_fit(
+        artifact, request.data, request.target, task=request.task, cache_dtype=request.cache_dtype
+    )
     summary = _summary(plan, request)
     if request.dry_run:
         _show_fit(summary, request.as_json, "Dry run: nothing was written.")
@@ -76,7 +81,11 @@ def fit(request: FitRequest) -> None:
         "file_bytes": sum(path.stat().st_size for path in request.out.iterdir()),
         "seconds": round(time.monotonic() - started, 3),
     }
-    _show_fit(summary, request.as_json, f"{request.out}: {render.size(summary['file_bytes'])}, {summary['seconds']} s")
+    _show_fit(
+        summary,
+        request.as_json,
+        f"{request.out}: {render.size(summary['file_bytes'])}, {summary['seconds']} s",
+    )
 
 
 def _summary(plan: FitPlan, request: FitRequest) -> dict[str, Any]:
@@ -121,7 +130,9 @@ def evaluate(
     """``eval`` of one or more fitted contexts on a table that has their target column."""
     gates = [_parse_gate(text) for text in fail_if]
     if data == "sample":
-        raise UsageError("a fitted context is evaluated on a table", "Add --data test.csv, with the target's column")
+        raise UsageError(
+            "a fitted context is evaluated on a table", "Add --data test.csv, with the target's column"
+        )
     if json_to not in (None, "-") and not Path(str(json_to)).resolve().parent.is_dir():
         raise UsageError(f"--json {json_to}: its directory does not exist", "Make it first")
     records = [_record(model, data, base, device) for model in models]
@@ -150,11 +161,15 @@ def _record(path: str, data: str, base: str | None, device: str) -> dict[str, An
     started = time.monotonic()
     context = load_context(path, base=base, device=device)
     loaded = time.monotonic()
-    log.info("%s: fitted context (%s, %d rows); base: %s", path, context.task, context.rows, context.model.source)
+    log.info(
+        "%s: fitted context (%s, %d rows); base: %s", path, context.task, context.rows, context.model.source
+    )
     predictions = predict_table(context, data)
     if predictions.targets is None:
         target = context.schema["target"] if context.schema else "?"
-        raise UsageError(f"'{data}' has no column '{target}'", "Evaluation needs the true values: use predict without")
+        raise UsageError(
+            f"'{data}' has no column '{target}'", "Evaluation needs the true values: use predict without"
+        )
     return {
         "path": path,
         "kind": "context",

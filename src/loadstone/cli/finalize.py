@@ -26,7 +26,9 @@ def command(
     model: Annotated[
         Path | None, typer.Option("-M", "--model", help="Checkpoint or training run.", rich_help_panel=_INPUT)
     ] = None,
-    out: Annotated[Path | None, typer.Option("-o", "--out", help="Directory to write.", rich_help_panel=_OUTPUT)] = None,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="Directory to write.", rich_help_panel=_OUTPUT)
+    ] = None,
     quantize: Annotated[
         str | None,
         typer.Option(
@@ -39,7 +41,10 @@ def command(
     skip: Annotated[
         list[str] | None,
         typer.Option(
-            "--skip", metavar="MODULE", help="Leave modules unquantized: a name or part of it, a glob or re:REGEX (repeat).", rich_help_panel=_QUANT
+            "--skip",
+            metavar="MODULE",
+            help="Leave modules unquantized: a name or part of it, a glob or re:REGEX (repeat).",
+            rich_help_panel=_QUANT,
         ),
     ] = None,
     list_recipes: Annotated[
@@ -48,22 +53,32 @@ def command(
     checkpoint: Annotated[
         str | None,
         typer.Option(
-            "--checkpoint", help="Of a training run: newest (default), best, a step or a folder.", rich_help_panel=_INPUT
+            "--checkpoint",
+            help="Of a training run: newest (default), best, a step or a folder.",
+            rich_help_panel=_INPUT,
         ),
     ] = None,
     dtype: Annotated[
         str,
         typer.Option(
-            "--dtype", help="Dtype of unquantized tensors: auto (as stored), float32, bfloat16, float16.", rich_help_panel=_OUTPUT
+            "--dtype",
+            help="Dtype of unquantized tensors: auto (as stored), float32, bfloat16, float16.",
+            rich_help_panel=_OUTPUT,
         ),
     ] = "auto",
     max_shard_size: Annotated[
-        str, typer.Option("--max-shard-size", help="Largest file to write, such as 500MB.", rich_help_panel=_OUTPUT)
+        str,
+        typer.Option(
+            "--max-shard-size", help="Largest file to write, such as 500MB.", rich_help_panel=_OUTPUT
+        ),
     ] = "5GB",
     fit: Annotated[
         Path | None,
         typer.Option(
-            "--fit", metavar="FILE", help="Fit an in-context model (default builtin:tiny-pfn) on this table.", rich_help_panel=_FIT
+            "--fit",
+            metavar="FILE",
+            help="Fit an in-context model (default builtin:tiny-pfn) on this table.",
+            rich_help_panel=_FIT,
         ),
     ] = None,
     target: Annotated[
@@ -71,18 +86,38 @@ def command(
     ] = None,
     task: Annotated[
         str | None,
-        typer.Option("--task", help="classification or regression; otherwise told from the column.", rich_help_panel=_FIT),
+        typer.Option(
+            "--task",
+            help="classification or regression; otherwise told from the column.",
+            rich_help_panel=_FIT,
+        ),
     ] = None,
     cache_dtype: Annotated[
         str | None,
-        typer.Option("--cache-dtype", help="Keys and values in float32 (default), bfloat16 or int8.", rich_help_panel=_FIT),
+        typer.Option(
+            "--cache-dtype",
+            help="Keys and values in float32 (default), bfloat16 or int8.",
+            rich_help_panel=_FIT,
+        ),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.", rich_help_panel=_OUTPUT)] = False,
-    device: Annotated[str, typer.Option("--device", help="Where to quantize: auto, cpu, cuda, cuda:N.", rich_help_panel=_RUN)] = "auto",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and write nothing.", rich_help_panel=_RUN)] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.", rich_help_panel=_RUN)] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an existing output.", rich_help_panel=_OUTPUT)
+    ] = False,
+    device: Annotated[
+        str,
+        typer.Option("--device", help="Where to quantize: auto, cpu, cuda, cuda:N.", rich_help_panel=_RUN),
+    ] = "auto",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the plan and write nothing.", rich_help_panel=_RUN)
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the result as JSON.", rich_help_panel=_RUN)
+    ] = False,
     trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run Python code that came with the model.", rich_help_panel=_INPUT)
+        bool,
+        typer.Option(
+            "--trust-remote-code", help="Run Python code that came with the model.", rich_help_panel=_INPUT
+        ),
     ] = False,
 ) -> None:
     """Turn a checkpoint into a self-describing artifact, quantized or plain.
@@ -95,7 +130,9 @@ def command(
         from loadstone.cli import contexts
 
         if quantize or skip or checkpoint:
-            raise UsageError("--fit makes a context and quantizes nothing", "Leave out --quantize, --skip, --checkpoint")
+            raise UsageError(
+                "--fit makes a context and quantizes nothing", "Leave out --quantize, --skip, --checkpoint"
+            )
         if out is None and not dry_run:
             raise UsageError("finalize --fit needs -o OUT", "See `loadstone finalize --help`")
         base = str(model or contexts.DEFAULT_BASE)
@@ -105,7 +142,7 @@ def command(
         return contexts.fit(request)
     if target or task or cache_dtype:
         raise UsageError("--target, --task and --cache-dtype go with --fit", "Add --fit train.csv")
-    if model is None or out is None and not dry_run:
+    if model is None or (out is None and not dry_run):
         raise UsageError("finalize needs -M DIR and -o OUT", "See `loadstone finalize --help`")
     from loadstone.quantization import parse_recipe
 
@@ -116,7 +153,9 @@ def command(
         raise UsageError("--skip is about quantization", "Add --quantize RECIPE")
     from loadstone.loading import plan as load_plan
 
-    artifact = load_plan(model, dtype=dtype, checkpoint=checkpoint, trust_remote_code=trust_remote_code).artifact
+    artifact = load_plan(
+        model, dtype=dtype, checkpoint=checkpoint, trust_remote_code=trust_remote_code
+    ).artifact
     from loadstone.finalize import finalize, make_plan
     from loadstone.finalize.plan import refuse_quantized, weight_dtype
     from loadstone.finalize.run import check_output
@@ -238,7 +277,8 @@ def _show_plan(plan: FinalizePlan, out: Path | None, as_json: bool) -> None:
 def _show_done(done: Finalized, as_json: bool) -> None:
     if as_json:
         return render.print_json(
-            {"out": str(done.out), "seconds": round(done.seconds, 3), "files": done.files} | _summary(done.plan)
+            {"out": str(done.out), "seconds": round(done.seconds, 3), "files": done.files}
+            | _summary(done.plan)
         )
     _print_groups(done.plan)
     render.console().print(
@@ -249,9 +289,19 @@ def _show_done(done: Finalized, as_json: bool) -> None:
 
 def _print_groups(plan: FinalizePlan) -> None:
     rows = [
-        [action if action != "quantize" else f"quantize ({plan.recipe})", reason or "-", str(count), render.size(before), render.size(after)]
+        [
+            action if action != "quantize" else f"quantize ({plan.recipe})",
+            reason or "-",
+            str(count),
+            render.size(before),
+            render.size(after),
+        ]
         for action, reason, count, before, after in _groups(plan)
     ]
-    rows.append(["total", "", str(len(plan.steps)), render.size(plan.bytes_before), render.size(plan.bytes_after)])
+    rows.append(
+        ["total", "", str(len(plan.steps)), render.size(plan.bytes_before), render.size(plan.bytes_after)]
+    )
     title = f"{plan.source.path} ({plan.source.kind})"
-    render.console().print(render.table(title, ["action", "why", "tensors", "before", "after"], rows, right=(2, 3, 4)))
+    render.console().print(
+        render.table(title, ["action", "why", "tensors", "before", "after"], rows, right=(2, 3, 4))
+    )

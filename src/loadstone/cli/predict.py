@@ -26,23 +26,36 @@ def register(app: typer.Typer) -> None:
 
 
 def command(
-    model: Annotated[str, typer.Option("-M", "--model", metavar="DIR", help="Fitted context.", rich_help_panel=_INPUT)],
+    model: Annotated[
+        str, typer.Option("-M", "--model", metavar="DIR", help="Fitted context.", rich_help_panel=_INPUT)
+    ],
     data: Annotated[
-        Path, typer.Option("--data", metavar="FILE", help="Table: .csv, .tsv or .parquet.", rich_help_panel=_INPUT)
+        Path,
+        typer.Option("--data", metavar="FILE", help="Table: .csv, .tsv or .parquet.", rich_help_panel=_INPUT),
     ],
     out: Annotated[
-        Path | None, typer.Option("-o", "--out", metavar="FILE", help="CSV to write; otherwise stdout.", rich_help_panel=_OUTPUT)
+        Path | None,
+        typer.Option(
+            "-o", "--out", metavar="FILE", help="CSV to write; otherwise stdout.", rich_help_panel=_OUTPUT
+        ),
     ] = None,
     base: Annotated[
         str | None,
-        typer.Option(metavar="DIR", help="Base model, where it is not the recorded one.", rich_help_panel=_INPUT),
+        typer.Option(
+            metavar="DIR", help="Base model, where it is not the recorded one.", rich_help_panel=_INPUT
+        ),
     ] = None,
     quantiles: Annotated[
-        str, typer.Option(metavar="Q,Q", help="Quantiles of a regression's predictions.", rich_help_panel=_OUTPUT)
+        str,
+        typer.Option(metavar="Q,Q", help="Quantiles of a regression's predictions.", rich_help_panel=_OUTPUT),
     ] = "0.05,0.5,0.95",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.", rich_help_panel=_INPUT)] = "auto",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.", rich_help_panel=_OUTPUT)] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of CSV.", rich_help_panel=_OUTPUT)] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an existing file.", rich_help_panel=_OUTPUT)
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON instead of CSV.", rich_help_panel=_OUTPUT)
+    ] = False,
 ) -> None:
     """Predict each row of a table with a fitted context.
 
@@ -60,7 +73,9 @@ def command(
     from loadstone.context.store import load_context
 
     context = load_context(model, base=base, device=device)
-    log.info("%s: fitted context (%s, %d rows); base: %s", model, context.task, context.rows, context.model.source)
+    log.info(
+        "%s: fitted context (%s, %d rows); base: %s", model, context.task, context.rows, context.model.source
+    )
     predictions = predict_table(context, data, quantiles=levels, measure=False)
     if as_json:
         columns = {name: column.tolist() for name, column in predictions.columns.items()}

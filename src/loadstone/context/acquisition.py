@@ -41,7 +41,9 @@ def pi(posterior: BarPosterior, best: Tensor | float, *, maximize: bool = True) 
     """Probability of improving on ``best``."""
     posterior, best = _oriented(posterior, best, maximize)
     # The mirrored distribution function is accurate where 1 - cdf would cancel.
-    return posterior.mirrored().cdf(-torch.as_tensor(best, dtype=torch.float64, device=posterior.borders.device))
+    return posterior.mirrored().cdf(
+        -torch.as_tensor(best, dtype=torch.float64, device=posterior.borders.device)
+    )
 
 
 def ucb(posterior: BarPosterior, beta: float = 2.0, *, maximize: bool = True) -> Tensor:
@@ -56,7 +58,9 @@ def quantile(posterior: BarPosterior, q: float, *, maximize: bool = True) -> Ten
     return posterior.quantile(q)
 
 
-def thompson(posterior: BarPosterior, *, maximize: bool = True, generator: torch.Generator | None = None) -> Tensor:
+def thompson(
+    posterior: BarPosterior, *, maximize: bool = True, generator: torch.Generator | None = None
+) -> Tensor:
     """One draw for each query, independent between queries: take the candidate with the highest."""
     posterior, _ = _oriented(posterior, 0.0, maximize)
     return posterior.sample(1, generator)[0]

@@ -136,7 +136,9 @@ class BarPosterior:
         inner = ((b + c) / 2 - best) * (b - c) / (b - a)
         low, high = self.tail_scales
         room = ((self.borders[1] - best) / low).clamp(min=0)
-        left = low * (room * torch.special.erf(room / math.sqrt(2)) - 2 * (_pdf(torch.zeros_like(room)) - _pdf(room)))
+        left = low * (
+            room * torch.special.erf(room / math.sqrt(2)) - 2 * (_pdf(torch.zeros_like(room)) - _pdf(room))
+        )
         t = (best - self.borders[-2]) / high
         right = high * torch.where(t > 0, log_tail_excess(t.clamp(min=0)).exp(), _MEAN - t)
         return torch.cat((left, inner, right), -1)

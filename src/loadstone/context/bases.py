@@ -39,7 +39,9 @@ def load_base(path: str | Path, *, device: str = "auto", dtype: str = "float32")
     _check_kind(artifact)
     device_map = resolve_device(device, artifact)
     where = "cpu" if device_map is None else str(device_map[""])
-    changed = max((artifact.path / file).stat().st_mtime_ns for file in ("config.json", *artifact.weights.files))
+    changed = max(
+        (artifact.path / file).stat().st_mtime_ns for file in ("config.json", *artifact.weights.files)
+    )
     key = (artifact.path.resolve(), changed, where, dtype)
     with _LOCK:
         model = _LOADED.get(key)
@@ -83,5 +85,3 @@ def _check_kind(artifact: Artifact) -> None:
             f"'{artifact.root}' is {artifact.kind}, and contexts are fitted with in-context models (PFN)",
             f"Name such a model, such as {PREFIX}tiny-pfn",
         )
-
-

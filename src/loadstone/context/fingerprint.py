@@ -59,7 +59,9 @@ def check_same(wanted: Fingerprint, found: Fingerprint, base: str) -> None:
     missing = [name for name in wanted.tensors if name not in found.tensors]
     unexpected = [name for name in found.tensors if name not in wanted.tensors]
     if missing or unexpected:
-        parts = [f"lacks {_some(missing)}"] * bool(missing) + [f"has besides {_some(unexpected)}"] * bool(unexpected)
+        parts = [f"lacks {_some(missing)}"] * bool(missing) + [f"has besides {_some(unexpected)}"] * bool(
+            unexpected
+        )
         raise BaseMismatch(f"the base model '{base}' {' and '.join(parts)}", remedy)
     shapes = [n for n, t in wanted.tensors.items() if found.tensors[n][1] != t[1]]
     if shapes:

@@ -61,7 +61,8 @@ def plan_fit(
             )
     if len(schema.names) > config.max_features:
         raise UsageError(
-            f"{len(schema.names)} features, and the model was made for at most {config.max_features}", "Choose fewer"
+            f"{len(schema.names)} features, and the model was made for at most {config.max_features}",
+            "Choose fewer",
         )
     cache = parse_cache_dtype(cache_dtype, torch.float32)
     tensors = context_tensors(
@@ -75,11 +76,20 @@ def plan_fit(
     )
     layers = {name: tensor for name, tensor in tensors.items() if name.startswith("layers.")}
     return FitPlan(
-        base, table, schema, task, classes, CACHE_DTYPE_NAMES[cache], total_bytes(layers), total_bytes(tensors)
+        base,
+        table,
+        schema,
+        task,
+        classes,
+        CACHE_DTYPE_NAMES[cache],
+        total_bytes(layers),
+        total_bytes(tensors),
     )
 
 
-def fit_table(plan: FitPlan, *, source: str | None = None, device: str = "auto", seed: int = 0) -> TrainingContext:
+def fit_table(
+    plan: FitPlan, *, source: str | None = None, device: str = "auto", seed: int = 0
+) -> TrainingContext:
     """Load the base and fit it on the planned table. ``source`` is what to record as the base's place."""
     from dataclasses import replace
 
@@ -112,7 +122,11 @@ class Predictions:
 
 
 def predict_table(
-    context: TrainingContext, path: str | Path, *, quantiles: tuple[float, ...] = (0.05, 0.5, 0.95), measure: bool = True
+    context: TrainingContext,
+    path: str | Path,
+    *,
+    quantiles: tuple[float, ...] = (0.05, 0.5, 0.95),
+    measure: bool = True,
 ) -> Predictions:
     """Predict each row of a table with the context's columns; with its target column, and unless ``measure`` is
     False, measure the predictions.
@@ -123,7 +137,9 @@ def predict_table(
     from loadstone.context.metrics import classification_metrics, regression_metrics
 
     if context.schema is None:
-        raise UsageError("the context was not fitted on a table, its columns have no names", "Use ctx.logits(tensor)")
+        raise UsageError(
+            "the context was not fitted on a table, its columns have no names", "Use ctx.logits(tensor)"
+        )
     schema = tables.Schema.from_json(context.schema)
     table = tables.read_table(path)
     queries = torch.from_numpy(tables.features(table, schema)).to(context.device)

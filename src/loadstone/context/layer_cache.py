@@ -10,7 +10,12 @@ from torch import Tensor
 from loadstone.errors import UsageError
 
 # Name on disk and on the command line -> what a key or value is stored as. "model" is the model's own dtype.
-CACHE_DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
+CACHE_DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "int8": torch.int8,
+}
 
 
 @dataclass(frozen=True, eq=False)

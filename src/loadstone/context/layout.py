@@ -14,7 +14,14 @@ CACHE_DTYPE_NAMES = {dtype: name for name, dtype in CACHE_DTYPES.items()}
 
 
 def context_tensors(
-    config: PFNConfig, *, task: str, rows: int, features: int, classes: int, cache: torch.dtype, model: torch.dtype
+    config: PFNConfig,
+    *,
+    task: str,
+    rows: int,
+    features: int,
+    classes: int,
+    cache: torch.dtype,
+    model: torch.dtype,
 ) -> dict[str, TensorInfo]:
     """Name, dtype and shape of every tensor that a context of these sizes stores (offsets are not meaningful)."""
     found: dict[str, TensorInfo] = {}

@@ -55,8 +55,13 @@ class PFNConfig:
             raise ArtifactError(
                 f"config.json: impossible sizes {sizes} (width must divide by heads)", "Restore the file"
             )
-        if not all(type(n) is int and 0 <= n <= 65_536 for n in (self.bars, self.classes)) or self.bars in (1, 2):
-            raise ArtifactError(f"config.json: impossible head sizes {(self.bars, self.classes)}", "Restore the file")
+        if not all(type(n) is int and 0 <= n <= 65_536 for n in (self.bars, self.classes)) or self.bars in (
+            1,
+            2,
+        ):
+            raise ArtifactError(
+                f"config.json: impossible head sizes {(self.bars, self.classes)}", "Restore the file"
+            )
 
     @classmethod
     def from_dict(cls, config: dict[str, Any]) -> PFNConfig:

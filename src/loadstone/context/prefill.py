@@ -77,7 +77,8 @@ def check_rows(config: PFNConfig, x: Tensor, y: Tensor) -> None:
     """Raise `UsageError` for training rows that no context can be made of."""
     if x.ndim != 2 or y.ndim != 1 or len(x) != len(y):
         raise UsageError(
-            f"training rows are {tuple(x.shape)} and targets {tuple(y.shape)}", "Give (rows, features) and (rows,)"
+            f"training rows are {tuple(x.shape)} and targets {tuple(y.shape)}",
+            "Give (rows, features) and (rows,)",
         )
     if len(x) == 0 or x.shape[1] == 0:
         raise UsageError("the training set is empty", "Give at least one row and one feature")
@@ -103,7 +104,9 @@ def _targets(
         found, y = y.unique(sorted=True, return_inverse=True)
         classes = found.tolist()
     if len(classes) > config.classes:
-        raise UsageError(f"{len(classes)} classes, and the model tells {config.classes} apart", "Merge rare classes")
+        raise UsageError(
+            f"{len(classes)} classes, and the model tells {config.classes} apart", "Merge rare classes"
+        )
     if not len(classes) or y.min() < 0 or y.max() >= len(classes):
         raise UsageError("a target is no position in `classes`", "Leave `classes` out, or give positions")
     return tuple(classes), y, None
@@ -122,7 +125,9 @@ def _read(
     caches = []
     for layer in model.layers:
         last = layer is model.layers[-1]
-        x = _by_chunks(lambda part, layer=layer, last=last: layer.mix_features(part, target_only=last), x, step)
+        x = _by_chunks(
+            lambda part, layer=layer, last=last: layer.mix_features(part, target_only=last), x, step
+        )
         pairs = [layer.keys_values(part) for part in x.split(step, 1)]
         keys, values = (torch.cat(parts, -2).contiguous() for parts in zip(*pairs, strict=True))
         del pairs

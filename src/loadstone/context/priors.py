@@ -44,9 +44,13 @@ def classification(tables: int, rows: int, features: int, classes: int, device: 
     share = torch.distributions.Dirichlet(torch.full((classes,), 3.0, device=device)).sample((tables,))
     rank = score.argsort(1).argsort(1).double() / rows
     cut = (rank.unsqueeze(-1) > share.cumsum(-1)[:, None, :-1].double()).sum(-1)
-    weights = torch.randn(tables, features + 1, classes, device=device) * _bernoulli(0.6, tables, features + 1, 1, like=x)
+    weights = torch.randn(tables, features + 1, classes, device=device) * _bernoulli(
+        0.6, tables, features + 1, 1, like=x
+    )
     inputs = torch.cat((_standard(x), 2 * _standard(score.unsqueeze(-1))), -1)
-    largest = (torch.tanh(inputs) @ weights + 0.1 * torch.randn(tables, rows, classes, device=device)).argmax(-1)
+    largest = (torch.tanh(inputs) @ weights + 0.1 * torch.randn(tables, rows, classes, device=device)).argmax(
+        -1
+    )
     y = torch.where(torch.rand(tables, 1, device=device) < 0.5, cut, largest)
     # A few wrong labels in some tables, so that certainty has to be earned.
     flips = torch.rand(tables, rows, device=device) < 0.15 * torch.rand(tables, 1, device=device).pow(3)
@@ -55,7 +59,9 @@ def classification(tables: int, rows: int, features: int, classes: int, device: 
     return Batch(_with_gaps(x), numbering.gather(1, y), classes)
 
 
-def gaussian_processes(tables: int, rows: int, features: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
+def gaussian_processes(
+    tables: int, rows: int, features: int, device: torch.device | str
+) -> tuple[Tensor, Tensor]:
     """``x`` (tables, rows, features) and a noisy, possibly warped function of it (tables, rows)."""
     x = _inputs(tables, rows, features, device)
     # Kumaraswamy warping of the unit cube, in a third of the tables.
@@ -92,7 +98,9 @@ def causal(tables: int, rows: int, features: int, device: torch.device | str) ->
         weights = torch.randn(tables, width, width, device=device) * kept
         bias = torch.randn(tables, 1, width, device=device)
         node = _standard(_activate(_standard(node @ weights) * 1.5 + bias))
-        noise = torch.exp(torch.empty(tables, 1, width, device=device).uniform_(math.log(0.01), math.log(0.5)))
+        noise = torch.exp(
+            torch.empty(tables, 1, width, device=device).uniform_(math.log(0.01), math.log(0.5))
+        )
         node = node + noise * torch.randn_like(node)
         layers.append(node)
     nodes = torch.cat(layers, -1)
@@ -150,7 +158,15 @@ def _causes(tables: int, rows: int, width: int, device: torch.device | str) -> T
 def _activate(h: Tensor) -> Tensor:
     """A random nonlinearity for each node of each table."""
     kind = torch.randint(7, (h.shape[0], 1, h.shape[2]), device=h.device)
-    options = (h, torch.tanh(h), torch.relu(h), torch.sin(2 * h), h.abs(), h.square().clamp(max=9), (h > 0).to(h.dtype))
+    options = (
+        h,
+        torch.tanh(h),
+        torch.relu(h),
+        torch.sin(2 * h),
+        h.abs(),
+        h.square().clamp(max=9),
+        (h > 0).to(h.dtype),
+    )
     result = options[0]
     for number, value in enumerate(options[1:], 1):
         result = torch.where(kind == number, value, result)
@@ -176,7 +192,9 @@ def _coarsened(x: Tensor) -> Tensor:
     """Round some features to a few levels, and skew some others, as counts, codes and amounts are."""
     step = 0.3 + 1.2 * torch.rand(x.shape[0], 1, x.shape[2], device=x.device)
     kind = torch.rand(x.shape[0], 1, x.shape[2], device=x.device)
-    return torch.where(kind < 0.2, (x / step).round() * step, torch.where(kind < 0.3, torch.exp(x.clamp(max=4)), x))
+    return torch.where(
+        kind < 0.2, (x / step).round() * step, torch.where(kind < 0.3, torch.exp(x.clamp(max=4)), x)
+    )
 
 
 def _with_gaps(x: Tensor) -> Tensor:

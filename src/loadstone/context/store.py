@@ -51,9 +51,13 @@ def save_context(context: TrainingContext, path: Path, *, overwrite: bool = Fals
     for an existing output, and for a context that is still part of an autograd graph.
     """
     if path.exists() and not overwrite:
-        raise UsageError(f"the output '{path}' exists", "Choose another, or pass overwrite (--overwrite) to replace it")
+        raise UsageError(
+            f"the output '{path}' exists", "Choose another, or pass overwrite (--overwrite) to replace it"
+        )
     if path.exists() and not is_context(path):
-        raise UsageError(f"the output '{path}' is no fitted context", "It will not be replaced: choose another")
+        raise UsageError(
+            f"the output '{path}' is no fitted context", "It will not be replaced: choose another"
+        )
     if context.layers[0].keys.requires_grad:
         raise UsageError("a context with gradients cannot be saved", "Fit it without grad_context")
     work = path.with_name(f".{path.name}.partial")
@@ -69,7 +73,9 @@ def save_context(context: TrainingContext, path: Path, *, overwrite: bool = Fals
         finally:
             writer.close()
         facts = describe(context, work / CONTEXT_TENSORS)
-        (work / CONTEXT_JSON).write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        (work / CONTEXT_JSON).write_text(
+            json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
         if path.exists():
             old = path.with_name(f".{path.name}.replaced")
             shutil.rmtree(old, ignore_errors=True)
@@ -126,7 +132,9 @@ def describe(context: TrainingContext, tensors: Path) -> dict[str, Any]:
 
 def probe(context: TrainingContext) -> dict[str, Tensor]:
     """A few made-up queries with their logits: no training row is disclosed by them."""
-    noise = torch.randn(PROBE_ROWS, context.features, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    noise = torch.randn(
+        PROBE_ROWS, context.features, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
     queries = context.scaler.mean + context.scaler.std * noise.to(context.device)
     with torch.inference_mode(False), torch.no_grad():
         return {"probe.queries": queries, "probe.logits": context.logits(queries)}
@@ -159,7 +167,9 @@ def load_context(
     return context
 
 
-def _base(base: PFN | str | Path | None, file: ContextFile, wanted: Fingerprint, device: str, dtype: str) -> PFN:
+def _base(
+    base: PFN | str | Path | None, file: ContextFile, wanted: Fingerprint, device: str, dtype: str
+) -> PFN:
     if isinstance(base, PFN):
         return base
     if base is not None:
@@ -194,7 +204,13 @@ def _check_facts(file: ContextFile) -> PFNConfig:
     for name in [*expected, *file.tensors]:
         found, want = file.tensors.get(name), expected.get(name)
         if found is None or want is None or (found.dtype, found.shape) != (want.dtype, want.shape):
-            what = "is missing" if found is None else "does not belong" if want is None else "has another shape or dtype"
+            what = (
+                "is missing"
+                if found is None
+                else "does not belong"
+                if want is None
+                else "has another shape or dtype"
+            )
             raise CorruptContext(f"{CONTEXT_TENSORS}: tensor '{name}' {what}", "Fit the context again")
     try:
         check_values(file.path, list(file.tensors.values()))
@@ -209,7 +225,8 @@ def _check_architecture(config: PFNConfig, model: PFN, base: str) -> None:
     if differ:
         what = ", ".join(f"{key} {theirs[key]} (fitted with {ours[key]})" for key in differ)
         raise ArchitectureMismatch(
-            f"the base model '{base}' is another architecture: {what}", "Name the model the context was fitted with"
+            f"the base model '{base}' is another architecture: {what}",
+            "Name the model the context was fitted with",
         )
 
 
@@ -227,7 +244,9 @@ def _build(file: ContextFile, model: PFN) -> TrainingContext:
     layers = []
     for number in range(facts["cache"]["layers"]):
         prefix = f"layers.{number}."
-        layers.append(LayerCache(**{n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}))
+        layers.append(
+            LayerCache(**{n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
+        )
     names = facts["schema"].get("names")
     return TrainingContext(
         model=model,
@@ -252,7 +271,9 @@ def _check_probe(context: TrainingContext, file: ContextFile) -> None:
         queries, expected = handle.get_tensor("probe.queries"), handle.get_tensor("probe.logits")
     with torch.no_grad():
         found = context.logits(queries.to(context.device)).cpu()
-    difference = ((found.double() - expected.double()).abs().max() / expected.double().abs().max().clamp(min=1)).item()
+    difference = (
+        (found.double() - expected.double()).abs().max() / expected.double().abs().max().clamp(min=1)
+    ).item()
     tolerance = PROBE_TOLERANCE[file.facts["numerics"]["dtype"]]
     # `not <=` and not `>`: a NaN fails too.
     if not difference <= tolerance:

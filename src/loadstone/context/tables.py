@@ -48,7 +48,9 @@ def read_table(path: str | Path) -> Table:
         try:
             lines = list(csv.reader(file, delimiter="\t" if path.suffix == ".tsv" else ","))
         except (csv.Error, UnicodeDecodeError) as error:
-            raise ArtifactError(f"'{path}' cannot be read as a table ({error})", "Save it as UTF-8 CSV") from None
+            raise ArtifactError(
+                f"'{path}' cannot be read as a table ({error})", "Save it as UTF-8 CSV"
+            ) from None
     lines = [line for line in lines if line]
     if not lines:
         raise ArtifactError(f"'{path}' is empty", "A table has a header and rows")
@@ -58,7 +60,9 @@ def read_table(path: str | Path) -> Table:
         raise ArtifactError(f"'{path}': the column '{twice}' stands twice in the header", "Rename one")
     for number, line in enumerate(lines[1:], 2):
         if len(line) != len(header):
-            raise ArtifactError(f"'{path}': row {number} has {len(line)} cells, the header {len(header)}", "Mend it")
+            raise ArtifactError(
+                f"'{path}': row {number} has {len(line)} cells, the header {len(header)}", "Mend it"
+            )
     return Table(str(path), {name: [line[i].strip() for line in lines[1:]] for i, name in enumerate(header)})
 
 
@@ -69,7 +73,9 @@ def _read_parquet(path: Path) -> Table:
         content = pyarrow.parquet.read_table(path).to_pydict()
     except (pyarrow.ArrowException, OSError) as error:
         raise ArtifactError(f"'{path}' cannot be read as parquet ({error})", "Copy it again") from None
-    return Table(str(path), {n: ["" if v is None else str(v) for v in column] for n, column in content.items()})
+    return Table(
+        str(path), {n: ["" if v is None else str(v) for v in column] for n, column in content.items()}
+    )
 
 
 @dataclass(frozen=True)
@@ -87,7 +93,9 @@ class Schema:
 
     @classmethod
     def from_json(cls, facts: dict[str, Any]) -> Schema:
-        categories = {n: tuple(c["values"]) for n, c in facts["columns"].items() if c["kind"] == "categorical"}
+        categories = {
+            n: tuple(c["values"]) for n, c in facts["columns"].items() if c["kind"] == "categorical"
+        }
         return cls(tuple(facts["names"]), categories, str(facts["target"]))
 
 
@@ -99,7 +107,9 @@ def infer_schema(table: Table, target: str) -> Schema:
         raise UsageError(f"'{table.path}' has no column '{target}'", hint)
     names = tuple(name for name in table.columns if name != target)
     if not names or not table.rows:
-        raise UsageError(f"'{table.path}' has no features or no rows", "A table has features, a target and rows")
+        raise UsageError(
+            f"'{table.path}' has no features or no rows", "A table has features, a target and rows"
+        )
     categories = {}
     for name in names:
         present = [cell for cell in table.columns[name] if cell.lower() not in MISSING]
@@ -118,7 +128,9 @@ def features(table: Table, schema: Schema) -> np.ndarray:
     missing = [name for name in schema.names if name not in names]
     unknown = [name for name in names if name not in schema.names]
     if missing or unknown:
-        parts = [f"lacks {_some(missing)}"] * bool(missing) + [f"has besides {_some(unknown)}"] * bool(unknown)
+        parts = [f"lacks {_some(missing)}"] * bool(missing) + [f"has besides {_some(unknown)}"] * bool(
+            unknown
+        )
         raise SchemaMismatch(
             f"'{table.path}' {' and '.join(parts)}; the context was fitted on {len(schema.names)} features",
             "Give the features it was fitted on",
@@ -132,7 +144,11 @@ def features(table: Table, schema: Schema) -> np.ndarray:
         )
     result = np.full((table.rows, len(names)), np.nan)
     for column, name in enumerate(names):
-        places = {value: i for i, value in enumerate(schema.categories[name])} if name in schema.categories else None
+        places = (
+            {value: i for i, value in enumerate(schema.categories[name])}
+            if name in schema.categories
+            else None
+        )
         for row, cell in enumerate(table.columns[name]):
             if cell.lower() in MISSING:
                 continue
@@ -157,14 +173,18 @@ def guess_task(table: Table, target: str) -> str:
     return "classification" if whole and len(cells) <= _MOST_CLASSES else "regression"
 
 
-def class_targets(table: Table, target: str, classes: list[str] | None = None) -> tuple[np.ndarray, list[str]]:
+def class_targets(
+    table: Table, target: str, classes: list[str] | None = None
+) -> tuple[np.ndarray, list[str]]:
     """(position of each row's label, labels). Without ``classes`` the labels are those found, sorted.
 
     A label that is not among ``classes`` gets -1. Raises `UsageError` for a row without a label.
     """
     cells = table.columns[target]
     _check_present(table, target)
-    labels = classes or sorted(set(cells), key=lambda c: (not _is_number(c), float(c) if _is_number(c) else 0.0, c))
+    labels = classes or sorted(
+        set(cells), key=lambda c: (not _is_number(c), float(c) if _is_number(c) else 0.0, c)
+    )
     places = {label: i for i, label in enumerate(labels)}
     return np.array([places.get(cell, -1) for cell in cells]), labels
 

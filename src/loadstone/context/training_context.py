@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from loadstone.artifact.context_errors import SchemaMismatch
 from loadstone.context.bars import BarPosterior
 from loadstone.context.encoding import Scaler
-from loadstone.artifact.context_errors import SchemaMismatch
 from loadstone.context.layer_cache import LayerCache
 from loadstone.errors import UsageError
 
@@ -82,7 +82,9 @@ class TrainingContext:
                 "Give the features it was fitted on, in their order",
             )
         if not queries.is_floating_point() or queries.isinf().any():
-            raise UsageError("queries must be floating-point and not infinite", "NaN stands for a missing value")
+            raise UsageError(
+                "queries must be floating-point and not infinite", "NaN stands for a missing value"
+            )
         rows = queries.reshape(-1, self.features).to(self.device)
         grad = torch.is_grad_enabled() and (rows.requires_grad or self.layers[0].keys.requires_grad)
         step = max(1, memory_budget // row_bytes(self.model, self.features, grad=grad))

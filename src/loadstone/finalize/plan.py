@@ -39,7 +39,7 @@ class Step:
 
 @dataclass(frozen=True)
 class FinalizePlan:
-    """All of a finalize as data. ``shards`` holds the steps of each output file, ``config`` the config.json to write."""
+    """A finalize as data. ``shards`` holds the steps of each output file, ``config`` the config.json to write."""
 
     source: Artifact
     recipe: Recipe | None

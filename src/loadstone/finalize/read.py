@@ -33,7 +33,9 @@ class SourceReader:
             while count < info.nbytes:
                 got = file.readinto(view[count:])
                 if not got:
-                    raise ArtifactError(f"{info.file}: truncated inside tensor '{info.name}'", "Copy the file again")
+                    raise ArtifactError(
+                        f"{info.file}: truncated inside tensor '{info.name}'", "Copy the file again"
+                    )
                 count += got
         if not buffer:
             return torch.empty(info.shape, dtype=torch_dtype(info.dtype))

@@ -84,7 +84,9 @@ def check_output(plan: FinalizePlan, out: Path, overwrite: bool) -> None:
     """Refuse an existing output, and one that is or lies inside the source (or the other way round)."""
     source, target = plan.source.root.resolve(), out.resolve()
     if target == source or target.is_relative_to(source) or source.is_relative_to(target):
-        raise UsageError(f"the output '{out}' and the source '{plan.source.root}' overlap", "Choose another output")
+        raise UsageError(
+            f"the output '{out}' and the source '{plan.source.root}' overlap", "Choose another output"
+        )
     if out.exists() and not overwrite:
         raise UsageError(f"the output '{out}' exists", "Choose another, or pass --overwrite to replace it")
     if out.exists() and not out.is_dir():
@@ -117,7 +119,9 @@ def _write_shard(
     plan: FinalizePlan, number: int, work: Path, device: str, on_progress: Callable[[int], None] | None
 ) -> None:
     steps = plan.shards[number]
-    writer = ShardWriter(work / plan.file_name(number), [o for s in steps for o in s.outputs], _metadata(plan))
+    writer = ShardWriter(
+        work / plan.file_name(number), [o for s in steps for o in s.outputs], _metadata(plan)
+    )
     reader = SourceReader(plan.source)
     writes: deque[Future[None]] = deque()
     try:
@@ -157,7 +161,9 @@ def _apply(step: Step, tensor: torch.Tensor, device: str) -> dict[str, torch.Ten
         )
     flat, parts = flatten(step.name, quantize_weight(tensor.to(device=device, dtype=compute), step.scheme))
     if flat.metadata != step.metadata:
-        raise ArtifactError(f"tensor '{step.name}': torchao stored it otherwise than planned ({flat.metadata})")
+        raise ArtifactError(
+            f"tensor '{step.name}': torchao stored it otherwise than planned ({flat.metadata})"
+        )
     names = [o.name for o in step.outputs]
     return {name: part.cpu() for name, part in zip(names, parts.values(), strict=True)}
 
@@ -219,7 +225,9 @@ def versions() -> dict[str, str]:
     from importlib.metadata import version
 
     names = ("torch", "torchao", "transformers", "safetensors")
-    return {"loadstone": __version__, "python": platform.python_version()} | {name: version(name) for name in names}
+    return {"loadstone": __version__, "python": platform.python_version()} | {
+        name: version(name) for name in names
+    }
 
 
 def _publish(work: Path, out: Path, overwrite: bool) -> None:

@@ -49,7 +49,9 @@ def copy_sidecars(sidecars: dict[str, Path], out: Path) -> list[str]:
         inline = config.pop("chat_template", None)
         if inline is not None:
             if inline != (out / TEMPLATE_FILE).read_text():
-                notes.append(f"two different chat templates: {TEMPLATE_FILE} is kept, the one in {TOKENIZER_CONFIG} is not")
+                notes.append(
+                    f"two different chat templates: {TEMPLATE_FILE} is kept, the one in {TOKENIZER_CONFIG} is not"
+                )
             (out / TOKENIZER_CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
     return notes
 

@@ -48,7 +48,7 @@ class ShardWriter:
 
         if tensor.numel() == 0:
             return
-        raw = memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+        raw = memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         position = self._base + self._offsets[name]
         while raw:
             count = os.pwrite(self._file, raw, position)

@@ -26,8 +26,12 @@ def read_bins(artifact: Artifact, dtype: torch.dtype | None) -> dict[str, Any]:
     for file in artifact.weights.files:
         for name, tensor in read_bin_file(artifact.path / file).items():
             if name in state:
-                raise ArtifactError(f"{file}: tensor '{name}' is in an earlier shard too", "Remove the stale shard")
-            state[name] = tensor if type(tensor) in (torch.Tensor, torch.nn.Parameter) else _lazy(name, tensor, dtype)
+                raise ArtifactError(
+                    f"{file}: tensor '{name}' is in an earlier shard too", "Remove the stale shard"
+                )
+            state[name] = (
+                tensor if type(tensor) in (torch.Tensor, torch.nn.Parameter) else _lazy(name, tensor, dtype)
+            )
     return state
 
 
@@ -54,5 +58,7 @@ def read_bin_file(path: Path) -> dict[str, torch.Tensor]:
         state = state["state_dict"]
     for name, tensor in state.items():
         if not isinstance(tensor, torch.Tensor):
-            raise ArtifactError(f"{path.name}: '{name}' is a {type(tensor).__name__}, not a tensor", "Save weights only")
+            raise ArtifactError(
+                f"{path.name}: '{name}' is a {type(tensor).__name__}, not a tensor", "Save weights only"
+            )
     return state

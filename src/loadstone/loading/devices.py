@@ -73,7 +73,9 @@ def _cuda_map(device: str) -> dict[str, str]:
     index = int(device.partition(":")[2] or 0)
     if index >= count:
         have = f"{count} CUDA device(s) are visible" if count else "no CUDA device is visible"
-        raise MissingError(f"--device {device}: {have}", "Use --device cpu, or check the driver and the torch build")
+        raise MissingError(
+            f"--device {device}: {have}", "Use --device cpu, or check the driver and the torch build"
+        )
     return {"": f"cuda:{index}"}
 
 

@@ -46,7 +46,9 @@ class LazyQuantized:
         return "BF16"
 
 
-def rebuild(flat: FlatTensor, parts: dict[str, torch.Tensor], dtype: torch.dtype | None = None) -> torch.Tensor:
+def rebuild(
+    flat: FlatTensor, parts: dict[str, torch.Tensor], dtype: torch.dtype | None = None
+) -> torch.Tensor:
     """One torchao tensor from its parts (by torchao's data names) and its own metadata.
 
     ``dtype`` (None: as stored) is the floating type that the tensor stands for and computes in. Raises
@@ -70,7 +72,9 @@ def rebuild(flat: FlatTensor, parts: dict[str, torch.Tensor], dtype: torch.dtype
     try:
         return object_from_dict(description)
     except Exception as error:
-        raise ArtifactError(f"tensor '{flat.name}': torchao cannot rebuild it ({error})", "Finalize again") from None
+        raise ArtifactError(
+            f"tensor '{flat.name}': torchao cannot rebuild it ({error})", "Finalize again"
+        ) from None
 
 
 @contextmanager

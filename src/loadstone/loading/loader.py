@@ -61,8 +61,12 @@ def load_tokenizer(target: str | Path | Artifact | LoadPlan, *, trust_remote_cod
                 )
             except Exception as error:
                 reason = " ".join(str(error).split())[:300]
-                raise ArtifactError(f"'{directory}': the tokenizer cannot be loaded ({reason})", _TOKENIZER) from None
-    raise ArtifactError(f"'{target.root}' has no tokenizer (none of {', '.join(TOKENIZER_FILES)})", _TOKENIZER)
+                raise ArtifactError(
+                    f"'{directory}': the tokenizer cannot be loaded ({reason})", _TOKENIZER
+                ) from None
+    raise ArtifactError(
+        f"'{target.root}' has no tokenizer (none of {', '.join(TOKENIZER_FILES)})", _TOKENIZER
+    )
 
 
 def import_libraries() -> None:
@@ -91,5 +95,12 @@ def import_libraries() -> None:
 
 
 _IMPORTING = threading.Lock()
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "spiece.model",
+    "vocab.json",
+    "vocab.txt",
+    "tokenizer_config.json",
+)
 _TOKENIZER = "Copy tokenizer.json and tokenizer_config.json from the source model"

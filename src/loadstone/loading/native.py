@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 from loadstone.artifact import Artifact
 from loadstone.errors import ArtifactError, MissingError
 from loadstone.loading.devices import CPU, DISK
-from loadstone.loading.values import check_values, limits_of
 from loadstone.loading.lazy import lazy_state_dict
 from loadstone.loading.plan import LoadPlan
+from loadstone.loading.values import check_values, limits_of
 
 if TYPE_CHECKING:
     import torch
@@ -81,9 +81,14 @@ def check_device(artifact: Artifact, device_map: Any) -> None:
     devices = {"cpu"} if device_map is None else {str(d).partition(":")[0] for d in device_map.values()}
     on_cpu = "cpu" in devices and "cpu" not in recipe.devices
     if on_cpu and isinstance(recipe.scheme, Int4WeightOnly):
-        log.info("%s: int4 weights packed for CUDA are repacked for the CPU's int4 kernel, value for value", artifact.root)
+        log.info(
+            "%s: int4 weights packed for CUDA are repacked for the CPU's int4 kernel, value for value",
+            artifact.root,
+        )
     elif on_cpu:
-        raise MissingError(f"'{artifact.root}' is {recipe.name}, which needs {recipe.needs}", "Use --device cuda there")
+        raise MissingError(
+            f"'{artifact.root}' is {recipe.name}, which needs {recipe.needs}", "Use --device cuda there"
+        )
     elif recipe.needs and "cpu" not in devices:
         import torch
 
@@ -97,10 +102,14 @@ def load_config(artifact: Artifact, trust_remote_code: bool = False) -> Any:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(artifact.path, trust_remote_code=trust_remote_code, local_files_only=True)
+        config = AutoConfig.from_pretrained(
+            artifact.path, trust_remote_code=trust_remote_code, local_files_only=True
+        )
     except (ValueError, KeyError, TypeError, OSError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise ArtifactError(f"{artifact.path}/config.json: transformers refuses it ({reason})", _UPDATE) from None
+        raise ArtifactError(
+            f"{artifact.path}/config.json: transformers refuses it ({reason})", _UPDATE
+        ) from None
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     return config
@@ -160,7 +169,9 @@ def _check_complete(artifact: Artifact, model: PreTrainedModel, info: dict[str, 
     if len(places) < 2 or not places & {CPU, DISK}:
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             if tensor.device.type == "meta":
-                raise ArtifactError(f"{where}: '{name}' was left without data", "Finalize or copy the model again")
+                raise ArtifactError(
+                    f"{where}: '{name}' was left without data", "Finalize or copy the model again"
+                )
 
 
 def _finish(artifact: Artifact, model: PreTrainedModel) -> None:

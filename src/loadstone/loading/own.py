@@ -6,8 +6,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from loadstone.errors import ArtifactError
-from loadstone.loading.values import check_values
 from loadstone.loading.plan import LoadPlan
+from loadstone.loading.values import check_values
 
 if TYPE_CHECKING:
     from torch import nn
@@ -35,7 +35,9 @@ def load_own(plan: LoadPlan, device_map: Any) -> nn.Module:
         if key not in artifact.table.tensors:
             raise ArtifactError(f"'{artifact.root}': tensor '{key}' is missing", "Copy the model again")
         if key not in expected:
-            raise ArtifactError(f"'{artifact.root}': tensor '{key}' belongs to no {name}", "Copy the model again")
+            raise ArtifactError(
+                f"'{artifact.root}': tensor '{key}' belongs to no {name}", "Copy the model again"
+            )
         stored = artifact.table.tensors[key].shape
         if stored != tuple(expected[key].shape):
             raise ArtifactError(
@@ -50,6 +52,8 @@ def load_own(plan: LoadPlan, device_map: Any) -> nn.Module:
         state |= load_file(artifact.path / file, device=str(device))
     # Borders and other buffers keep their precision whatever the parameters are computed in.
     buffers = dict(model.named_buffers())
-    state = {key: tensor if key in buffers else tensor.to(dtype or tensor.dtype) for key, tensor in state.items()}
+    state = {
+        key: tensor if key in buffers else tensor.to(dtype or tensor.dtype) for key, tensor in state.items()
+    }
     model.load_state_dict(state, assign=True)
     return model.requires_grad_(False)

@@ -95,7 +95,9 @@ def plan(
     return LoadPlan(artifact, load_path, reason, device, dtype, trust_remote_code, tuple(messages))
 
 
-def _choose(target: str | Path | Artifact, checkpoint: str | None, no_checkpoint: bool, messages: list[str]) -> Artifact:
+def _choose(
+    target: str | Path | Artifact, checkpoint: str | None, no_checkpoint: bool, messages: list[str]
+) -> Artifact:
     if isinstance(target, Artifact):
         return target
     if checkpoint is None and not no_checkpoint:
@@ -109,9 +111,14 @@ def _choose(target: str | Path | Artifact, checkpoint: str | None, no_checkpoint
         )
         return forced
     if no_checkpoint:
-        if checkpoints(root) and not any(root.glob("*.safetensors*")) and not any(root.glob("pytorch_model*")):
+        if (
+            checkpoints(root)
+            and not any(root.glob("*.safetensors*"))
+            and not any(root.glob("pytorch_model*"))
+        ):
             raise UsageError(
-                f"--no-checkpoint: '{root}' holds checkpoints and no weights of its own", "Leave out --no-checkpoint"
+                f"--no-checkpoint: '{root}' holds checkpoints and no weights of its own",
+                "Leave out --no-checkpoint",
             )
         return detect(root)
     return detect(root, checkpoint=checkpoint)
@@ -140,12 +147,20 @@ def _load_path(artifact: Artifact) -> tuple[str, str]:
         case k if k == FAKEQUANT:
             return NATIVE, "folded weights are plain tensors"
         case k if k == QAT:
-            return NATIVE, "trained with fake quantization: finalize converts it, this loads the unquantized weights"
+            return (
+                NATIVE,
+                "trained with fake quantization: finalize converts it, this loads the unquantized weights",
+            )
         case k if k == OTHER_QUANTIZER:
-            return FROM_PRETRAINED, f"quantized by {artifact.quant_method}: transformers' own quantizer loads it"
+            return (
+                FROM_PRETRAINED,
+                f"quantized by {artifact.quant_method}: transformers' own quantizer loads it",
+            )
         case k if k == PFN:
             return IN_CONTEXT, "an in-context model of loadstone's own, in plain safetensors"
         case k if k == CONTEXT:
             remedy = "Use loadstone.load_context(path), or loadstone eval and predict"
             raise ArtifactError(f"'{artifact.root}' is a fitted context, which is no model by itself", remedy)
-    raise ArtifactError(f"'{artifact.root}' is a {artifact.kind}, which is no model", "Name a model directory")
+    raise ArtifactError(
+        f"'{artifact.root}' is a {artifact.kind}, which is no model", "Name a model directory"
+    )

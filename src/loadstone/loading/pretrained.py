@@ -34,13 +34,17 @@ def load_pretrained(plan: LoadPlan, device_map: Any) -> PreTrainedModel:
         )
     except ImportError as error:
         reason = " ".join(str(error).split())
-        raise MissingError(f"loading {artifact.quant_method} needs a package that is not here: {reason}") from None
+        raise MissingError(
+            f"loading {artifact.quant_method} needs a package that is not here: {reason}"
+        ) from None
     except (ValueError, RuntimeError, OSError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ArtifactError(f"'{artifact.path}': transformers cannot load it here ({reason})") from None
     for key in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[key]:
-            raise ArtifactError(f"'{artifact.path}': {key.replace('_', ' ')}: {sorted(info[key])[0]}", "Copy it again")
+            raise ArtifactError(
+                f"'{artifact.path}': {key.replace('_', ' ')}: {sorted(info[key])[0]}", "Copy it again"
+            )
     return model
 
 
@@ -55,4 +59,6 @@ def check_package(method: str) -> None:
     except ModuleNotFoundError:
         found = False
     if not found:
-        raise MissingError(f"the model is quantized by {method}, which needs the package {package}", f"pip install {package}")
+        raise MissingError(
+            f"the model is quantized by {method}, which needs the package {package}", f"pip install {package}"
+        )

@@ -70,7 +70,9 @@ def check_values(
                 for position in range(tensor.begin, tensor.end, _CHUNK):
                     count = os.preadv(descriptor, [view[: min(_CHUNK, tensor.end - position)]], position)
                     if count < min(_CHUNK, tensor.end - position):
-                        raise ArtifactError(f"{file}: truncated inside tensor '{tensor.name}'", "Copy the file again")
+                        raise ArtifactError(
+                            f"{file}: truncated inside tensor '{tensor.name}'", "Copy the file again"
+                        )
                     problem = _problem(raw[:count], tensor, (limits or {}).get(tensor.name))
                     if problem:
                         raise ArtifactError(
@@ -94,4 +96,10 @@ def _problem(raw: numpy.ndarray, tensor: TensorInfo, limit: tuple[str, int, int]
     name, mask, value = _PATTERNS[tensor.dtype]
     bits = raw.view(name)
     bits &= bits.dtype.type(mask)
-    return "NaN or infinity" if bits.max() == value else "a scale that is not above zero" if limit is not None else ""
+    return (
+        "NaN or infinity"
+        if bits.max() == value
+        else "a scale that is not above zero"
+        if limit is not None
+        else ""
+    )

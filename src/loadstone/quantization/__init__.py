@@ -1,6 +1,14 @@
 """Recipes by name, as torchao configs, and back from tensors."""
 
-from loadstone.quantization.schemes import RECIPES, Recipe, Scheme, nominal_bits, parse_recipe, recipe_for, stored_bits
+from loadstone.quantization.schemes import (
+    RECIPES,
+    Recipe,
+    Scheme,
+    nominal_bits,
+    parse_recipe,
+    recipe_for,
+    stored_bits,
+)
 from loadstone.quantization.torchao_config import scheme_of, to_torchao
 
 __all__ = [

@@ -28,7 +28,9 @@ def flatten(name: str, tensor: torch.Tensor) -> tuple[FlatTensor, dict[str, torc
 
     kind = type(tensor).__name__
     if kind not in SUBCLASSES:
-        raise ArtifactError(f"tensor '{name}' has the unknown quantized class '{kind}'", unknown_class_hint(kind))
+        raise ArtifactError(
+            f"tensor '{name}' has the unknown quantized class '{kind}'", unknown_class_hint(kind)
+        )
     # torchao wants a module path before the parameter's name.
     data, metadata = flatten_tensor_state_dict({"m.weight": tensor.detach()})
     text = metadata["m.weight"]

@@ -31,10 +31,14 @@ def template(scheme: Scheme, shape: tuple[int, ...], dtype: torch.dtype, device:
     import torch
 
     try:
-        return flatten("template.weight", quantize_weight(torch.empty(shape, dtype=dtype, device="meta"), scheme))[0]
+        return flatten(
+            "template.weight", quantize_weight(torch.empty(shape, dtype=dtype, device="meta"), scheme)
+        )[0]
     except Exception:
         # Packing kernels have no meta version: the real thing on zeros tells the same.
-        return flatten("template.weight", quantize_weight(torch.zeros(shape, dtype=dtype, device=device), scheme))[0]
+        return flatten(
+            "template.weight", quantize_weight(torch.zeros(shape, dtype=dtype, device=device), scheme)
+        )[0]
 
 
 def check_runs(recipe: Recipe, device: str, dtype: torch.dtype) -> None:
@@ -54,7 +58,9 @@ def check_runs(recipe: Recipe, device: str, dtype: torch.dtype) -> None:
     if problem:
         needs = f"; it needs {recipe.needs}" if recipe.needs else ""
         kept = str(dtype).removeprefix("torch.")
-        raise MissingError(f"recipe '{recipe}' does not run here on {device} in {kept} ({problem}){needs}", instead)
+        raise MissingError(
+            f"recipe '{recipe}' does not run here on {device} in {kept} ({problem}){needs}", instead
+        )
 
 
 def _probe(scheme: Scheme, device: str, dtype: torch.dtype) -> str:
@@ -63,7 +69,9 @@ def _probe(scheme: Scheme, device: str, dtype: torch.dtype) -> str:
 
     try:
         linear = torch.nn.Linear(1024, 256, bias=False, dtype=dtype, device=device)
-        linear.weight = torch.nn.Parameter(quantize_weight(linear.weight.detach(), scheme), requires_grad=False)
+        linear.weight = torch.nn.Parameter(
+            quantize_weight(linear.weight.detach(), scheme), requires_grad=False
+        )
         flatten("probe.weight", linear.weight)
         with torch.inference_mode():
             linear(torch.ones(32, 1024, dtype=dtype, device=device))

@@ -83,7 +83,11 @@ def matches(pattern: str, module: str) -> bool:
 def misfit(scheme: Scheme, out_features: int, in_features: int) -> str:
     """Why a weight of this shape cannot take ``scheme``; empty when it can."""
     match scheme:
-        case Int8DynActIntxWeight(group_size=group) | IntxWeightOnly(group_size=group) | Int4WeightOnly(group_size=group):
+        case (
+            Int8DynActIntxWeight(group_size=group)
+            | IntxWeightOnly(group_size=group)
+            | Int4WeightOnly(group_size=group)
+        ):
             if group and in_features % group:
                 return f"{in_features} input features are no multiple of the group size {group}"
         case Nvfp4WeightOnly() | Nvfp4DynActNvfp4Weight():

@@ -251,7 +251,9 @@ def _option(name: str, key: str, value: str, hint: object) -> object:
         for choice in choices:
             if str(choice) == value:
                 return choice
-        raise UsageError(f"recipe '{name}': {key}='{value}' is not possible", f"One of {', '.join(map(str, choices))}")
+        raise UsageError(
+            f"recipe '{name}': {key}='{value}' is not possible", f"One of {', '.join(map(str, choices))}"
+        )
     if not value.isdigit():
         raise UsageError(f"recipe '{name}': {key}='{value}' is no whole number", "Example: group_size=64")
     number = int(value)

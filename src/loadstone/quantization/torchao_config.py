@@ -170,7 +170,8 @@ def scheme_of(tensor: FlatTensor, *, has_zero_points: bool | None = None) -> Sch
         case "MXTensor":
             return MxDynActMxWeight(4 if "float4" in _name(a["elem_dtype"]) else 8)
     raise ArtifactError(
-        f"tensor '{tensor.name}' has the unknown quantized class '{tensor.type}'", unknown_class_hint(tensor.type)
+        f"tensor '{tensor.name}' has the unknown quantized class '{tensor.type}'",
+        unknown_class_hint(tensor.type),
     )
 
 
@@ -215,4 +216,8 @@ def _mapping(mapping: str) -> Any:
 def _intx_rounding(rounding: str) -> Any:
     from torchao.quantization.quantize_.workflows import IntxChooseQParamsAlgorithm
 
-    return IntxChooseQParamsAlgorithm.AFFINE if rounding == "affine" else IntxChooseQParamsAlgorithm.HQQ_SCALE_ONLY
+    return (
+        IntxChooseQParamsAlgorithm.AFFINE
+        if rounding == "affine"
+        else IntxChooseQParamsAlgorithm.HQQ_SCALE_ONLY
+    )
