@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 WAYS = ("plain", "folded", "copied", "cached")
@@ -54,8 +55,7 @@ def main() -> None:
             table.append(row)
             print(line(row), flush=True)
     if args.json:
-        with open(args.json, "w") as file:
-            json.dump(table, file, indent=1)
+        Path(args.json).write_text(json.dumps(table, indent=1))
 
 
 def cell(way: str, d: int, restarts: int, args: argparse.Namespace, base: dict[str, float]) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -21,7 +23,7 @@ def integral(posterior: BarPosterior, value: object) -> torch.Tensor:
     """Trapezoids of ``value(y)`` times the density, bar by bar so that no jump lies inside one."""
     edges = torch.cat((torch.tensor([-60.0, -12.0]), BORDERS[1:-1], torch.tensor([12.0, 60.0]))).double()
     total = torch.zeros(len(posterior.logits), dtype=torch.float64)
-    for low, high in zip(edges[:-1], edges[1:], strict=True):
+    for low, high in pairwise(edges):
         y = torch.linspace(float(low) + 1e-12, float(high) - 1e-12, 20_001, dtype=torch.float64)
         density = posterior.log_prob(y.unsqueeze(-1)).exp().T
         total += torch.trapezoid(density * value(y), y, dim=-1)  # type: ignore[operator]

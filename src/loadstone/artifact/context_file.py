@@ -73,7 +73,7 @@ def read_context(directory: Path, *, verify: bool = False) -> ContextFile:
         if not is_file(path):
             raise CorruptContext(f"{CONTEXT_TENSORS} is missing from '{directory}'", _RECOPY)
         header = read_header(path)
-    except (CorruptContext, FormatUnsupported):
+    except (CorruptContext, FormatUnsupported, UnsafeContent):
         raise
     except ArtifactError as error:
         # The readers' own words name the file; the type says which kind of artifact it belongs to.
@@ -108,7 +108,8 @@ def _check_version(facts: dict[str, Any]) -> None:
         )
     if facts.get("kind") not in KINDS:
         raise FormatUnsupported(
-            f"{CONTEXT_JSON}: a context of kind {str(facts.get('kind'))[:40]!a}, this loadstone reads {', '.join(KINDS)}",
+            f"{CONTEXT_JSON}: a context of kind {str(facts.get('kind'))[:40]!a}, this loadstone reads "
+            f"{', '.join(KINDS)}",
             "Update loadstone",
         )
 

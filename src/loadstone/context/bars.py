@@ -105,16 +105,17 @@ class BarPosterior:
     def quantile(self, q: Tensor | float) -> Tensor:
         """Inverse of `cdf` for probabilities ``q`` in (0, 1), which broadcast against (...)."""
         mass = self.mass
-        q = torch.as_tensor(q, dtype=torch.float64, device=mass.device)
-        q, _ = torch.broadcast_tensors(q, mass[..., 0])
-        cumulative = mass.cumsum(-1).expand(*q.shape, -1)
-        bar = torch.searchsorted(cumulative.detach().contiguous(), q.detach().unsqueeze(-1).contiguous())
+        level, _ = torch.broadcast_tensors(
+            torch.as_tensor(q, dtype=torch.float64, device=mass.device), mass[..., 0]
+        )
+        cumulative = mass.cumsum(-1).expand(*level.shape, -1)
+        bar = torch.searchsorted(cumulative.detach().contiguous(), level.detach().unsqueeze(-1).contiguous())
         bar = bar.clamp(max=mass.shape[-1] - 1)
-        own = mass.expand(*q.shape, -1).gather(-1, bar).squeeze(-1)
+        own = mass.expand(*level.shape, -1).gather(-1, bar).squeeze(-1)
         before = cumulative.gather(-1, bar).squeeze(-1) - own
         bar = bar.squeeze(-1)
         # Within its bar, kept off 0 and 1 where a tail's quantile is infinite.
-        share = ((q - before) / own.clamp(min=1e-300)).clamp(1e-12, 1 - 1e-12)
+        share = ((level - before) / own.clamp(min=1e-300)).clamp(1e-12, 1 - 1e-12)
         low, high = self.tail_scales
         y = self.borders[bar] + share * self.widths[bar]
         y = torch.where(bar == 0, self.borders[1] + low * torch.special.ndtri(share / 2), y)

@@ -50,7 +50,7 @@ def tensor_sha256(tensor: Tensor) -> str:
     import torch
 
     raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return hashlib.sha256(raw.numpy()).hexdigest()
+    return hashlib.sha256(raw.numpy().data).hexdigest()
 
 
 def check_same(wanted: Fingerprint, found: Fingerprint, base: str) -> None:

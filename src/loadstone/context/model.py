@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -128,7 +128,7 @@ class Layer(nn.Module):
 
     def attend(self, x: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """Let each row read the training rows, column by column, then the MLP."""
-        batch, rows, tokens, width = x.shape
+        batch, rows, tokens, _ = x.shape
         q = _columns(self.rows_q(self.norm_rows(x)), self.heads)
         read = attention(q, keys, values).view(batch, tokens, self.heads, rows, -1)
         x = x + self.rows_out(read.permute(0, 3, 1, 2, 4).reshape(x.shape))
@@ -174,9 +174,14 @@ class PFN(nn.Module):
     def device(self) -> torch.device:
         return self.unknown_target.device
 
+    @property
+    def blocks(self) -> tuple[Layer, ...]:
+        """The layers, typed."""
+        return tuple(cast(Layer, layer) for layer in self.layers)
+
     def embed_rows(self, z: Tensor, codes: Tensor, target: Tensor) -> Tensor:
-        """Scaled values (batch, rows, d), codes (d, code size; or batch before it) and target tokens (batch, rows, width) ->
-        tokens (batch, rows, tokens, width)."""
+        """Tokens (batch, rows, tokens, width) of scaled values ``z`` (batch, rows, d), ``codes`` (d, code size; or with
+        the batch before) and target tokens (batch, rows, width)."""
         values = encoding.cells(z, self.dtype)
         if self.config.per_feature:
             x = self.embed_cell(values) + self.embed_code(codes.to(self.dtype)).unsqueeze(-3)
@@ -210,8 +215,8 @@ class PFN(nn.Module):
         unknown = self.unknown_target.expand(*x_test.shape[:2], -1)
         targets = torch.cat((self.embed_targets(y, task).to(unknown.dtype), unknown), 1)
         x = self.embed_rows(scaler(torch.cat((x_train, x_test), 1)), codes, targets)
-        for layer in self.layers:
-            last = layer is self.layers[-1]
+        for layer in self.blocks:
+            last = layer is self.blocks[-1]
             x = layer.mix_features(x, target_only=last)
             keys, values = layer.keys_values(x[:, :n])
             x = layer.attend(x[:, n:] if last else x, keys, values)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -123,17 +124,15 @@ def _read(
     rows = zip(z.split(step), y.split(step), strict=True)
     x = torch.cat([embed(part.unsqueeze(0), targets.unsqueeze(0)) for part, targets in rows], 1)
     caches = []
-    for layer in model.layers:
-        last = layer is model.layers[-1]
-        x = _by_chunks(
-            lambda part, layer=layer, last=last: layer.mix_features(part, target_only=last), x, step
-        )
+    for layer in model.blocks:
+        last = layer is model.blocks[-1]
+        x = _by_chunks(partial(layer.mix_features, target_only=last), x, step)
         pairs = [layer.keys_values(part) for part in x.split(step, 1)]
         keys, values = (torch.cat(parts, -2).contiguous() for parts in zip(*pairs, strict=True))
         del pairs
         caches.append(store(keys, values, dtype))
         if not last:
-            x = _by_chunks(lambda part, layer=layer, k=keys, v=values: layer.attend(part, k, v), x, step)
+            x = _by_chunks(partial(layer.attend, keys=keys, values=values), x, step)
     return tuple(caches)
 
 

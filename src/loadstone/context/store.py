@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -124,7 +123,7 @@ def describe(context: TrainingContext, tensors: Path) -> dict[str, Any]:
         },
         # Keys and values are made of the training targets, so whoever has the file can learn about them.
         "contains_training_labels": True,
-        "files": {CONTEXT_TENSORS: {"sha256": sha256_file(tensors), "bytes": os.path.getsize(tensors)}},
+        "files": {CONTEXT_TENSORS: {"sha256": sha256_file(tensors), "bytes": tensors.stat().st_size}},
         "versions": {"loadstone": __version__},
     }
     return facts | {"digest": digest(facts)}

@@ -67,7 +67,9 @@ class TrainingContext:
     def borders(self) -> Tensor:
         """Bar borders in the target's units, float64 (bars + 1)."""
         assert self.target is not None
-        return self.model.borders.double() * self.target.std.view(()) + self.target.mean.view(())
+        return self.model.get_buffer("borders").double() * self.target.std.view(()) + self.target.mean.view(
+            ()
+        )
 
     def logits(self, queries: Tensor, *, memory_budget: int = MEMORY_BUDGET) -> Tensor:
         """Logits (..., bars or classes) of queries (..., d) in the units and order of the training features.
@@ -102,8 +104,8 @@ class TrainingContext:
         model = self.model
         unknown = model.unknown_target.expand(1, len(rows), -1)
         x = model.embed_rows(self.scaler(rows).unsqueeze(0), self.codes, unknown)
-        for layer, cache in zip(model.layers, self.layers, strict=True):
-            x = layer.mix_features(x, target_only=layer is model.layers[-1])
+        for layer, cache in zip(model.blocks, self.layers, strict=True):
+            x = layer.mix_features(x, target_only=layer is model.blocks[-1])
             x = layer.attend(x, *cache.read(model.dtype))
         logits = model.read_out(x[0, :, -1], self.task)
         return logits[:, : len(self.classes)] if self.classes else logits

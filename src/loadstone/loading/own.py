@@ -47,7 +47,7 @@ def load_own(plan: LoadPlan, device_map: Any) -> nn.Module:
     check_values(artifact.path, list(artifact.table.tensors.values()))
     device = "cpu" if device_map is None else device_map[""]
     dtype = None if plan.dtype == "auto" else getattr(torch, plan.dtype)
-    state = {}
+    state: dict[str, torch.Tensor] = {}
     for file in artifact.weights.files:
         state |= load_file(artifact.path / file, device=str(device))
     # Borders and other buffers keep their precision whatever the parameters are computed in.
