@@ -159,8 +159,10 @@ def load_context(
     wanted = Fingerprint.from_json(file.facts["base"]["tensors"])
     with torch.inference_mode(False):
         model = _base(base, file, wanted, device or "auto", dtype)
-        _check_architecture(config, model, str(base or model.source))
-        check_same(wanted, fingerprint(model), str(base or model.source))
+        # A model made in memory has no name of its own.
+        name = str(model.source if base is None or isinstance(base, PFN) else base)
+        _check_architecture(config, model, name)
+        check_same(wanted, fingerprint(model), name)
         context = _build(file, model)
         _check_probe(context, file)
     return context
