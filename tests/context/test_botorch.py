@@ -12,12 +12,12 @@ from botorch_community.acquisition.discretized import (  # noqa: E402
     DiscretizedExpectedImprovement,
     DiscretizedProbabilityOfImprovement,
 )
+from tests.context.conftest import random_pfn  # noqa: E402
 
 from loadstone.context.acquisition import discretized_ei, discretized_pi, log_ei  # noqa: E402
 from loadstone.context.bars import BarPosterior  # noqa: E402
 from loadstone.context.botorch import BarAcquisition, ContextModel  # noqa: E402
 from loadstone.context.model import PFN, REGRESSION  # noqa: E402
-from tests.context.conftest import random_pfn  # noqa: E402
 
 Rows = Callable[..., tuple[Tensor, Tensor]]
 BOX = torch.stack((torch.zeros(3), torch.ones(3))).double()
@@ -68,7 +68,9 @@ def test_batches_may_shrink(model: ContextModel) -> None:
         sizes.append(len(posterior.logits))
         return log_ei(posterior, model.train_Y.max())
 
-    optimize_acqf(BarAcquisition(model, value), BOX, q=1, num_restarts=6, raw_samples=16, options={"maxiter": 30})
+    optimize_acqf(
+        BarAcquisition(model, value), BOX, q=1, num_restarts=6, raw_samples=16, options={"maxiter": 30}
+    )
     assert max(sizes) == 16 and len(set(sizes)) >= 2
     assert len(model._contexts) == 1
 
