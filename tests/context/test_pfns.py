@@ -32,9 +32,11 @@ def table_transformer(**options: object) -> nn.Module:
                 normalize_on_train_only=True, normalize_x=True,
                 remove_outliers=False, remove_outliers_sigma=4.0,
             ),
-            LinearInputEncoderStep(num_features=1, emsize=32, in_keys=("main",), out_key="output"),
+            LinearInputEncoderStep(num_features=1, emsize=32, in_keys=("main",), out_keys=("output",)),
         ),
-        y_encoder=SequentialEncoder(nan, LinearInputEncoderStep(num_features=2, emsize=32, in_keys=keys, out_key="output")),
+        y_encoder=SequentialEncoder(
+            nan, LinearInputEncoderStep(num_features=2, emsize=32, in_keys=keys, out_keys=("output",))
+        ),
         ninp=32, nhead=2, nhid=64, nlayers=2, decoder_dict={"standard": (None, 10)}, zero_init=False,
         feature_positional_embedding="normal_rand_vec", seed=3, **options,
     )  # fmt: skip

@@ -51,7 +51,9 @@ class ContextPosterior(BoundedRiemannPosterior):
     def icdf(self, value: float | Tensor) -> Tensor:
         """Quantiles (samples, ..., q, 1) for probabilities (samples, ..., q) or one number."""
         if not torch.is_tensor(value):
-            value = torch.full((1, *self.probabilities.shape[:-1]), value, dtype=torch.float64, device=self.device)
+            value = torch.full(
+                (1, *self.probabilities.shape[:-1]), value, dtype=torch.float64, device=self.device
+            )
         return self.bars.quantile(value).unsqueeze(-1)
 
 
@@ -66,7 +68,9 @@ class ContextModel(Model):
     def __init__(self, base: PFN, train_X: Tensor, train_Y: Tensor, **options: Any) -> None:
         super().__init__()
         if train_X.ndim != 2 or train_Y.shape != (len(train_X), 1):
-            raise UnsupportedError(f"train_X {tuple(train_X.shape)} and train_Y {tuple(train_Y.shape)}: (n, d), (n, 1)")
+            raise UnsupportedError(
+                f"train_X {tuple(train_X.shape)} and train_Y {tuple(train_Y.shape)}: (n, d), (n, 1)"
+            )
         self.train_X, self.train_Y, self._options = train_X, train_Y, options
         self.base = base
         self._contexts: dict[tuple[Any, ...], TrainingContext] = {}

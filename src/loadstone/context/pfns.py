@@ -34,7 +34,9 @@ class PfnsContext:
     def logits(self, queries: Tensor) -> Tensor:
         """Logits (..., outputs) of queries (..., d), differentiable with respect to them."""
         if queries.shape[-1:] != (self.features,):
-            raise UsageError(f"queries {tuple(queries.shape)} do not have {self.features} features", "See the fit")
+            raise UsageError(
+                f"queries {tuple(queries.shape)} do not have {self.features} features", "See the fit"
+            )
         # The model adds embeddings in place: never to the caller's own tensor.
         folded = queries.reshape(1, -1, self.features) * 1.0
         found = self._copy(x=folded, y=None)
@@ -55,13 +57,23 @@ def fit_pfns(model: nn.Module, x: Tensor, y: Tensor) -> PfnsContext:
     have no cache in the package either.
     """
     if not getattr(model, "batch_first", False) or not getattr(model, "attention_between_features", False):
-        raise UsageError("the model is not batch-first with attention between features", "Only such models are cached")
-    if getattr(model, "style_encoder", None) is not None or getattr(model, "y_style_encoder", None) is not None:
+        raise UsageError(
+            "the model is not batch-first with attention between features", "Only such models are cached"
+        )
+    if (
+        getattr(model, "style_encoder", None) is not None
+        or getattr(model, "y_style_encoder", None) is not None
+    ):
         raise UsageError("the model takes a style", "Only models without one are cached")
     if x.ndim != 2 or y.shape != (len(x),):
-        raise UsageError(f"training rows are {tuple(x.shape)} and targets {tuple(y.shape)}", "Give (n, d) and (n,)")
+        raise UsageError(
+            f"training rows are {tuple(x.shape)} and targets {tuple(y.shape)}", "Give (n, d) and (n,)"
+        )
     # A copy of every module, so that encoder state and caches are the context's own, and of no parameter.
     shared: dict[int, Any] = {id(p): p for p in model.parameters()}
+    # State of the caller's last pass may hang on its graph, and such tensors cannot be copied: it is not needed.
+    state = [value for module in model.modules() for value in vars(module).values()]
+    shared |= {id(t): t.detach() for t in state if isinstance(t, Tensor) and t.grad_fn is not None}
     private = copy.deepcopy(model, shared).eval()
     private.cache_trainset_representation = True  # type: ignore[assignment]
     with torch.inference_mode(False), torch.no_grad():
