@@ -44,6 +44,31 @@ def test_torchao_without_its_block(tmp_path: Path, block: str) -> None:
     assert artifact.evidence == ("safetensors metadata describes 2 tensors of IntxUnpackedToInt8Tensor",)
 
 
+def test_a_block_within_the_language_model_counts(tmp_path: Path) -> None:
+    nested = {"model_type": "llava", "text_config": config(quantization_config=TORCHAO_BLOCK)}
+    artifact = detect(torchao(tmp_path / "m", config=nested))
+    assert artifact.kind == "torchao" and artifact.quantization_config == TORCHAO_BLOCK
+    with pytest.raises(ArtifactError, match="holds no quantized tensor"):
+        detect(dense(tmp_path / "d", config=nested))
+
+
+def test_the_config_may_name_the_weights(tmp_path: Path) -> None:
+    directory = dense(tmp_path / "m", config=config(transformers_weights="other.safetensors"))
+    with pytest.raises(ArtifactError, match=r"names the weights 'other\.safetensors', which are not there"):
+        detect(directory)
+    write_safetensors(directory / "other.safetensors", {"w": ("BF16", (2, 2))}, {"format": "pt"})
+    artifact = detect(directory)
+    assert artifact.weights.files == ("other.safetensors",) and artifact.table is not None
+    assert set(artifact.table.tensors) == {"w"}
+    for bad in ("../m/other.safetensors", "pytorch_model.bin", 7, "/etc/passwd.safetensors"):
+        edit_json(directory / "config.json", lambda c, bad=bad: c.update(transformers_weights=bad))
+        with pytest.raises(ArtifactError, match=r"leaves the directory|no safetensors file"):
+            detect(directory)
+    sharded = dense(tmp_path / "s", shards=2, config=config(transformers_weights="w.safetensors.index.json"))
+    (sharded / "model.safetensors.index.json").rename(sharded / "w.safetensors.index.json")
+    assert len(detect(sharded).weights.files) == 2
+
+
 def test_a_null_block_is_no_block(tmp_path: Path) -> None:
     assert detect(dense(tmp_path / "m", config=config(quantization_config=None))).kind == "dense"
 

@@ -219,6 +219,42 @@ def test_shapes_of_every_class(good: FlatTensor, bits: int) -> None:
             check_shapes(FlatTensor(NAME, good.type, good.attributes, good.parts | {part: wrong}))
 
 
+def changed(index: int, attributes: dict[str, Any] | None = None, **given: tuple) -> FlatTensor:
+    """One of `SHAPES` with other attributes or parts."""
+    good = SHAPES[index]
+    named = {k: info(part_name(NAME, k), *v) for k, v in given.items()}
+    return FlatTensor(NAME, good.type, good.attributes | (attributes or {}), good.parts | named)
+
+
+INT4, TILED, NVFP4, MX = 5, 6, 8, 10
+
+
+@pytest.mark.parametrize(
+    ("bad", "words"),
+    [
+        (changed(NVFP4, {"block_size": 0}), "has the block_size 0"),
+        (changed(NVFP4, {"block_size": "16"}), "has the block_size '16'"),
+        (changed(NVFP4, {"block_size": True}), "has the block_size True"),
+        (changed(NVFP4, {"block_size": 24}), "has rows of 64, not divisible into blocks of 24"),
+        (changed(NVFP4, {"orig_dtype": {"_type": "torch.dtype", "_data": "int8"}}), "the dtype 'int8'"),
+        (changed(NVFP4, {"orig_dtype": None}), "the dtype None"),
+        (changed(NVFP4, scale=("F8_E5M2", 32, 4)), "has dtype F8_E5M2, not F8_E4M3"),
+        (changed(MX, scale=("F8_E4M3", 32, 2)), "has dtype F8_E4M3, not F8_E8M0"),
+        (changed(MX, qdata=("I8", 32, 64)), "has dtype I8"),
+        (changed(INT4, {"block_size": [1, 48]}), "stands for rows of 64, not divisible into groups of 48"),
+        (changed(INT4, {"shape": [48, 63], "block_size": [1, 21]}), "stands for rows of 63, not divisible"),
+        (changed(INT4, {"shape": [48]}), "no weight's"),
+        (changed(INT4, {"block_size": 32}), "has the block_size 32"),
+        (changed(TILED, {"shape": [31, 2000]}), "its description asks for [4, 16, 32, 4]"),
+        (changed(0, {"dtype": None}), "the dtype None"),
+    ],
+)
+def test_descriptions_that_fit_no_parts(bad: FlatTensor, words: str) -> None:
+    with pytest.raises(ArtifactError) as caught:
+        check_shapes(bad)
+    assert words in caught.value.message
+
+
 def test_shapes_and_bits_agree_with_torchao(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
     torch.set_num_threads(1)
@@ -323,6 +359,7 @@ def problems_of(given: dict[str, Any], flat: dict[str, FlatTensor]) -> list[str]
 def test_config_and_tensors_must_be_of_one_recipe() -> None:
     flat = flat_tensors(metadata(INTX), GOOD)
     assert problems_of(TORCHAO_BLOCK, flat) == []
+    assert problems_of(block(config("AWQConfig", base_config=config("Int8WeightOnlyConfig"))), flat) == []
     int4 = {"_type": "torch.dtype", "_data": "int4"}
     assert problems_of(block(config("IntxWeightOnlyConfig", weight_dtype=int4)), flat)[0].startswith(
         f"model.safetensors: quantized tensor '{NAME}' quantizes activations"

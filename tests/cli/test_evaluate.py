@@ -88,6 +88,16 @@ def test_json_file_and_comparison(
     assert result["gates"][0]["failed"] is False
 
 
+def test_divergence_and_speed_tables(dirs: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = call(
+        capsys, "-M", dirs["base"], "-M", dirs["noisy"], "--limit", "2", "--kl", "--worst", "1", "--speed",
+        "--batch-size", "2",
+    )  # fmt: skip
+    assert code == 0
+    assert "same top-1" in out and "decode tokens/s" in out and "first token ms" in out
+    assert out.count("worst token KL") == 1 and f"{dirs['noisy']}: document " in out
+
+
 def test_gate_failure_exits_4_and_says_by_how_much(
     dirs: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -149,6 +149,15 @@ def test_what_is_no_model_still_gives_json(tmp_path: Path, inspect_json) -> None
     assert "it has no config.json" in found["problems"][0]["message"]
 
 
+@pytest.mark.parametrize("make", [dense, torchao])
+def test_an_index_whose_shards_are_all_absent(tmp_path: Path, make, inspect_json) -> None:
+    directory = make(tmp_path / "m", shards=2)
+    for shard in directory.glob("model-*.safetensors"):
+        shard.unlink()
+    code, found = inspect_json(directory)
+    assert code == 3 and sum("which is not there" in p["message"] for p in found["problems"]) == 2
+
+
 def test_usage_errors(tmp_path: Path, inspect) -> None:
     code, out, err = inspect(tmp_path / "absent", "--json")
     assert code == 2 and out == "" and "there is no directory" in err

@@ -183,3 +183,31 @@ def test_options_that_do_not_fit(model_dir: Path, worse_dir: Path) -> None:
     ]:
         with pytest.raises(UsageError, match=message):
             evaluate(options)
+
+
+def test_a_saved_result_is_a_baseline(model_dir: Path, worse_dir: Path, tmp_path: Path) -> None:
+    direct = evaluate(Options((str(worse_dir),), baseline=str(model_dir), limit=25))
+    file = tmp_path / "base.json"
+    file.write_text(json.dumps(evaluate(Options((str(model_dir),), limit=25)).as_json()))
+    gates = (parse_gate("dloss>-9@95"),)
+    through = evaluate(Options((str(worse_dir),), baseline=str(file), limit=25, gates=gates))
+    assert [r["path"] for r in through.records] == [str(model_dir), str(worse_dir)]
+    for key in ("delta_loss", "delta_loss_stderr", "delta_loss_interval95", "delta_perplexity"):
+        assert through.records[1][key] == direct.records[1][key], key
+    assert len(through.failures) == 1
+    # Another text or protocol is refused, by the names of what differs.
+    for changed, field in (
+        ({"limit": 24}, "documents 24 against 25"),
+        ({"context_length": 64}, "context_length 64"),
+    ):
+        with pytest.raises(UsageError, match=field):
+            evaluate(Options((str(worse_dir),), baseline=str(file), **{"limit": 25, **changed}))
+    with pytest.raises(UsageError, match="needs the baseline itself"):
+        evaluate(Options((str(worse_dir),), baseline=str(file), limit=25, divergence=True))
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"protocol": {"name": "packed"}, "models": []}'])
+def test_files_that_are_no_result(model_dir: Path, tmp_path: Path, content: str) -> None:
+    (tmp_path / "r.json").write_text(content)
+    with pytest.raises(UsageError, match="is no result"):
+        evaluate(Options((str(model_dir),), baseline=str(tmp_path / "r.json"), limit=1))

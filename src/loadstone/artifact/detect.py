@@ -22,6 +22,7 @@ from loadstone.artifact.kinds import (
     TORCHAO_UNMARKED,
     UNKNOWN,
     classify,
+    quantization_block,
 )
 from loadstone.artifact.torchao_tensors import FlatTensor, flat_tensors
 from loadstone.artifact.training_run import choose_checkpoint, is_checkpoint_name
@@ -84,7 +85,7 @@ class Artifact:
     @property
     def quantization_config(self) -> dict[str, Any] | None:
         """The block of ``config.json``, None when there is none."""
-        return self.config.get("quantization_config")
+        return quantization_block(self.config)
 
     @property
     def is_torchao(self) -> bool:
@@ -141,7 +142,11 @@ def examine(path: str | Path, *, checkpoint: str | None = None, sink: Sink = ref
     except OSError as error:
         sink(ArtifactError(f"'{root}' cannot be read ({error.strerror})", "Check its permissions"))
     config = _or_empty(sink, lambda: _find_config(directory, root), ({}, ()))
-    weights = _or_empty(sink, lambda: find_weights(directory, sink), WeightFiles("none", ()))
+    weights = _or_empty(
+        sink,
+        lambda: find_weights(directory, sink, config[0].get("transformers_weights")),
+        WeightFiles("none", ()),
+    )
     if weights is None:
         weights = WeightFiles("none", ())
         sink(_no_weights(directory))

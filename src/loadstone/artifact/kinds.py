@@ -68,7 +68,7 @@ def classify(
     subclasses = {n: cls for contents in bins for n, cls in contents.subclasses.items()}
     try:
         check_subclasses(bins)
-        if config.get("quantization_config") is not None:
+        if quantization_block(config) is not None:
             return _from_block(config, weights, tensors, flat, subclasses, sink)
     except ArtifactError as error:
         sink(error)
@@ -79,7 +79,7 @@ def classify(
         kinds = ", ".join(sorted({t.type for t in flat.values()}))
         where = "safetensors metadata describes" if quantized else f"{bins[0].file} holds"
         return TORCHAO_UNMARKED, (f"{where} {len(flat)} tensors of {kinds}",), "torchao"
-    if weights.format == "none":
+    if not weights.files:
         return UNKNOWN, (), None
     _check_leftovers(tensors, sink)
     if is_file(directory / "fakequant_manifest.json"):
@@ -109,7 +109,7 @@ def _from_block(
     subclasses: dict[str, str],
     sink: Sink,
 ) -> Verdict:
-    block = config["quantization_config"]
+    block = quantization_block(config)
     method = quant_method(block)
     if method != "torchao":
         if flat:
@@ -121,7 +121,7 @@ def _from_block(
         return OTHER_QUANTIZER, (f"config.json: quantization_config.quant_method is {method}",), method
     check_layers(tensors, sink)
     recipe = check_block(block)
-    if not flat and not subclasses and weights.format != "none":
+    if not flat and not subclasses and weights.files:
         raise ArtifactError(
             f"config.json says torchao, and {weights.files[0]} holds no quantized tensor",
             "The weights are not this config's: finalize again, or remove the quantization_config block",
@@ -129,6 +129,13 @@ def _from_block(
     check_agreement(recipe, flat, sink)
     check_quantized(flat, tensors, config, sink)
     return TORCHAO, ("config.json: quantization_config.quant_method is torchao",), method
+
+
+def quantization_block(config: dict[str, Any]) -> Any:
+    """``quantization_config`` of a config or, as transformers also reads it, of its language model's part."""
+    inner = config.get("text_config")
+    block = config.get("quantization_config")
+    return inner.get("quantization_config") if block is None and isinstance(inner, dict) else block
 
 
 def quant_method(block: Any) -> str:

@@ -151,6 +151,7 @@ _ATTRIBUTE_CLASSES = frozenset(
         "ScaleCalculationMode",
     ]
 )
+_COMPUTE = ("float16", "bfloat16", "float32", "float64")
 _TORCH_DTYPE = re.compile(r"u?int\d{1,2}|bfloat16|float\d{1,2}(_e\dm\d\w{0,10})?|bool|complex\d{2,3}")
 
 
@@ -227,6 +228,10 @@ def check_shapes(tensor: FlatTensor) -> None:
         )
     if len(tensor.shape) < 2 or 0 in tensor.shape:
         raise _misfit(tensor, qdata, f"has shape {list(qdata.shape)}, which is no weight's")
+    # The int4 classes compute in the dtype of their scales; Float8Tensor may leave its own unsaid.
+    says = any(k in tensor.attributes for k in ("dtype", "orig_dtype")) and not tensor.type.startswith("Int4")
+    if says and tensor.dtype not in _COMPUTE:
+        raise ArtifactError(f"the metadata of '{tensor.name}' has the dtype {tensor.dtype!r}", _AGAIN)
     if tensor.type in ("IntxUnpackedToInt8Tensor", "Int8Tensor", "Float8Tensor"):
         _check_blocks(tensor)
     elif tensor.type in ("MXTensor", "NVFP4Tensor"):
@@ -260,15 +265,13 @@ def _check_blocks(tensor: FlatTensor) -> None:
             raise ArtifactError(
                 f"the metadata of '{tensor.name}' has an unknown activation_quantization", _AGAIN
             )
-    if tensor.type != "Float8Tensor" and tensor.dtype not in ("float16", "bfloat16", "float32"):
-        raise ArtifactError(f"the metadata of '{tensor.name}' has the dtype {tensor.dtype!r}", _AGAIN)
 
 
 def _check_micro_scales(tensor: FlatTensor) -> None:
     """MX and NVFP4: a scale per block along a row, plain or in the 32x16 tiles of ``to_blocked``."""
     block = tensor.attributes["block_size"]
     if type(block) is not int or block < 1:
-        raise ArtifactError(f"the metadata of '{tensor.name}' has the block_size {block!r}", _AGAIN)
+        raise ArtifactError(f"the metadata of '{tensor.name}' has the block_size {ascii(block)[:80]}", _AGAIN)
     *leading, rows, columns = tensor.shape
     if columns % block:
         raise _misfit(

@@ -46,11 +46,14 @@ class TensorTable:
     headers: tuple[ShardHeader, ...] = field(repr=False, default=())
 
 
-def find_weights(directory: Path, sink: Sink = refuse) -> WeightFiles | None:
+def find_weights(directory: Path, sink: Sink = refuse, named: object = None) -> WeightFiles | None:
     """The weight files a load would read, in transformers' order of preference; None when there are none.
 
-    Raises `ArtifactError` for an index that is malformed, leaves the directory, or names absent files.
+    ``named`` is what config.json says under ``transformers_weights``: that file or index and no other. Raises
+    `ArtifactError` for an index that is malformed, leaves the directory, or names absent files.
     """
+    if named is not None:
+        return _named(directory, named, sink)
     for fmt, single, index in (("safetensors", SAFETENSORS, SAFETENSORS_INDEX), ("bin", BIN, BIN_INDEX)):
         if is_file(directory / single):
             check_inside(directory, single)
@@ -77,6 +80,21 @@ def find_dcp(directory: Path) -> str | None:
         if is_file(directory / folder / DCP_METADATA):
             return folder
     return None
+
+
+def _named(directory: Path, name: object, sink: Sink) -> WeightFiles:
+    known = isinstance(name, str) and name.endswith((".safetensors", ".safetensors.index.json"))
+    if not isinstance(name, str) or not known:
+        what = f"config.json: transformers_weights is {ascii(name)[:80]}, no safetensors file"
+        raise ArtifactError(what, "Restore config.json from the source")
+    check_inside(directory, name)
+    if not is_file(directory / name):
+        raise ArtifactError(
+            f"config.json names the weights '{name[:200]}', which are not there", "Copy the file"
+        )
+    if name.endswith(".index.json"):
+        return _sharded(directory, "safetensors", name, sink)
+    return WeightFiles("safetensors", (name,), notes=_strays(directory, "safetensors", (name,)))
 
 
 def _sharded(directory: Path, fmt: str, index: str, sink: Sink) -> WeightFiles:

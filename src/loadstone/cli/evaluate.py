@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -18,7 +18,6 @@ from loadstone.errors import GateFailed, UsageError
 
 if TYPE_CHECKING:
     from loadstone.evaluation.run import Outcome
-    from loadstone.evaluation.tokens import Protocol
 
 EXAMPLE = """
 [bold]Examples[/]
@@ -53,8 +52,8 @@ def evaluate(
     baseline: Annotated[
         str | None,
         typer.Option(
-            metavar="DIR",
-            help="Model the others are compared with; otherwise the first -M.",
+            metavar="DIR|FILE",
+            help="Model the others are compared with, or its saved --json; otherwise the first -M.",
             rich_help_panel=MODELS,
         ),
     ] = None,
@@ -197,9 +196,36 @@ def evaluate(
     worst: Annotated[
         int,
         typer.Option(
-            metavar="N", help="With --kl, list the N documents that diverge most.", rich_help_panel=RESULT
+            metavar="N",
+            min=0,
+            help="With --kl, list the N documents that diverge most.",
+            rich_help_panel=RESULT,
         ),
     ] = 5,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            metavar="A,B", help="Also lm-eval tasks, compared example by example.", rich_help_panel=RESULT
+        ),
+    ] = None,
+    task_path: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR", help="Folder of task YAMLs besides lm-eval's own.", rich_help_panel=RESULT
+        ),
+    ] = None,
+    speed: Annotated[
+        bool,
+        typer.Option(
+            "--speed", help="Also prefill and decode speed, time to first token.", rich_help_panel=RESULT
+        ),
+    ] = False,
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Write an HTML page with pictures, and the pictures.", rich_help_panel=RESULT
+        ),
+    ] = None,
     fail_if: Annotated[
         list[str] | None,
         typer.Option(
@@ -263,6 +289,9 @@ def evaluate(
             compile=compile_layers,
             cache=cache,
             resume=resume,
+            tasks=tuple(filter(None, (tasks or "").split(","))),
+            task_path=task_path,
+            speed=speed,
             gates=gates,
         ),
         bar=_bar,
@@ -277,6 +306,12 @@ def evaluate(
             Path(json_to).write_text(text + "\n", encoding="utf-8")
     if json_to != "-":
         _render(outcome)
+    if report is not None:
+        from loadstone.evaluation.report import write_report
+        from loadstone.evaluation.tables import describe
+
+        page = write_report(outcome, report, describe(outcome.task.protocol))
+        logging.getLogger("loadstone").info("report: %s", page)
     if outcome.failures:
         raise GateFailed("; ".join(v.describe() for v in outcome.failures))
 
@@ -308,14 +343,13 @@ def _render(outcome: Outcome) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from loadstone.evaluation.tables import describe, tables
+
     # Piped output is for files and greps: never wrapped to a terminal's width.
     console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 200)
     protocol = outcome.task.protocol
     console.print(describe(protocol), markup=False)
-    tables = [_losses(outcome)]
-    if any("kl" in record for record in outcome.records):
-        tables.append(_divergences(outcome))
-    for columns, rows in tables:
+    for columns, rows in tables(outcome.records):
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
         for i, column in enumerate(columns):
             table.add_column(column, justify="left" if i == 0 else "right")
@@ -331,62 +365,3 @@ def _render(outcome: Outcome) -> None:
     for verdict in outcome.verdicts:
         state = "[red]failed[/]" if verdict.failed else "[green]passed[/]"
         console.print(f"gate {verdict.gate} {state} for {verdict.model}: {verdict.value:.6g}")
-
-
-def describe(protocol: Protocol) -> str:
-    """One line that says what was asked of the models."""
-    start = "every document and window" if protocol.bos_each_window else "every document"
-    stride = f", stride {protocol.stride}" if protocol.name == "strided" else ""
-    return (
-        f"{protocol.documents} documents, {protocol.tokens} tokens of {protocol.data}; {protocol.name} "
-        f"windows of {protocol.context_length}{stride}; {protocol.separator} starts {start}; {protocol.dtype}"
-    )
-
-
-def _losses(outcome: Outcome) -> tuple[list[str], list[list[str]]]:
-    compared = any(r["delta_loss"] is not None for r in outcome.records)
-    deltas = ["Δ loss", "Δ ppl"] if compared else []
-    columns = ["model", "loss", "perplexity", "bits/byte", *deltas, "tokens/s", "peak MiB", "load s"]
-    return columns, [_loss_row(record, compared) for record in outcome.records]
-
-
-def _loss_row(record: dict[str, Any], compared: bool) -> list[str]:
-    delta: list[str] = []
-    if compared and record["delta_loss"] is None:
-        delta = ["reference", ""]
-    elif compared:
-        relative = 100 * record["delta_perplexity_relative"]
-        delta = [_pm(record["delta_loss"], record["delta_loss_stderr"], "+.4f"), f"{relative:+.2f} %"]
-    speed = record["tokens_per_second"]
-    return [
-        record["path"],
-        _pm(record["loss"], record["loss_stderr"], ".4f"),
-        _pm(record["perplexity"], record["perplexity_stderr"], ".3f"),
-        _pm(record["bits_per_byte"], record["bits_per_byte_stderr"], ".4f"),
-        *delta,
-        "" if speed is None else f"{speed:.0f}",
-        f"{record['peak_memory_bytes'] / 2**20:.0f}",
-        f"{record['load_seconds']:.1f}",
-    ]
-
-
-def _divergences(outcome: Outcome) -> tuple[list[str], list[list[str]]]:
-    columns = ["model", "KL", "KL reverse", "median", "90 %", "99 %", "99.9 %", "max", "same top-1"]
-    rows = [
-        [
-            r["path"],
-            _pm(r["kl"], r["kl_stderr"], ".5f"),
-            _pm(r["kl_reverse"], r["kl_reverse_stderr"], ".5f"),
-            *(f"{r[key]:.4g}" for key in ("kl_median", "kl_p90", "kl_p99", "kl_p999", "kl_max")),
-            f"{100 * r['top1_agreement']:.2f} %",
-        ]
-        for r in outcome.records
-        if "kl" in r
-    ]
-    return columns, rows
-
-
-def _pm(value: float | None, error: float | None, form: str) -> str:
-    if value is None:
-        return "inf"
-    return format(value, form) if error is None else f"{value:{form}} ± {error:{form.lstrip('+')}}"

@@ -119,10 +119,14 @@ def require_same(a: Protocol, b: Protocol, names: tuple[str, str]) -> None:
             f"'{names[0]}' and '{names[1]}' tokenize the text differently: their losses do not compare",
             "Evaluate them one at a time and compare bits_per_byte",
         )
-    shown = "; ".join(f"{f} {getattr(a, f)} against {getattr(b, f)}" for f in fields)
+    shown = "; ".join(f"{f} {_short(getattr(a, f))} against {_short(getattr(b, f))}" for f in fields)
     raise UsageError(
         f"'{names[0]}' and '{names[1]}' were evaluated differently: {shown}", "Use one protocol for both"
     )
+
+
+def _short(value: object) -> str:
+    return f"{value:.12}" if isinstance(value, str) else str(value)
 
 
 def _exp(value: float) -> float:

@@ -57,7 +57,7 @@ def score_pair(
     """
     halves = halve(reference), halve(model)
     # Two sets of logits and their float64 copies are held at once.
-    rows = max(1, chunk_rows(reference, maker.device) // 4)
+    at_once = max(1, chunk_rows(reference, maker.device) // 4)
     spent = [0.0, 0.0]
     looked = False
 
@@ -72,16 +72,19 @@ def score_pair(
     def compute(batch: Batch) -> dict[str, torch.Tensor]:
         nonlocal looked
         hidden = [timed(i, halves[i].backbone, batch.ids).flatten(0, 1) for i in (0, 1)]
+        rows = [batch.rows.to(h.device) for h in hidden]
         parts: list[dict[str, torch.Tensor]] = []
-        for at in range(0, len(batch.rows), rows):
-            part = slice(at, at + rows)
-            logits = [timed(i, halves[i].head, hidden[i][batch.rows[part]][None]) for i in (0, 1)]
+        for at in range(0, len(batch.rows), at_once):
+            part = slice(at, at + at_once)
+            logits = [timed(i, halves[i].head, hidden[i][rows[i][part]][None]) for i in (0, 1)]
             if logits[0].shape != logits[1].shape:
                 raise UsageError(
                     f"'{names[0]}' and '{names[1]}' have vocabularies of {logits[0].shape[-1]} and "
                     f"{logits[1].shape[-1]} tokens: there is no KL divergence between them"
                 )
-            parts.append(diverge(logits[0], logits[1].to(logits[0].device), batch.targets[part]))
+            parts.append(
+                diverge(logits[0], logits[1].to(logits[0].device), batch.targets[part].to(logits[0].device))
+            )
         values = {key: torch.cat([p[key] for p in parts]) for key in _DTYPES}
         if not looked:
             check_finite(values["nll_reference"], names[0])

@@ -41,11 +41,15 @@ class Opened:
     model: Any
     device: torch.device
     load_seconds: float
+    parameters: int
     fast: FastPath
 
 
-def choose_subjects(options: Options, device: str) -> tuple[Subject, ...]:
-    """Plan every model, the reference (the baseline, or the first of several) first, in one common dtype."""
+def choose_subjects(options: Options, device: str, *, referenced: bool = False) -> tuple[Subject, ...]:
+    """Plan every model, the reference (the baseline, or the first of several) first, in one common dtype.
+
+    ``referenced``: the reference is a saved result, so none of these is.
+    """
     if not options.models:
         raise UsageError("no model to evaluate", "Name a directory with -M")
     names = list(dict.fromkeys([options.baseline or options.models[0], *options.models]))
@@ -67,7 +71,7 @@ def choose_subjects(options: Options, device: str) -> tuple[Subject, ...]:
         log.info("computing in %s: %s", dtype, why)
         plans = [replace(p, dtype=dtype) for p in plans]
     return tuple(
-        Subject(name, p, reference=len(names) > 1 and i == 0, given=name in options.models)
+        Subject(name, p, reference=len(names) > 1 and i == 0 and not referenced, given=name in options.models)
         for i, (name, p) in enumerate(zip(names, plans, strict=True))
     )
 
@@ -76,7 +80,10 @@ def compute_dtype(reference: LoadPlan, device: str) -> tuple[str, str]:
     """The fastest type of the device that is exact enough, and the reason for it."""
     on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
     if not on_gpu:
-        return "float32", "a CPU emulates bfloat16 products, several times slower and less exact"
+        return (
+            "float32",
+            "most CPUs emulate bfloat16 products, several times slower; float32 agrees between CPUs",
+        )
     config = reference.artifact.config
     config = {**config, **(config.get("text_config") or {})}
     stored = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16").removeprefix("torch.")
@@ -92,10 +99,11 @@ def opened(subject: Subject, options: Options) -> Iterator[Opened]:
     clock = time.perf_counter()
     model = load(subject.plan)
     device = model.get_input_embeddings().weight.device
+    parameters = sum(p.numel() for p in model.parameters())
     fast = speed_up(model) if options.fast else FastPath()
     if options.compile:
         compile_layers(model)
-    it = Opened(model, device, time.perf_counter() - clock, fast)
+    it = Opened(model, device, time.perf_counter() - clock, parameters, fast)
     del model
     try:
         yield it

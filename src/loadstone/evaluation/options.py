@@ -34,6 +34,9 @@ class Options:
     cache: str | None = None
     resume: bool = False
     save_every: float = 30.0
+    tasks: tuple[str, ...] = ()
+    task_path: str | None = None
+    speed: bool = False
     gates: tuple[Gate, ...] = ()
 
     @property

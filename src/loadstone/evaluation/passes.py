@@ -20,8 +20,10 @@ from loadstone.evaluation.models import Opened, Subject, opened
 from loadstone.evaluation.options import Options
 from loadstone.evaluation.ranks import Ranks
 from loadstone.evaluation.scoring import BatchMaker, Timing, Values, check_finite, plan_batches, score
+from loadstone.evaluation.speed import measure_speed
 from loadstone.evaluation.store import Store, entry_key
 from loadstone.evaluation.task import Task
+from loadstone.evaluation.tasks import TaskScore, run_tasks
 
 log = logging.getLogger(__name__)
 Bar = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
@@ -38,6 +40,7 @@ class Cost:
     peak_bytes: int
     device: str
     batch_size: int
+    parameters: int
     kept_linears: int = 0
     packed_linears: int = 0
     cached: bool = False
@@ -144,6 +147,7 @@ def _cost(bench: Bench, it: Opened, timing: Timing, size: int) -> Cost:
         peak_bytes=peak_bytes(it.device),
         device=str(it.device),
         batch_size=size,
+        parameters=it.parameters,
         kept_linears=it.fast.kept,
         packed_linears=it.fast.packed,
     )
@@ -182,3 +186,27 @@ def _cached(bench: Bench, key: str | None, name: str) -> tuple[Values, dict[str,
 def _keep(bench: Bench, key: str | None, values: Values, costs: dict[str, Cost]) -> None:
     if bench.store is not None and key is not None and bench.ranks.first:
         bench.store.finish(key, values, {role: asdict(cost) for role, cost in costs.items()})
+
+
+def extras(bench: Bench, subject: Subject, batch_size: int) -> tuple[list[TaskScore], list[dict[str, Any]]]:
+    """What was asked for besides the text: scores of lm-eval tasks, and figures of speed."""
+    options, task = bench.options, bench.task.result()
+    if not options.tasks and not options.speed:
+        return [], []
+    scores: list[TaskScore] = []
+    speeds: list[dict[str, Any]] = []
+    with opened(subject, options) as it:
+        if options.speed:
+            ids = torch.from_numpy(task.stream.ids).to(it.device)
+            speeds = measure_speed(it.model, ids, (1, batch_size))
+        if options.tasks:
+            log.info("%s: running lm-eval tasks", subject.name)
+            scores = run_tasks(
+                it.model,
+                task.tokenizer,
+                options.tasks,
+                include=options.task_path,
+                limit=options.limit,
+                batch_size=batch_size,
+            )
+    return scores, speeds

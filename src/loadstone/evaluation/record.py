@@ -16,9 +16,11 @@ def make_record(
 ) -> dict[str, Any]:
     """The record of one model; ``delta`` is its difference to the reference, None for the reference
     itself."""
+    artifact = subject.plan.artifact
+    stored = sum((artifact.path / file).stat().st_size for file in artifact.weights.files)
     record: dict[str, Any] = {
         "path": subject.name,
-        "kind": subject.plan.artifact.kind,
+        "kind": artifact.kind,
         "load_path": subject.plan.load_path,
         "reference": subject.reference,
         "loss": figures.loss.value,
@@ -41,9 +43,9 @@ def make_record(
         "tokens_per_second": cost.timed_tokens / cost.seconds if cost.seconds and cost.timed_tokens else None,
         "load_seconds": cost.load_seconds,
         "peak_memory_bytes": cost.peak_bytes,
-        "weight_bytes": sum(
-            (subject.plan.artifact.path / f).stat().st_size for f in subject.plan.artifact.weights.files
-        ),
+        "weight_bytes": stored,
+        "parameters": cost.parameters,
+        "bits_per_parameter": 8 * stored / cost.parameters,
         "device": cost.device,
         "dtype": subject.plan.dtype,
         "batch_size": cost.batch_size,

@@ -6,21 +6,24 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from loadstone.errors import UsageError
-from loadstone.evaluation.compare import difference, summarize
+from loadstone.evaluation.compare import difference, require_same, summarize
 from loadstone.evaluation.divergence import divergence_record, worst_documents
 from loadstone.evaluation.gates import Verdict, judge
 from loadstone.evaluation.models import Subject, choose_subjects, opened
 from loadstone.evaluation.options import Options
-from loadstone.evaluation.passes import Bar, Bench, Cost, pair, single
+from loadstone.evaluation.passes import Bar, Bench, Cost, extras, pair, single
 from loadstone.evaluation.ranks import joined
 from loadstone.evaluation.record import make_record
+from loadstone.evaluation.saved import Saved, read_saved
 from loadstone.evaluation.scoring import Values
 from loadstone.evaluation.store import open_store
 from loadstone.evaluation.task import Task, make_task
+from loadstone.evaluation.tasks import TaskScore, task_records
 
 DEFAULT_CACHE = "~/.cache/loadstone/eval"
 
@@ -67,15 +70,30 @@ def evaluate(options: Options, bar: Bar = no_bar) -> Outcome:
                 )
         if options.divergence:
             raise UsageError("--kl needs a reference model", "Add --baseline DIR or a second -M")
+    saved = None
+    if options.baseline is not None and Path(options.baseline).is_file():
+        saved = read_saved(options.baseline)
+        if options.measures_divergence:
+            raise UsageError(
+                "KL divergence needs the baseline itself, not a saved result", "Name its directory"
+            )
+        dtype = saved.protocol.dtype if options.dtype == "auto" else options.dtype
+        options = replace(options, baseline=None, dtype=dtype)
     store = open_store(options.cache or DEFAULT_CACHE) if options.cache or options.resume else None
     with joined() as ranks, ThreadPoolExecutor(1) as pool:
-        subjects = choose_subjects(options, ranks.device(options.device))
+        subjects = choose_subjects(options, ranks.device(options.device), referenced=saved is not None)
         # The text is read and tokenized while the first model loads.
         making = pool.submit(make_task, options, subjects)
         bench = Bench(options, making, store, ranks, bar)
+        if saved is not None:
+            # Before anything is computed.
+            require_same(making.result().protocol, saved.protocol, (subjects[0].name, saved.record["path"]))
         measure = _with_divergence if options.measures_divergence else _alone
         values, costs = measure(bench, subjects)
-        return _report(options, subjects, making.result(), values, costs, ranks.first)
+        more = {s.name: extras(bench, s, costs[s.name].batch_size) for s in subjects} if ranks.first else {}
+        # The others wait: the launcher would take an early end for a failure.
+        ranks.wait()
+        return _report(bench, subjects, values, costs, more, saved)
 
 
 def _alone(bench: Bench, subjects: tuple[Subject, ...]) -> tuple[dict[str, Values], dict[str, Cost]]:
@@ -110,29 +128,44 @@ def _with_divergence(
 
 
 def _report(
-    options: Options,
+    bench: Bench,
     subjects: tuple[Subject, ...],
-    task: Task,
     values: dict[str, Values],
     costs: dict[str, Cost],
-    first: bool,
+    more: dict[str, tuple[list[TaskScore], list[dict[str, Any]]]],
+    saved: Saved | None,
 ) -> Outcome:
+    options, task = bench.options, bench.task.result()
     sums = {name: task.units.sums(v["nll"]) for name, v in values.items()}
-    records, verdicts = [], []
+    records: list[dict[str, Any]] = []
+    verdicts: list[Verdict] = []
+    base = sums[subjects[0].name] if subjects[0].reference else None
+    if saved is not None:
+        records.append(saved.record)
+        base = saved.sums
     for subject in subjects:
         name = subject.name
         figures = summarize(sums[name], task.units, task.protocol)
         delta = None
-        if subjects[0].reference and subject is not subjects[0]:
-            delta = difference(sums[name], sums[subjects[0].name], task.units, task.protocol)
+        if base is not None and not subject.reference:
+            delta = difference(sums[name], base, task.units, task.protocol)
         record = make_record(subject, task.protocol, costs[name], figures, delta)
+        record["unit_losses"] = sums[name].tolist()
         if "kl" in values[name]:
             record |= divergence_record(values[name], task.units)
             record["worst_documents"] = worst_documents(
                 values[name], task.stream, task.tokenizer, options.worst
             )
+        scores, speeds = more.get(name, ([], []))
+        if options.tasks:
+            other = (
+                more[subjects[0].name][0] if more and subjects[0].reference and delta is not None else None
+            )
+            record["tasks"] = task_records(scores, other)
+        if options.speed:
+            record["speed"] = speeds
         records.append(record)
         for gate in options.gates:
             if subject.given and (delta is not None or not gate.compares):
                 verdicts.append(judge(gate, record, delta))
-    return Outcome(task, tuple(records), tuple(verdicts), values, first)
+    return Outcome(task, tuple(records), tuple(verdicts), values, bench.ranks.first)

@@ -153,7 +153,7 @@ def run_batches(
             batch = maker(members)
             with torch.inference_mode():
                 for name, value in compute(batch).items():
-                    tensors[name][batch.slots] = value.to(tensors[name].dtype)
+                    tensors[name][batch.slots] = value.to(tensors[name])
             counted += len(batch.slots)
             if progress is not None:
                 progress(len(batch.slots))
@@ -192,11 +192,13 @@ def score(
 def batch_losses(halves: Halves, batch: Batch, rows_at_once: int) -> torch.Tensor:
     """Losses of one batch, (n,): the head is computed ``rows_at_once`` rows at a time."""
     hidden = halves.backbone(batch.ids).flatten(0, 1)
+    # A model spread over several devices ends on another one than it begins.
+    rows, targets = batch.rows.to(hidden.device), batch.targets.to(hidden.device)
     parts = []
     for at in range(0, len(batch.rows), rows_at_once):
         part = slice(at, at + rows_at_once)
-        logits = widen(halves.head(hidden[batch.rows[part]][None]))
-        parts.append(F.cross_entropy(logits, batch.targets[part], reduction="none"))
+        logits = widen(halves.head(hidden[rows[part]][None])).to(hidden.device)
+        parts.append(F.cross_entropy(logits, targets[part], reduction="none"))
     return torch.cat(parts) if parts else hidden.new_zeros(0)
 
 

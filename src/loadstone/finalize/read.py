@@ -23,6 +23,10 @@ class SourceReader:
         """The tensor on the CPU, in its stored dtype; raises `ArtifactError` when the file ends inside it."""
         if self.artifact.weights.format == "bin":
             return self._read_bin(info)
+        if self.artifact.dcp is not None:
+            from loadstone.loading.dcpfiles import read_dcp_tensor
+
+            return read_dcp_tensor(self.artifact, info.name)
         import torch
 
         buffer = bytearray(info.nbytes)

@@ -81,7 +81,8 @@ def _cuda_map(device: str) -> dict[str, str]:
 
 def weight_bytes(artifact: Artifact) -> int:
     """Bytes of all weight files."""
-    return sum((artifact.path / file).stat().st_size for file in artifact.weights.files)
+    files = artifact.dcp.files if artifact.dcp else artifact.weights.files
+    return sum((artifact.path / file).stat().st_size for file in files)
 
 
 def quantize_device(device: str) -> str:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from loadstone.artifact import Artifact, FlatTensor
 from loadstone.errors import ArtifactError
+from loadstone.loading.dcpfiles import LazyDcp
 from loadstone.loading.repack import int4_tiles_to_cpu
 
 if TYPE_CHECKING:
@@ -86,6 +87,8 @@ def lazy_state_dict(artifact: Artifact, dtype: torch.dtype | None) -> Iterator[d
     with ExitStack() as stack:
         if artifact.weights.format == "safetensors":
             yield _from_safetensors(artifact, dtype, stack)
+        elif artifact.dcp is not None:
+            yield {name: LazyDcp(artifact, name) for name in artifact.dcp.tensors}
         else:
             from loadstone.loading.binfiles import read_bins
 

@@ -53,7 +53,7 @@ def load_tokenizer(target: str | Path | Artifact | LoadPlan, *, trust_remote_cod
         target = target.artifact
     if not isinstance(target, Artifact):
         target = plan(target).artifact
-    for directory in dict.fromkeys((target.path, target.root)):
+    for directory in target.sidecar_dirs:
         if any((directory / name).is_file() for name in TOKENIZER_FILES):
             try:
                 return AutoTokenizer.from_pretrained(

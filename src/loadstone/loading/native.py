@@ -42,7 +42,8 @@ def load_native(plan: LoadPlan, device_map: Any) -> PreTrainedModel:
     options: dict[str, Any] = {"dtype": dtype, "device_map": device_map}
     with ThreadPoolExecutor(1) as pool:
         # The scan reads the same bytes as the load, on the other core, through a small buffer.
-        stored = artifact.table.tensors.values() if artifact.table else ()
+        files = artifact.weights.format == "safetensors" and artifact.table
+        stored = files.tensors.values() if files else ()
         scan = pool.submit(check_values, artifact.path, stored, limits_of(artifact.quantized.values()))
         with lazy_state_dict(artifact, quantized_dtype) as state, _quiet_transformers():
             model, info = model_class.from_pretrained(
@@ -103,7 +104,7 @@ def load_config(artifact: Artifact, trust_remote_code: bool = False) -> Any:
 
     try:
         config = AutoConfig.from_pretrained(
-            artifact.path, trust_remote_code=trust_remote_code, local_files_only=True
+            beside(artifact, "config.json"), trust_remote_code=trust_remote_code, local_files_only=True
         )
     except (ValueError, KeyError, TypeError, OSError) as error:
         reason = " ".join(str(error).split())[:300]
@@ -113,6 +114,11 @@ def load_config(artifact: Artifact, trust_remote_code: bool = False) -> Any:
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     return config
+
+
+def beside(artifact: Artifact, name: str) -> Path | None:
+    """The directory that holds a sidecar file: the weights' own, else the training run's."""
+    return next((folder for folder in artifact.sidecar_dirs if (folder / name).is_file()), None)
 
 
 def model_class_of(config: Any, artifact: Artifact) -> Any:
@@ -179,8 +185,8 @@ def _finish(artifact: Artifact, model: PreTrainedModel) -> None:
     from transformers import GenerationConfig
 
     model.config.name_or_path = model.name_or_path = str(artifact.path)
-    if model.can_generate() and (artifact.path / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(artifact.path, local_files_only=True)
+    if model.can_generate() and (folder := beside(artifact, "generation_config.json")):
+        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     if artifact.is_torchao:
         from loadstone.loading.quantizer import attach_quantizer
 

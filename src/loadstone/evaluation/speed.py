@@ -1,0 +1,62 @@
+"""``--speed``: how fast a model reads a prompt and writes tokens, for one sequence and for a full batch."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import Any
+
+import torch
+
+from loadstone.evaluation.measure import peak_bytes, reset_peak
+
+_PROMPT, _WRITTEN, _RUNS = 512, 16, 3
+
+
+def measure_speed(model: Any, ids: torch.Tensor, batch_sizes: tuple[int, ...]) -> list[dict[str, Any]]:
+    """Prefill and decode speed on prompts cut from ``ids`` (tokens,), one record a batch size: tokens per
+    second of all sequences together, seconds to the first token (median of three), peak memory in bytes."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or _PROMPT + _WRITTEN
+    length = max(1, min(_PROMPT, limit - _WRITTEN, len(ids)))
+    prompt = ids[:length]
+    return [_measure(model, prompt.expand(size, length).contiguous()) for size in sorted(set(batch_sizes))]
+
+
+def _measure(model: Any, prompt: torch.Tensor) -> dict[str, Any]:
+    device = prompt.device
+    reset_peak(device)
+    firsts, rates = [], []
+    # The first run warms caches and kernels up.
+    for _ in range(_RUNS + 1):
+        first, rate = _generate(model, prompt)
+        firsts.append(first)
+        rates.append(rate)
+    first = statistics.median(firsts[1:])
+    return {
+        "batch_size": len(prompt),
+        "prompt_tokens": prompt.shape[1],
+        "prefill_tokens_per_second": prompt.numel() / first,
+        "first_token_seconds": first,
+        "decode_tokens_per_second": statistics.median(rates[1:]),
+        "peak_memory_bytes": peak_bytes(device),
+    }
+
+
+def _generate(model: Any, prompt: torch.Tensor) -> tuple[float, float]:
+    """Seconds to the first token, and tokens per second after it, of greedy decoding with a cache."""
+    with torch.inference_mode():
+        begin = _now(prompt.device)
+        out = model(input_ids=prompt, use_cache=True, logits_to_keep=1)
+        token = out.logits[:, -1:].argmax(-1)
+        first = _now(prompt.device)
+        for _ in range(_WRITTEN):
+            out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
+            token = out.logits[:, -1:].argmax(-1)
+        end = _now(prompt.device)
+    return first - begin, len(prompt) * _WRITTEN / (end - first)
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

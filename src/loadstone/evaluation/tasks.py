@@ -1,0 +1,134 @@
+"""``--tasks``: lm-eval's tasks on a model that our loader loaded, with paired differences to the
+reference."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from loadstone.errors import MissingError, UsageError
+
+# lm-eval writes "acc,none": metric, comma, filter.
+_STDERR = "_stderr"
+
+
+@dataclass(frozen=True, eq=False)
+class TaskScore:
+    """One metric of one task. ``samples``: its value on each example by the example's id, empty where a
+    metric is no mean over examples."""
+
+    task: str
+    metric: str
+    value: float
+    stderr: float | None
+    higher_is_better: bool
+    samples: dict[int, float]
+
+
+def run_tasks(
+    model: Any,
+    tokenizer: Any,
+    names: tuple[str, ...],
+    *,
+    include: str | None,
+    limit: int | None,
+    batch_size: int,
+) -> list[TaskScore]:
+    """Run lm-eval tasks (``include``: a folder of task YAMLs besides lm-eval's own) on a loaded model.
+
+    Raises MissingError without lm-eval, UsageError for an unknown task.
+    """
+    try:
+        import lm_eval
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+    except ImportError:
+        raise MissingError("--tasks needs lm-eval", "pip install 'loadstone[tasks]'") from None
+    manager = TaskManager(include_path=include)
+    if unknown := [name for name in names if not manager.match_tasks([name])]:
+        raise UsageError(
+            f"lm-eval knows no task {', '.join(unknown)}", "Give the folder of its YAML with --task-path"
+        )
+    adapter = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    results = lm_eval.simple_evaluate(
+        model=adapter,
+        tasks=list(names),
+        task_manager=manager,
+        limit=limit,
+        log_samples=True,
+        bootstrap_iters=0,
+    )
+    return [
+        score
+        for task, figures in results["results"].items()
+        for score in _scores(
+            task, figures, results["samples"].get(task, ()), results["higher_is_better"].get(task, {})
+        )
+    ]
+
+
+def _scores(task: str, figures: dict[str, Any], samples: Any, higher: dict[str, Any]) -> list[TaskScore]:
+    found = []
+    for key, value in figures.items():
+        metric, comma, chosen = key.partition(",")
+        if not comma or metric.endswith(_STDERR) or not isinstance(value, int | float):
+            continue
+        stderr = figures.get(f"{metric}{_STDERR},{chosen}")
+        each = {
+            int(s["doc_id"]): float(s[metric])
+            for s in samples
+            if isinstance(s.get(metric), int | float | bool) and s.get("filter", chosen) == chosen
+        }
+        found.append(
+            TaskScore(
+                task,
+                metric if chosen == "none" else key,
+                float(value),
+                float(stderr) if isinstance(stderr, int | float) and math.isfinite(stderr) else None,
+                bool(higher.get(metric, True)),
+                each,
+            )
+        )
+    return found
+
+
+def task_records(scores: list[TaskScore], reference: list[TaskScore] | None) -> list[dict[str, Any]]:
+    """The ``tasks`` of a model's JSON record; with a reference, paired by example: the difference of each
+    example is taken first, so that what both models find hard or easy drops out of the error."""
+    others = {(s.task, s.metric): s for s in reference or ()}
+    return [
+        {
+            "task": s.task,
+            "metric": s.metric,
+            "value": s.value,
+            "stderr": s.stderr if s.stderr is not None else _mean_error(list(s.samples.values())),
+            "examples": len(s.samples) or None,
+            "higher_is_better": s.higher_is_better,
+            **_paired(s, others.get((s.task, s.metric))),
+        }
+        for s in scores
+    ]
+
+
+def _paired(score: TaskScore, other: TaskScore | None) -> dict[str, Any]:
+    if other is None:
+        return {"delta": None, "delta_stderr": None, "p_value": None}
+    shared = sorted(score.samples.keys() & other.samples.keys())
+    apart = [score.samples[i] - other.samples[i] for i in shared]
+    error = _mean_error(apart)
+    p_value = None
+    if error is not None:
+        # Two-sided, from the normal distribution of a mean of paired differences.
+        p_value = (
+            1.0
+            if error == 0 and not any(apart)
+            else math.erfc(abs(float(np.mean(apart))) / error / math.sqrt(2))
+        )
+    return {"delta": score.value - other.value, "delta_stderr": error, "p_value": p_value}
+
+
+def _mean_error(values: list[float]) -> float | None:
+    return float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None

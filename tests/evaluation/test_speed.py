@@ -1,0 +1,36 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from loadstone.evaluation.speed import measure_speed
+
+
+def test_figures(model: Any) -> None:
+    one, four = measure_speed(model, torch.arange(300), (4, 1, 4))
+    assert (one["batch_size"], four["batch_size"]) == (1, 4)
+    # Room is left in the context for what is written.
+    assert one["prompt_tokens"] == 112
+    for record in (one, four):
+        rate = record["batch_size"] * record["prompt_tokens"] / record["first_token_seconds"]
+        assert record["prefill_tokens_per_second"] == pytest.approx(rate)
+        assert record["decode_tokens_per_second"] > 0 and record["peak_memory_bytes"] > 1 << 20
+
+
+def test_writes_what_generate_writes(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The decoding that is timed is real greedy decoding."""
+    seen: list[int] = []
+    real = torch.Tensor.argmax
+
+    def spy(self: torch.Tensor, *args: Any) -> torch.Tensor:
+        result = real(self, *args)
+        seen.append(int(result.flatten()[0]))
+        return result
+
+    monkeypatch.setattr(torch.Tensor, "argmax", spy)
+    measure_speed(model, torch.arange(20, 60), (1,))
+    monkeypatch.undo()
+    expected = model.generate(torch.arange(20, 60)[None], max_new_tokens=17, do_sample=False)[0, 40:]
+    assert seen[:17] == expected.tolist()

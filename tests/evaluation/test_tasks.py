@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loadstone.errors import MissingError, UsageError
+from loadstone.evaluation.options import Options
+from loadstone.evaluation.run import evaluate
+from loadstone.evaluation.tasks import TaskScore, run_tasks, task_records
+from loadstone.evaluation.text import read_corpus
+
+PERPLEXITIES = ("word_perplexity", "byte_perplexity", "bits_per_byte")
+
+
+def rolling_task(data: Path) -> dict[str, Any]:
+    return {
+        "task": "local_text",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(data)}},
+        "output_type": "loglikelihood_rolling",
+        "test_split": "test",
+        "doc_to_text": "",
+        "doc_to_target": "{{text}}",
+        "metric_list": [
+            {
+                "metric": metric,
+                "aggregation": "bits_per_byte" if metric == "bits_per_byte" else "weighted_perplexity",
+                "higher_is_better": False,
+            }
+            for metric in PERPLEXITIES
+        ],
+    }
+
+
+def choice_task(data: Path) -> dict[str, Any]:
+    return {
+        "task": "local_choice",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(data)}},
+        "output_type": "multiple_choice",
+        "test_split": "test",
+        "doc_to_text": "{{text}}",
+        "doc_to_choice": [" and", " the", " of", " to"],
+        "doc_to_target": "{{label}}",
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    }
+
+
+@pytest.fixture
+def task_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    pytest.importorskip("lm_eval")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    documents = read_corpus(limit=8).documents
+    data, choices = tmp_path / "text.jsonl", tmp_path / "choice.jsonl"
+    data.write_text("".join(json.dumps({"text": d}) + "\n" for d in documents))
+    lines = [
+        json.dumps({"text": " ".join(d.split()[:12]), "label": i % 4}) for i, d in enumerate(documents * 5)
+    ]
+    choices.write_text("\n".join(lines))
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    (folder / "text.yaml").write_text(json.dumps(rolling_task(data)))
+    (folder / "choice.yaml").write_text(json.dumps(choice_task(choices)))
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("separator", ["eos", "bos"])
+def test_rolling_agrees_with_lm_eval(
+    model: Any, tokenizer: Any, bos_tokenizer: Any, save_model: Any, task_path: Path, separator: str
+) -> None:
+    """Same text, same protocol, same model: word and byte perplexity and bits per byte to 1e-4."""
+    chosen = tokenizer if separator == "eos" else bos_tokenizer
+    directory = save_model(model, chosen, task_path.parent / "model")
+    data = str(task_path.parent / "text.jsonl")
+    ours = evaluate(Options((str(directory),), data=data, protocol="rolling")).records[0]
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    # Left to itself lm-eval puts BOS twice before each document of a tokenizer that adds it, and scores the second.
+    adapter = HFLM(pretrained=model, tokenizer=chosen, batch_size=2, add_bos_token=False)
+    manager = TaskManager(include_path=str(task_path))
+    results = lm_eval.simple_evaluate(
+        model=adapter, tasks=["local_text"], task_manager=manager, bootstrap_iters=0
+    )
+    theirs = results["results"]["local_text"]
+    for metric in PERPLEXITIES:
+        assert ours[metric] == pytest.approx(theirs[f"{metric},none"], rel=1e-4), metric
+
+
+@pytest.mark.slow
+def test_tasks_in_a_comparison(model_dir: Path, worse_dir: Path, task_path: Path) -> None:
+    models = (str(model_dir), str(worse_dir))
+    options = Options(models, limit=20, tasks=("local_choice",), task_path=str(task_path), batch_size=4)
+    base, worse = (r["tasks"][0] for r in evaluate(options).records)
+    assert (base["task"], base["metric"], base["examples"]) == ("local_choice", "acc", 20)
+    assert base["delta"] is None and worse["delta"] == pytest.approx(worse["value"] - base["value"])
+    assert 0 <= worse["p_value"] <= 1 and base["stderr"] > 0
+
+
+@pytest.mark.slow
+def test_unknown_task(model: Any, tokenizer: Any, task_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"no task nonsense.*--task-path"):
+        run_tasks(model, tokenizer, ("nonsense",), include=None, limit=1, batch_size=1)
+
+
+def test_without_lm_eval(model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(MissingError, match=r"loadstone\[tasks\]"):
+        run_tasks(model, tokenizer, ("x",), include=None, limit=1, batch_size=1)
+
+
+def test_pairing() -> None:
+    """40 examples, 30 of them right in both: the paired error counts only the 10 that differ."""
+    a = TaskScore("t", "acc", 0.75, 0.07, True, {i: float(i < 30) for i in range(40)})
+    b = TaskScore("t", "acc", 1.0, 0.0, True, dict.fromkeys(range(40), 1.0))
+    (record,) = task_records([b], [a])
+    assert record["delta"] == 0.25
+    assert record["delta_stderr"] == pytest.approx(math.sqrt(0.25 * 0.75 / 39))
+    assert record["p_value"] == pytest.approx(math.erfc(0.25 / record["delta_stderr"] / math.sqrt(2)))
+    (same,) = task_records([a], [a])
+    assert (same["delta"], same["p_value"]) == (0.0, 1.0)
+    (alone,) = task_records([a], None)
+    assert alone["delta"] is None and alone["p_value"] is None

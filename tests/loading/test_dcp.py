@@ -1,0 +1,49 @@
+"""Distributed checkpoints, written by torch itself in the shapes that FSDP and accelerate leave."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+import loadstone
+from loadstone.errors import ArtifactError
+from loadstone.finalize import finalize, make_plan
+from loadstone.quantization import parse_recipe
+
+from .test_native import W4, logits, stock
+
+
+@pytest.fixture
+def run(tiny: Path, tmp_path: Path) -> Path:
+    """A run whose checkpoint-3 holds ``pytorch_model_fsdp_0/`` and whose config and tokenizer lie in the root."""
+    import torch.distributed.checkpoint as dcp
+
+    root = tmp_path / "run"
+    shutil.copytree(tiny, root, ignore=shutil.ignore_patterns("*.safetensors"))
+    state = {k: v for k, v in stock(tiny).state_dict().items() if k != "lm_head.weight"}
+    dcp.save({"model": state}, checkpoint_id=root / "checkpoint-3" / "pytorch_model_fsdp_0", no_dist=True)
+    return root
+
+
+def test_loads(run: Path, tiny: Path) -> None:
+    assert loadstone.detect(run).weights.format == "dcp"
+    assert torch.equal(logits(loadstone.load(run)), logits(stock(tiny)))
+
+
+@pytest.mark.parametrize("recipe", [None, W4])
+def test_finalizes(run: Path, tiny: Path, quantize_to, tmp_path: Path, recipe: str | None) -> None:
+    out = tmp_path / "out"
+    finalize(make_plan(loadstone.detect(run), parse_recipe(recipe) if recipe else None), out)
+    reference = quantize_to(tiny, recipe) if recipe else tiny
+    assert torch.equal(logits(loadstone.load(out)), logits(loadstone.load(reference)))
+    assert (out / "tokenizer.json").is_file()
+
+
+def test_a_damaged_slice_is_named(run: Path) -> None:
+    (data,) = (run / "checkpoint-3").rglob("*.distcp")
+    raw = bytearray(data.read_bytes())
+    raw[len(raw) // 2 : len(raw) // 2 + 4000] = b"\xff" * 4000
+    data.write_bytes(raw)
+    with pytest.raises(ArtifactError, match=r"distcp: the slice of 'model\.|NaN"):
+        loadstone.load(run)
