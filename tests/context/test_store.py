@@ -280,6 +280,27 @@ def test_outputs_appear_whole_or_not_at_all(
     assert load_context(fitted).rows == 12
 
 
+def test_saving_needs_no_second_cache(pfn_dir: Path, rows: Rows, tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    from loadstone.context.layer_cache import LayerCache
+    from loadstone.evaluation.measure import peak_bytes, reset_peak
+
+    context = load_base(pfn_dir, device="cpu").fit(*rows(8, 4))
+    many = 40_000
+    layers = tuple(
+        LayerCache(*(torch.rand(*t.shape[:2], many, t.shape[3]) for t in layer.tensors().values()))
+        for layer in context.layers
+    )
+    large = replace(context, rows=many, layers=layers)
+    large.logits(QUERIES)
+    cpu = torch.device("cpu")
+    reset_peak(cpu)
+    before = peak_bytes(cpu)
+    large.save(tmp_path / "large")
+    assert large.nbytes > 90e6 and peak_bytes(cpu) - before < 0.1 * large.nbytes
+
+
 def test_a_context_is_no_model(fitted: Path, pfn_dir: Path) -> None:
     assert loadstone.detect(fitted).kind == "context" and loadstone.detect(pfn_dir).kind == "pfn"
     with pytest.raises(ArtifactError, match="load_context"):
