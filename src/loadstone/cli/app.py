@@ -46,6 +46,8 @@ def _globals(
 ) -> None:
     # Also read, wherever they stand on the line, by `main`; declared here so that --help lists them.
     level = logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO
+    if os.environ.get("RANK", "0") != "0":
+        level = logging.WARNING
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Formatter())
     log.handlers[:] = [handler]

@@ -13,6 +13,7 @@ from loadstone.errors import UsageError
 
 if TYPE_CHECKING:
     from loadstone.finalize import Finalized, FinalizePlan
+    from loadstone.quantization import MixedRecipe, Recipe
 
 _INPUT, _OUTPUT, _QUANT, _FIT, _RUN = "Input", "Output", "Quantization", "Fitted context", "Run"
 
@@ -35,6 +36,23 @@ def command(
             "--quantize",
             metavar="RECIPE",
             help="Recipe by name, options after a colon: intx4-weight-only:group_size=64",
+            rich_help_panel=_QUANT,
+        ),
+    ] = None,
+    recipe_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--recipe",
+            metavar="FILE",
+            help="Recipe file: a scheme for each module, by rules (see docs/recipes.md).",
+            rich_help_panel=_QUANT,
+        ),
+    ] = None,
+    algorithm: Annotated[
+        str | None,
+        typer.Option(
+            "--algorithm",
+            help="How weights are rounded without data: affine, mse or hqq.",
             rich_help_panel=_QUANT,
         ),
     ] = None,
@@ -103,6 +121,22 @@ def command(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an existing output.", rich_help_panel=_OUTPUT)
     ] = False,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume/--no-resume",
+            help="Take over the finished shards of a killed run.",
+            rich_help_panel=_RUN,
+        ),
+    ] = True,
+    verify: Annotated[
+        bool,
+        typer.Option(
+            "--verify",
+            help="Then read every tensor back and compare it with a fresh quantization.",
+            rich_help_panel=_RUN,
+        ),
+    ] = False,
     device: Annotated[
         str,
         typer.Option("--device", help="Where to quantize: auto, cpu, cuda, cuda:N.", rich_help_panel=_RUN),
@@ -144,30 +178,31 @@ def command(
         raise UsageError("--target, --task and --cache-dtype go with --fit", "Add --fit train.csv")
     if model is None or (out is None and not dry_run):
         raise UsageError("finalize needs -M DIR and -o OUT", "See `loadstone finalize --help`")
-    from loadstone.quantization import parse_recipe
-
     # What is wrong with the words of the command is said before anything heavy is imported.
-    recipe = parse_recipe(quantize) if quantize else None
+    asked = _asked_recipe(quantize, recipe_file)
     max_bytes = _parse_size(max_shard_size)
-    if skip and recipe is None:
-        raise UsageError("--skip is about quantization", "Add --quantize RECIPE")
     from loadstone.loading import plan as load_plan
+    from loadstone.quantization.qat import recorded_recipe
 
     artifact = load_plan(
         model, dtype=dtype, checkpoint=checkpoint, trust_remote_code=trust_remote_code
     ).artifact
+    recipe = _with_options(recorded_recipe(artifact, asked), algorithm, skip)
     from loadstone.finalize import finalize, make_plan
     from loadstone.finalize.plan import refuse_quantized, weight_dtype
+    from loadstone.finalize.ranks import joined
     from loadstone.finalize.run import check_output
+    from loadstone.finalize.verify import verify as verify_artifact
     from loadstone.loading.devices import quantize_device
     from loadstone.loading.loader import import_libraries
     from loadstone.quantization.quantize import check_runs
+    from loadstone.quantization.recipe_file import recipes_in
 
     refuse_quantized(artifact)
     import_libraries()
     where = quantize_device(device)
-    if recipe:
-        check_runs(recipe, where, weight_dtype(artifact, dtype))
+    for each in recipes_in(recipe):
+        check_runs(each, where, weight_dtype(artifact, dtype))
     plan = make_plan(
         artifact,
         recipe,
@@ -182,9 +217,40 @@ def command(
     if dry_run:
         return _show_plan(plan, out, as_json)
     assert out is not None
-    with render.progress(f"finalize {out.name}", plan.bytes_before, unit_bytes=True) as advance:
-        done = finalize(plan, out, device=where, overwrite=overwrite, on_progress=advance)
-    _show_done(done, as_json)
+    with joined() as ranks:
+        if ranks.size > 1 and where.startswith("cuda"):
+            where = f"cuda:{ranks.local_rank}"
+        share = sum(step.source.nbytes for shard in plan.shards[ranks.rank :: ranks.size] for step in shard)
+        with render.progress(f"finalize {out.name}", share, unit_bytes=True) as advance:
+            done = finalize(
+                plan, out, device=where, overwrite=overwrite, resume=resume, ranks=ranks, on_progress=advance
+            )
+    if ranks.rank != 0:
+        return
+    verified = None
+    if verify:
+        with render.progress(f"verify {out.name}", plan.bytes_before, unit_bytes=True) as advance:
+            verified = verify_artifact(plan, out, device=where, on_progress=advance)
+    _show_done(done, verified, as_json)
+
+
+def _asked_recipe(quantize: str | None, recipe_file: Path | None) -> Recipe | MixedRecipe | None:
+    from loadstone.quantization import parse_recipe, read_recipe
+
+    if quantize and recipe_file:
+        raise UsageError("--quantize and --recipe exclude each other", "Keep one")
+    return read_recipe(recipe_file) if recipe_file else parse_recipe(quantize) if quantize else None
+
+
+def _with_options(
+    recipe: Recipe | MixedRecipe | None, algorithm: str | None, skip: list[str] | None
+) -> Recipe | MixedRecipe | None:
+    from loadstone.quantization.recipe_file import with_algorithm
+
+    for flag, value in (("--skip", skip), ("--algorithm", algorithm)):
+        if value and recipe is None:
+            raise UsageError(f"{flag} is about quantization", "Add --quantize RECIPE or --recipe FILE")
+    return with_algorithm(recipe, algorithm) if recipe and algorithm else recipe
 
 
 def _parse_size(text: str) -> int:
@@ -257,8 +323,57 @@ def _summary(plan: FinalizePlan) -> dict[str, Any]:
             {"action": action, "reason": reason, "count": count, "bytes_before": before, "bytes_after": after}
             for action, reason, count, before, after in _groups(plan)
         ],
+        "modules": [
+            {"module": module, "recipe": recipe, "why": why} for module, recipe, why in _modules(plan)
+        ],
         "quantization_config": plan.config.get("quantization_config"),
     }
+
+
+def _modules(plan: FinalizePlan) -> list[tuple[str, str | None, str]]:
+    """(module, recipe or None, why) for each matrix weight that a recipe decides about."""
+    from loadstone.quantization import recipe_for
+
+    if plan.recipe is None:
+        return []
+    return [
+        (
+            step.name.removesuffix(".weight"),
+            str(recipe_for(step.scheme)) if step.scheme else None,
+            step.reason,
+        )
+        for step in plan.steps
+        if step.scheme or step.reason != "not a matrix weight"
+    ]
+
+
+def _print_modules(plan: FinalizePlan) -> None:
+    """`_modules` with the layers of a stack folded into one row where they agree."""
+    folded: dict[tuple[str, str, str], list[str]] = {}
+    for module, recipe, why in _modules(plan):
+        pattern = re.sub(r"\.\d+(?=\.|$)", ".*", module)
+        numbers = ".".join(re.findall(r"\.(\d+)(?=\.|$)", module))
+        folded.setdefault((pattern, recipe or "-", why), []).append(numbers)
+    rows = [
+        [pattern, _ranges(numbers) or "-", recipe, why] for (pattern, recipe, why), numbers in folded.items()
+    ]
+    title = (
+        f"{plan.recipe.file}, module by module" if getattr(plan.recipe, "file", "") else "module by module"
+    )
+    render.console().print(render.table(title, ["module", "layers", "recipe", "why"], rows))
+
+
+def _ranges(numbers: list[str]) -> str:
+    """``['0', '1', '2', '5'] -> '0-2 5'``; longer numbers (layer and expert) are counted."""
+    if not all(n.isdigit() for n in numbers):
+        return "" if numbers == [""] else f"{len(numbers)} of them"
+    found: list[list[int]] = []
+    for number in sorted(map(int, numbers)):
+        if found and number == found[-1][1] + 1:
+            found[-1][1] = number
+        else:
+            found.append([number, number])
+    return " ".join(str(a) if a == b else f"{a}-{b}" for a, b in found)
 
 
 def _show_plan(plan: FinalizePlan, out: Path | None, as_json: bool) -> None:
@@ -269,28 +384,43 @@ def _show_plan(plan: FinalizePlan, out: Path | None, as_json: bool) -> None:
     if plan.recipe:
         import json
 
-        console.print("Would write this quantization_config block to config.json:")
-        console.print(json.dumps(plan.config["quantization_config"], indent=2), markup=False)
+        _print_modules(plan)
+        block = plan.config["quantization_config"]
+        if block["quant_type"]["default"]["_type"] == "FqnToConfig":
+            console.print(
+                "Would write torchao's FqnToConfig, which names each module (--json shows it), to config.json"
+            )
+        else:
+            console.print("Would write this quantization_config block to config.json:")
+            console.print(json.dumps(block, indent=2), markup=False)
     console.print("Dry run: nothing was written.")
 
 
-def _show_done(done: Finalized, as_json: bool) -> None:
+def _show_done(done: Finalized, verified: int | None, as_json: bool) -> None:
     if as_json:
         return render.print_json(
-            {"out": str(done.out), "seconds": round(done.seconds, 3), "files": done.files}
+            {
+                "out": str(done.out),
+                "seconds": round(done.seconds, 3),
+                "files": done.files,
+                "verified_tensors": verified,
+            }
             | _summary(done.plan)
         )
     _print_groups(done.plan)
     render.console().print(
         f"[bold]{done.out}[/]: {len(done.files) + 1} files, {render.size(done.plan.bytes_after)} of weights "
         f"in {len(done.plan.shards)} shard(s), {done.seconds:.1f} s"
+        + (f", {verified} tensors verified" if verified is not None else "")
     )
 
 
 def _print_groups(plan: FinalizePlan) -> None:
     rows = [
         [
-            action if action != "quantize" else f"quantize ({plan.recipe})",
+            action
+            if action != "quantize"
+            else f"quantize ({getattr(plan.recipe, 'file', '') or plan.recipe})",
             reason or "-",
             str(count),
             render.size(before),

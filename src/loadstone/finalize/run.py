@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -11,24 +12,33 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from loadstone import __version__
 from loadstone.artifact.manifest import FORMAT_VERSION, MANIFEST, sha256_file
-from loadstone.errors import ArtifactError, MissingError, UsageError
-from loadstone.finalize.plan import QUANTIZE, FinalizePlan, Step, torch_dtype
+from loadstone.errors import MissingError, UsageError
+from loadstone.finalize.journal import (
+    close_journal,
+    finished,
+    has_progress,
+    locked,
+    note_finished,
+    open_journal,
+    work_directory,
+)
+from loadstone.finalize.pieces import pieces
+from loadstone.finalize.plan import FinalizePlan
+from loadstone.finalize.ranks import Ranks
 from loadstone.finalize.read import SourceReader
 from loadstone.finalize.sidecars import copy_sidecars, find_sidecars
 from loadstone.finalize.write import ShardWriter
 
-if TYPE_CHECKING:
-    import torch
-
 log = logging.getLogger(__name__)
 
-# Tensors being read ahead or written behind the one being quantized.
+# Pieces being written behind the one being quantized.
 _IN_FLIGHT = 2
 
 
@@ -48,36 +58,80 @@ def finalize(
     *,
     device: str = "cpu",
     overwrite: bool = False,
+    resume: bool = True,
+    ranks: Ranks | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> Finalized:
     """Write the artifact that ``plan`` describes to ``out``, whole or not at all.
 
-    ``on_progress`` is told the source bytes done since its last call. Raises `UsageError` for an output that
-    exists, `MissingError` for too little disk space, `ArtifactError` for a damaged source.
+    A run that was killed left its finished shards behind; the same call takes them over unless ``resume`` is false.
+    With several ``ranks`` each writes every size-th shard, and rank 0 the rest. ``on_progress`` is told the source
+    bytes done since its last call. Raises `UsageError` for an output that exists, is being written by another
+    process or belongs to another job, `MissingError` for too little disk space, `ArtifactError` for a damaged source.
     """
     started = time.monotonic()
+    ranks = ranks or Ranks()
     check_output(plan, out, overwrite)
-    check_space(plan, out)
-    work = out.with_name(f".{out.name}.partial")
-    if work.exists():
-        shutil.rmtree(work)
-    work.mkdir(parents=True)
-    try:
-        with ThreadPoolExecutor(1) as hasher:
-            source_hash = hasher.submit(plan.source.fingerprint)
-            for number in range(len(plan.shards)):
-                _write_shard(plan, number, work, device, on_progress)
-            _write_index(plan, work)
-            notes = copy_sidecars(find_sidecars(plan.source), work)
-            for note in notes:
-                log.warning("%s", note)
-            (work / "config.json").write_text(json.dumps(plan.config, indent=2) + "\n")
-            files = _write_manifest(plan, work, source_hash.result())
-        _publish(work, out, overwrite)
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
+    work = work_directory(out)
+    with locked(out) if ranks.rank == 0 else nullcontext():
+        if ranks.rank == 0:
+            open_journal(plan, work, versions(), resume)
+            check_space(plan, out, work)
+        ranks.wait()
+        try:
+            files = _write_all_files(plan, work, device, ranks, on_progress)
+            if ranks.rank == 0:
+                _publish(work, out, overwrite)
+        except OSError as error:
+            _discard_unless_resumable(work, ranks)
+            if error.errno == errno.ENOSPC:
+                raise MissingError(
+                    f"the disk of '{out.parent}' is full",
+                    "Free some space and run again: finished shards are kept",
+                ) from None
+            raise
+        except BaseException:
+            _discard_unless_resumable(work, ranks)
+            raise
+        ranks.wait()
     return Finalized(out, plan, time.monotonic() - started, files)
+
+
+def _discard_unless_resumable(work: Path, ranks: Ranks) -> None:
+    if has_progress(work):
+        log.info("finished shards are kept in %s: run the same command again to go on", work)
+    elif ranks.rank == 0:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _write_all_files(
+    plan: FinalizePlan, work: Path, device: str, ranks: Ranks, on_progress: Callable[[int], None] | None
+) -> dict[str, str]:
+    with ThreadPoolExecutor(1) as hasher:
+        source_hash = hasher.submit(plan.source.fingerprint) if ranks.rank == 0 else None
+        notes: list[Future[None]] = []
+        for number in range(ranks.rank, len(plan.shards), ranks.size):
+            name = plan.file_name(number)
+            if finished(work, name) is None:
+                _write_shard(plan, number, work, device, on_progress)
+                notes.append(hasher.submit(_note, work, name))
+            elif on_progress:
+                on_progress(sum(step.source.nbytes for step in plan.shards[number]))
+        for note in notes:
+            note.result()
+        ranks.wait()
+        if source_hash is None:
+            return {}
+        digests = close_journal(work)
+        _write_index(plan, work)
+        for message in copy_sidecars(find_sidecars(plan.source), work):
+            log.warning("%s", message)
+        (work / "config.json").write_text(json.dumps(plan.config, indent=2) + "\n")
+        return _write_manifest(plan, work, source_hash.result(), digests)
+
+
+def _note(work: Path, name: str) -> None:
+    note_finished(work, name, sha256_file(work / name))
 
 
 def check_output(plan: FinalizePlan, out: Path, overwrite: bool) -> None:
@@ -96,10 +150,11 @@ def check_output(plan: FinalizePlan, out: Path, overwrite: bool) -> None:
         raise UsageError(f"cannot write to '{parent}'", "Choose another output, or change its permissions")
 
 
-def check_space(plan: FinalizePlan, out: Path) -> None:
-    """Raise `MissingError` when the disk cannot hold the output."""
+def check_space(plan: FinalizePlan, out: Path, work: Path | None = None) -> None:
+    """Raise `MissingError` when the disk cannot hold the output; what lies in ``work`` already counts as free."""
     parent = _existing_parent(out)
-    free = shutil.disk_usage(parent).free
+    held = sum(p.stat().st_blocks * 512 for p in work.iterdir()) if work is not None and work.exists() else 0
+    free = shutil.disk_usage(parent).free + held
     need = plan.bytes_after + 64 * 2**20
     if free < need:
         raise MissingError(
@@ -118,6 +173,7 @@ def _existing_parent(path: Path) -> Path:
 def _write_shard(
     plan: FinalizePlan, number: int, work: Path, device: str, on_progress: Callable[[int], None] | None
 ) -> None:
+    """One output file: the next tensor is read, and the last piece written, while this one is quantized."""
     steps = plan.shards[number]
     writer = ShardWriter(
         work / plan.file_name(number), [o for s in steps for o in s.outputs], _metadata(plan)
@@ -126,60 +182,23 @@ def _write_shard(
     writes: deque[Future[None]] = deque()
     try:
         with ThreadPoolExecutor(1) as reading, ThreadPoolExecutor(1) as writing:
-            ahead: deque[Future[torch.Tensor]] = deque()
-            queue = iter(steps)
-            for step in steps:
-                while len(ahead) < _IN_FLIGHT and (upcoming := next(queue, None)) is not None:
-                    ahead.append(reading.submit(reader.read, upcoming.source))
-                outputs = _apply(step, ahead.popleft().result(), device)
-                if len(writes) >= _IN_FLIGHT:
-                    writes.popleft().result()
-                writes.append(writing.submit(_write_all, writer, outputs))
-                del outputs
+            ahead = reading.submit(reader.read, steps[0].source)
+            for step, upcoming in zip(steps, [*steps[1:], None], strict=True):
+                tensor = ahead.result()
+                if upcoming is not None:
+                    ahead = reading.submit(reader.read, upcoming.source)
+                for piece in pieces(step, tensor, device):
+                    if len(writes) >= _IN_FLIGHT:
+                        writes.popleft().result()
+                    writes.append(writing.submit(writer.write, *piece))
+                    del piece
+                del tensor
                 if on_progress:
                     on_progress(step.source.nbytes)
             for write in writes:
                 write.result()
     finally:
         writer.close()
-
-
-def _apply(step: Step, tensor: torch.Tensor, device: str) -> dict[str, torch.Tensor]:
-    """The stored tensors that a step makes of its source tensor."""
-    target = torch_dtype(step.outputs[0].dtype) if step.action != QUANTIZE else None
-    if step.action != QUANTIZE:
-        return {step.name: tensor if tensor.dtype == target else tensor.to(target)}
-    from loadstone.quantization.flatten import flatten
-    from loadstone.quantization.quantize import quantize_weight
-
-    assert step.scheme is not None
-    compute = torch_dtype(_compute_dtype(step))
-    if not tensor.isfinite().all():
-        raise ArtifactError(
-            f"{step.source.file}: tensor '{step.source.name}' holds NaN or infinity and cannot be quantized",
-            "Use another checkpoint",
-        )
-    flat, parts = flatten(step.name, quantize_weight(tensor.to(device=device, dtype=compute), step.scheme))
-    if flat.metadata != step.metadata:
-        raise ArtifactError(
-            f"tensor '{step.name}': torchao stored it otherwise than planned ({flat.metadata})"
-        )
-    names = [o.name for o in step.outputs]
-    return {name: part.cpu() for name, part in zip(names, parts.values(), strict=True)}
-
-
-def _compute_dtype(step: Step) -> str:
-    """The floating dtype a weight is quantized in, as its metadata records it, in safetensors' spelling."""
-    from loadstone.quantization.flatten import SAFETENSORS_DTYPES
-
-    attributes = json.loads(step.metadata)["_data"]
-    encoded = attributes.get("dtype") or attributes.get("orig_dtype")
-    return SAFETENSORS_DTYPES[encoded["_data"]] if encoded else step.source.dtype
-
-
-def _write_all(writer: ShardWriter, outputs: dict[str, torch.Tensor]) -> None:
-    for name, tensor in outputs.items():
-        writer.write(name, tensor)
 
 
 def _metadata(plan: FinalizePlan) -> dict[str, str]:
@@ -204,15 +223,22 @@ def _write_index(plan: FinalizePlan, work: Path) -> None:
     (work / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _write_manifest(plan: FinalizePlan, work: Path, source_hash: str) -> dict[str, str]:
-    files = {str(p.relative_to(work)): sha256_file(p) for p in sorted(work.rglob("*")) if p.is_file()}
+def _write_manifest(
+    plan: FinalizePlan, work: Path, source_hash: str, digests: dict[str, str]
+) -> dict[str, str]:
+    """``digests``: sha256 of the shards, known already."""
+    paths = [p for p in sorted(work.rglob("*")) if p.is_file()]
+    files = {
+        name: digests.get(name) or sha256_file(work / name)
+        for name in (str(p.relative_to(work)) for p in paths)
+    }
     manifest: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "kind": "torchao" if plan.recipe else "dense",
         "recipe": str(plan.recipe) if plan.recipe else None,
         "source": {"path": str(plan.source.path), "fingerprint": source_hash},
         "versions": versions(),
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": ["loadstone", *sys.argv[1:]],
         "files": files,
     }
     (work / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")

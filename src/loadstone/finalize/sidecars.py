@@ -27,7 +27,7 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 def find_sidecars(artifact: Artifact) -> dict[str, Path]:
     """Sidecar files by their relative name; a checkpoint's own win over those of its training run."""
     found: dict[str, Path] = {}
-    for directory in dict.fromkeys((artifact.root, artifact.path)):
+    for directory in reversed(artifact.sidecar_dirs):
         for path in sorted(directory.iterdir()):
             if path.is_file() and _is_sidecar(path.name, bool(artifact.config.get("auto_map"))):
                 found[path.name] = path

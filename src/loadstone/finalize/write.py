@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class ShardWriter:
-    """One output file. ``write`` may be called from any thread, once for each tensor; ``close`` syncs to disk."""
+    """One output file. ``write`` may be called from any thread; ``close`` syncs to disk."""
 
     def __init__(self, path: Path, tensors: list[TensorInfo], metadata: dict[str, str]) -> None:
         ordered = sorted(tensors, key=lambda t: (-DTYPE_BITS[t.dtype], t.name))
@@ -42,14 +42,14 @@ class ShardWriter:
         os.write(self._file, struct.pack("<Q", len(raw)) + raw)
         os.ftruncate(self._file, self._base + position)
 
-    def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Put a CPU tensor's bytes where the header says."""
+    def write(self, name: str, tensor: torch.Tensor, offset: int = 0) -> None:
+        """Put a CPU tensor's bytes where the header says ``name`` lies, ``offset`` bytes in."""
         import torch
 
         if tensor.numel() == 0:
             return
         raw = memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        position = self._base + self._offsets[name]
+        position = self._base + self._offsets[name] + offset
         while raw:
             count = os.pwrite(self._file, raw, position)
             raw, position = raw[count:], position + count

@@ -6,7 +6,18 @@ from typing import TYPE_CHECKING
 
 from loadstone.errors import MissingError
 from loadstone.quantization.flatten import flatten
-from loadstone.quantization.schemes import Recipe, Scheme
+from loadstone.quantization.rounding import least_squares_weight
+from loadstone.quantization.schemes import (
+    Float8DynActFloat8Weight,
+    Float8WeightOnly,
+    Int8DynActInt8Weight,
+    Int8DynActIntxWeight,
+    Int8WeightOnly,
+    IntxWeightOnly,
+    MxDynActMxWeight,
+    Recipe,
+    Scheme,
+)
 from loadstone.quantization.torchao_config import to_torchao
 
 if TYPE_CHECKING:
@@ -20,10 +31,33 @@ def quantize_weight(weight: torch.Tensor, scheme: Scheme) -> torch.Tensor:
     import torch
     from torchao.quantization import quantize_
 
+    if isinstance(scheme, Int8DynActIntxWeight | IntxWeightOnly) and scheme.rounding == "mse":
+        return least_squares_weight(weight, scheme)
     linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     linear.weight = torch.nn.Parameter(weight, requires_grad=False)
     quantize_(linear, to_torchao(scheme))
     return linear.weight.detach()
+
+
+def row_block(scheme: Scheme, shape: tuple[int, ...], elements: int) -> int:
+    """Rows of a weight that can be quantized apart from the others, about ``elements`` values; all, where none can.
+
+    Rows are independent wherever scales belong to a row or a group within it. Block-scaled formats lay scales out in
+    tiles of 128 rows. A scale for the whole tensor (per tensor, NVFP4) needs the whole tensor, and so does hqq, whose
+    iterations stop by the error of all of it.
+    """
+    match scheme:
+        case Int8DynActIntxWeight(rounding="affine" | "mse") | IntxWeightOnly(rounding="affine" | "mse"):
+            tile = 1
+        case Int8WeightOnly(granularity="row") | Int8DynActInt8Weight(granularity="row"):
+            tile = 1
+        case Float8WeightOnly(granularity="row") | Float8DynActFloat8Weight(granularity="row"):
+            tile = 1
+        case MxDynActMxWeight():
+            tile = 128
+        case _:
+            return shape[0]
+    return max(elements // (shape[1] * tile), 1) * tile
 
 
 def template(scheme: Scheme, shape: tuple[int, ...], dtype: torch.dtype, device: str) -> FlatTensor:

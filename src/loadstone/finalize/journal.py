@@ -1,0 +1,132 @@
+"""The working directory of a finalize: a lock, and a note for each finished shard, so that a killed run resumes.
+
+``OUT`` is written as ``.OUT.partial`` beside it and renamed at the end. A shard's note is written once its file is
+complete and synced; a run with the same key (source, recipe, versions, layout) takes noted shards over as they are.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from loadstone.errors import UsageError
+from loadstone.finalize.plan import FinalizePlan
+
+NOTES = "journal"
+KEY = "key.json"
+
+
+def work_directory(out: Path) -> Path:
+    """Where ``out`` is made: a hidden sibling, so that the last step is one rename."""
+    return out.with_name(f".{out.name}.partial")
+
+
+@contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Hold the output's lock for a block; raises `UsageError` when another process has it."""
+    path = out.with_name(f".{out.name}.lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise UsageError(
+            f"another finalize is writing '{out}'", "Wait for it, or choose another output"
+        ) from None
+    try:
+        yield
+    finally:
+        # Removed while held: whoever opened it in between finds out by the next flock on a fresh file.
+        path.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def job_key(plan: FinalizePlan, versions: dict[str, str]) -> dict[str, str]:
+    """What must be equal for a partial output to be continued, by name, so that a mismatch can be named."""
+    files = plan.source.dcp.files if plan.source.dcp else plan.source.weights.files
+    source = hashlib.sha256()
+    for name in files:
+        stat = (plan.source.path / name).stat()
+        source.update(f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+    layout = hashlib.sha256()
+    for number, steps in enumerate(plan.shards):
+        for step in steps:
+            layout.update(f"{number}\0{step.name}\0{step.action}\0{step.metadata}\0{step.outputs}\n".encode())
+    return {
+        "source": f"{plan.source.path.resolve()} {source.hexdigest()}",
+        "recipe": str(plan.config.get("quantization_config")),
+        "dtype": plan.dtype,
+        "layout": layout.hexdigest(),
+        "versions": json.dumps(versions, sort_keys=True),
+    }
+
+
+def open_journal(plan: FinalizePlan, work: Path, versions: dict[str, str], resume: bool) -> None:
+    """Make the working directory, or take over one with the same key; raises `UsageError` for one of another job."""
+    key = job_key(plan, versions)
+    if work.exists():
+        found = _read(work / KEY)
+        differs = [name for name in key if found.get(name) != key[name]]
+        if resume and not differs:
+            return
+        if resume and found:
+            raise UsageError(
+                f"'{work}' holds a partial output of another job (its {', '.join(differs)} differ)",
+                "Pass --no-resume to discard it, or choose another output",
+            )
+        shutil.rmtree(work)
+    (work / NOTES).mkdir(parents=True)
+    _write(work / KEY, key)
+
+
+def finished(work: Path, file: str) -> str | None:
+    """The sha256 of a shard that an earlier run completed, None when it has to be written."""
+    note = _read(work / NOTES / f"{file}.json")
+    path = work / file
+    if note and path.is_file() and path.stat().st_size == note.get("bytes"):
+        return str(note["sha256"])
+    return None
+
+
+def note_finished(work: Path, file: str, digest: str) -> None:
+    """Note a shard whose bytes are on disk."""
+    _write(work / NOTES / f"{file}.json", {"sha256": digest, "bytes": (work / file).stat().st_size})
+
+
+def has_progress(work: Path) -> bool:
+    """Whether any shard is finished, so that the partial output is worth keeping."""
+    return (work / NOTES).is_dir() and any((work / NOTES).iterdir())
+
+
+def close_journal(work: Path) -> dict[str, str]:
+    """Remove the journal from a complete directory; returns the shards' sha256 by file."""
+    digests = {
+        p.name.removesuffix(".json"): str(_read(p)["sha256"]) for p in sorted((work / NOTES).iterdir())
+    }
+    shutil.rmtree(work / NOTES)
+    (work / KEY).unlink()
+    return digests
+
+
+def _read(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _write(path: Path, content: dict) -> None:
+    partial = path.with_name(path.name + ".tmp")
+    with partial.open("w") as file:
+        json.dump(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.rename(path)

@@ -1,0 +1,59 @@
+"""What one step of a plan makes of its source tensor, piece by piece."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from loadstone.errors import ArtifactError
+from loadstone.finalize.plan import QUANTIZE, Step, torch_dtype
+from loadstone.quantization.flatten import SAFETENSORS_DTYPES, flatten
+from loadstone.quantization.quantize import quantize_weight, row_block
+
+if TYPE_CHECKING:
+    import torch
+
+# Elements quantized or cast at once: bounds the float32 temporaries, whatever the tensor's size.
+BLOCK = 1 << 22
+
+
+def pieces(step: Step, tensor: torch.Tensor, device: str) -> Iterator[tuple[str, torch.Tensor, int]]:
+    """The stored tensors that a step makes of its source tensor, as (name, CPU tensor, byte offset within it)."""
+    target = (
+        torch_dtype(step.outputs[0].dtype) if step.action != QUANTIZE else torch_dtype(compute_dtype(step))
+    )
+    if step.action != QUANTIZE:
+        if tensor.dtype == target or not tensor.numel():
+            yield step.name, tensor.to(target), 0
+            return
+        flat = tensor.reshape(-1)
+        for start in range(0, flat.numel(), BLOCK):
+            yield step.name, flat[start : start + BLOCK].to(target), start * target.itemsize
+        return
+    assert step.scheme is not None
+    block = row_block(step.scheme, tensor.shape, BLOCK)
+    offsets = dict.fromkeys((o.name for o in step.outputs), 0)
+    for start in range(0, tensor.shape[0], block):
+        rows = tensor[start : start + block]
+        if not rows.isfinite().all():
+            raise ArtifactError(
+                f"{step.source.file}: tensor '{step.source.name}' holds NaN or infinity and cannot be quantized",
+                "Use another checkpoint",
+            )
+        quantized = quantize_weight(rows.to(device=device, dtype=target), step.scheme)
+        flat_tensor, parts = flatten(step.name, quantized)
+        if block >= tensor.shape[0] and flat_tensor.metadata != step.metadata:
+            raise ArtifactError(
+                f"tensor '{step.name}': torchao stored it otherwise than planned ({flat_tensor.metadata})"
+            )
+        for output, part in zip(step.outputs, parts.values(), strict=True):
+            yield output.name, part.cpu(), offsets[output.name]
+            offsets[output.name] += part.nbytes
+
+
+def compute_dtype(step: Step) -> str:
+    """The floating dtype a weight is quantized in, as its metadata records it, in safetensors' spelling."""
+    attributes = json.loads(step.metadata)["_data"]
+    encoded = attributes.get("dtype") or attributes.get("orig_dtype")
+    return SAFETENSORS_DTYPES[encoded["_data"]] if encoded else step.source.dtype

@@ -1,0 +1,204 @@
+"""Killed, resumed, spread over ranks, cut into row blocks: always the same bytes, and never a partial output."""
+
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import loadstone
+from loadstone.errors import ArtifactError, MissingError, UsageError
+from loadstone.finalize import finalize, make_plan, pieces
+from loadstone.finalize.journal import locked, work_directory
+from loadstone.finalize.verify import verify
+from loadstone.quantization import parse_recipe
+
+from .test_finalize import ON_CPU, W4, plan_of, snapshot
+
+
+def many_shards(source: Path, recipe: str = W4):
+    return plan_of(source, recipe, max_shard_bytes=12_000)
+
+
+@pytest.mark.parametrize("recipe", ON_CPU)
+def test_row_blocks_give_the_same_bytes(
+    tiny: Path, quantize_to: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: str
+) -> None:
+    monkeypatch.setattr(pieces, "BLOCK", 1000)
+    finalize(plan_of(tiny, recipe), tmp_path / "out")
+    assert snapshot(tmp_path / "out") == snapshot(quantize_to(tiny, recipe))
+
+
+def test_cast_in_blocks(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    finalize(plan_of(tiny, None, dtype="float32"), tmp_path / "whole")
+    monkeypatch.setattr(pieces, "BLOCK", 1000)
+    finalize(plan_of(tiny, None, dtype="float32"), tmp_path / "blocks")
+    assert snapshot(tmp_path / "whole") == snapshot(tmp_path / "blocks")
+
+
+@pytest.fixture
+def undisturbed(tiny: Path, tmp_path: Path) -> dict[str, str]:
+    finalize(many_shards(tiny), tmp_path / "undisturbed")
+    return snapshot(tmp_path / "undisturbed")
+
+
+def test_interrupted_at_every_shard(tiny: Path, tmp_path: Path, undisturbed: dict[str, str]) -> None:
+    before = snapshot(tiny)
+    out = tmp_path / "out"
+    runs = 0
+    while not out.exists() and runs < 50:
+        runs += 1
+        notes = work_directory(out) / "journal"
+        left = (len(list(notes.iterdir())) if notes.is_dir() else 0) + 8
+
+        def stop_soon(count: int) -> None:
+            nonlocal left
+            left -= 1
+            if left == 0:
+                raise KeyboardInterrupt
+
+        try:
+            finalize(many_shards(tiny), out, on_progress=stop_soon)
+        except KeyboardInterrupt:
+            assert not out.exists()
+    assert runs > 2
+    assert snapshot(out) == undisturbed and snapshot(tiny) == before
+    assert not work_directory(out).exists()
+
+
+def _child(source: Path, out: Path) -> None:
+    finalize(many_shards(source), out, on_progress=lambda count: time.sleep(0.002))
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM], ids=["kill", "term"])
+def test_killed_at_random_moments(tiny: Path, tmp_path: Path, undisturbed: dict[str, str], how: int) -> None:
+    out = tmp_path / "out"
+    moments = random.Random(5)
+    fork = multiprocessing.get_context("fork")
+    before = snapshot(tiny)
+    for _ in range(20):
+        process = fork.Process(target=_child, args=(tiny, out))
+        process.start()
+        process.join(moments.uniform(0, 0.4))
+        if process.exitcode is None:
+            os.kill(process.pid, how)
+            process.join()
+        if out.exists():
+            assert snapshot(out) == undisturbed
+            shutil.rmtree(out)
+    finalize(many_shards(tiny), out)
+    assert snapshot(out) == undisturbed and snapshot(tiny) == before
+
+
+def test_a_full_disk(
+    tiny: Path, tmp_path: Path, undisturbed: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A small tmpfs where the machine allows mounting one, else writes that fail as on a full disk."""
+    import errno
+
+    from loadstone.finalize.write import ShardWriter
+
+    out = tmp_path / "out"
+    whole, calls = ShardWriter.write, []
+
+    def fails(self: ShardWriter, *args: object) -> None:
+        calls.append(1)
+        if len(calls) > 20:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        whole(self, *args)
+
+    monkeypatch.setattr(ShardWriter, "write", fails)
+    with pytest.raises(MissingError, match="finished shards are kept"):
+        finalize(many_shards(tiny), out)
+    assert not out.exists() and work_directory(out).exists()
+    monkeypatch.undo()
+    finalize(many_shards(tiny), out)
+    assert snapshot(out) == undisturbed
+
+
+@pytest.mark.slow
+def test_a_full_tmpfs(
+    tiny: Path, tmp_path: Path, undisturbed: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from loadstone.finalize import run
+
+    mount = tmp_path / "small"
+    mount.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=120k", "tmpfs", mount], check=False).returncode:
+        pytest.skip("mounting needs root")
+    try:
+        monkeypatch.setattr(run, "check_space", lambda *args: None)
+        with pytest.raises(MissingError, match="is full"):
+            finalize(many_shards(tiny), mount / "out")
+        subprocess.run(["mount", "-o", "remount,size=4m", mount], check=True)
+        finalize(many_shards(tiny), mount / "out")
+        assert snapshot(mount / "out") == undisturbed
+    finally:
+        subprocess.run(["umount", mount], check=True)
+
+
+def test_another_jobs_partial_output_is_refused(tiny: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+
+    def stop(count: int) -> None:
+        if any((work_directory(out) / "journal").iterdir()):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        finalize(many_shards(tiny), out, on_progress=stop)
+    with pytest.raises(UsageError, match=r"another job \(its recipe, layout differ\).*--no-resume"):
+        finalize(many_shards(tiny, "int8-weight-only"), out)
+    finalize(many_shards(tiny, "int8-weight-only"), out, resume=False)
+    assert loadstone.detect(out).kind == "torchao"
+
+
+def test_one_writer_at_a_time(tiny: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with locked(out), pytest.raises(UsageError, match="another finalize is writing"):
+        finalize(plan_of(tiny), out)
+    finalize(plan_of(tiny), out)
+    assert {p.name for p in tmp_path.iterdir()} == {"out"}
+
+
+def test_verify(tiny: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    plan = many_shards(tiny)
+    finalize(plan, out)
+    assert verify(plan, out) == sum(len(step.outputs) for step in plan.steps)
+    other = tmp_path / "other"
+    finalize(
+        make_plan(loadstone.detect(tiny), parse_recipe("int8-dynamic-act-int4-weight:mapping=asymmetric")),
+        other,
+    )
+    with pytest.raises(ArtifactError, match="is not what its source quantizes to"):
+        verify(plan_of(tiny), other)
+    file = out / plan.file_name(0)
+    raw = bytearray(file.read_bytes())
+    raw[-1] ^= 1
+    file.write_bytes(raw)
+    with pytest.raises(ArtifactError, match="content differs from the sha256"):
+        verify(plan, out)
+
+
+def test_two_ranks_give_the_same_bytes(tiny: Path, tmp_path: Path) -> None:
+    options = ["--quantize", W4, "--max-shard-size", "30kB", "--device", "cpu", "--quiet"]
+
+    def run(prefix: list[str], folder: Path) -> dict[str, str]:
+        folder.mkdir()
+        command = [*prefix, "-m", "loadstone", "finalize", "-M", str(tiny), "-o", "out", *options]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            command, cwd=folder, env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        return snapshot(folder / "out")
+
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    assert run(torchrun, tmp_path / "two") == run([sys.executable], tmp_path / "one")
