@@ -27,8 +27,6 @@ def load(target: str | Path | Artifact | LoadPlan, **options: Any) -> PreTrained
     import torch
 
     from loadstone.loading.devices import resolve_device
-    from loadstone.loading.native import load_native
-    from loadstone.loading.pretrained import load_pretrained
 
     chosen = target if isinstance(target, LoadPlan) else plan(target, **options)
     if chosen.load_path == IN_CONTEXT:
@@ -36,6 +34,9 @@ def load(target: str | Path | Artifact | LoadPlan, **options: Any) -> PreTrained
 
         with torch.inference_mode(False):
             return load_own(chosen, resolve_device(chosen.device, chosen.artifact)).eval()
+    from loadstone.loading.native import load_native
+    from loadstone.loading.pretrained import load_pretrained
+
     import_libraries()
     device_map = resolve_device(chosen.device, chosen.artifact)
     loader = load_pretrained if chosen.load_path == FROM_PRETRAINED else load_native
