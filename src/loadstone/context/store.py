@@ -26,7 +26,6 @@ from loadstone.artifact.context_file import (
     is_context,
     read_context,
 )
-from loadstone.artifact.headers import TensorInfo
 from loadstone.artifact.manifest import sha256_file
 from loadstone.context.bases import find_base, load_base
 from loadstone.context.encoding import SOFT_CLIP, Scaler
@@ -35,8 +34,8 @@ from loadstone.context.layer_cache import CACHE_DTYPES, LayerCache
 from loadstone.context.layout import CACHE_DTYPE_NAMES, PROBE_ROWS, context_tensors
 from loadstone.context.model import PFN, REGRESSION, TASKS, PFNConfig
 from loadstone.context.training_context import TrainingContext
+from loadstone.context.writer import write_safetensors
 from loadstone.errors import ArtifactError, LoadstoneError, UsageError
-from loadstone.finalize.write import ShardWriter
 from loadstone.loading.values import check_values
 
 # Largest difference of a logit, relative to the largest one of the probe, between the machine that fitted and this.
@@ -64,13 +63,7 @@ def save_context(context: TrainingContext, path: Path, *, overwrite: bool = Fals
     work.mkdir(parents=True)
     try:
         tensors = context.tensors() | probe(context)
-        infos = [_info(name, tensor) for name, tensor in tensors.items()]
-        writer = ShardWriter(work / CONTEXT_TENSORS, infos, {"format": "pt"})
-        try:
-            for name, tensor in tensors.items():
-                writer.write(name, tensor.cpu())
-        finally:
-            writer.close()
+        write_safetensors(work / CONTEXT_TENSORS, tensors)
         facts = describe(context, work / CONTEXT_TENSORS)
         (work / CONTEXT_JSON).write_text(
             json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
@@ -282,12 +275,6 @@ def _check_probe(context: TrainingContext, file: ContextFile) -> None:
             f"'{file.path}': the probe's logits differ by {difference:.2g} here, {tolerance:g} is allowed",
             "The machine or library computes otherwise than where it was fitted: fit it again here",
         )
-
-
-def _info(name: str, tensor: Tensor) -> TensorInfo:
-    from loadstone.quantization.flatten import dtype_name
-
-    return TensorInfo(name, dtype_name(tensor.dtype), tuple(tensor.shape), CONTEXT_TENSORS, 0, tensor.nbytes)
 
 
 def _name(dtype: torch.dtype) -> str:
