@@ -35,6 +35,12 @@ def configs() -> dict[str, Any]:
     }
 
 
+@pytest.fixture(autouse=True)
+def no_int8_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a CPU without integer products, where ours take their place."""
+    monkeypatch.setattr("loadstone.evaluation.fastpath._has_int8_products", lambda: False)
+
+
 NAMES = (
     "int8-dynamic-act-int4",
     "int4-asymmetric",

@@ -211,3 +211,16 @@ def test_files_that_are_no_result(model_dir: Path, tmp_path: Path, content: str)
     (tmp_path / "r.json").write_text(content)
     with pytest.raises(UsageError, match="is no result"):
         evaluate(Options((str(model_dir),), baseline=str(tmp_path / "r.json"), limit=1))
+
+
+def test_wrong_options_show_before_anything_loads(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_load(plan: Any) -> Any:
+        raise AssertionError("loaded a model for nothing")
+
+    monkeypatch.setattr("loadstone.evaluation.models.load", no_load)
+    for options in (
+        Options((str(model_dir),), context_length=9999),
+        Options((str(model_dir),), data="absent.txt"),
+    ):
+        with pytest.raises(UsageError):
+            evaluate(options)

@@ -188,3 +188,16 @@ def test_fixed_shapes_change_nothing_but_the_shapes(model: Any, tokenizer: Any, 
     assert {tuple(maker(members).ids.shape) for members in batches} <= {(3, 64), (3, 100)}
     got = score(model, maker, batches, name="m")[0]["nll"]
     assert np.abs(got - expected).max() < 1e-4
+
+
+def test_batches_hold_every_window_once_and_little_padding(tokenizer: Any) -> None:
+    stream = tokenize(read_corpus(limit=20), tokenizer)
+    windows = make_windows(
+        stream, make_protocol(stream, dtype="f", longest=1000, name="rolling", context_length=1000)
+    )
+    batches = plan_batches(windows, 4)
+    assert sorted(np.concatenate(batches).tolist()) == list(range(len(windows)))
+    assert max(map(len, batches)) == 4
+    for members in batches:
+        lengths = windows.length[members]
+        assert lengths[0] == lengths.max() <= 1.25 * lengths.min()

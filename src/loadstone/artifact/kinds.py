@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from loadstone.artifact.files import Sink, is_file
 from loadstone.artifact.headers import FLOAT_DTYPES, TensorInfo
 from loadstone.artifact.torchao_checks import SUBCLASSES, FlatTensor
-from loadstone.artifact.torchao_config import check_agreement, check_block
+from loadstone.artifact.torchao_config import check_agreement, check_block, chooses_by_module
 from loadstone.artifact.torchao_tensors import unknown_class_hint
 from loadstone.artifact.uniform import check_layers, check_quantized
 from loadstone.artifact.weights import TensorTable, WeightFiles
@@ -127,7 +127,7 @@ def _from_block(
             "The weights are not this config's: finalize again, or remove the quantization_config block",
         )
     check_agreement(recipe, flat, sink)
-    check_quantized(flat, tensors, config, sink)
+    check_quantized(flat, tensors, config, sink, by_module=chooses_by_module(recipe))
     return TORCHAO, ("config.json: quantization_config.quant_method is torchao",), method
 
 

@@ -114,10 +114,12 @@ def check_block(block: dict[str, Any]) -> dict[str, Any]:
 
 def check_agreement(config: dict[str, Any], quantized: dict[str, FlatTensor], sink: Sink) -> None:
     """Reports quantized tensors that the config could not have made: two recipes mixed, an edited block."""
-    choices = _inner_configs(config)
-    if not choices or any(c["_type"] not in _MAKES for c in choices):
+    everything = _inner_configs(config)
+    if not everything or any(c["_type"] not in _MAKES for c in everything):
         return
     for tensor in quantized.values():
+        named = _named_config(config, tensor.name)
+        choices = [named] if named is not None else everything
         differences = [_difference(choice, tensor) for choice in choices]
         if all(differences):
             sink(
@@ -127,6 +129,21 @@ def check_agreement(config: dict[str, Any], quantized: dict[str, FlatTensor], si
                     "The files are of two recipes: finalize again from the source",
                 )
             )
+
+
+def chooses_by_module(config: dict[str, Any]) -> bool:
+    """Whether the config gives modules schemes of their own."""
+    return config["_type"] in _PER_MODULE
+
+
+def _named_config(config: dict[str, Any], name: str) -> dict[str, Any] | None:
+    """The config that a table of modules gives this tensor by its exact name, None when it names it in no such way."""
+    data = config["_data"] if chooses_by_module(config) and isinstance(config["_data"], dict) else {}
+    table = data.get("fqn_to_config") or data.get("module_fqn_to_config")
+    if not isinstance(table, dict):
+        return None
+    found = table.get(name, table.get(name.rpartition(".")[0]))
+    return found if isinstance(found, dict) and found.get("_type") in _CONFIGS else None
 
 
 def _inner_configs(config: dict[str, Any]) -> list[dict[str, Any]]:

@@ -40,12 +40,22 @@ def check_layers(tensors: dict[str, TensorInfo], sink: Sink) -> None:
 
 
 def check_quantized(
-    quantized: dict[str, FlatTensor], plain: dict[str, TensorInfo], config: dict[str, Any], sink: Sink
+    quantized: dict[str, FlatTensor],
+    plain: dict[str, TensorInfo],
+    config: dict[str, Any],
+    sink: Sink,
+    *,
+    by_module: bool = False,
 ) -> None:
-    """Reports quantized tensors that compute unlike the rest of the model."""
-    groups: dict[tuple[str, str, int], list[FlatTensor]] = {}
+    """Reports quantized tensors that compute unlike the rest of the model.
+
+    ``by_module``: config.json gives modules schemes of their own, so layers may differ in quantizing activations.
+    """
+    groups: dict[tuple[Any, ...], list[FlatTensor]] = {}
     for tensor in quantized.values():
-        groups.setdefault((pattern_of(tensor.name), tensor.type, tensor.nominal_bits), []).append(tensor)
+        own = tensor.quantizes_activations if by_module else None
+        key = (pattern_of(tensor.name), tensor.type, tensor.nominal_bits, own)
+        groups.setdefault(key, []).append(tensor)
     overall = Counter(t.quantizes_activations for t in quantized.values())
     dtypes = Counter(p.dtype for t in quantized.values() for p in t.parts.values())
     for group in groups.values():

@@ -357,10 +357,12 @@ def _print_modules(plan: FinalizePlan) -> None:
     rows = [
         [pattern, _ranges(numbers) or "-", recipe, why] for (pattern, recipe, why), numbers in folded.items()
     ]
-    title = (
-        f"{plan.recipe.file}, module by module" if getattr(plan.recipe, "file", "") else "module by module"
-    )
+    title = f"{_recipe_name(plan)}, module by module"
     render.console().print(render.table(title, ["module", "layers", "recipe", "why"], rows))
+
+
+def _recipe_name(plan: FinalizePlan) -> str:
+    return getattr(plan.recipe, "file", "") or str(plan.recipe)
 
 
 def _ranges(numbers: list[str]) -> str:
@@ -418,9 +420,7 @@ def _show_done(done: Finalized, verified: int | None, as_json: bool) -> None:
 def _print_groups(plan: FinalizePlan) -> None:
     rows = [
         [
-            action
-            if action != "quantize"
-            else f"quantize ({getattr(plan.recipe, 'file', '') or plan.recipe})",
+            action if action != "quantize" else f"quantize ({_recipe_name(plan)})",
             reason or "-",
             str(count),
             render.size(before),

@@ -138,6 +138,11 @@ def _amd() -> bool:
     return cpuinfo.exists() and "AuthenticAMD" in cpuinfo.read_text()[:2000]
 
 
+@lru_cache(maxsize=1)
+def _has_int8_products() -> bool:
+    return bool(torch.cpu._is_vnni_supported())
+
+
 def packs_here(weight: torch.Tensor) -> bool:
     """Whether packing pays for weights like this one. By the make of the CPU, never by a timing: results
     must not depend on how busy the machine was."""
@@ -278,8 +283,8 @@ def _int8(weight: Any, bias: torch.Tensor | None) -> nn.Module | None:
     scale = weight.scale.to(weight.dtype).flatten()
     if weight.act_quant_kwargs is None:
         return KeptInt8(weight.qdata.to(weight.dtype), bias, scale)
-    if weight.device.type != "cpu":
-        return None  # a GPU has an integer product of its own
+    if weight.device.type != "cpu" or _has_int8_products():
+        return None  # the device's own integer products are as exact, and faster
     from torchao.quantization.quantize_.common.quantize_tensor_kwargs import (
         _choose_quant_func_and_quantize_tensor as quantize_tensor,
     )

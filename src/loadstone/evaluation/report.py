@@ -19,10 +19,10 @@ _MOST_POINTS = 20_000
 _INK, _MUTED = "#1d2433", "#68718a"
 _COLOURS = ("#3056d3", "#d9480f", "#2b8a3e", "#9c36b5", "#c2255c", "#0b7285", "#e67700", "#495057")
 _STYLE = """
-body{font:15px/1.5 system-ui,sans-serif;color:#1d2433;max-width:1080px;margin:2rem auto;padding:0 1rem}
+body{font:15px/1.5 system-ui,sans-serif;color:#1d2433;max-width:1240px;margin:2rem auto;padding:0 1rem}
 h1{font-size:1.5rem;margin-bottom:.2rem} h2{font-size:1.1rem;margin-top:2rem} p{color:#68718a;margin:.3rem 0}
-table{border-collapse:collapse;margin:1rem 0}
-td,th{padding:.3rem .8rem;text-align:right;border-bottom:1px solid #e3e6ee}
+table{border-collapse:collapse;margin:1rem 0;font-size:13px}
+td,th{white-space:nowrap;padding:.3rem .7rem;text-align:right;border-bottom:1px solid #e3e6ee}
 td:first-child,th:first-child{text-align:left} th{color:#68718a;font-weight:600} img{max-width:100%}
 .failed{color:#c92a2a;font-weight:600} .passed{color:#2b8a3e;font-weight:600} code{background:#f1f3f9;padding:0 .3em}
 """
@@ -51,7 +51,12 @@ def write_report(outcome: Outcome, directory: Path, description: str) -> Path:
     names = short_names([r["path"] for r in outcome.records])
     sections = []
     for stem, title, note, draw in (
-        ("size", "Loss against size", "Weight files on disk; bars are one standard error.", _size),
+        (
+            "size",
+            "Loss against size",
+            "Bars are one standard error of the difference to the reference (of a single model: of its loss).",
+            _size,
+        ),
         (
             "documents",
             "Difference by document",
@@ -158,7 +163,9 @@ def _size(outcome: Outcome, names: list[str]) -> Any:
     figure, (axis,) = _figure(1)
     for i, (name, r) in enumerate(zip(names, outcome.records, strict=True)):
         x, colour = r["bits_per_parameter"], _COLOURS[i % len(_COLOURS)]
-        axis.errorbar(x, r["loss"], yerr=r["loss_stderr"] or 0, fmt="o", color=colour, capsize=3, label=name)
+        # Paired: the error of the losses themselves is the text's, shared by all, and would bury the difference.
+        error = r["loss_stderr"] if len(outcome.records) == 1 else r["delta_loss_stderr"]
+        axis.errorbar(x, r["loss"], yerr=error or 0, fmt="o", color=colour, capsize=3, label=name)
     axis.set_xlabel("stored bits per parameter")
     axis.set_ylabel("loss, nats per token")
     axis.margins(x=0.2)

@@ -4,7 +4,7 @@ gates."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -25,6 +25,7 @@ from loadstone.evaluation.store import open_store
 from loadstone.evaluation.task import Task, make_task
 from loadstone.evaluation.tasks import TaskScore, task_records
 
+_PATIENCE = 5.0
 DEFAULT_CACHE = "~/.cache/loadstone/eval"
 
 
@@ -85,6 +86,9 @@ def evaluate(options: Options, bar: Bar = no_bar) -> Outcome:
         # The text is read and tokenized while the first model loads.
         making = pool.submit(make_task, options, subjects)
         bench = Bench(options, making, store, ranks, bar)
+        # A wrong option shows within seconds; only a long text is still being tokenized after that.
+        if wait([making], timeout=_PATIENCE).done:
+            making.result()
         if saved is not None:
             # Before anything is computed.
             require_same(making.result().protocol, saved.protocol, (subjects[0].name, saved.record["path"]))

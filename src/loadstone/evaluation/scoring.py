@@ -16,6 +16,7 @@ from loadstone.evaluation.head import Halves, chunk_rows, halve
 from loadstone.evaluation.tokens import Protocol, TokenStream, Windows
 
 _NARROWEST = 64
+_WIDEST_PADDING = 1.25
 Progress = Callable[[int], None]
 
 
@@ -32,12 +33,22 @@ class Batch:
 
 
 def plan_batches(windows: Windows, batch_size: int) -> list[np.ndarray]:
-    """Window indices of each batch, longest windows first so that padding is least and memory peaks at once.
+    """Window indices of each batch, longest windows first, and none padded by more than a quarter of its length.
 
     The plan depends on nothing else: any number of processes divides the same batches, to the same bits.
     """
-    order = np.argsort(-windows.length, kind="stable")
-    return [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
+    batches: list[list[int]] = []
+    for index in np.argsort(-windows.length, kind="stable").tolist():
+        last = batches[-1] if batches else []
+        if (
+            last
+            and len(last) < batch_size
+            and windows.length[last[0]] <= _WIDEST_PADDING * windows.length[index]
+        ):
+            last.append(index)
+        else:
+            batches.append([index])
+    return [np.array(members) for members in batches]
 
 
 class BatchMaker:

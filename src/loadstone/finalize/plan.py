@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+import warnings
+from collections import OrderedDict
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from loadstone.artifact import Artifact, FlatTensor, TensorInfo
-from loadstone.artifact.detect import OTHER_QUANTIZER
+from loadstone.artifact.detect import OTHER_QUANTIZER, QAT_KEY
 from loadstone.artifact.headers import FLOAT_DTYPES
 from loadstone.artifact.torchao_tensors import part_name
 from loadstone.errors import ArtifactError
-from loadstone.quantization import Recipe, Scheme
+from loadstone.quantization import MixedRecipe, Recipe, Scheme
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
+
+    from loadstone.quantization.rules import Decision
 
 COPY, CAST, QUANTIZE = "copy", "cast", "quantize"
 
@@ -42,7 +46,7 @@ class FinalizePlan:
     """A finalize as data. ``shards`` holds the steps of each output file, ``config`` the config.json to write."""
 
     source: Artifact
-    recipe: Recipe | None
+    recipe: Recipe | MixedRecipe | None
     dtype: str
     shards: tuple[tuple[Step, ...], ...]
     config: dict[str, Any] = field(repr=False)
@@ -68,7 +72,7 @@ class FinalizePlan:
 
 def make_plan(
     artifact: Artifact,
-    recipe: Recipe | None,
+    recipe: Recipe | MixedRecipe | None,
     *,
     dtype: str = "auto",
     device: str = "cpu",
@@ -79,22 +83,28 @@ def make_plan(
     """Plan a finalize from headers and the model on the meta device.
 
     ``dtype``: floating type that plain tensors (and weights before quantization) are cast to, ``auto`` keeps the
-    stored one. ``skip``: module name patterns left unquantized. Raises `ArtifactError` when the source is quantized
-    already or does not match its config.
+    stored one. ``skip``: module name patterns left unquantized. A checkpoint that records its QAT recipe takes that
+    one. Raises `ArtifactError` when the source is quantized already or does not match its config, `UsageError` for a
+    recipe that the model or its record contradicts.
     """
     from loadstone.loading.meta import destinations, meta_model
+    from loadstone.quantization.qat import recorded_recipe
     from loadstone.quantization.rules import decide
 
     refuse_quantized(artifact)
+    recipe = recorded_recipe(artifact, recipe)
     model = meta_model(artifact, trust_remote_code)
     sources = source_tensors(artifact, model)
     where = destinations(model, list(sources))
     ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
-    decisions = decide(model, recipe.scheme, skip) if recipe else {}
+    decisions = decide(model, recipe, skip) if recipe else {}
+    untied = _untied(model, decisions, {place.parameter for place in where.values() if place})
     templates: dict[tuple[Any, ...], FlatTensor] = {}
     steps: list[Step] = []
     for key, info in sources.items():
         place = where[key]
+        if place is not None and place.parameter in untied:
+            continue
         if place is None and not _matches(key, ignored):
             raise ArtifactError(
                 f"{info.file}: tensor '{key}' belongs to no part of {type(model).__name__}",
@@ -103,7 +113,8 @@ def make_plan(
         stored = _target_dtype(info, dtype)
         decision = decisions.get(place.parameter) if place else None
         if recipe and decision and decision.scheme and place and not place.converted:
-            steps.append(_quantize_step(info, place.parameter, stored, decision.scheme, device, templates))
+            steps.append(_quantize_step(info, place.parameter, stored, decision, device, templates))
+            steps += _untied_steps(info, place.parameter, stored, decisions, untied, device, templates)
             continue
         reason = decision.reason if decision else ("" if recipe is None else "not a matrix weight")
         if decision and decision.scheme:
@@ -111,12 +122,18 @@ def make_plan(
         action = COPY if stored == info.dtype else CAST
         output = replace(info, dtype=stored, begin=0, end=_nbytes(info, stored))
         steps.append(Step(info, action, key, (output,), reason=reason))
+        if place is not None:
+            steps += _untied_steps(info, place.parameter, stored, decisions, untied, device, templates)
     if recipe and not any(step.action == QUANTIZE for step in steps):
         raise ArtifactError(
             f"'{artifact.path}': {type(model).__name__} has no weight that {recipe} can quantize",
             "Finalize it without --quantize",
         )
     config = _config(artifact, recipe, dtype, skip, decisions)
+    if untied:
+        for part in (config, config.get("text_config")):
+            if isinstance(part, dict):
+                part["tie_word_embeddings"] = False
     return FinalizePlan(artifact, recipe, dtype, _shards(steps, max_shard_bytes), config)
 
 
@@ -147,29 +164,71 @@ def source_tensors(artifact: Artifact, model: PreTrainedModel) -> dict[str, Tens
     return dict(sorted(found.items()))
 
 
+def _untied(model: PreTrainedModel, decisions: dict[str, Decision], stored: set[str]) -> dict[str, str]:
+    """Tied parameters that must be stored apart, since one of them is quantized: source by target; else empty."""
+    pairs: dict[str, str] = dict(model.all_tied_weights_keys)
+    if not any(name in decisions and decisions[name].scheme for pair in pairs.items() for name in pair):
+        return {}
+    for target, source in pairs.items():
+        if source not in stored:
+            raise ArtifactError(
+                f"'{target}' is tied to '{source}', which the checkpoint does not hold: it cannot be quantized apart",
+                "Leave embeddings and lm_head unquantized, or save the model again with transformers",
+            )
+    return pairs
+
+
+def _untied_steps(
+    info: TensorInfo,
+    parameter: str,
+    stored: str,
+    decisions: dict[str, Decision],
+    untied: dict[str, str],
+    device: str,
+    templates: dict[tuple[Any, ...], FlatTensor],
+) -> list[Step]:
+    """What else is made of a tensor that was tied to others: their own copies, each by its own decision."""
+    steps = []
+    for target in (t for t, source in untied.items() if source == parameter):
+        decision = decisions.get(target)
+        if decision and decision.scheme:
+            steps.append(_quantize_step(info, target, stored, decision, device, templates))
+        else:
+            output = replace(info, name=target, dtype=stored, begin=0, end=_nbytes(info, stored))
+            action = COPY if stored == info.dtype else CAST
+            steps.append(Step(info, action, target, (output,), reason=f"no longer tied to {parameter}"))
+    return steps
+
+
 def _quantize_step(
     info: TensorInfo,
     parameter: str,
     stored: str,
-    scheme: Scheme,
+    decision: Decision,
     device: str,
     templates: dict[tuple[Any, ...], FlatTensor],
 ) -> Step:
     from loadstone.quantization.quantize import template
 
-    key = (scheme, info.shape, stored)
+    assert decision.scheme is not None
+    key = (decision.scheme, info.shape, stored)
     if key not in templates:
-        templates[key] = template(scheme, info.shape, torch_dtype(stored), device)
+        templates[key] = template(decision.scheme, info.shape, torch_dtype(stored), device)
     flat = templates[key]
     outputs = tuple(replace(part, name=part_name(parameter, n)) for n, part in flat.parts.items())
-    return Step(info, QUANTIZE, parameter, outputs, scheme, "linear weight", flat.metadata)
+    return Step(info, QUANTIZE, parameter, outputs, decision.scheme, decision.reason, flat.metadata)
 
 
 def _config(
-    artifact: Artifact, recipe: Recipe | None, dtype: str, skip: list[str] | None, decisions: dict[str, Any]
+    artifact: Artifact,
+    recipe: Recipe | MixedRecipe | None,
+    dtype: str,
+    skip: list[str] | None,
+    decisions: dict[str, Decision],
 ) -> dict[str, Any]:
     """config.json to write: the source's, its dtype, and the block that every transformers load looks for."""
-    config = dict(artifact.config)
+    config = json.loads(json.dumps(artifact.config))
+    config.pop(QAT_KEY, None)
     if dtype != "auto":
         config.pop("torch_dtype", None)
         config["dtype"] = dtype
@@ -178,17 +237,51 @@ def _config(
     return config
 
 
-def quantization_block(recipe: Recipe, skip: list[str] | None, decisions: dict[str, Any]) -> dict[str, Any]:
-    """The ``quantization_config`` that transformers itself would write for this recipe."""
+def quantization_block(
+    recipe: Recipe | MixedRecipe, skip: list[str] | None, decisions: dict[str, Decision]
+) -> dict[str, Any]:
+    """The ``quantization_config`` that transformers itself would write for this recipe.
+
+    One scheme for all is torchao's own config; several are its `FqnToConfig`, which names every module.
+    """
+    from transformers import TorchAoConfig
+
+    from loadstone.quantization import to_torchao
+    from loadstone.quantization.rules import KEPT
+
+    modules = {name.removesuffix(".weight"): d for name, d in decisions.items() if d.linear or d.table}
+    left = {name for name, d in modules.items() if d.linear and d.scheme is None}
+    schemes = list(dict.fromkeys(d.scheme for d in modules.values() if d.scheme))
+    tables = any(d.table and d.scheme for d in modules.values())
+    if len(schemes) == 1 and not tables:
+        # By default transformers leaves out just the output head. Where more is left out, all of it must be named.
+        named = sorted(left) if skip or any(modules[name].reason != KEPT for name in left) else None
+        block = TorchAoConfig(to_torchao(schemes[0]), modules_to_not_convert=named).to_dict()
+    else:
+        block = _block_by_module(recipe, modules, sorted(left), tables)
+    return json.loads(json.dumps(block))
+
+
+def _block_by_module(
+    recipe: Recipe | MixedRecipe, modules: dict[str, Decision], left: list[str], tables: bool
+) -> dict[str, Any]:
+    from torchao.quantization import FqnToConfig
     from transformers import TorchAoConfig
 
     from loadstone.quantization import to_torchao
 
-    # By default transformers leaves out just the output head. Where more is left out, all of it must be named.
-    left = {name.removesuffix(".weight"): d for name, d in decisions.items() if d.linear and d.scheme is None}
-    named = sorted(left) if skip or any(d.misfit for d in left.values()) else None
-    block = TorchAoConfig(to_torchao(recipe.scheme), modules_to_not_convert=named).to_dict()
-    return json.loads(json.dumps(block))
+    default = recipe.default if isinstance(recipe, MixedRecipe) else recipe
+    chosen = {name: d.scheme for name, d in modules.items() if d.linear or d.scheme}
+    table: dict[str, Any] = {name: to_torchao(s) if s else None for name, s in chosen.items()}
+    table["_default"] = to_torchao(default.scheme) if default else None
+    with warnings.catch_warnings():
+        # Readers fall back on `_default` for modules that they name otherwise: deprecated, and still what they know.
+        warnings.simplefilter("ignore")
+        return TorchAoConfig(
+            FqnToConfig(OrderedDict(table)),
+            modules_to_not_convert=left,
+            include_input_output_embeddings=tables,
+        ).to_dict()
 
 
 def _shards(steps: list[Step], max_bytes: int) -> tuple[tuple[Step, ...], ...]:

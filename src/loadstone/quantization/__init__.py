@@ -1,5 +1,6 @@
 """Recipes by name, as torchao configs, and back from tensors."""
 
+from loadstone.quantization.recipe_file import MixedRecipe, Rule, read_recipe
 from loadstone.quantization.schemes import (
     RECIPES,
     Recipe,
@@ -13,10 +14,13 @@ from loadstone.quantization.torchao_config import scheme_of, to_torchao
 
 __all__ = [
     "RECIPES",
+    "MixedRecipe",
     "Recipe",
+    "Rule",
     "Scheme",
     "nominal_bits",
     "parse_recipe",
+    "read_recipe",
     "recipe_for",
     "scheme_of",
     "stored_bits",

@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 from loadstone.errors import UsageError
+from loadstone.quantization.recipe_file import MixedRecipe, Rule
 from loadstone.quantization.schemes import (
     Int4WeightOnly,
     Int8DynActIntxWeight,
@@ -15,62 +16,144 @@ from loadstone.quantization.schemes import (
     MxDynActMxWeight,
     Nvfp4DynActNvfp4Weight,
     Nvfp4WeightOnly,
+    Recipe,
     Scheme,
 )
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
+
+
+KEPT = "output head or kept in float32"
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What happens to one parameter: a scheme, or None and the reason it stays as it is."""
+    """What happens to one parameter: a scheme, or None and the reason it stays as it is.
+
+    ``linear``: the weight of a Linear; ``misfit``: its shape cannot take the scheme; ``table``: the input embeddings
+    or the output head.
+    """
 
     scheme: Scheme | None
     reason: str
     linear: bool = False
     misfit: bool = False
+    table: bool = False
 
 
-def decide(model: PreTrainedModel, scheme: Scheme, skip: list[str] | None = None) -> dict[str, Decision]:
+def decide(
+    model: PreTrainedModel, recipe: Recipe | MixedRecipe, skip: list[str] | None = None
+) -> dict[str, Decision]:
     """A decision for each matrix weight of ``model`` (on the meta device).
 
-    Quantized are the weights of `nn.Linear` except the output head, modules kept in float32, and modules that a
-    ``skip`` pattern matches (see `matches`). Raises `UsageError` for a pattern that matches no Linear.
+    A plain recipe quantizes the weights of `nn.Linear` except the output head, modules kept in float32, and modules
+    that a ``skip`` pattern matches (see `matches`). A mixed one chooses by its rules, and may name embeddings and
+    head. Raises `UsageError` for a pattern or rule that matches no Linear.
     """
     import torch
-    from transformers.quantizers.base import HfQuantizer
-    from transformers.quantizers.quantizers_utils import should_convert_module
 
-    never = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
-    unused = set(skip or ())
+    mixed = recipe if isinstance(recipe, MixedRecipe) else MixedRecipe(recipe)
+    head, table = model.get_output_embeddings(), model.get_input_embeddings()
+    never = _never(model, head if mixed.lm_head else None)
+    used: set[str | Rule] = set()
     decisions: dict[str, Decision] = {}
     for module_name, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             full = f"{module_name}.{name}" if module_name else name
             if isinstance(module, torch.nn.Linear) and name == "weight":
-                hit = [pattern for pattern in skip or () if matches(pattern, module_name)]
-                unused.difference_update(hit)
-                if hit:
-                    decisions[full] = Decision(None, "skipped as asked", linear=True)
-                elif not should_convert_module(full, never):
-                    decisions[full] = Decision(None, "output head or kept in float32", linear=True)
-                else:
-                    problem = misfit(scheme, *parameter.shape)
-                    fits = Decision(scheme, "linear weight", linear=True)
-                    decisions[full] = Decision(None, problem, linear=True, misfit=True) if problem else fits
+                shape = tuple(parameter.shape)
+                decisions[full] = _decide_linear(
+                    module_name, shape, mixed, skip or [], never, module is head, used
+                )
             elif parameter.dim() == 3:
                 decisions[full] = Decision(None, "fused experts (3-D): torchao quantizes 2-D weights only")
             elif isinstance(module, torch.nn.Embedding):
-                decisions[full] = Decision(None, "embedding")
+                chosen = mixed.embeddings if module is table else None
+                decisions[full] = _fitting(chosen, tuple(parameter.shape), "embedding", table=module is table)
             elif parameter.dim() == 2:
                 decisions[full] = Decision(None, f"weight of a {type(module).__name__}, not a Linear")
-    if unused:
-        raise UsageError(
-            f"--skip {sorted(unused)[0]} matches no Linear of {type(model).__name__}",
-            "Patterns: a module name or part of it (mlp, layers.0, down_proj), a glob, or re:REGEX",
-        )
+    _check_used(model, mixed, skip or [], used)
     return decisions
+
+
+def _decide_linear(
+    module: str,
+    shape: tuple[int, ...],
+    mixed: MixedRecipe,
+    skip: list[str],
+    never: list[str],
+    is_head: bool,
+    used: set[str | Rule],
+) -> Decision:
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    hit = [pattern for pattern in skip if matches(pattern, module)]
+    used.update(hit)
+    # The head is named by the key lm_head alone: `re:.*` should not untie it by accident.
+    rules = [] if is_head else [rule for rule in mixed.rules if matches(rule.modules, module)]
+    # A rule that an earlier one always forestalls matches all the same: only a pattern that names nothing is wrong.
+    used.update(rules)
+    if hit:
+        return Decision(None, "skipped as asked", linear=True, table=is_head)
+    if not should_convert_module(f"{module}.weight", never):
+        return Decision(None, KEPT, linear=True, table=is_head)
+    if is_head:
+        return _fitting(mixed.lm_head, shape, "output head", linear=True, table=True)
+    recipe = rules[0].recipe if rules else mixed.default
+    if recipe is None:
+        return Decision(None, "skipped as asked", linear=True)
+    return _fitting(recipe, shape, "linear weight", linear=True)
+
+
+def _fitting(
+    recipe: Recipe | None, shape: tuple[int, ...], what: str, *, linear: bool = False, table: bool = False
+) -> Decision:
+    problem = misfit(recipe.scheme, *shape) if recipe else ""
+    if problem:
+        return Decision(None, problem, linear, misfit=True, table=table)
+    return Decision(recipe.scheme if recipe else None, what, linear, table=table)
+
+
+def _never(model: PreTrainedModel, wanted: torch.nn.Module | None) -> list[str]:
+    """transformers' names of what is never quantized: the output head, unless ``wanted``, and what stays float32."""
+    from transformers.quantizers.base import HfQuantizer
+
+    kept = model._keep_in_fp32_modules
+    if wanted is None:
+        return HfQuantizer.get_modules_to_not_convert(model, None, kept)
+    return list(kept or ())
+
+
+def _check_used(model: PreTrainedModel, mixed: MixedRecipe, skip: list[str], used: set[str | Rule]) -> None:
+    patterns = "Patterns: a module name or part of it (mlp, layers.0, down_proj), a glob, or re:REGEX"
+    for rule in mixed.rules:
+        if rule not in used and any(
+            matches(rule.modules, name)
+            for name, m in model.named_modules()
+            if m is model.get_output_embeddings()
+        ):
+            raise UsageError(
+                f"{mixed.where(rule)}: '{rule.modules}' is the output head, which rules leave alone",
+                "Name its recipe under lm_head:",
+            )
+        if rule not in used:
+            raise UsageError(
+                f"{mixed.where(rule)}: '{rule.modules}' matches no Linear of {type(model).__name__}", patterns
+            )
+    for pattern in sorted(set(skip) - used):
+        raise UsageError(f"--skip {pattern} matches no Linear of {type(model).__name__}", patterns)
+    table = model.get_input_embeddings()
+    if mixed.embeddings and table is not None and any(True for _ in table.buffers()):
+        # transformers marks a module with a deserialised weight as initialised, and never fills its buffers.
+        raise UsageError(
+            f"{mixed.file}: embeddings of {type(model).__name__} cannot be quantized: transformers would lose the "
+            f"scale that {type(table).__name__} keeps beside them",
+            "Remove embeddings",
+        )
+    if mixed.lm_head and model.get_output_embeddings() is None:
+        raise UsageError(f"{mixed.file}: {type(model).__name__} has no output head", "Remove lm_head")
 
 
 def matches(pattern: str, module: str) -> bool:

@@ -14,7 +14,7 @@ from loadstone.errors import UsageError
 
 Mapping = Literal["symmetric", "asymmetric"]
 Granularity = Literal["row", "tensor"]
-Rounding = Literal["affine", "hqq"]
+Rounding = Literal["affine", "mse", "hqq"]
 
 
 @dataclass(frozen=True)
@@ -195,6 +195,22 @@ def parse_recipe(text: str) -> Recipe:
             raise UsageError(f"recipe '{name}' has no option '{key}'", f"Its options: {known}")
         changes[key] = _option(name, key, value, hints[key])
     return replace(recipe, scheme=replace(recipe.scheme, **changes))  # type: ignore[type-var, arg-type]
+
+
+def rounding_choices(scheme: Scheme) -> tuple[str, ...]:
+    """The ways of rounding that a scheme can take, the plain one first; empty when it has no choice."""
+    hint = get_type_hints(type(scheme)).get("rounding")
+    return tuple(hint.__args__) if hint else ()
+
+
+def round_by(recipe: Recipe, algorithm: str) -> Recipe:
+    """The recipe with its weights rounded by ``algorithm`` (``affine`` is any scheme's plain way)."""
+    choices = rounding_choices(recipe.scheme)
+    value = choices[0] if choices and algorithm == "affine" else algorithm
+    if value not in choices:
+        known = ", ".join(("affine", *choices[1:]))
+        raise UsageError(f"--algorithm {algorithm} is not possible with {recipe.name}", f"One of {known}")
+    return replace(recipe, scheme=replace(recipe.scheme, rounding=value))  # type: ignore[call-arg, arg-type]
 
 
 def spell(recipe: Recipe) -> str:

@@ -216,8 +216,6 @@ def _mapping(mapping: str) -> Any:
 def _intx_rounding(rounding: str) -> Any:
     from torchao.quantization.quantize_.workflows import IntxChooseQParamsAlgorithm
 
-    return (
-        IntxChooseQParamsAlgorithm.AFFINE
-        if rounding == "affine"
-        else IntxChooseQParamsAlgorithm.HQQ_SCALE_ONLY
-    )
+    # torchao has no name for "mse": the tensors are the same class, and a config is read for that alone.
+    hqq = rounding == "hqq"
+    return IntxChooseQParamsAlgorithm.HQQ_SCALE_ONLY if hqq else IntxChooseQParamsAlgorithm.AFFINE

@@ -1,0 +1,110 @@
+"""Quantization-aware training: prepare a model with torchao's fake quantization, record the recipe with its checkpoint.
+
+A checkpoint that was trained under fake quantization is right for one recipe only, and nothing in its weights says
+which. So the recipe's text goes into config.json under `QAT_KEY`, where `finalize` finds it.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loadstone.artifact import Artifact
+from loadstone.artifact.detect import CONFIG, QAT, QAT_KEY
+from loadstone.errors import ArtifactError, UsageError
+from loadstone.quantization.recipe_file import MixedRecipe
+from loadstone.quantization.schemes import RECIPES, Int8DynActIntxWeight, IntxWeightOnly, Recipe, parse_recipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def supports_qat(recipe: Recipe) -> bool:
+    """Whether torchao's fake quantization computes what the recipe's converted tensors compute.
+
+    True of symmetric intx weights of 2 bits or more, plainly rounded. For the rest torchao has no fake quantization,
+    or one that converts to another packing than the recipe's.
+    """
+    scheme = recipe.scheme
+    if not isinstance(scheme, Int8DynActIntxWeight | IntxWeightOnly):
+        return False
+    return scheme.mapping == "symmetric" and scheme.rounding == "affine" and scheme.bits >= 2
+
+
+def check_qat(recipe: Recipe | MixedRecipe) -> Recipe:
+    """The recipe itself; raises `UsageError` naming the recipes that can be trained when this one cannot."""
+    if isinstance(recipe, MixedRecipe) or not supports_qat(recipe):
+        able = ", ".join(r.name for r in RECIPES.values() if supports_qat(r))
+        raise UsageError(
+            f"torchao has no fake quantization that converts exactly to '{recipe}'",
+            f"Train with one of {able} (mapping=symmetric, rounding=affine)",
+        )
+    return recipe
+
+
+def prepare(model: PreTrainedModel, recipe: Recipe | str) -> PreTrainedModel:
+    """Put fake quantization into the Linears that ``finalize`` will quantize; trains as before. Returns the model.
+
+    Raises `UsageError` for a recipe without exact fake quantization.
+    """
+    from torchao.quantization import quantize_
+    from torchao.quantization.qat import QATConfig
+
+    from loadstone.quantization.rules import decide
+    from loadstone.quantization.torchao_config import to_torchao
+
+    recipe = check_qat(parse_recipe(recipe) if isinstance(recipe, str) else recipe)
+    chosen = {name.removesuffix(".weight") for name, d in decide(model, recipe).items() if d.scheme}
+    quantize_(
+        model,
+        QATConfig(to_torchao(recipe.scheme), step="prepare"),
+        filter_fn=lambda module, name: name in chosen,
+    )
+    return model
+
+
+def record(target: str | Path | Any, recipe: Recipe | str) -> None:
+    """Write the recipe down: in a checkpoint directory's config.json, or in a transformers config before saving.
+
+    With ``model.config`` every checkpoint that a Trainer saves afterwards carries the record.
+    """
+    recipe = check_qat(parse_recipe(recipe) if isinstance(recipe, str) else recipe)
+    entry = {"recipe": str(recipe)}
+    if not isinstance(target, str | Path):
+        setattr(target, QAT_KEY, entry)
+        return
+    file = Path(target) / CONFIG
+    if not file.is_file():
+        raise UsageError(f"'{target}' has no {CONFIG}", "Save the model there first")
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config[QAT_KEY] = entry
+    work = file.with_name(f".{CONFIG}.partial")
+    work.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    work.replace(file)
+
+
+def recorded_recipe(artifact: Artifact, asked: Recipe | MixedRecipe | None) -> Recipe | MixedRecipe | None:
+    """The recipe to finalize with: ``asked``, unless the checkpoint records that it was trained for one.
+
+    Raises `UsageError` when both are there and differ, `ArtifactError` for a record that cannot be read.
+    """
+    if artifact.kind != QAT:
+        return asked
+    entry = artifact.config.get(QAT_KEY)
+    text = entry.get("recipe") if isinstance(entry, dict) else None
+    try:
+        if not isinstance(text, str):
+            raise UsageError("it names no recipe")
+        trained = check_qat(parse_recipe(text))
+    except UsageError as error:
+        raise ArtifactError(
+            f"{artifact.config_dir / CONFIG}: the recipe recorded under {QAT_KEY} cannot be used ({error.message})",
+            f"Correct it, or remove {QAT_KEY} to finalize as a plain checkpoint",
+        ) from None
+    if asked is not None and str(asked) != str(trained):
+        raise UsageError(
+            f"the checkpoint was trained for '{trained}', and '{asked}' is asked for",
+            f"Leave the flag out, or remove {QAT_KEY} from {artifact.config_dir / CONFIG}",
+        )
+    return trained

@@ -1,0 +1,133 @@
+"""Intx rounding that torchao does not have: a scale for each group that makes the squared error least.
+
+The result is torchao's own tensor class with other integers and scales, so it loads wherever plain rounding loads.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from loadstone.quantization.schemes import Int8DynActIntxWeight, IntxWeightOnly
+
+if TYPE_CHECKING:
+    import torch
+
+# Scales tried, as shares of the plain one: outliers are clipped when that rounds the rest better.
+_SHARES = tuple(0.50 + 0.0125 * step for step in range(45))
+_BLOCK = 1 << 22
+
+
+def intx_tensor(
+    qdata: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor,
+    scheme: Int8DynActIntxWeight | IntxWeightOnly,
+) -> torch.Tensor:
+    """torchao's tensor of integers, scales and zero points by group that were chosen elsewhere."""
+    import torch
+    from torchao.quantization import IntxUnpackedToInt8Tensor
+    from torchao.quantization.quantize_.workflows.intx.intx_unpacked_to_int8_tensor import (
+        IntxUnpackedToInt8TensorActivationQuantization as Activation,
+    )
+
+    dynamic = isinstance(scheme, Int8DynActIntxWeight)
+    return IntxUnpackedToInt8Tensor(
+        qdata.to(torch.int8),
+        scale,
+        zero_point.to(torch.int8),
+        getattr(torch, f"int{scheme.bits}"),
+        (1, scheme.group_size or qdata.shape[1]),
+        scale.dtype,
+        Activation.INT8_ASYM_PER_TOKEN if dynamic else None,
+    )
+
+
+def plain_scales(
+    weight: torch.Tensor, scheme: Int8DynActIntxWeight | IntxWeightOnly
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """torchao's plain scale and zero point for each group of ``weight`` (out, in)."""
+    import torch
+    from torchao.quantization.quant_primitives import MappingType, choose_qparams_affine
+
+    symmetric = scheme.mapping == "symmetric"
+    return choose_qparams_affine(
+        weight,
+        MappingType.SYMMETRIC if symmetric else MappingType.ASYMMETRIC,
+        (1, scheme.group_size or weight.shape[1]),
+        target_dtype=torch.int8,
+        quant_min=-(2 ** (scheme.bits - 1)),
+        quant_max=2 ** (scheme.bits - 1) - 1,
+        zero_point_dtype=torch.int8,
+        keepdim=True,
+    )
+
+
+def least_squares_scales(
+    weight: torch.Tensor,
+    scheme: Int8DynActIntxWeight | IntxWeightOnly,
+    importance: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and zero point for each group with the least squared error, among shares of the plain scale.
+
+    ``importance``: a weight for each input feature (how much its squared error matters). The scale is tried as it
+    will be stored, in the weight's own dtype.
+    """
+    import torch
+
+    low, high = -(2 ** (scheme.bits - 1)), 2 ** (scheme.bits - 1) - 1
+    scale, zero_point = plain_scales(weight, scheme)
+    grouped = weight.float().unflatten(1, (scale.shape[1], -1))
+    cost = importance.float().view(1, scale.shape[1], -1) if importance is not None else None
+    best = torch.full_like(scale, torch.inf, dtype=torch.float32)
+    best_scale, best_zero = scale.clone(), zero_point.clone()
+    middle = (low - zero_point.float()) * scale.float()
+    for share in _SHARES:
+        tried = (scale.float() * share).to(scale.dtype)
+        tried = torch.where(tried > 0, tried, scale)
+        step = tried.float().unsqueeze(-1)
+        zero = zero_point
+        if scheme.mapping == "asymmetric":
+            # The range shrinks towards its middle, so the low end moves up by half of what is cut off.
+            start = middle + (1 - share) * scale.float() * (high - low) / 2
+            zero = (low - start / tried.float()).round().clamp(low, high).to(zero_point.dtype)
+        offset = zero.float().unsqueeze(-1)
+        error = (
+            ((grouped / step + offset).round().clamp(low, high) - offset).mul_(step).sub_(grouped).square_()
+        )
+        total = (error * cost if cost is not None else error).sum(-1)
+        better = total < best
+        best = torch.where(better, total, best)
+        best_scale = torch.where(better, tried, best_scale)
+        best_zero = torch.where(better, zero, best_zero)
+    return best_scale, best_zero
+
+
+def least_squares_weight(weight: torch.Tensor, scheme: Int8DynActIntxWeight | IntxWeightOnly) -> torch.Tensor:
+    """torchao's tensor for ``weight`` with scales that make the squared error of each group least."""
+    import torch
+
+    if weight.is_meta:
+        scale, zero_point = plain_scales(weight, scheme)
+        return intx_tensor(torch.empty_like(weight, dtype=torch.int8), scale, zero_point, scheme)
+    # The search holds a few float32 copies: rows are independent, so they go in blocks.
+    rows = max(_BLOCK // weight.shape[1], 1)
+    found = [least_squares_scales(part, scheme) for part in weight.split(rows)]
+    scale, zero_point = (torch.cat(each) for each in zip(*found, strict=True))
+    return intx_tensor(round_to(weight, scale, zero_point, scheme), scale, zero_point, scheme)
+
+
+def round_to(
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor,
+    scheme: Int8DynActIntxWeight | IntxWeightOnly,
+) -> torch.Tensor:
+    """The integers of ``weight`` for given scales, as torchao rounds them."""
+    import torch
+    from torchao.quantization.quant_primitives import quantize_affine
+
+    block = (1, weight.shape[1] // scale.shape[1])
+    bits = scheme.bits
+    return quantize_affine(
+        weight, block, scale, zero_point, torch.int8, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    )
