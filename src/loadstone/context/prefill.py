@@ -13,7 +13,7 @@ from torch import Tensor
 from loadstone.context import encoding
 from loadstone.context.layer_cache import LayerCache, parse_cache_dtype, store
 from loadstone.context.model import CLASSIFICATION, PFN, REGRESSION, PFNConfig, check_task
-from loadstone.context.training_context import MEMORY_BUDGET, TrainingContext, row_bytes
+from loadstone.context.training_context import TrainingContext, rows_within
 from loadstone.errors import UsageError
 
 
@@ -28,7 +28,7 @@ def fit_context(
     cache_dtype: str | None = None,
     seed: int = 0,
     grad_context: bool = False,
-    memory_budget: int = MEMORY_BUDGET,
+    memory_budget: int | None = None,
 ) -> TrainingContext:
     """Fit a context: ``x`` (n, d) floating, NaN where a value is missing; ``y`` (n,).
 
@@ -57,7 +57,7 @@ def fit_context(
         scaler = encoding.fit_scaler(x)
         codes = encoding.feature_codes(x.shape[1], model.config.code_size, seed).to(model.device)
         dtype = parse_cache_dtype(cache_dtype, model.dtype)
-        step = max(1, memory_budget // row_bytes(model, x.shape[1], grad=grad_context))
+        step = rows_within(memory_budget, model, x.shape[1], grad=grad_context)
         layers = _read(model, scaler(x), codes, y_scaled, task, dtype, step)
     return TrainingContext(
         model=model,

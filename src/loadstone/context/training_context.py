@@ -24,8 +24,8 @@ from loadstone.errors import UsageError
 if TYPE_CHECKING:
     from loadstone.context.model import PFN
 
-# Activations of queries in flight, in bytes; longer batches of queries go through in chunks.
-MEMORY_BUDGET = 1 << 30
+# Activations of rows in flight, in bytes; longer batches go through in chunks.
+MEMORY_BUDGET = {"cpu": 4 << 30, "cuda": 8 << 30}
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,11 +71,11 @@ class TrainingContext:
             ()
         )
 
-    def logits(self, queries: Tensor, *, memory_budget: int = MEMORY_BUDGET) -> Tensor:
+    def logits(self, queries: Tensor, *, memory_budget: int | None = None) -> Tensor:
         """Logits (..., bars or classes) of queries (..., d) in the units and order of the training features.
 
-        Differentiable with respect to the queries. More queries than ``memory_budget`` bytes of activations allow go
-        through in chunks, with the same result; under autograd a chunk is computed again in the backward pass, so
+        Differentiable with respect to the queries. More queries than ``memory_budget`` bytes of activations allow
+        (default 4 GiB, 8 on a GPU) go through in chunks, with the same result; under autograd a chunk is computed again in the backward pass, so
         memory stays bounded there too. Raises `SchemaMismatch` for another number of features.
         """
         if queries.shape[-1:] != (self.features,):
@@ -89,7 +89,7 @@ class TrainingContext:
             )
         rows = queries.reshape(-1, self.features).to(self.device)
         grad = torch.is_grad_enabled() and (rows.requires_grad or self.layers[0].keys.requires_grad)
-        step = max(1, memory_budget // row_bytes(self.model, self.features, grad=grad))
+        step = rows_within(memory_budget, self.model, self.features, grad=grad)
         if len(rows) <= step:
             result = self._answer(rows)
         elif grad:
@@ -110,13 +110,13 @@ class TrainingContext:
         logits = model.read_out(x[0, :, -1], self.task)
         return logits[:, : len(self.classes)] if self.classes else logits
 
-    def posterior(self, queries: Tensor, *, memory_budget: int = MEMORY_BUDGET) -> BarPosterior:
+    def posterior(self, queries: Tensor, *, memory_budget: int | None = None) -> BarPosterior:
         """Predictive distributions (regression only) of queries (..., d), one for each row on its own."""
         if self.target is None:
             raise UsageError("a classification context has no posterior over a number", "Use probabilities()")
         return BarPosterior(self.logits(queries, memory_budget=memory_budget), self.borders)
 
-    def probabilities(self, queries: Tensor, *, memory_budget: int = MEMORY_BUDGET) -> Tensor:
+    def probabilities(self, queries: Tensor, *, memory_budget: int | None = None) -> Tensor:
         """Class probabilities (..., classes), float64, in the order of `classes`."""
         if self.target is not None:
             raise UsageError("a regression context has no classes", "Use posterior()")
@@ -148,6 +148,13 @@ class TrainingContext:
             codes=self.codes.to(device),
             layers=tuple(layer.to(device) for layer in self.layers),
         )
+
+
+def rows_within(budget: int | None, model: PFN, features: int, *, grad: bool) -> int:
+    """Rows that may be in flight at once; ``budget`` None is the device's default."""
+    if budget is None:
+        budget = MEMORY_BUDGET["cuda" if model.device.type == "cuda" else "cpu"]
+    return max(1, budget // row_bytes(model, features, grad=grad))
 
 
 def row_bytes(model: PFN, features: int, *, grad: bool) -> int:
