@@ -75,8 +75,9 @@ class TrainingContext:
         """Logits (..., bars or classes) of queries (..., d) in the units and order of the training features.
 
         Differentiable with respect to the queries. More queries than ``memory_budget`` bytes of activations allow
-        (default 4 GiB, 8 on a GPU) go through in chunks, with the same result; under autograd a chunk is computed again in the backward pass, so
-        memory stays bounded there too. Raises `SchemaMismatch` for another number of features.
+        (default 4 GiB, 8 on a GPU) go through in chunks, with the same result; under autograd a chunk is computed
+        again in the backward pass, so memory stays bounded there too. Raises `SchemaMismatch` for another number of
+        features.
         """
         if queries.shape[-1:] != (self.features,):
             raise SchemaMismatch(
