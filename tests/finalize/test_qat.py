@@ -6,11 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
 import loadstone
 from loadstone.artifact.detect import QAT, QAT_KEY
-from loadstone.cli.app import app
+from loadstone.cli import main
 from loadstone.errors import ArtifactError, UsageError
 from loadstone.finalize import finalize, make_plan
 from loadstone.quantization import RECIPES, parse_recipe
@@ -25,6 +24,14 @@ TRAINABLE = [
     "intx3-weight-only",
     "intx2-weight-only",
 ]
+
+
+def run(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of one command, in this process."""
+    with pytest.raises(SystemExit) as stop:
+        main([str(a) for a in args])
+    out, err = capsys.readouterr()
+    return int(stop.value.code or 0), out, " ".join(err.split())
 
 
 def logits(model: torch.nn.Module) -> torch.Tensor:
@@ -73,7 +80,9 @@ def test_recipes_without_exact_fake_quantization_are_refused(tiny: Path, name: s
         record(tiny, parse_recipe(name))
 
 
-def test_another_recipe_is_refused_naming_both(make_model: Callable[..., Path], tmp_path: Path) -> None:
+def test_another_recipe_is_refused_naming_both(
+    make_model: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     source = tmp_path / "qat"
     loadstone.load(make_model("llama-untied")).save_pretrained(source)
     record(source, "intx4-weight-only:group_size=64")
@@ -82,12 +91,12 @@ def test_another_recipe_is_refused_naming_both(make_model: Callable[..., Path], 
     assert make_plan(artifact, same).recipe == make_plan(artifact, None).recipe == same
     with pytest.raises(UsageError, match=r"'intx4-weight-only:group_size=64', and 'int8-weight-only'"):
         make_plan(artifact, parse_recipe("int8-weight-only"))
-    run = CliRunner().invoke(
-        app, ["finalize", "-M", str(source), "--quantize", "intx4-weight-only", "-o", str(tmp_path / "o")]
+    code, _, err = run(
+        capsys, "finalize", "-M", source, "--quantize", "intx4-weight-only", "-o", tmp_path / "o"
     )
-    assert run.exit_code == 2 and "trained for" in " ".join(run.output.split())
-    run = CliRunner().invoke(app, ["finalize", "-M", str(source), "--dry-run", "--json"])
-    assert run.exit_code == 0 and json.loads(run.stdout)["recipe"] == str(same)
+    assert code == 2 and "trained for" in err
+    code, out, _ = run(capsys, "finalize", "-M", source, "--dry-run", "--json")
+    assert code == 0 and json.loads(out)["recipe"] == str(same)
 
 
 @pytest.mark.parametrize("entry", [{}, {"recipe": 4}, {"recipe": "nf4"}, {"recipe": "int8-weight-only"}])

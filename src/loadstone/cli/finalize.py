@@ -52,10 +52,23 @@ def command(
         str | None,
         typer.Option(
             "--algorithm",
-            help="How weights are rounded without data: affine, mse or hqq.",
+            help="How weights are rounded: affine, mse or hqq; gptq with --calibrate.",
             rich_help_panel=_QUANT,
         ),
     ] = None,
+    calibrate_on: Annotated[
+        str | None,
+        typer.Option(
+            "--calibrate",
+            metavar="FILE",
+            help="Round by GPTQ, layer by layer, on this text (as eval's --data).",
+            rich_help_panel=_QUANT,
+        ),
+    ] = None,
+    calibrate_tokens: Annotated[
+        int,
+        typer.Option("--calibrate-tokens", min=512, help="Tokens of it to use.", rich_help_panel=_QUANT),
+    ] = 32768,
     skip: Annotated[
         list[str] | None,
         typer.Option(
@@ -183,12 +196,18 @@ def command(
     max_bytes = _parse_size(max_shard_size)
     from loadstone.loading import plan as load_plan
     from loadstone.quantization.qat import recorded_recipe
+    from loadstone.quantization.recipe_file import recipes_in
 
     artifact = load_plan(
         model, dtype=dtype, checkpoint=checkpoint, trust_remote_code=trust_remote_code
     ).artifact
+    algorithm = "gptq" if calibrate_on and not algorithm else algorithm
     recipe = _with_options(recorded_recipe(artifact, asked), algorithm, skip)
+    for each in recipes_in(recipe):
+        if getattr(each.scheme, "rounding", "") == "gptq" and not calibrate_on:
+            raise UsageError(f"{each} needs text to calibrate with", "Add --calibrate FILE")
     from loadstone.finalize import finalize, make_plan
+    from loadstone.finalize.calibrate import discard
     from loadstone.finalize.plan import refuse_quantized, weight_dtype
     from loadstone.finalize.ranks import joined
     from loadstone.finalize.run import check_output
@@ -196,7 +215,6 @@ def command(
     from loadstone.loading.devices import quantize_device
     from loadstone.loading.loader import import_libraries
     from loadstone.quantization.quantize import check_runs
-    from loadstone.quantization.recipe_file import recipes_in
 
     refuse_quantized(artifact)
     import_libraries()
@@ -217,6 +235,9 @@ def command(
     if dry_run:
         return _show_plan(plan, out, as_json)
     assert out is not None
+    scratch = out.with_name(f".{out.name}.calibrated")
+    if calibrate_on:
+        plan = _calibrated(plan, calibrate_on, calibrate_tokens, scratch, where, trust_remote_code)
     with joined() as ranks:
         if ranks.size > 1 and where.startswith("cuda"):
             where = f"cuda:{ranks.local_rank}"
@@ -231,7 +252,37 @@ def command(
     if verify:
         with render.progress(f"verify {out.name}", plan.bytes_before, unit_bytes=True) as advance:
             verified = verify_artifact(plan, out, device=where, on_progress=advance)
+    discard(scratch)
     _show_done(done, verified, as_json)
+
+
+def _calibrated(
+    plan: FinalizePlan, data: str, tokens: int, scratch: Path, device: str, trust_remote_code: bool
+) -> FinalizePlan:
+    """The plan with its weights rounded on ``data``: the text in order, cut into rows of 512 tokens."""
+    import torch
+
+    from loadstone.evaluation.text import read_corpus
+    from loadstone.finalize.calibrate import calibrate
+    from loadstone.loading import load_tokenizer
+
+    tokenizer = load_tokenizer(plan.source, trust_remote_code=trust_remote_code)
+    limit = int(plan.config.get("max_position_embeddings") or 512)
+    length = min(512, limit)
+    ids: list[int] = []
+    for document in read_corpus(data).documents:
+        ids += tokenizer(document, add_special_tokens=False)["input_ids"]
+        if len(ids) >= tokens:
+            break
+    count = min(len(ids), tokens) // length
+    if count == 0:
+        raise UsageError(f"--calibrate {data} holds {len(ids)} tokens", f"At least {length} are needed")
+    rows = torch.tensor(ids[: count * length]).view(count, length)
+    layers = len({re.sub(r"^(.*?\.\d+)\..*", r"\1", s.name) for s in plan.steps if s.scheme})
+    with render.progress(f"calibrate on {rows.numel():,} tokens", layers) as advance:
+        return calibrate(
+            plan, rows, scratch, device=device, trust_remote_code=trust_remote_code, on_progress=advance
+        )
 
 
 def _asked_recipe(quantize: str | None, recipe_file: Path | None) -> Recipe | MixedRecipe | None:
@@ -323,11 +374,18 @@ def _summary(plan: FinalizePlan) -> dict[str, Any]:
             {"action": action, "reason": reason, "count": count, "bytes_before": before, "bytes_after": after}
             for action, reason, count, before, after in _groups(plan)
         ],
+        "experts_left": _experts_left(plan),
         "modules": [
             {"module": module, "recipe": recipe, "why": why} for module, recipe, why in _modules(plan)
         ],
         "quantization_config": plan.config.get("quantization_config"),
     }
+
+
+def _experts_left(plan: FinalizePlan) -> dict[str, int]:
+    """Expert weights that a recipe leaves as they are, since they are fused on load: tensors and bytes."""
+    left = [s for s in plan.steps if plan.recipe and s.reason.startswith("fused experts")]
+    return {"tensors": len(left), "bytes": sum(s.nbytes for s in left)}
 
 
 def _modules(plan: FinalizePlan) -> list[tuple[str, str | None, str]]:
@@ -432,6 +490,13 @@ def _print_groups(plan: FinalizePlan) -> None:
         ["total", "", str(len(plan.steps)), render.size(plan.bytes_before), render.size(plan.bytes_after)]
     )
     title = f"{plan.source.path} ({plan.source.kind})"
+    experts = _experts_left(plan)
     render.console().print(
         render.table(title, ["action", "why", "tensors", "before", "after"], rows, right=(2, 3, 4))
     )
+    if experts["tensors"]:
+        share = experts["bytes"] / plan.bytes_after
+        render.console().print(
+            f"Not quantized: {experts['tensors']} expert weights, {render.size(experts['bytes'])}, {share:.0%} of the "
+            "output. transformers fuses them into 3-D tensors on load, and torchao's tensors cannot be fused."
+        )

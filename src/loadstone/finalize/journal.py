@@ -76,7 +76,7 @@ def open_journal(plan: FinalizePlan, work: Path, versions: dict[str, str], resum
         differs = [name for name in key if found.get(name) != key[name]]
         if resume and not differs:
             return
-        if resume and found:
+        if resume and has_progress(work):
             raise UsageError(
                 f"'{work}' holds a partial output of another job (its {', '.join(differs)} differ)",
                 "Pass --no-resume to discard it, or choose another output",

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from loadstone.errors import ArtifactError
+from loadstone.errors import ArtifactError, UsageError
 from loadstone.finalize.plan import QUANTIZE, Step, torch_dtype
 from loadstone.quantization.flatten import SAFETENSORS_DTYPES, flatten
 from loadstone.quantization.quantize import quantize_weight, row_block
@@ -20,6 +20,15 @@ BLOCK = 1 << 22
 
 def pieces(step: Step, tensor: torch.Tensor, device: str) -> Iterator[tuple[str, torch.Tensor, int]]:
     """The stored tensors that a step makes of its source tensor, as (name, CPU tensor, byte offset within it)."""
+    if step.ready:
+        from safetensors import safe_open
+
+        with safe_open(step.ready, framework="pt") as file:
+            for output in step.outputs:
+                yield output.name, file.get_tensor(output.name), 0
+        return
+    if getattr(step.scheme, "rounding", "") == "gptq":
+        raise UsageError(f"rounding=gptq needs text to calibrate '{step.name}' with", "Add --calibrate FILE")
     target = (
         torch_dtype(step.outputs[0].dtype) if step.action != QUANTIZE else torch_dtype(compute_dtype(step))
     )

@@ -35,6 +35,8 @@ class Step:
     scheme: Scheme | None = None
     reason: str = ""
     metadata: str = '{"_type": "Tensor"}'
+    # A safetensors file that holds the outputs already, where calibration made them.
+    ready: str = ""
 
     @property
     def nbytes(self) -> int:
@@ -229,6 +231,8 @@ def _config(
     """config.json to write: the source's, its dtype, and the block that every transformers load looks for."""
     config = json.loads(json.dumps(artifact.config))
     config.pop(QAT_KEY, None)
+    # Names the source's weight file; ours have transformers' own names.
+    config.pop("transformers_weights", None)
     if dtype != "auto":
         config.pop("torch_dtype", None)
         config["dtype"] = dtype

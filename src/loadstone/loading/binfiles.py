@@ -30,7 +30,9 @@ def read_bins(artifact: Artifact, dtype: torch.dtype | None) -> dict[str, Any]:
                     f"{file}: tensor '{name}' is in an earlier shard too", "Remove the stale shard"
                 )
             if tensor.is_floating_point() and type(tensor) is torch.Tensor and not tensor.isfinite().all():
-                raise ArtifactError(f"{file}: tensor '{name}' holds NaN or infinity", "Use another checkpoint")
+                raise ArtifactError(
+                    f"{file}: tensor '{name}' holds NaN or infinity", "Use another checkpoint"
+                )
             state[name] = (
                 tensor if type(tensor) in (torch.Tensor, torch.nn.Parameter) else _lazy(name, tensor, dtype)
             )

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loadstone.artifact import Artifact
-from loadstone.errors import ArtifactError, MissingError
+from loadstone.errors import ArtifactError
 from loadstone.loading.devices import CPU, DISK
+from loadstone.loading.kernels import check_kernels
 from loadstone.loading.lazy import lazy_state_dict
 from loadstone.loading.plan import LoadPlan
 from loadstone.loading.values import check_values, limits_of
@@ -38,7 +39,7 @@ def load_native(plan: LoadPlan, device_map: Any) -> PreTrainedModel:
     dtype = stored_dtype(artifact, config) if plan.dtype == "auto" else getattr(torch, plan.dtype)
     model_class = model_class_of(config, artifact)
     quantized_dtype = None if plan.dtype == "auto" else dtype
-    check_device(artifact, device_map)
+    check_kernels(artifact, device_map)
     options: dict[str, Any] = {"dtype": dtype, "device_map": device_map}
     with ThreadPoolExecutor(1) as pool:
         # The scan reads the same bytes as the load, on the other core, through a small buffer.
@@ -69,33 +70,6 @@ def _source(artifact: Artifact, state: dict[str, Any], options: dict[str, Any]) 
         return (artifact.path,)
     options["state_dict"] = state
     return (None,)
-
-
-def check_device(artifact: Artifact, device_map: Any) -> None:
-    """Raise `MissingError` when the artifact's kernels do not exist on the device; say when weights are repacked."""
-    from loadstone.loading.quantizer import recovered_scheme
-    from loadstone.quantization.schemes import Int4WeightOnly, recipe_for
-
-    if not artifact.is_torchao:
-        return
-    recipe = recipe_for(recovered_scheme(artifact))
-    devices = {"cpu"} if device_map is None else {str(d).partition(":")[0] for d in device_map.values()}
-    on_cpu = "cpu" in devices and "cpu" not in recipe.devices
-    if on_cpu and isinstance(recipe.scheme, Int4WeightOnly):
-        log.info(
-            "%s: int4 weights packed for CUDA are repacked for the CPU's int4 kernel, value for value",
-            artifact.root,
-        )
-    elif on_cpu:
-        raise MissingError(
-            f"'{artifact.root}' is {recipe.name}, which needs {recipe.needs}", "Use --device cuda there"
-        )
-    elif recipe.needs and "cpu" not in devices:
-        import torch
-
-        from loadstone.quantization.quantize import check_runs
-
-        check_runs(recipe, next(str(d) for d in device_map.values()), torch.bfloat16)
 
 
 def load_config(artifact: Artifact, trust_remote_code: bool = False) -> Any:

@@ -14,7 +14,8 @@ from loadstone.errors import UsageError
 
 Mapping = Literal["symmetric", "asymmetric"]
 Granularity = Literal["row", "tensor"]
-Rounding = Literal["affine", "mse", "hqq"]
+# gptq needs text: `finalize --calibrate`. The others look at the weight alone.
+Rounding = Literal["affine", "mse", "hqq", "gptq"]
 
 
 @dataclass(frozen=True)
