@@ -10,6 +10,7 @@ import torch
 
 import loadstone
 from loadstone.artifact.manifest import sha256_file
+from loadstone.cli import main
 from loadstone.errors import ArtifactError, UsageError
 from loadstone.finalize import finalize, make_plan
 from loadstone.quantization import RECIPES, MixedRecipe, parse_recipe, read_recipe
@@ -220,6 +221,42 @@ def test_skip_goes_before_the_rules(tiny: Path, tmp_path: Path) -> None:
     recipe = read_recipe(write(tmp_path / "r.yaml", MIXED))
     plan = make_plan(loadstone.detect(tiny), recipe, skip=["layers.1"])
     assert not [s.name for s in plan.steps if s.scheme and ".layers.1." in s.name]
+
+
+def run(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as stop:
+        main([str(a) for a in args])
+    out, err = capsys.readouterr()
+    return int(stop.value.code or 0), out, " ".join(err.split())
+
+
+def test_the_command_shows_every_module(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write(tmp_path / "r.yaml", MIXED)
+    code, out, _ = run(capsys, "finalize", "-M", tiny, "--recipe", file, "--dry-run", "--json")
+    modules = {m["module"]: m["recipe"] for m in json.loads(out)["modules"]}
+    assert code == 0 and modules["model.layers.0.self_attn.q_proj"] is None
+    assert modules["model.layers.1.mlp.up_proj"] == "int8-dynamic-act-int4-weight"
+    assert modules["model.layers.1.mlp.down_proj"] == "intx4-weight-only"
+    code, out, _ = run(capsys, "finalize", "-M", tiny, "--recipe", file, "--dry-run")
+    row = next(line.split() for line in out.splitlines() if "self_attn.k_proj" in line)
+    assert code == 0 and row[:3] == ["model.layers.*.self_attn.k_proj", "0-1", "int8-weight-only"]
+    assert "FqnToConfig" in out and list(tmp_path.iterdir()) == [file]
+
+
+def test_the_command_refuses(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write(tmp_path / "r.yaml", "default: int8-weight-only\nrule: []\n")
+    start = ["finalize", "-M", tiny, "-o", tmp_path / "out"]
+    for extra, says in (
+        (["--recipe", file], "r.yaml:2: unknown key 'rule'"),
+        (["--recipe", file, "--quantize", "int8-weight-only"], "exclude each other"),
+        (["--recipe", tmp_path / "none.yaml"], "there is no recipe file"),
+        (["--algorithm", "hqq"], "--algorithm is about quantization"),
+        (["--calibrate", "sample"], "--calibrate is about quantization"),
+    ):
+        code, out, err = run(capsys, *start, *extra)
+        assert code == 2 and says in err and out == ""
 
 
 def test_text_of_a_recipe_holds_all_of_it(tmp_path: Path) -> None:

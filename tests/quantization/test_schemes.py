@@ -31,6 +31,7 @@ def test_options_follow_a_colon() -> None:
         ("intx4-weight-only:bits=9", "1 to 8"),
         ("intx4-weight-only:mapping=odd", "symmetric"),
         ("int4-weight-only:group_size=48", "32"),
+        ("intx4-weight-only:mapping=asymmetric,rounding=hqq", "symmetric only"),
     ],
 )
 def test_wrong_recipes_say_what_is_right(text: str, says: str) -> None:

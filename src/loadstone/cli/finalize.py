@@ -201,8 +201,11 @@ def command(
     artifact = load_plan(
         model, dtype=dtype, checkpoint=checkpoint, trust_remote_code=trust_remote_code
     ).artifact
+    recipe = recorded_recipe(artifact, asked)
+    if calibrate_on and recipe is None:
+        raise UsageError("--calibrate is about quantization", "Add --quantize RECIPE or --recipe FILE")
     algorithm = "gptq" if calibrate_on and not algorithm else algorithm
-    recipe = _with_options(recorded_recipe(artifact, asked), algorithm, skip)
+    recipe = _with_options(recipe, algorithm, skip)
     for each in recipes_in(recipe):
         if getattr(each.scheme, "rounding", "") == "gptq" and not calibrate_on:
             raise UsageError(f"{each} needs text to calibrate with", "Add --calibrate FILE")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -193,7 +194,7 @@ def _round_layer(
         weight = reader.read(step.source).to(device=device, dtype=_weight_dtype(step))
         _, made = flatten(step.name, gptq(weight, hessians[name], step.scheme))
         parts |= {o.name: p.cpu().contiguous() for o, p in zip(step.outputs, made.values(), strict=True)}
-    partial = file.with_suffix(".partial")
+    partial = file.with_suffix(f".{os.getpid()}.partial")
     save_file(parts, partial)
     partial.replace(file)
 

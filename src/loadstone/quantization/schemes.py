@@ -195,7 +195,7 @@ def parse_recipe(text: str) -> Recipe:
             known = ", ".join(hints) or "none"
             raise UsageError(f"recipe '{name}' has no option '{key}'", f"Its options: {known}")
         changes[key] = _option(name, key, value, hints[key])
-    return replace(recipe, scheme=replace(recipe.scheme, **changes))  # type: ignore[type-var, arg-type]
+    return _possible(replace(recipe, scheme=replace(recipe.scheme, **changes)))  # type: ignore[type-var, arg-type]
 
 
 def rounding_choices(scheme: Scheme) -> tuple[str, ...]:
@@ -211,7 +211,17 @@ def round_by(recipe: Recipe, algorithm: str) -> Recipe:
     if value not in choices:
         known = ", ".join(("affine", *choices[1:]))
         raise UsageError(f"--algorithm {algorithm} is not possible with {recipe.name}", f"One of {known}")
-    return replace(recipe, scheme=replace(recipe.scheme, rounding=value))  # type: ignore[call-arg, arg-type]
+    return _possible(replace(recipe, scheme=replace(recipe.scheme, rounding=value)))  # type: ignore[call-arg, arg-type]
+
+
+def _possible(recipe: Recipe) -> Recipe:
+    """The recipe; raises `UsageError` for options that torchao takes together and then ignores one of."""
+    asymmetric = getattr(recipe.scheme, "mapping", "") == "asymmetric"
+    if asymmetric and getattr(recipe.scheme, "rounding", "") == "hqq":
+        raise UsageError(
+            f"{recipe}: torchao's hqq is symmetric only", "Use rounding=mse or mapping=symmetric"
+        )
+    return recipe
 
 
 def spell(recipe: Recipe) -> str:
