@@ -6,17 +6,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from loadstone.artifact import detect as detect
+    from loadstone.context import load_context as load_context
     from loadstone.fakequant import export_fakequant as export_fakequant
     from loadstone.loading import load as load
     from loadstone.loading import plan as plan
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "detect", "export_fakequant", "load", "plan"]
+__all__ = ["__version__", "detect", "export_fakequant", "load", "load_context", "plan"]
 
 _HOMES = {
     "detect": "loadstone.artifact",
     "export_fakequant": "loadstone.fakequant",
     "load": "loadstone.loading",
+    "load_context": "loadstone.context",
     "plan": "loadstone.loading",
 }
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loadstone.artifact.builtin import PREFIX, builtin_path
+from loadstone.artifact.context_file import CONTEXT_JSON, CONTEXT_TENSORS, is_context, read_context
 from loadstone.artifact.files import MAX_CONFIG_BYTES, Sink, check_inside, is_file, read_json, refuse
 from loadstone.artifact.hints import MODEL_FILES, nearest, no_config_hint
 from loadstone.artifact.kinds import (
@@ -13,6 +15,7 @@ from loadstone.artifact.kinds import (
     DENSE,
     FAKEQUANT,
     OTHER_QUANTIZER,
+    PFN,
     QAT,
     QAT_KEY,
     TORCHAO,
@@ -46,6 +49,7 @@ __all__ = [
     "DENSE",
     "FAKEQUANT",
     "OTHER_QUANTIZER",
+    "PFN",
     "QAT",
     "QAT_KEY",
     "TORCHAO",
@@ -131,10 +135,8 @@ def examine(path: str | Path, *, checkpoint: str | None = None, sink: Sink = ref
     directory, chosen = root, tuple[str, ...]()
     try:
         directory, chosen = choose_checkpoint(root, checkpoint)
-        if is_file(directory / "context.json"):
-            raise ArtifactError(
-                f"'{root}' is a fitted context", "This version of loadstone does not load contexts yet"
-            )
+        if is_context(directory):
+            return _context(directory, root, sink)
     except ArtifactError as error:
         sink(error)
     except OSError as error:
@@ -169,6 +171,21 @@ def examine(path: str | Path, *, checkpoint: str | None = None, sink: Sink = ref
     )
 
 
+def _context(directory: Path, root: Path, sink: Sink) -> Artifact:
+    """A fitted context: no weights of a model's, so neither config nor plain weight files are looked for."""
+    context = _or_empty(sink, lambda: read_context(directory), None)
+    table = TensorTable(context.tensors, {}) if context else None
+    return Artifact(
+        path=directory,
+        root=root,
+        kind=CONTEXT,
+        evidence=(f"{CONTEXT_JSON} describes a fitted context",),
+        config=context.facts if context else {},
+        weights=WeightFiles("safetensors", (CONTEXT_TENSORS,) if context else ()),
+        table=table,
+    )
+
+
 def _or_empty(sink: Sink, work: Any, empty: Any) -> Any:
     try:
         return work()
@@ -178,7 +195,7 @@ def _or_empty(sink: Sink, work: Any, empty: Any) -> Any:
 
 
 def _directory(path: str | Path) -> Path:
-    root = Path(path)
+    root = builtin_path(str(path)) if str(path).startswith(PREFIX) else Path(path)
     try:
         exists, is_directory = root.exists(), root.is_dir()
     except (OSError, ValueError) as error:

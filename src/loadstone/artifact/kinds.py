@@ -24,10 +24,14 @@ QAT = "qat"
 OTHER_QUANTIZER = "other-quantizer"
 FAKEQUANT = "fakequant"
 CONTEXT = "context"
+PFN = "pfn"
 UNKNOWN = "unknown"
 
 # Key in config.json (or loadstone.json) under which a QAT run records its fake-quantization recipe.
 QAT_KEY = "loadstone_qat"
+
+# model_type of the in-context models that loadstone defines itself.
+PFN_TYPE = "loadstone-pfn"
 
 Verdict = tuple[str, tuple[str, ...], str | None]
 
@@ -57,6 +61,8 @@ def classify(
 
     Problems go to ``sink``, and `UNKNOWN` means one of them decided it.
     """
+    if config.get("model_type") == PFN_TYPE:
+        return PFN, (f"config.json: model_type is {PFN_TYPE}",), None
     tensors = table.tensors if table else {n: t for contents in bins for n, t in contents.tensors.items()}
     flat = quantized or {n: t for contents in bins for n, t in contents.quantized.items()}
     subclasses = {n: cls for contents in bins for n, cls in contents.subclasses.items()}

@@ -24,7 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-COMMANDS = ("finalize", "evaluate", "inspect", "export_fakequant")
+COMMANDS = ("finalize", "evaluate", "predict", "inspect", "export_fakequant")
 GLOBAL_FLAGS = ("-q", "--quiet", "-v", "--verbose", "--debug")
 log = logging.getLogger("loadstone")
 

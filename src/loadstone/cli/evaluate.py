@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from loadstone.artifact.context_file import is_context
 from loadstone.errors import GateFailed, UsageError
 
 if TYPE_CHECKING:
@@ -53,6 +54,14 @@ def evaluate(
         typer.Option(
             metavar="DIR|FILE",
             help="Model the others are compared with, or its saved --json; otherwise the first -M.",
+            rich_help_panel=MODELS,
+        ),
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR",
+            help="Of a fitted context: its base model, where it is not the recorded one.",
             rich_help_panel=MODELS,
         ),
     ] = None,
@@ -235,6 +244,14 @@ def evaluate(
     """Measure models on text: loss, perplexity and bits per byte with standard errors, and the paired
     difference to a baseline on the same tokens. Any directory is loaded the one way that is right for it;
     no flag says how."""
+    if any(is_context(Path(model)) for model in models):
+        from loadstone.cli import contexts
+
+        return contexts.evaluate(
+            models, data=data, base=base, device=device, fail_if=fail_if or [], json_to=json_to
+        )
+    if base is not None:
+        raise UsageError(f"--base {base} is for fitted contexts", "Leave it out")
     from loadstone.evaluation.gates import parse_gate
 
     if os.environ.get("RANK", "0") != "0":

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from loadstone.finalize import Finalized, FinalizePlan
     from loadstone.quantization import MixedRecipe, Recipe
 
-_INPUT, _OUTPUT, _QUANT, _RUN = "Input", "Output", "Quantization", "Run"
+_INPUT, _OUTPUT, _QUANT, _FIT, _RUN = "Input", "Output", "Quantization", "Fitted context", "Run"
 
 
 def register(app: typer.Typer) -> None:
@@ -103,6 +103,34 @@ def command(
             "--max-shard-size", help="Largest file to write, such as 500MB.", rich_help_panel=_OUTPUT
         ),
     ] = "5GB",
+    fit: Annotated[
+        Path | None,
+        typer.Option(
+            "--fit",
+            metavar="FILE",
+            help="Fit an in-context model (default builtin:tiny-pfn) on this table.",
+            rich_help_panel=_FIT,
+        ),
+    ] = None,
+    target: Annotated[
+        str | None, typer.Option("--target", metavar="NAME", help="Column to predict.", rich_help_panel=_FIT)
+    ] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(
+            "--task",
+            help="classification or regression; otherwise told from the column.",
+            rich_help_panel=_FIT,
+        ),
+    ] = None,
+    cache_dtype: Annotated[
+        str | None,
+        typer.Option(
+            "--cache-dtype",
+            help="Keys and values in float32 (default), bfloat16 or int8.",
+            rich_help_panel=_FIT,
+        ),
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an existing output.", rich_help_panel=_OUTPUT)
     ] = False,
@@ -145,6 +173,22 @@ def command(
     """
     if list_recipes:
         return _list_recipes(as_json)
+    if fit is not None:
+        from loadstone.cli import contexts
+
+        if quantize or skip or checkpoint:
+            raise UsageError(
+                "--fit makes a context and quantizes nothing", "Leave out --quantize, --skip, --checkpoint"
+            )
+        if out is None and not dry_run:
+            raise UsageError("finalize --fit needs -o OUT", "See `loadstone finalize --help`")
+        base = str(model or contexts.DEFAULT_BASE)
+        request = contexts.FitRequest(
+            base, out, fit, target, task, cache_dtype, device, overwrite, dry_run, as_json
+        )
+        return contexts.fit(request)
+    if target or task or cache_dtype:
+        raise UsageError("--target, --task and --cache-dtype go with --fit", "Add --fit train.csv")
     if model is None or (out is None and not dry_run):
         raise UsageError("finalize needs -M DIR and -o OUT", "See `loadstone finalize --help`")
     # What is wrong with the words of the command is said before anything heavy is imported.

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from loadstone.artifact.context_file import is_context
 from loadstone.cli import render
 from loadstone.errors import ArtifactError, LoadstoneError
 
@@ -53,6 +54,13 @@ def command(
 
     Example: [bold]loadstone inspect tiny-w4[/]
     """
+    if is_context(directory):
+        from loadstone.cli import contexts
+
+        problem = contexts.inspect(directory, verify=verify, as_json=as_json)
+        if problem is not None:
+            raise typer.Exit(problem.exit_code)
+        return
     from loadstone.artifact.report import collect
 
     report = collect(directory, checkpoint=checkpoint)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from loadstone.artifact import Artifact
 from loadstone.errors import ArtifactError
-from loadstone.loading.plan import FROM_PRETRAINED, LoadPlan, plan
+from loadstone.loading.plan import FROM_PRETRAINED, IN_CONTEXT, LoadPlan, plan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -27,10 +27,16 @@ def load(target: str | Path | Artifact | LoadPlan, **options: Any) -> PreTrained
     import torch
 
     from loadstone.loading.devices import resolve_device
+
+    chosen = target if isinstance(target, LoadPlan) else plan(target, **options)
+    if chosen.load_path == IN_CONTEXT:
+        from loadstone.loading.own import load_own
+
+        with torch.inference_mode(False):
+            return load_own(chosen, resolve_device(chosen.device, chosen.artifact)).eval()
     from loadstone.loading.native import load_native
     from loadstone.loading.pretrained import load_pretrained
 
-    chosen = target if isinstance(target, LoadPlan) else plan(target, **options)
     import_libraries()
     device_map = resolve_device(chosen.device, chosen.artifact)
     loader = load_pretrained if chosen.load_path == FROM_PRETRAINED else load_native

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loadstone.artifact.detect import (
+    CONTEXT,
     DENSE,
     FAKEQUANT,
     OTHER_QUANTIZER,
+    PFN,
     QAT,
     TORCHAO,
     TORCHAO_UNMARKED,
@@ -24,6 +26,7 @@ log = logging.getLogger(__name__)
 NATIVE = "native"
 NATIVE_QUANTIZED = "native-quantized"
 FROM_PRETRAINED = "from_pretrained"
+IN_CONTEXT = "in-context"
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -153,6 +156,11 @@ def _load_path(artifact: Artifact) -> tuple[str, str]:
                 FROM_PRETRAINED,
                 f"quantized by {artifact.quant_method}: transformers' own quantizer loads it",
             )
+        case k if k == PFN:
+            return IN_CONTEXT, "an in-context model of loadstone's own, in plain safetensors"
+        case k if k == CONTEXT:
+            remedy = "Use loadstone.load_context(path), or loadstone eval and predict"
+            raise ArtifactError(f"'{artifact.root}' is a fitted context, which is no model by itself", remedy)
     raise ArtifactError(
         f"'{artifact.root}' is a {artifact.kind}, which is no model", "Name a model directory"
     )

@@ -1,0 +1,160 @@
+"""``context.json``: what a fitted context is, read and checked without torch and without trusting it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from loadstone.artifact.context_errors import CorruptContext, FormatUnsupported, UnsafeContent
+from loadstone.artifact.files import MAX_CONFIG_BYTES, check_inside, is_file, read_json
+from loadstone.artifact.headers import TensorInfo, read_header
+from loadstone.artifact.manifest import sha256_file
+from loadstone.errors import ArtifactError
+
+CONTEXT_JSON = "context.json"
+CONTEXT_TENSORS = "context.safetensors"
+FORMAT_VERSION = 1
+KINDS = ("pfn",)
+# A directory may hold notes of its owner's; what a loader could be tricked into running has no place in it.
+_UNSAFE_SUFFIXES = (
+    ".pkl",
+    ".pickle",
+    ".joblib",
+    ".pt",
+    ".pth",
+    ".bin",
+    ".npy",
+    ".npz",
+    ".dill",
+    ".tabpfn_fit",
+    ".py",
+)
+
+
+@dataclass(frozen=True)
+class ContextFile:
+    """A fitted context as its files describe it: ``facts`` is context.json, ``tensors`` the header of its tensors."""
+
+    path: Path
+    facts: dict[str, Any] = field(repr=False)
+    tensors: dict[str, TensorInfo] = field(repr=False)
+    file_bytes: int
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of keys and values with their scales."""
+        return sum(t.nbytes for name, t in self.tensors.items() if name.startswith("layers."))
+
+
+def is_context(directory: Path) -> bool:
+    """Whether the directory says that it is a fitted context."""
+    return is_file(directory / CONTEXT_JSON)
+
+
+def read_context(directory: Path, *, verify: bool = False) -> ContextFile:
+    """Read and check a fitted context's description and tensor headers; ``verify`` hashes the tensors too.
+
+    Raises `FormatUnsupported` (version, kind), `UnsafeContent` (planted files, names that leave the directory) or
+    `CorruptContext` (anything that is not as it was written).
+    """
+    _refuse_planted(directory)
+    try:
+        facts = read_json(check_inside(directory, CONTEXT_JSON), MAX_CONFIG_BYTES)
+        _check_version(facts)
+        if facts.get("digest") != digest(facts):
+            raise CorruptContext(
+                f"{CONTEXT_JSON}: its content is not what was written (digest differs)", _RECOPY
+            )
+        _check_shape(facts)
+        path = check_inside(directory, CONTEXT_TENSORS)
+        if not is_file(path):
+            raise CorruptContext(f"{CONTEXT_TENSORS} is missing from '{directory}'", _RECOPY)
+        header = read_header(path)
+    except (CorruptContext, FormatUnsupported, UnsafeContent):
+        raise
+    except ArtifactError as error:
+        # The readers' own words name the file; the type says which kind of artifact it belongs to.
+        unsafe = "leaves the directory" in error.message
+        raise (UnsafeContent if unsafe else CorruptContext)(error.message, error.remedy) from None
+    expected = facts["files"][CONTEXT_TENSORS]
+    if header.file_bytes != expected["bytes"]:
+        raise CorruptContext(
+            f"{CONTEXT_TENSORS}: {header.file_bytes} bytes, {expected['bytes']} were written", _RECOPY
+        )
+    if verify and sha256_file(path) != expected["sha256"]:
+        raise CorruptContext(
+            f"{CONTEXT_TENSORS}: its bytes are not those that were written (sha256 differs)", _RECOPY
+        )
+    return ContextFile(directory, facts, header.tensors, header.file_bytes)
+
+
+def digest(facts: dict[str, Any]) -> str:
+    """sha256 of everything in context.json but the digest itself."""
+    rest = {key: value for key, value in facts.items() if key != "digest"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _check_version(facts: dict[str, Any]) -> None:
+    version = facts.get("format_version")
+    if facts.get("format") != "loadstone-context" or type(version) is not int:
+        raise CorruptContext(f"{CONTEXT_JSON} is no fitted context's", "Fit the context again")
+    if not 1 <= version <= FORMAT_VERSION:
+        raise FormatUnsupported(
+            f"{CONTEXT_JSON}: format version {version}, this loadstone reads up to {FORMAT_VERSION}",
+            "Update loadstone, or fit the context again",
+        )
+    if facts.get("kind") not in KINDS:
+        raise FormatUnsupported(
+            f"{CONTEXT_JSON}: a context of kind {str(facts.get('kind'))[:40]!a}, this loadstone reads "
+            f"{', '.join(KINDS)}",
+            "Update loadstone",
+        )
+
+
+def _check_shape(facts: dict[str, Any]) -> None:
+    """The keys that code relies on are there, with the right types."""
+    for key, kind in _KEYS.items():
+        if not isinstance(facts.get(key), kind):
+            raise CorruptContext(f"{CONTEXT_JSON}: '{key}' is missing or malformed", _RECOPY)
+    files, base, cache = facts["files"], facts["base"], facts["cache"]
+    names = set(files)
+    for name in names - {CONTEXT_TENSORS}:
+        raise UnsafeContent(
+            f"{CONTEXT_JSON} names the file {name[:200]!a}, which no context has", "Do not trust it"
+        )
+    entry = files.get(CONTEXT_TENSORS)
+    if (
+        not isinstance(entry, dict)
+        or type(entry.get("bytes")) is not int
+        or not isinstance(entry.get("sha256"), str)
+    ):
+        raise CorruptContext(f"{CONTEXT_JSON}: 'files' does not describe {CONTEXT_TENSORS}", _RECOPY)
+    tensors = base.get("tensors")
+    well_formed = isinstance(tensors, dict) and all(
+        isinstance(t, list) and len(t) == 3 and isinstance(t[1], list) for t in tensors.values()
+    )
+    if (
+        not well_formed
+        or not isinstance(base.get("architecture"), dict)
+        or not isinstance(cache.get("dtype"), str)
+    ):
+        raise CorruptContext(f"{CONTEXT_JSON}: 'base' or 'cache' is malformed", _RECOPY)
+
+
+def _refuse_planted(directory: Path) -> None:
+    for path in sorted(directory.iterdir()):
+        if path.name.lower().endswith(_UNSAFE_SUFFIXES):
+            raise UnsafeContent(
+                f"'{path.name}' lies in the context, and a context holds JSON and safetensors only",
+                "Do not trust this directory; remove the file if you know where it came from",
+            )
+
+
+_KEYS: dict[str, type | tuple[type, ...]] = {
+    "task": str, "rows": int, "features": int, "schema": dict, "classes": list, "base": dict, "cache": dict,
+    "encoder": dict, "numerics": dict, "files": dict, "contains_training_labels": bool,
+}  # fmt: skip
+_RECOPY = "Copy the directory again, or fit the context again"

@@ -1,0 +1,305 @@
+"""What finalize, eval and inspect do for fitted contexts: call and render. Parsing stays with each command."""
+
+from __future__ import annotations
+
+import json
+import logging
+import operator
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loadstone.artifact.builtin import PREFIX
+from loadstone.cli import render
+from loadstone.errors import ArtifactError, GateFailed, LoadstoneError, UsageError
+
+if TYPE_CHECKING:
+    from loadstone.artifact.context_file import ContextFile
+    from loadstone.context.fit import FitPlan
+
+DEFAULT_BASE = f"{PREFIX}tiny-pfn"
+log = logging.getLogger("loadstone")
+
+_METRICS = ("accuracy", "log_loss", "auc", "r2", "rmse", "mae", "nll", "calibration_error")
+_COMPARE: dict[str, Callable[[float, float], bool]] = {
+    ">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class FitRequest:
+    """The options of ``finalize --fit``, as they stand on the line."""
+
+    base: str
+    out: Path | None
+    data: Path
+    target: str | None
+    task: str | None
+    cache_dtype: str | None
+    device: str
+    overwrite: bool
+    dry_run: bool
+    as_json: bool
+
+
+def fit(request: FitRequest) -> None:
+    """``finalize --fit``: plan, and unless it is a dry run fit and save."""
+    if request.target is None:
+        raise UsageError("--fit needs --target NAME, the column to predict", "Name a column of the table")
+    if request.out is not None and request.out.exists() and not request.overwrite and not request.dry_run:
+        raise UsageError(
+            f"the output '{request.out}' exists", "Choose another, or pass --overwrite to replace it"
+        )
+    from loadstone.artifact import detect
+    from loadstone.artifact.detect import PFN
+
+    artifact = detect(request.base)
+    if artifact.kind != PFN:
+        raise UsageError(
+            f"'{request.base}' is {artifact.kind}, and --fit needs an in-context model",
+            f"Try -M {DEFAULT_BASE}",
+        )
+    from loadstone.context.fit import fit_table, plan_fit
+
+    plan = plan_fit(
+        artifact, request.data, request.target, task=request.task, cache_dtype=request.cache_dtype
+    )
+    summary = _summary(plan, request)
+    if request.dry_run:
+        _show_fit(summary, request.as_json, "Dry run: nothing was written.")
+        return
+    assert request.out is not None
+    started = time.monotonic()
+    context = fit_table(plan, source=request.base, device=request.device)
+    context.save(request.out, overwrite=request.overwrite)
+    summary |= {
+        "dry_run": False,
+        "bytes": context.nbytes,
+        "file_bytes": sum(path.stat().st_size for path in request.out.iterdir()),
+        "seconds": round(time.monotonic() - started, 3),
+    }
+    _show_fit(
+        summary,
+        request.as_json,
+        f"{request.out}: {render.size(summary['file_bytes'])}, {summary['seconds']} s",
+    )
+
+
+def _summary(plan: FitPlan, request: FitRequest) -> dict[str, Any]:
+    return {
+        "dry_run": True,
+        "out": str(request.out) if request.out else None,
+        "base": request.base,
+        "data": str(request.data),
+        "target": plan.schema.target,
+        "task": plan.task,
+        "rows": plan.rows,
+        "features": len(plan.schema.names),
+        "categorical": sorted(plan.schema.categories),
+        "classes": list(plan.classes),
+        "cache_dtype": plan.cache_dtype,
+        "cache_bytes": plan.cache_bytes,
+        "predicted_bytes": plan.total_bytes,
+    }
+
+
+def _show_fit(summary: dict[str, Any], as_json: bool, closing: str) -> None:
+    if as_json:
+        render.print_json(summary)
+        return
+    kinds = f", {len(summary['categorical'])} of them categorical" if summary["categorical"] else ""
+    classes = f" of {len(summary['classes'])} classes" if summary["classes"] else ""
+    rows = [
+        ["base", summary["base"]],
+        ["task", f"{summary['task']} of '{summary['target']}'{classes}"],
+        ["training rows", f"{summary['rows']:,}"],
+        ["features", f"{summary['features']}{kinds}"],
+        ["cache", f"{render.size(summary['cache_bytes'])} in {summary['cache_dtype']}"],
+        ["context", f"{render.size(summary['predicted_bytes'])} predicted"],
+    ]
+    render.console().print(render.table("", ["", ""], rows), markup=False)
+    render.console().print(closing, markup=False)
+
+
+def evaluate(
+    models: list[str], *, data: str, base: str | None, device: str, fail_if: list[str], json_to: str | None
+) -> None:
+    """``eval`` of one or more fitted contexts on a table that has their target column."""
+    gates = [_parse_gate(text) for text in fail_if]
+    if data == "sample":
+        raise UsageError(
+            "a fitted context is evaluated on a table", "Add --data test.csv, with the target's column"
+        )
+    if json_to not in (None, "-") and not Path(str(json_to)).resolve().parent.is_dir():
+        raise UsageError(f"--json {json_to}: its directory does not exist", "Make it first")
+    records = [_record(model, data, base, device) for model in models]
+    verdicts = [
+        {"gate": text, "model": record["path"], "value": record["metrics"][name], "failed": failed}
+        for text, name, compare, limit in gates
+        for record in records
+        if (failed := _failed(record, name, compare, limit)) is not None
+    ]
+    outcome = {"protocol": {"data": data, "rows": records[0]["rows"]}, "models": records, "gates": verdicts}
+    if json_to == "-":
+        render.print_json(outcome)
+    else:
+        if json_to is not None:
+            Path(json_to).write_text(json.dumps(outcome, indent=2) + "\n", encoding="utf-8")
+        _show_metrics(records, data)
+    failures = [f"{v['model']}: {v['gate']} failed (it is {v['value']:.6g})" for v in verdicts if v["failed"]]
+    if failures:
+        raise GateFailed("; ".join(failures))
+
+
+def _record(path: str, data: str, base: str | None, device: str) -> dict[str, Any]:
+    from loadstone.context.fit import predict_table
+    from loadstone.context.store import load_context
+
+    started = time.monotonic()
+    context = load_context(path, base=base, device=device)
+    loaded = time.monotonic()
+    log.info(
+        "%s: fitted context (%s, %d rows); base: %s", path, context.task, context.rows, context.model.source
+    )
+    predictions = predict_table(context, data)
+    if predictions.targets is None:
+        target = context.schema["target"] if context.schema else "?"
+        raise UsageError(
+            f"'{data}' has no column '{target}'", "Evaluation needs the true values: use predict without"
+        )
+    return {
+        "path": path,
+        "kind": "context",
+        "task": context.task,
+        "base": context.model.source,
+        "training_rows": context.rows,
+        "rows": len(predictions.targets),
+        "metrics": predictions.metrics,
+        "load_seconds": round(loaded - started, 3),
+        "seconds": round(time.monotonic() - loaded, 3),
+    }
+
+
+def _parse_gate(text: str) -> tuple[str, str, str, float]:
+    match = re.fullmatch(r"\s*([a-z_0-9]+)\s*(>=|<=|>|<)\s*([-+]?[0-9.]+(?:e[-+]?\d+)?)\s*", text)
+    if match is None or match[1] not in _METRICS:
+        raise UsageError(
+            f"--fail-if {text!r} is not a gate for a context",
+            f"METRIC > NUMBER (or >=, <, <=), METRIC one of {', '.join(_METRICS)}; example: 'accuracy<0.9'",
+        )
+    try:
+        return text, match[1], match[2], float(match[3])
+    except ValueError:
+        raise UsageError(f"--fail-if {text!r}: {match[3]} is no number", "Example: 'accuracy<0.9'") from None
+
+
+def _failed(record: dict[str, Any], name: str, compare: str, limit: float) -> bool:
+    value = record["metrics"].get(name)
+    if value is None:
+        raise UsageError(
+            f"--fail-if {name}: {record['path']} is a {record['task']} context, which has no such figure here",
+            f"It has {', '.join(record['metrics'])}",
+        )
+    return _COMPARE[compare](value, limit)
+
+
+def _show_metrics(records: list[dict[str, Any]], data: str) -> None:
+    names = list(dict.fromkeys(name for record in records for name in record["metrics"]))
+    rows = [
+        [record["path"], str(record["training_rows"])]
+        + ["-" if (value := record["metrics"].get(name)) is None else f"{value:.4f}" for name in names]
+        for record in records
+    ]
+    title = f"{data}: {records[0]['rows']} rows"
+    right = tuple(range(1, len(names) + 2))
+    render.console().print(render.table(title, ["context", "fitted on", *names], rows, right=right))
+
+
+def inspect(directory: Path, *, verify: bool, as_json: bool) -> LoadstoneError | None:
+    """``inspect`` of a fitted context: its facts, sizes and the base it needs. Returns what is wrong with it."""
+    from loadstone.artifact.context_file import read_context
+
+    try:
+        context = read_context(directory, verify=verify)
+    except ArtifactError as error:
+        if as_json:
+            problem = {"message": error.message, "remedy": error.remedy, "exit_code": error.exit_code}
+            render.print_json({"schema": 1, "path": str(directory), "kind": "context", "problems": [problem]})
+        else:
+            render.console().print(f"{directory}  context\nproblem: {error}\nCannot be loaded", markup=False)
+        return error
+    found = facts(context, verify)
+    if as_json:
+        render.print_json(found)
+    else:
+        _show_facts(found)
+    return None
+
+
+def facts(context: ContextFile, verified: bool) -> dict[str, Any]:
+    """The documented JSON form of what inspect says about a context."""
+    described, base = context.facts, context.facts["base"]
+    return {
+        "schema": 1,
+        "path": str(context.path),
+        "kind": "context",
+        "context_kind": described["kind"],
+        "problems": [],
+        "task": described["task"],
+        "rows": described["rows"],
+        "features": described["features"],
+        "feature_names": described["schema"].get("names") or [],
+        "target": described["schema"].get("target"),
+        "classes": described["classes"],
+        "contains_training_labels": described["contains_training_labels"],
+        "cache": {**described["cache"], "bytes": context.cache_bytes},
+        "bytes": sum(tensor.nbytes for tensor in context.tensors.values()),
+        "file_bytes": context.file_bytes,
+        "numerics": described["numerics"],
+        "base": {
+            "source": base.get("source"),
+            "fingerprint": base.get("fingerprint"),
+            "architecture": base["architecture"],
+            "parameters": len(base["tensors"]),
+            "found": _base_found(base.get("source"), context.path),
+        },
+        "verified": verified or None,
+    }
+
+
+def _base_found(source: str | None, directory: Path) -> bool:
+    if source is None:
+        return False
+    if source.startswith(PREFIX):
+        from loadstone.artifact.builtin import builtin_names
+
+        return source.removeprefix(PREFIX) in builtin_names()
+    return Path(source).is_dir() or (directory / source).is_dir()
+
+
+def _show_facts(found: dict[str, Any]) -> None:
+    base, cache = found["base"], found["cache"]
+    sizes = base["architecture"]
+    names = found["feature_names"]
+    where = base["source"] or "a model made in memory"
+    rows = [
+        ["evidence", "context.json describes a fitted context"],
+        ["task", f"{found['task']}" + (f" of '{found['target']}'" if found["target"] else "")],
+        ["fitted on", f"{found['rows']:,} rows, {found['features']} features"],
+        ["features", ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")],
+        ["classes", ", ".join(str(label) for label in found["classes"])],
+        ["cache", f"{render.size(cache['bytes'])} in {cache['dtype']}, {cache['layers']} layers"],
+        ["stored", f"{render.size(found['file_bytes'])} in context.safetensors; no weights"],
+        ["needs base", f"{where} ({'here' if base['found'] else 'not here: name it with --base'})"],
+        ["fingerprint", f"{str(base['fingerprint'])[:16]}…, {base['parameters']} tensors"],
+        ["architecture", f"width {sizes['width']}, {sizes['layers']} layers, {sizes['heads']} heads"],
+        ["made with", f"torch {found['numerics']['torch']} on {found['numerics']['device']}"],
+        ["disclosure", "keys and values are made of the training rows and targets: treat it as that data"],
+    ]
+    if found["verified"]:
+        rows.append(["verified", "every byte is as it was written"])
+    render.console().print(f"{found['path']}  context ({found['context_kind']})", markup=False)
+    render.console().print(render.table("", ["", ""], [row for row in rows if row[1]]), markup=False)

@@ -1,0 +1,110 @@
+"""`loadstone predict`: a fitted context answers for the rows of a table."""
+
+from __future__ import annotations
+
+import csv
+import logging
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from loadstone.cli import render
+from loadstone.errors import UsageError
+
+if TYPE_CHECKING:
+    from loadstone.context.fit import Predictions
+
+_INPUT, _OUTPUT = "Input", "Output"
+log = logging.getLogger("loadstone")
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("predict", no_args_is_help=True)(command)
+
+
+def command(
+    model: Annotated[
+        str, typer.Option("-M", "--model", metavar="DIR", help="Fitted context.", rich_help_panel=_INPUT)
+    ],
+    data: Annotated[
+        Path,
+        typer.Option("--data", metavar="FILE", help="Table: .csv, .tsv or .parquet.", rich_help_panel=_INPUT),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "-o", "--out", metavar="FILE", help="CSV to write; otherwise stdout.", rich_help_panel=_OUTPUT
+        ),
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR", help="Base model, where it is not the recorded one.", rich_help_panel=_INPUT
+        ),
+    ] = None,
+    quantiles: Annotated[
+        str,
+        typer.Option(metavar="Q,Q", help="Quantiles of a regression's predictions.", rich_help_panel=_OUTPUT),
+    ] = "0.05,0.5,0.95",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.", rich_help_panel=_INPUT)] = "auto",
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an existing file.", rich_help_panel=_OUTPUT)
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON instead of CSV.", rich_help_panel=_OUTPUT)
+    ] = False,
+) -> None:
+    """Predict each row of a table with a fitted context.
+
+    Classification gives the label and each class's probability, regression the mean, the standard deviation and
+    quantiles. The target's column may be there; it is not read.
+
+    Example: [bold]loadstone predict -M fitted --data new.csv -o predictions.csv[/]
+    """
+    levels = _levels(quantiles)
+    if out is not None and out.exists() and not overwrite:
+        raise UsageError(f"the output '{out}' exists", "Choose another, or pass --overwrite to replace it")
+    if out is not None and not out.resolve().parent.is_dir():
+        raise UsageError(f"cannot write '{out}': its directory does not exist", "Make it first")
+    from loadstone.context.fit import predict_table
+    from loadstone.context.store import load_context
+
+    context = load_context(model, base=base, device=device)
+    log.info(
+        "%s: fitted context (%s, %d rows); base: %s", model, context.task, context.rows, context.model.source
+    )
+    predictions = predict_table(context, data, quantiles=levels, measure=False)
+    if as_json:
+        columns = {name: column.tolist() for name, column in predictions.columns.items()}
+        render.print_json({"data": str(data), "model": model, "task": context.task, "columns": columns})
+    elif out is None:
+        _write(predictions, sys.stdout)
+    else:
+        work = out.with_name(f".{out.name}.partial")
+        try:
+            with work.open("w", newline="", encoding="utf-8") as file:
+                _write(predictions, file)
+            work.replace(out)
+        finally:
+            work.unlink(missing_ok=True)
+        log.info("%s: %d rows", out, len(next(iter(predictions.columns.values()))))
+
+
+def _write(predictions: Predictions, file: Any) -> None:
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(predictions.columns)
+    for row in zip(*predictions.columns.values(), strict=True):
+        writer.writerow([cell if isinstance(cell, str) else f"{cell:.9g}" for cell in row])
+
+
+def _levels(text: str) -> tuple[float, ...]:
+    try:
+        levels = tuple(float(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        levels = (2.0,)
+    if not all(0 < level < 1 for level in levels):
+        raise UsageError(f"--quantiles {text} are not probabilities", "Example: --quantiles 0.1,0.9")
+    return levels

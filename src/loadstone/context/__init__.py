@@ -1,0 +1,42 @@
+"""Fitted contexts: the frozen keys, values and encoder state of a prefix, in memory and on disk."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from loadstone.context.bars import BarPosterior as BarPosterior
+    from loadstone.context.model import PFN as PFN
+    from loadstone.context.model import PFNConfig as PFNConfig
+    from loadstone.context.optimize import optimize_acquisition as optimize_acquisition
+    from loadstone.context.prefill import fit_context as fit_context
+    from loadstone.context.store import load_context as load_context
+    from loadstone.context.training_context import TrainingContext as TrainingContext
+
+_HOMES = {
+    "PFN": "model",
+    "PFNConfig": "model",
+    "BarPosterior": "bars",
+    "TrainingContext": "training_context",
+    "fit_context": "prefill",
+    "load_context": "store",
+    "optimize_acquisition": "optimize",
+}
+__all__ = [
+    "PFN",
+    "BarPosterior",
+    "PFNConfig",
+    "TrainingContext",
+    "fit_context",
+    "load_context",
+    "optimize_acquisition",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # torch is imported with the first name that needs it.
+    if name in _HOMES:
+        from importlib import import_module
+
+        return getattr(import_module(f"loadstone.context.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'loadstone.context' has no attribute {name!r}")

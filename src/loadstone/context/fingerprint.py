@@ -1,0 +1,89 @@
+"""What a base model is, tensor by tensor: a context holds no weights, so it must know exactly whose it needs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from loadstone.artifact.context_errors import ArchitectureMismatch, BaseMismatch
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+# Enough names to see what is going on, few enough to read.
+_NAMED = 5
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """``tensors`` maps each parameter and saved buffer to (dtype, shape, sha256 of its bytes)."""
+
+    tensors: dict[str, tuple[str, tuple[int, ...], str]]
+
+    @property
+    def digest(self) -> str:
+        """One sha256 over all of it."""
+        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
+
+    def to_json(self) -> dict[str, list[Any]]:
+        return {name: [dtype, list(shape), sha] for name, (dtype, shape, sha) in sorted(self.tensors.items())}
+
+    @classmethod
+    def from_json(cls, tensors: dict[str, list[Any]]) -> Fingerprint:
+        return cls({name: (str(d), tuple(shape), str(sha)) for name, (d, shape, sha) in tensors.items()})
+
+
+def fingerprint(model: nn.Module) -> Fingerprint:
+    """The fingerprint of a model as it is in memory, on whatever device."""
+    return Fingerprint(
+        {
+            name: (str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), tensor_sha256(tensor))
+            for name, tensor in model.state_dict().items()
+        }
+    )
+
+
+def tensor_sha256(tensor: Tensor) -> str:
+    """Hex sha256 of a tensor's bytes in row-major order."""
+    import torch
+
+    raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return hashlib.sha256(raw.numpy().data).hexdigest()
+
+
+def check_same(wanted: Fingerprint, found: Fingerprint, base: str) -> None:
+    """Raise `ArchitectureMismatch` or `BaseMismatch`, naming parameters, unless ``found`` is ``wanted``."""
+    remedy = "Name the model the context was fitted with (--base, or base=), or fit again"
+    missing = [name for name in wanted.tensors if name not in found.tensors]
+    unexpected = [name for name in found.tensors if name not in wanted.tensors]
+    if missing or unexpected:
+        parts = [f"lacks {_some(missing)}"] * bool(missing) + [f"has besides {_some(unexpected)}"] * bool(
+            unexpected
+        )
+        raise BaseMismatch(f"the base model '{base}' {' and '.join(parts)}", remedy)
+    shapes = [n for n, t in wanted.tensors.items() if found.tensors[n][1] != t[1]]
+    if shapes:
+        name = shapes[0]
+        raise ArchitectureMismatch(
+            f"the base model '{base}' has another shape in {_some(shapes)}: "
+            f"{list(found.tensors[name][1])}, fitted with {list(wanted.tensors[name][1])}",
+            remedy,
+        )
+    dtypes = [n for n, t in wanted.tensors.items() if found.tensors[n][0] != t[0]]
+    if dtypes:
+        name = dtypes[0]
+        raise BaseMismatch(
+            f"the base model '{base}' is in {found.tensors[name][0]}, the context was fitted in "
+            f"{wanted.tensors[name][0]}",
+            "Load the base in that dtype, or fit again",
+        )
+    values = [n for n, t in wanted.tensors.items() if found.tensors[n][2] != t[2]]
+    if values:
+        raise BaseMismatch(f"the base model '{base}' has other values in {_some(values)}", remedy)
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(f"'{name}'" for name in names[:_NAMED])
+    return f"{shown} and {len(names) - _NAMED} more" if len(names) > _NAMED else shown
