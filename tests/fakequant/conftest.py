@@ -129,7 +129,9 @@ class Snapshot:
             facts[f"{name}:forward"] = "forward" in module.__dict__
             facts[f"{name}:training"] = module.training
             # Quantizers keep the scales of their last call as plain attributes.
-            facts[f"{name}:kept"] = {k: id(v) for k, v in module.__dict__.items() if isinstance(v, torch.Tensor)}
+            facts[f"{name}:kept"] = {
+                k: id(v) for k, v in module.__dict__.items() if isinstance(v, torch.Tensor)
+            }
             facts[f"{name}:buffers"] = {k: id(v) for k, v in module._buffers.items()}
             facts[f"{name}:hooks"] = (len(module._forward_hooks), len(module._forward_pre_hooks))
             if getattr(hook, "weights_map", None) is not None:
