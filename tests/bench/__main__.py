@@ -1,4 +1,4 @@
-"""``python -m tests.bench [NAME …]``: run the benchmarks (all of those here, or the named) and print their tables."""
+"""``python -m tests.bench [NAME [OPTIONS]]``: run all benchmarks, or the named one, and print their tables."""
 
 from __future__ import annotations
 
@@ -9,10 +9,14 @@ from pathlib import Path
 
 def main() -> None:
     found = sorted(p.stem.removeprefix("bench_") for p in Path(__file__).parent.glob("bench_*.py"))
-    for name in sys.argv[1:] or found:
+    # Options (`eval --runs 5`) go to the benchmark named before them.
+    wanted = sys.argv[1:2] or found
+    options = sys.argv[2:]
+    for name in wanted:
         if name not in found:
             sys.exit(f"no benchmark '{name}'; there are: {', '.join(found)}")
-        print(f"\n== {name}")
+        print(f"\n== {name}", flush=True)
+        sys.argv = [f"bench_{name}", *options]
         importlib.import_module(f"tests.bench.bench_{name}").main()
 
 

@@ -23,6 +23,7 @@ from loadstone.evaluation.models import choose_subjects, opened
 from loadstone.evaluation.options import Options
 from loadstone.evaluation.scoring import BatchMaker, plan_batches, score
 from loadstone.evaluation.task import Task, make_task
+from tests.conftest import SMOLLM2
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("-M", "--model", action="append", required=True)
+    parser.add_argument("-M", "--model", action="append", help="default: SmolLM2, where make put it")
     parser.add_argument("--documents", type=int, default=6)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--batch-size", type=int, default=2)
@@ -105,7 +106,7 @@ def main() -> None:
         with_lm_eval = False
         print("lm-eval is not installed here: its column is left out", file=sys.stderr)
     print(f"{torch.get_num_threads()} threads, batch size {args.batch_size}, context {args.context_length}")
-    for path in args.model:
+    for path in args.model or [str(SMOLLM2)]:
         bench(path, args, with_lm_eval)
 
 
