@@ -18,12 +18,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from tests.conftest import SMOLLM2
 
 from loadstone.evaluation.models import choose_subjects, opened
 from loadstone.evaluation.options import Options
 from loadstone.evaluation.scoring import BatchMaker, plan_batches, score
 from loadstone.evaluation.task import Task, make_task
-from tests.conftest import SMOLLM2
 
 
 @dataclass(frozen=True)
