@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -170,3 +171,39 @@ def test_library_leaves_verbosity_as_it_was(tiny: Path) -> None:
     before = hf.get_verbosity(), hf.is_progress_bar_enabled()
     loadstone.load(tiny)
     assert (hf.get_verbosity(), hf.is_progress_bar_enabled()) == before
+
+
+def _digest(path: Path, queue: Any) -> None:
+    queue.put(logits(loadstone.load(path)).float().numpy().tobytes())
+
+
+def test_two_processes_load_one_directory_at_once(tiny: Path, quantize_to: Callable[..., Path]) -> None:
+    import multiprocessing
+
+    path = quantize_to(tiny, W4)
+    before = sorted(p.name for p in path.iterdir())
+    expected = logits(loadstone.load(path)).float().numpy().tobytes()
+    fork = multiprocessing.get_context("fork")
+    queue = fork.Queue()
+    children = [fork.Process(target=_digest, args=(path, queue)) for _ in range(2)]
+    for child in children:
+        child.start()
+    assert [queue.get(timeout=60) for _ in children] == [expected, expected]
+    for child in children:
+        child.join()
+    assert sorted(p.name for p in path.iterdir()) == before
+
+
+def test_an_interrupted_load_leaves_nothing(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from loadstone.loading import native
+
+    def stop(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    before = sorted(p.name for p in tiny.iterdir())
+    monkeypatch.setattr(native, "_check_complete", stop)
+    with pytest.raises(KeyboardInterrupt):
+        loadstone.load(tiny)
+    monkeypatch.undo()
+    assert sorted(p.name for p in tiny.iterdir()) == before
+    assert logits(loadstone.load(tiny)).isfinite().all()
