@@ -157,8 +157,7 @@ def test_two_processes_give_the_result_of_one(model_dir: Path, worse_dir: Path, 
         "torch.distributed.run",
         "--nproc-per-node",
         "2",
-        "--master-port",
-        "29531",
+        "--standalone",
     ]
     command = [*launcher, "-m", "loadstone", "eval", *arguments, "--json", str(tmp_path / "two.json")]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
