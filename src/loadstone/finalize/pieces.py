@@ -14,8 +14,10 @@ from loadstone.quantization.quantize import quantize_weight, row_block
 if TYPE_CHECKING:
     import torch
 
-# Elements quantized or cast at once: bounds the float32 temporaries, whatever the tensor's size.
+# Elements quantized or cast at once: bounds the float32 temporaries, whatever the tensor's size. A GPU needs more of
+# them to be busy.
 BLOCK = 1 << 22
+GPU_BLOCK = 1 << 25
 
 
 def pieces(step: Step, tensor: torch.Tensor, device: str) -> Iterator[tuple[str, torch.Tensor, int]]:
@@ -41,16 +43,16 @@ def pieces(step: Step, tensor: torch.Tensor, device: str) -> Iterator[tuple[str,
             yield step.name, flat[start : start + BLOCK].to(target), start * target.itemsize
         return
     assert step.scheme is not None
-    block = row_block(step.scheme, tensor.shape, BLOCK)
+    block = row_block(step.scheme, tensor.shape, GPU_BLOCK if device.startswith("cuda") else BLOCK)
     offsets = dict.fromkeys((o.name for o in step.outputs), 0)
     for start in range(0, tensor.shape[0], block):
-        rows = tensor[start : start + block]
+        rows = tensor[start : start + block].to(device)
         if not rows.isfinite().all():
             raise ArtifactError(
                 f"{step.source.file}: tensor '{step.source.name}' holds NaN or infinity and cannot be quantized",
                 "Use another checkpoint",
             )
-        quantized = quantize_weight(rows.to(device=device, dtype=target), step.scheme)
+        quantized = quantize_weight(rows.to(target), step.scheme)
         flat_tensor, parts = flatten(step.name, quantized)
         if block >= tensor.shape[0] and flat_tensor.metadata != step.metadata:
             raise ArtifactError(

@@ -106,18 +106,21 @@ def _discard_unless_resumable(work: Path, ranks: Ranks) -> None:
 def _write_all_files(
     plan: FinalizePlan, work: Path, device: str, ranks: Ranks, on_progress: Callable[[int], None] | None
 ) -> dict[str, str]:
-    with ThreadPoolExecutor(1) as hasher:
+    # Threads of their own: a shard is noted as soon as it is on disk, however long hashing the source takes.
+    with ThreadPoolExecutor(1) as hasher, ThreadPoolExecutor(1) as finisher:
         source_hash = hasher.submit(plan.source.fingerprint) if ranks.rank == 0 else None
-        notes: list[Future[None]] = []
+        finishing: deque[Future[None]] = deque()
         for number in range(ranks.rank, len(plan.shards), ranks.size):
             name = plan.file_name(number)
             if finished(work, name) is None:
-                _write_shard(plan, number, work, device, on_progress)
-                notes.append(hasher.submit(_note, work, name))
+                writer = _write_shard(plan, number, work, device, on_progress)
+                if finishing:
+                    finishing.popleft().result()
+                finishing.append(finisher.submit(_finish, writer, work, name))
             elif on_progress:
                 on_progress(sum(step.source.nbytes for step in plan.shards[number]))
-        for note in notes:
-            note.result()
+        for shard in finishing:
+            shard.result()
         ranks.wait()
         if source_hash is None:
             return {}
@@ -129,39 +132,53 @@ def _write_all_files(
         return _write_manifest(plan, work, source_hash.result(), digests)
 
 
-def _note(work: Path, name: str) -> None:
+def _finish(writer: ShardWriter, work: Path, name: str) -> None:
+    """Sync a shard to disk and note it, while the next one is being written."""
+    writer.close()
     note_finished(work, name, sha256_file(work / name))
 
 
 def _write_shard(
     plan: FinalizePlan, number: int, work: Path, device: str, on_progress: Callable[[int], None] | None
-) -> None:
-    """One output file: the next tensor is read, and the last piece written, while this one is quantized."""
+) -> ShardWriter:
+    """One output file, yet to be closed: the next tensor is read, and the last pieces written, while one is quantized.
+
+    In memory at once are source tensors and pieces of at most twice the largest source tensor's size, and the piece
+    being made.
+    """
     steps = plan.shards[number]
+    limit = 2 * max(step.source.nbytes for step in plan.steps)
     writer = ShardWriter(
         work / plan.file_name(number), [o for s in steps for o in s.outputs], _metadata(plan)
     )
     reader = SourceReader(plan.source)
-    writes: deque[Future[None]] = deque()
+    writes: deque[tuple[Future[None], int]] = deque()
     try:
         with ThreadPoolExecutor(1) as reading, ThreadPoolExecutor(1) as writing:
             ahead = reading.submit(reader.read, steps[0].source)
             for step, upcoming in zip(steps, [*steps[1:], None], strict=True):
                 tensor = ahead.result()
                 if upcoming is not None:
+                    held = tensor.nbytes + upcoming.source.nbytes + sum(size for _, size in writes)
+                    while writes and held > limit:
+                        write, size = writes.popleft()
+                        write.result()
+                        held -= size
                     ahead = reading.submit(reader.read, upcoming.source)
-                for piece in pieces(step, tensor, device):
+                for name, piece, offset in pieces(step, tensor, device):
                     if len(writes) >= _IN_FLIGHT:
-                        writes.popleft().result()
-                    writes.append(writing.submit(writer.write, *piece))
+                        writes.popleft()[0].result()
+                    writes.append((writing.submit(writer.write, name, piece, offset), piece.nbytes))
                     del piece
                 del tensor
                 if on_progress:
                     on_progress(step.source.nbytes)
-            for write in writes:
+            for write, _ in writes:
                 write.result()
-    finally:
+    except BaseException:
         writer.close()
+        raise
+    return writer
 
 
 def _metadata(plan: FinalizePlan) -> dict[str, str]:

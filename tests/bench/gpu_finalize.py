@@ -1,0 +1,213 @@
+"""On a GPU: finalize of a synthetic Llama-3-8B-shaped checkpoint beside stock load-quantize-save.
+
+python tests/bench/gpu_finalize.py [--layers 32] [--recipes a,b] [--folder DIR] [--make DIR]
+
+The checkpoint (random bf16, 16 GB with 32 layers) is made on the GPU and written to local disk. Each run is a process
+of its own, and reads the source from the page cache. Host memory is anonymous and shared memory above what the
+imports took; the limit is reading the source and writing as many bytes as the output has, synced. At the end our
+tensors are held to stock's. ``--make DIR`` only makes the checkpoint there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+RECIPES = ("int4-weight-only", "int8-dynamic-act-int4-weight")
+HIDDEN, INNER, KV, VOCAB = 4096, 14336, 1024, 128_256
+
+CHILD = """
+import json, logging, sys, threading, time
+logging.disable(logging.WARNING)
+import torch, torchao, transformers, accelerate
+import torchao.prototype.safetensors.safetensors_support
+from transformers import AutoModelForCausalLM, TorchAoConfig
+from transformers.models.llama.modeling_llama import LlamaForCausalLM
+transformers.utils.logging.disable_progress_bar()
+from pathlib import Path
+import loadstone
+from loadstone.finalize import finalize, make_plan
+from loadstone.quantization import parse_recipe, to_torchao
+
+def held():
+    lines = open("/proc/self/status").read().splitlines()
+    return sum(int(l.split()[1]) * 1024 for l in lines if l.startswith(("RssAnon", "RssShmem")))
+
+def watch():
+    while not stop.wait(0.005):
+        peak[0] = max(peak[0], held())
+
+who, source, out, recipe = sys.argv[1:]
+torch.zeros(1, device="cuda")
+base, peak, stop = held(), [0], threading.Event()
+threading.Thread(target=watch, daemon=True).start()
+start = time.perf_counter()
+if who == "loadstone":
+    finalize(make_plan(loadstone.detect(source), parse_recipe(recipe), device="cuda:0"), Path(out), device="cuda:0")
+else:
+    config = TorchAoConfig(to_torchao(parse_recipe(recipe).scheme))
+    model = AutoModelForCausalLM.from_pretrained(source, quantization_config=config, device_map={"": "cuda:0"})
+    model.save_pretrained(out)
+seconds = time.perf_counter() - start
+stop.set()
+print(json.dumps([seconds, torch.cuda.max_memory_allocated() / 2**20, (peak[0] - base) / 2**20]))
+"""
+
+
+def make(out: Path, layers: int) -> int:
+    """Write the checkpoint, a shard for every eight layers; returns its bytes."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import LlamaConfig
+
+    def shapes(number: int) -> dict[str, tuple[int, ...]]:
+        p = f"model.layers.{number}"
+        return {
+            f"{p}.self_attn.q_proj.weight": (HIDDEN, HIDDEN),
+            f"{p}.self_attn.k_proj.weight": (KV, HIDDEN),
+            f"{p}.self_attn.v_proj.weight": (KV, HIDDEN),
+            f"{p}.self_attn.o_proj.weight": (HIDDEN, HIDDEN),
+            f"{p}.mlp.gate_proj.weight": (INNER, HIDDEN),
+            f"{p}.mlp.up_proj.weight": (INNER, HIDDEN),
+            f"{p}.mlp.down_proj.weight": (HIDDEN, INNER),
+            f"{p}.input_layernorm.weight": (HIDDEN,),
+            f"{p}.post_attention_layernorm.weight": (HIDDEN,),
+        }
+
+    out.mkdir(parents=True)
+    groups = [range(start, min(start + 8, layers)) for start in range(0, layers, 8)]
+    tables = [{k: v for number in group for k, v in shapes(number).items()} for group in groups]
+    tables.append(
+        {
+            "model.embed_tokens.weight": (VOCAB, HIDDEN),
+            "lm_head.weight": (VOCAB, HIDDEN),
+            "model.norm.weight": (HIDDEN,),
+        }
+    )
+    weight_map: dict[str, str] = {}
+    total = 0
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
+    for number, table in enumerate(tables, 1):
+        name = f"model-{number:05d}-of-{len(tables):05d}.safetensors"
+        tensors = {
+            key: (torch.randn(shape, device=device, dtype=torch.bfloat16) * 0.02).cpu()
+            for key, shape in table.items()
+        }
+        save_file(tensors, out / name, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, name)
+        total += sum(t.nbytes for t in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (out / "model.safetensors.index.json").write_text(json.dumps(index))
+    LlamaConfig(
+        architectures=["LlamaForCausalLM"], dtype="bfloat16", vocab_size=VOCAB, hidden_size=HIDDEN,
+        intermediate_size=INNER, num_hidden_layers=layers, num_attention_heads=32, num_key_value_heads=8,
+        max_position_embeddings=8192, tie_word_embeddings=False,
+    ).save_pretrained(out)  # fmt: skip
+    return total
+
+
+def run(who: str, source: Path, out: Path, recipe: str) -> tuple[list[float] | None, str]:
+    """Seconds, peak GPU MiB and peak host MiB; None and the reason when the run failed."""
+    command = [sys.executable, "-c", CHILD, who, str(source), str(out), recipe]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        print(done.stderr, file=sys.stderr)
+        return None, " ".join((done.stderr.strip().splitlines() or ["no message"])[-1].split())[:160]
+    return json.loads(done.stdout.splitlines()[-1]), ""
+
+
+def size(directory: Path) -> int:
+    return sum(f.stat().st_size for f in directory.glob("*.safetensors"))
+
+
+def limit_seconds(source: Path, nbytes: int, folder: Path) -> float:
+    """What reading ``source`` and writing ``nbytes`` of it, synced, takes this machine."""
+    share = nbytes / size(source)
+    buffer = memoryview(bytearray(16 << 20))
+    start = time.perf_counter()
+    for file in sorted(source.glob("*.safetensors")):
+        with file.open("rb", buffering=0) as read, (folder / "copy").open("wb", buffering=0) as written:
+            left = int(file.stat().st_size * share)
+            while count := read.readinto(buffer):
+                left -= written.write(buffer[: min(count, left)]) if left > 0 else 0
+            os.fsync(written.fileno())
+    (folder / "copy").unlink()
+    return time.perf_counter() - start
+
+
+def equal(ours: Path, stock: Path) -> str:
+    """Every 16th tensor of stock's, byte for byte, on the CPU."""
+    import torch
+    from safetensors import safe_open
+
+    where = {
+        key: file
+        for file in ours.glob("*.safetensors")
+        for key in safe_open(file, "pt").keys()  # noqa: SIM118
+    }
+    count = 0
+    for file in sorted(stock.glob("*.safetensors")):
+        with safe_open(file, "pt") as theirs:
+            for key in sorted(theirs.keys())[::16]:
+                if key not in where:
+                    return f"{key} is missing"
+                with safe_open(where[key], "pt") as mine:
+                    a, b = mine.get_tensor(key), theirs.get_tensor(key)
+                if a.dtype != b.dtype or not torch.equal(a.view(torch.uint8), b.view(torch.uint8)):
+                    return f"{key} differs"
+                count += 1
+    return f"{count} tensors compared, all equal"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--recipes", default=",".join(RECIPES))
+    parser.add_argument("--folder", type=Path, default=None)
+    parser.add_argument("--make", type=Path, default=None)
+    options = parser.parse_args()
+    if options.make:
+        print(f"{make(options.make, options.layers) / 1e9:.2f} GB in {options.make}")
+        return
+    with tempfile.TemporaryDirectory(prefix="loadstone-gpu-", dir=options.folder) as name:
+        folder = Path(name)
+        source = folder / "source"
+        start = time.perf_counter()
+        total = make(source, options.layers)
+        print(
+            f"source: {options.layers} layers, {total / 1e9:.2f} GB, made in {time.perf_counter() - start:.0f} s; "
+            f"largest tensor {VOCAB * HIDDEN * 2 / 2**20:.0f} MiB\n"
+        )
+        print(
+            "| recipe | who | s | of the limit | GB out | GPU MiB | host MiB |\n|---|---|---|---|---|---|---|"
+        )
+        for recipe in options.recipes.split(","):
+            limit = 0.0
+            for who in ("loadstone", "stock"):
+                out = folder / who
+                found, problem = run(who, source, out, recipe)
+                if found is None:
+                    print(f"| {recipe} | {who} | failed: {problem} | | | | |", flush=True)
+                    continue
+                limit = limit or limit_seconds(source, size(out), folder)
+                print(
+                    f"| {recipe} | {who} | {found[0]:.1f} | {limit / found[0]:.0%} | {size(out) / 1e9:.2f} | "
+                    f"{found[1]:.0f} | {found[2]:.0f} |",
+                    flush=True,
+                )
+            if (folder / "loadstone").exists() and (folder / "stock").exists():
+                print(f"{recipe}: {equal(folder / 'loadstone', folder / 'stock')}", flush=True)
+            for who in ("loadstone", "stock"):
+                shutil.rmtree(folder / who, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()

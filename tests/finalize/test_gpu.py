@@ -1,0 +1,80 @@
+"""On a CUDA card: blocks of rows, calibration and several ranks give the bytes that one pass on it gives."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import loadstone
+from loadstone.errors import LoadstoneError
+from loadstone.finalize import finalize, make_plan, pieces
+from loadstone.finalize.calibrate import calibrate
+from loadstone.quantization import RECIPES, parse_recipe
+from loadstone.quantization.quantize import check_runs
+
+from .test_finalize import snapshot
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+CUDA = "cuda:0"
+
+
+def spelled(name: str) -> str:
+    """The recipe with a group that fits the tiny models."""
+    return f"{name}:group_size=32" if name == "int4-weight-only" else name
+
+
+def plan_on_cuda(source: Path, recipe: str):
+    try:
+        check_runs(parse_recipe(recipe), CUDA, torch.bfloat16)
+    except LoadstoneError as error:
+        pytest.skip(str(error))
+    return make_plan(loadstone.detect(source), parse_recipe(recipe), device=CUDA)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_row_blocks_give_the_same_bytes(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: str
+) -> None:
+    plan = plan_on_cuda(tiny, spelled(recipe))
+    finalize(plan, tmp_path / "whole", device=CUDA)
+    monkeypatch.setattr(pieces, "GPU_BLOCK", 1000)
+    finalize(plan, tmp_path / "blocks", device=CUDA)
+    assert snapshot(tmp_path / "whole") == snapshot(tmp_path / "blocks")
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device only")
+@pytest.mark.parametrize("recipe", ["int4-weight-only:group_size=32", "int8-dynamic-act-int4-weight"])
+def test_two_gpus_give_the_same_bytes(tiny: Path, tmp_path: Path, recipe: str) -> None:
+    options = ["--quantize", recipe, "--max-shard-size", "30kB", "--device", "cuda", "--quiet"]
+
+    def run(prefix: list[str], folder: Path) -> dict[str, str]:
+        folder.mkdir()
+        command = [*prefix, "-m", "loadstone", "finalize", "-M", str(tiny), "-o", "out", *options]
+        done = subprocess.run(
+            command, cwd=folder, env=dict(os.environ), capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        return snapshot(folder / "out")
+
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    assert run(torchrun, tmp_path / "two") == run([sys.executable], tmp_path / "one")
+
+
+def test_calibrated_on_cuda(make_model: Callable[..., Path], tmp_path: Path) -> None:
+    source = make_model("llama-tied")
+    torch.manual_seed(0)
+    rows = torch.randint(3, 250, (8, 64))
+    plan = plan_on_cuda(source, "intx4-weight-only:rounding=gptq")
+    finalize(calibrate(plan, rows, tmp_path / "work", device=CUDA), tmp_path / "gptq", device=CUDA)
+    finalize(plan_on_cuda(source, "intx4-weight-only"), tmp_path / "plain", device=CUDA)
+    with torch.inference_mode():
+        wanted = loadstone.load(source)(rows).logits.float()
+        errors = [
+            (loadstone.load(tmp_path / name)(rows).logits.float() - wanted).square().mean()
+            for name in ("plain", "gptq")
+        ]
+    assert errors[1] < errors[0]
