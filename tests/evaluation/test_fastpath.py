@@ -6,11 +6,13 @@ from typing import Any
 import pytest
 import torch
 
-from loadstone.evaluation.fastpath import FastPath, Kept, _amd, int8_round_trip, speed_up
+from loadstone.evaluation.fastpath import FastPath, _amd, speed_up
+from loadstone.evaluation.products import Kept, OnVnni
+from loadstone.evaluation.rounding import Shared, int8_round_trip, int8_rows
 
 
 def configs() -> dict[str, Any]:
-    from torchao.prototype.mx_formats import NVFP4WeightOnlyConfig
+    from torchao.prototype.mx_formats import MXDynamicActivationMXWeightConfig, NVFP4WeightOnlyConfig
     from torchao.quantization import (
         Float8WeightOnlyConfig,
         Int8DynamicActivationInt8WeightConfig,
@@ -21,6 +23,7 @@ def configs() -> dict[str, Any]:
         PerGroup,
     )
     from torchao.quantization.quant_primitives import MappingType
+    from torchao.quantization.quantize_.common import KernelPreference
 
     return {
         "int8-dynamic-act-int4": Int8DynamicActivationIntxWeightConfig(torch.int4, PerGroup(32)),
@@ -32,6 +35,12 @@ def configs() -> dict[str, Any]:
         "int8-dynamic-act-int8": Int8DynamicActivationInt8WeightConfig(),
         "float8": Float8WeightOnlyConfig(),
         "nvfp4": NVFP4WeightOnlyConfig(),
+        **{
+            name: MXDynamicActivationMXWeightConfig(
+                activation_dtype=dtype, weight_dtype=dtype, kernel_preference=KernelPreference.EMULATED
+            )
+            for name, dtype in (("mxfp4", torch.float4_e2m1fn_x2), ("mxfp8", torch.float8_e4m3fn))
+        },
     }
 
 
@@ -51,6 +60,8 @@ NAMES = (
     "int8-dynamic-act-int8",
     "float8",
     "nvfp4",
+    "mxfp4",
+    "mxfp8",
 )
 
 
@@ -61,6 +72,8 @@ def test_same_bits(
 ) -> None:
     from torchao.quantization import quantize_
 
+    if name.startswith("mx") and dtype != torch.bfloat16:
+        pytest.skip("torchao makes MX weights out of bfloat16 only")
     # Wide enough that int8 products need more than one exact part (1088 > 1024 terms).
     model = model_factory(hidden_size=64, intermediate_size=1088).to(dtype)
     quantize_(model.model, configs()[name])
@@ -79,12 +92,32 @@ def test_bias_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("loadstone.evaluation.fastpath._amd", lambda: False)
     for name, config in configs().items():
         torch.manual_seed(0)
-        model: Any = torch.nn.Sequential(torch.nn.Linear(64, 48, bias=True))
+        dtype = torch.bfloat16 if name.startswith("mx") else torch.float32
+        model: Any = torch.nn.Sequential(torch.nn.Linear(64, 48, bias=True)).to(dtype)
         model.get_input_embeddings = lambda: torch.nn.Embedding(2, 2)
         quantize_(model, config)
-        expected = model(torch.ones(2, 64))
+        expected = model(torch.ones(2, 64, dtype=dtype))
         assert speed_up(model).kept == 1, name
-        assert torch.equal(model(torch.ones(2, 64)), expected), name
+        assert torch.equal(model(torch.ones(2, 64, dtype=dtype)), expected), name
+
+
+@pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="this CPU has no integer products")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_integer_products_of_the_cpu(
+    model_factory: Any, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torchao.quantization import quantize_
+
+    monkeypatch.setattr("loadstone.evaluation.fastpath._has_int8_products", lambda: True)
+    monkeypatch.setattr("loadstone.evaluation.fastpath._amd", lambda: False)
+    model = model_factory(hidden_size=64, intermediate_size=1088).to(dtype)
+    quantize_(model.model, configs()["int8-dynamic-act-int8"])
+    fast = copy.deepcopy(model)
+    assert speed_up(fast) == FastPath(kept=14)
+    assert isinstance(fast.model.layers[0].mlp.down_proj, OnVnni)
+    ids = torch.randint(0, 400, (3, 50), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        assert torch.equal(fast(input_ids=ids).logits, model(input_ids=ids).logits)
 
 
 def test_a_replacement_that_differs_is_not_used(model_factory: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,3 +205,32 @@ def test_round_trip_is_torchaos(dtype: torch.dtype) -> None:
     )
     x[0, 0], x[0, 1], x[0, 2], x[0, 3] = 0.0, 5.0, -3.0, 1e-30
     assert torch.equal(int8_round_trip(x), intx._apply_int8_act_asym_per_token_quant_dequant(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_int8_rows_are_torchaos(dtype: torch.dtype) -> None:
+    from torchao.quantization import PerRow
+    from torchao.quantization.quantize_.workflows.int8.int8_tensor import Int8Tensor
+
+    generator = torch.Generator().manual_seed(4)
+    x = (torch.randn(3, 70, 512, generator=generator) * torch.rand(3, 70, 1, generator=generator) * 9).to(
+        dtype
+    )
+    x[0, 0], x[0, 1], x[0, 2], x[0, 3] = 0.0, 5.0, -3.0, 1e-30
+    expected = Int8Tensor.from_hp(x, PerRow())
+    values, scales = int8_rows(x)
+    assert torch.equal(values, expected.qdata) and torch.equal(scales, expected.scale)
+
+
+def test_siblings_round_their_input_once() -> None:
+    calls: list[int] = []
+    shared = Shared(lambda x: (calls.append(1), x.round())[1])
+    x = torch.randn(3)
+    assert torch.equal(shared(x), x.round()) and shared(x) is shared(x)
+    assert len(calls) == 1
+    # Equal is not the same: another tensor is rounded anew, and nothing is held after its source is gone.
+    shared(x.clone())
+    assert len(calls) == 2 and shared._result is None
+    assert shared(x) is not None and shared._result is not None
+    del x
+    assert shared._result is None

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -77,8 +80,19 @@ def test_memory_is_flat_in_context_and_vocabulary(model_factory: Any, tokenizer:
     assert peaks[1] < 1.3 * peaks[0]
 
 
-@pytest.mark.parametrize("recipe", ["int8-dynamic-act-int4-weight", "intx4-weight-only", "int8-weight-only",
-                                    "float8-weight-only", "nvfp4-weight-only"])  # fmt: skip
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        "int8-dynamic-act-int4-weight",
+        "int8-dynamic-act-int8-weight",
+        "intx4-weight-only",
+        "int8-weight-only",
+        "float8-weight-only",
+        "nvfp4-weight-only",
+        "mxfp4-dynamic-act-mxfp4-weight",
+        "mxfp8-dynamic-act-mxfp8-weight",
+    ],
+)
 def test_fast_path_gives_the_same_bits(model_factory: Any, recipe: str) -> None:
     from torchao.quantization import quantize_
 
@@ -91,6 +105,66 @@ def test_fast_path_gives_the_same_bits(model_factory: Any, recipe: str) -> None:
     ids = torch.randint(0, 400, (3, 50), generator=torch.Generator().manual_seed(1)).cuda()
     with torch.inference_mode():
         assert torch.equal(fast(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+def test_int4_tiles_are_multiplied_by_cublas_to_rounding(model_factory: Any) -> None:
+    from torchao.quantization import quantize_
+
+    from loadstone.quantization import parse_recipe, to_torchao
+
+    model = model_factory(hidden_size=256, intermediate_size=512).to("cuda", torch.bfloat16)
+    quantize_(model.model, to_torchao(parse_recipe("int4-weight-only:group_size=32").scheme))
+    fast = copy.deepcopy(model)
+    assert speed_up(fast).packed == 14
+    for name, linear in model.named_modules():
+        if name.endswith("proj"):
+            # A row of the identity reads one column of the weight: the values are the kernel's own.
+            eye = torch.eye(linear.in_features, dtype=torch.bfloat16, device="cuda")
+            assert torch.equal(linear(eye), fast.get_submodule(name)(eye)), name
+    ids = torch.randint(0, 400, (3, 50), generator=torch.Generator().manual_seed(1)).cuda()
+    targets = ids.roll(-1, 1).flatten()
+    with torch.inference_mode():
+        a, b = (
+            torch.nn.functional.cross_entropy(m(input_ids=ids).logits.flatten(0, 1).float(), targets)
+            for m in (model, fast)
+        )
+    assert abs(float(a - b)) < 2e-3 * float(a)
+
+
+@pytest.mark.parametrize("recipe", ["int8-dynamic-act-int8-weight", "int8-dynamic-act-int4-weight"])
+def test_quantized_and_compiled(
+    model_dir: Path, tmp_path: Path, save_model: Any, tokenizer: Any, recipe: str
+) -> None:
+    """A text so short that its only batch has fewer rows than integer products take."""
+    import loadstone
+    from loadstone.finalize import finalize, make_plan
+    from loadstone.quantization import parse_recipe
+
+    plan = make_plan(loadstone.detect(model_dir), parse_recipe(recipe), device="cuda:0")
+    finalize(plan, tmp_path / "q", device="cuda:0")
+    tokenizer.save_pretrained(tmp_path / "q")
+    text = tmp_path / "t.txt"
+    text.write_text("It is a truth")
+    for data, limit in ((str(text), None), ("sample", 4)):
+        options = Options((str(tmp_path / "q"),), data=data, limit=limit, device="cuda", dtype="bfloat16")
+        eager, compiled = (evaluate(replace(options, compile=on)).records[0] for on in (False, True))
+        assert compiled["loss"] == pytest.approx(eager["loss"], rel=0.03), data
+
+
+def test_two_processes_on_one_gpu_give_the_result_of_one(
+    model_dir: Path, worse_dir: Path, tmp_path: Path
+) -> None:
+    arguments = ["-M", str(model_dir), "-M", str(worse_dir), "--limit", "6", "--batch-size", "2", "--kl"]
+    records = []
+    for processes in (1, 2):
+        file = tmp_path / f"{processes}.json"
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+        command = [*launcher, str(processes), "-m", "loadstone", "eval", *arguments, "--json", str(file)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        records.append(json.loads(file.read_text())["models"][1])
+    for name in ("loss", "delta_loss", "delta_loss_stderr", "kl", "kl_max", "top1_agreement"):
+        assert records[1][name] == pytest.approx(records[0][name], rel=1e-9, abs=1e-12), name
 
 
 def test_compiled_layers_agree(model_dir: Path) -> None:

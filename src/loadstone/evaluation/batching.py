@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from loadstone.evaluation.compiling import eagerly
 from loadstone.evaluation.head import chunk_rows, halve
 from loadstone.evaluation.scoring import BatchMaker, batch_losses, plan_batches
 
@@ -37,7 +38,7 @@ def _peak(model: Any, maker: BatchMaker, windows: int) -> int:
     members = plan_batches(maker.windows, windows)[0]
     before = torch.cuda.memory_allocated(maker.device)
     torch.cuda.reset_peak_memory_stats(maker.device)
-    with torch.inference_mode():
+    with torch.inference_mode(), eagerly(model):
         batch_losses(halve(model), maker(members), chunk_rows(model, maker.device))
     peak = torch.cuda.max_memory_allocated(maker.device) - before
     return peak

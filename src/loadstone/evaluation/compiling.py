@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import nn
@@ -28,6 +29,16 @@ def compile_layers(model: Any) -> int:
         # Windows come in few lengths; a symbolic shape would cost speed.
         layer.compile(dynamic=False, options=_INDUCTOR)
     return len(layers)
+
+
+def eagerly(model: Any) -> AbstractContextManager[object]:
+    """Compute without the compiled layers for a while: a graph for the shape of a probe costs seconds."""
+    if all(layer._compiled_call_impl is None for layer in decoder_layers(model)):
+        return nullcontext()
+    import torch
+
+    stance: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
+    return stance
 
 
 def decoder_layers(model: Any) -> list[nn.Module]:

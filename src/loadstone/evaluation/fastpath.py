@@ -4,132 +4,63 @@
 multiply. Where that is the recipe's arithmetic, the dequantized weight is kept instead, so each call is the
 multiplication alone. A module is replaced only after its replacement gave the same bits on probe inputs.
 
-**Packed.** In float32 on an AMD CPU torch multiplies with MKL, which leaves half of the machine unused
-there; oneDNN's products over weights packed once are about twice as fast. They add in another order, so
-results agree to float32 rounding (losses to 1e-6), not to the bit.
+**Packed.** Where only the order of a sum changes, results agree to rounding, not to the bit. In float32 on
+an AMD CPU torch multiplies with MKL, which leaves half of the machine unused there; oneDNN's products over
+weights packed once are about twice as fast. On a GPU tinygemm's int4 kernel is made for a few tokens; the
+weight it stands for, multiplied by cuBLAS, is fifteen times as fast on many.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
+from loadstone.evaluation.products import (
+    InFloats,
+    Kept,
+    KeptBfloat16,
+    KeptBiasLast,
+    KeptInt8,
+    KeptInt8Dynamic,
+    KeptPlain,
+    OnTensorCores,
+    OnVnni,
+    PackedProduct,
+    Product,
+    Rounding,
+)
+from loadstone.evaluation.rounding import Shared, int8_round_trip, int8_rows, mx_round_trip
+
 log = logging.getLogger(__name__)
-_PROBE_ROWS = 5
+# More than the 16 rows that some integer kernels ask for, and a single one.
+_PROBES = ((1, 1), (2, 9))
 # Half of what is free: activations and the other model of a pair need room too.
 _SHARE = 0.5
-# Products of two int8 values are at most 2**14: so many of them sum exactly in float32.
-_EXACT_TERMS = 1024
-_PACKED_TOLERANCE = 1e-5
-_CACHED_ELEMENTS = 1 << 16
+# Largest difference of a product whose sum was reordered, relative to its largest element.
+_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-7}
+_EYE_ROWS = 1024
 
 
 @dataclass(frozen=True)
 class FastPath:
-    """How many Linears were sped up: ``kept`` to the same bits, ``packed`` to float32 rounding."""
+    """How many Linears were sped up: ``kept`` to the same bits, ``packed`` to rounding."""
 
     kept: int = 0
     packed: int = 0
 
 
-class Product(nn.Module):
-    """x (..., in) times a weight (out, in), transposed."""
-
-    def __init__(self, weight: torch.Tensor) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(weight, requires_grad=False)
-
-    def forward(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        return F.linear(x, self.weight, bias)
-
-
-class PackedProduct(nn.Module):
-    """The same with a weight in oneDNN's own layout; float32 on a CPU only."""
-
-    def __init__(self, weight: torch.Tensor) -> None:
-        super().__init__()
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
-
-    def forward(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        result: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, bias, "none", [], "")
-        return result
-
-
-class Kept(nn.Module):
-    """A Linear whose weight was dequantized once; ``quantize`` is what its recipe does to activations."""
-
-    def __init__(
-        self, weight: torch.Tensor, bias: torch.Tensor | None, quantize: Callable[..., Any] | None = None
-    ) -> None:
-        super().__init__()
-        self.products = nn.ModuleList([Product(weight)])
-        self.bias = bias
-        self.quantize = quantize
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.products[0](x if self.quantize is None else self.quantize(x), self.bias)
-
-
-class KeptBiasLast(Kept):
-    """The same where torchao adds the bias to the rounded product."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out = self.products[0](x)
-        return out if self.bias is None else out + self.bias
-
-
-class KeptInt8(Kept):
-    """int8 weights widened once; the scale (out,) multiplies the product, as torchao does it."""
-
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, scale: torch.Tensor) -> None:
-        super().__init__(weight, bias)
-        self.scale = nn.Parameter(scale, requires_grad=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out = self.products[0](x) * self.scale
-        return out if self.bias is None else out + self.bias
-
-
-class KeptInt8Dynamic(KeptInt8):
-    """int8 activations times int8 weights, the integer product computed exactly in float32."""
-
-    def __init__(
-        self,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        scale: torch.Tensor,
-        quantize: Callable[..., Any],
-    ) -> None:
-        super().__init__(weight[:0], bias, scale)
-        self.quantize = quantize
-        self.products = nn.ModuleList([Product(part.contiguous()) for part in weight.split(_EXACT_TERMS, 1)])
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        assert self.quantize is not None
-        values, scales = self.quantize(x)
-        rows = values.reshape(-1, x.shape[-1]).float().split(_EXACT_TERMS, 1)
-        parts = [product(part) for product, part in zip(self.products, rows, strict=True)]
-        # Exact parts, added without rounding and rounded once, as the integer product is when it turns to
-        # float.
-        whole = parts[0] if len(parts) == 1 else torch.stack(parts).double().sum(0)
-        out = (whole.to(scales.dtype) * scales.reshape(-1, 1)).to(x.dtype) * self.scale
-        out = out.reshape(*x.shape[:-1], -1)
-        return out if self.bias is None else out + self.bias
-
-
 def speed_up(model: Any) -> FastPath:
     """Replace what can be replaced among the Linears of ``model``, in place, while memory lasts."""
-    kept = _keep_dequantized(model)
+    kept, reordered = _keep_dequantized(model)
+    _share_rounding(model)
     packed = _pack(model) if packs_here(model.get_input_embeddings().weight) else 0
-    return FastPath(kept, packed)
+    return FastPath(kept, reordered + packed)
 
 
 @lru_cache(maxsize=1)
@@ -165,26 +96,41 @@ def free_bytes(device: torch.device) -> int:
     return 4 << 30
 
 
-def _keep_dequantized(model: Any) -> int:
+def _keep_dequantized(model: Any) -> tuple[int, int]:
+    """Replace quantized Linears; how many keep the same bits, and how many agree to rounding."""
     found = [
         (name, m) for name, m in model.named_modules() if type(m) is nn.Linear and _is_quantized(m.weight)
     ]
     if not found:
-        return 0
+        return 0, 0
     room = _SHARE * free_bytes(found[0][1].weight.device)
-    kept = 0
+    kept = reordered = 0
     for name, module in found:
         room -= module.weight.numel() * module.weight.element_size()
         if room < 0:
             break
         replacement = _replacement(module)
-        if replacement is not None and _agree(module, replacement, exactly=True):
+        exactly = not isinstance(replacement, KeptBfloat16)
+        if replacement is not None and _agree(module, replacement, exactly=exactly):
             model.set_submodule(name, replacement)
-            kept += 1
+            kept += exactly
+            reordered += not exactly
     log.info(
-        "%d of %d quantized Linears keep their dequantized weights (same bits, faster)", kept, len(found)
+        "%d of %d quantized Linears keep their dequantized weights (%s, faster)",
+        kept + reordered,
+        len(found),
+        "same bits" if not reordered else "same weights, other order of sums",
     )
-    return kept
+    return kept, reordered
+
+
+def _share_rounding(model: Any) -> None:
+    """Let the Linears of one module round their common input once."""
+    for parent in model.modules():
+        shared: dict[Rounding, Shared] = {}
+        for module in parent.children():
+            if isinstance(module, Kept | KeptInt8Dynamic) and module.rounding is not None:
+                module.rounding = shared.setdefault(module.rounding, Shared(module.rounding))
 
 
 def _pack(model: Any) -> int:
@@ -195,7 +141,7 @@ def _pack(model: Any) -> int:
     head = model.get_output_embeddings()
     packed = 0
     for name, module in modules.items():
-        exact = isinstance(modules[name.rpartition(".products")[0]], KeptInt8Dynamic)
+        exact = isinstance(modules[name.rpartition(".products")[0]], InFloats)
         if rounding and not exact and module is not head:
             continue
         if type(module) is nn.Linear and not _is_quantized(module.weight):
@@ -215,22 +161,9 @@ def _pack(model: Any) -> int:
 
 def _rounds_activations(module: nn.Module) -> bool:
     if isinstance(module, Kept):
-        return module.quantize is not None
+        return module.rounding is not None
     # A quantized Linear that was not replaced may do anything.
-    return type(module) is nn.Linear and _is_quantized(module.weight)
-
-
-class KeptPlain(nn.Module):
-    """A plain Linear with a packed weight."""
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        self.product = PackedProduct(linear.weight)
-        self.bias = linear.bias
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        result: torch.Tensor = self.product(x, self.bias)
-        return result
+    return isinstance(module, KeptInt8Dynamic) or (type(module) is nn.Linear and _is_quantized(module.weight))
 
 
 def _is_quantized(weight: torch.Tensor) -> bool:
@@ -248,70 +181,89 @@ def _replacement(module: nn.Linear) -> nn.Module | None:
             from torchao.quantization.quantize_.workflows.intx import intx_unpacked_to_int8_tensor as intx
 
             dynamic = weight.activation_quantization is not None
-            quantize = intx._apply_int8_act_asym_per_token_quant_dequant if dynamic else None
+            rounding = intx._apply_int8_act_asym_per_token_quant_dequant if dynamic else None
             if dynamic and weight.device.type == "cpu":
-                quantize = int8_round_trip
-            return Kept(weight.dequantize(), module.bias, quantize)
+                rounding = int8_round_trip
+            return Kept(weight.dequantize(), module.bias, rounding)
         case "NVFP4Tensor" if weight.act_quant_kwargs is None:
             return Kept(weight.dequantize(weight.orig_dtype), module.bias)
+        case "MXTensor" if str(weight.kernel_preference).endswith("EMULATED"):
+            return _microscaled(weight, module.bias)
         case "Float8Tensor" if weight.act_quant_kwargs is None:
             return KeptBiasLast(weight.dequantize(), module.bias)
         case "Int8Tensor" if weight.act_pre_scale is None:
             return _int8(weight, module.bias)
+        case "Int4TilePackedTo4dTensor" if weight.act_pre_scale is None and weight.dim() == 2:
+            return KeptBfloat16(_from_tiles(weight), module.bias)
     return None
 
 
-def int8_round_trip(x: torch.Tensor) -> torch.Tensor:
-    """x (..., in) rounded to int8 per token, asymmetrically, and back: torchao's operations in torchao's
-    order, in place and on a few rows at a time, so that they run out of the cache."""
-    rows = x.reshape(-1, x.shape[-1])
-    out = torch.empty_like(rows)
-    at_once = max(1, _CACHED_ELEMENTS // x.shape[-1])
-    for some, rounded in zip(rows.split(at_once), out.split(at_once), strict=True):
-        # Two reductions: `aminmax` is ten times slower than both.
-        low, high = some.amin(-1, keepdim=True).clamp_(max=0), some.amax(-1, keepdim=True).clamp_(min=0)
-        scale = ((high - low) / 255.0).clamp_(min=torch.finfo(x.dtype).smallest_normal)
-        zero = (-128 - (low / scale).round_()).clamp_(-128, 127)
-        torch.mul(some, 1.0 / scale, out=rounded)
-        rounded.round_().add_(zero).clamp_(-128, 127).sub_(zero).mul_(scale)
-    return out.reshape(x.shape)
+def _microscaled(weight: Any, bias: torch.Tensor | None) -> nn.Module | None:
+    """MX formats that no unit of this device multiplies: torchao dequantizes both sides and multiplies."""
+    how = weight.act_quant_kwargs
+    if how is None or not str(how.kernel_preference).endswith("EMULATED"):
+        return None
+    rounding = mx_round_trip(how.elem_dtype, how.block_size, how.scaling_mode)
+    return Kept(weight.dequantize(weight.orig_dtype), bias, rounding)
+
+
+def _from_tiles(weight: Any) -> torch.Tensor:
+    """The bfloat16 weight (out, in) that tinygemm's kernel multiplies by, by multiplying rows of the identity."""
+    out_features, in_features = weight.shape
+    group = weight.block_size[-1]
+    padded = weight.scale_and_zero.shape[0] * group
+    result = torch.empty(out_features, in_features, dtype=torch.bfloat16, device=weight.device)
+    for at in range(0, in_features, _EYE_ROWS):
+        end = min(at + _EYE_ROWS, in_features)
+        eye = torch.zeros(end - at, padded, dtype=torch.bfloat16, device=weight.device)
+        eye[:, at:end].fill_diagonal_(1)
+        columns = torch.ops.aten._weight_int4pack_mm(eye, weight.qdata, group, weight.scale_and_zero)
+        result[:, at:end] = columns[:, :out_features].t()
+    return result
 
 
 def _int8(weight: Any, bias: torch.Tensor | None) -> nn.Module | None:
     if weight.block_size[-1] < weight.qdata.shape[-1]:
         return KeptBiasLast(weight.dequantize(), bias) if weight.act_quant_kwargs is None else None
-    scale = weight.scale.to(weight.dtype).flatten()
     if weight.act_quant_kwargs is None:
-        return KeptInt8(weight.qdata.to(weight.dtype), bias, scale)
-    if weight.device.type != "cpu" or _has_int8_products():
-        return None  # the device's own integer products are as exact, and faster
+        return KeptInt8(weight.qdata.to(weight.dtype), bias, weight.scale.to(weight.dtype).flatten())
+    if "ASYMMETRIC" in str(weight.act_quant_kwargs.mapping_type):
+        return None
+    return _integer_module(weight)(weight.qdata, bias, weight.scale.flatten(), _int8_rounding(weight))
+
+
+def _integer_module(weight: Any) -> type[KeptInt8Dynamic]:
+    """What multiplies integers best here."""
+    if weight.device.type == "cuda":
+        # cuBLAS's conditions; torchao multiplies on the CPU where they do not hold.
+        return OnTensorCores if all(size % 8 == 0 for size in weight.shape) else InFloats
+    return OnVnni if _has_int8_products() else InFloats
+
+
+def _int8_rounding(weight: Any) -> Rounding:
     from torchao.quantization.quantize_.common.quantize_tensor_kwargs import (
         _choose_quant_func_and_quantize_tensor as quantize_tensor,
     )
 
-    kwargs, fixed_scale, fixed_zero = (
-        weight.act_quant_kwargs,
-        weight.act_quant_scale,
-        weight.act_quant_zero_point,
-    )
-    if "ASYMMETRIC" in str(kwargs.mapping_type):
-        return None
+    how, scale, zero = weight.act_quant_kwargs, weight.act_quant_scale, weight.act_quant_zero_point
+    if scale is None and type(how.granularity).__name__ == "PerRow" and not how.reduce_range:
+        return int8_rows
 
-    def quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        tensor = quantize_tensor(x, kwargs, scale=fixed_scale, zero_point=fixed_zero)
+    def rounding(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        tensor = quantize_tensor(x, how, scale=scale, zero_point=zero)
         return tensor.qdata, tensor.scale
 
-    return KeptInt8Dynamic(weight.qdata.float(), bias, scale, quantize)
+    return rounding
 
 
 def _agree(module: Any, replacement: nn.Module, *, exactly: bool) -> bool:
     weight = module.weight
     generator = torch.Generator().manual_seed(0)
-    for shape in ((1, 1, weight.shape[1]), (2, _PROBE_ROWS, weight.shape[1])):
-        x = torch.randn(shape, generator=generator).to(weight.device, weight.dtype)
+    for leading in _PROBES:
+        x = torch.randn((*leading, weight.shape[1]), generator=generator).to(weight.device, weight.dtype)
         with torch.inference_mode():
             expected, got = module(x), replacement(x)
-        tolerance = 0.0 if exactly else _PACKED_TOLERANCE * float(expected.abs().max())
+        tolerance = 0.0 if exactly else _TOLERANCE[weight.dtype] * float(expected.abs().max())
         if expected.shape != got.shape or not bool((expected - got).abs().max() <= tolerance):
             return False
     return True

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
+
+from loadstone.evaluation.compiling import eagerly
 
 # Logits of one chunk (float32), in bytes: small enough to stay near a CPU's caches, large enough to fill a
 # GPU.
@@ -37,16 +40,19 @@ def halve(model: Any) -> Halves:
     model applies them. A model for which that does not reproduce its logits exactly is left whole.
     """
     base = getattr(model, "base_model", model)
-    whole = Halves(lambda ids: model(input_ids=ids, use_cache=False).logits, lambda logits: logits[0], True)
+
+    def logits_of(ids: torch.Tensor) -> torch.Tensor:
+        with flat_attention():
+            return model(input_ids=ids, use_cache=False).logits  # type: ignore[no-any-return]
+
+    whole = Halves(logits_of, lambda logits: logits[0], True)
     if base is model:
         return whole
     halves = _divide(model, base)
     ids = torch.arange(_PROBE_TOKENS, device=model.get_input_embeddings().weight.device)[None]
     try:
-        with torch.no_grad():
-            same = torch.equal(
-                halves.head(halves.backbone(ids)), model(input_ids=ids, use_cache=False).logits[0]
-            )
+        with torch.no_grad(), eagerly(model):
+            same = torch.equal(halves.head(halves.backbone(ids)), logits_of(ids)[0])
     except (AttributeError, TypeError, IndexError):
         same = False
     return halves if same else whole
@@ -56,7 +62,8 @@ def _divide(model: Any, base: Any) -> Halves:
     output_types: list[type] = []
 
     def backbone(ids: torch.Tensor) -> torch.Tensor:
-        output = base(input_ids=ids, use_cache=False)
+        with flat_attention():
+            output = base(input_ids=ids, use_cache=False)
         output_types[:] = [type(output)]
         return output.last_hidden_state  # type: ignore[no-any-return]
 
@@ -66,6 +73,36 @@ def _divide(model: Any, base: Any) -> Halves:
             return model(input_ids=ids, use_cache=False).logits[0]  # type: ignore[no-any-return]
 
     return Halves(backbone, head, False)
+
+
+@contextmanager
+def flat_attention() -> Iterator[None]:
+    """Attention whose memory does not grow with the square of the context, for the length of a block.
+
+    transformers hands SDPA fewer key than query heads (``enable_gqa``). In float32 on CUDA no kernel but the
+    plain one takes that, and it holds a (length x length) matrix for every head: there keys and values are
+    repeated instead, which the memory-efficient kernel takes.
+    """
+    module, asked, flat = _gqa()
+    module.use_gqa_in_sdpa = flat
+    try:
+        yield
+    finally:
+        module.use_gqa_in_sdpa = asked
+
+
+@lru_cache(maxsize=1)
+def _gqa() -> tuple[Any, Callable[..., bool], Callable[..., bool]]:
+    # One function for the whole process: compiled layers are guarded by its identity.
+    from transformers.integrations import sdpa_attention
+
+    asked = sdpa_attention.use_gqa_in_sdpa
+
+    def use_gqa(mask: Any, key: torch.Tensor, *rest: Any) -> bool:
+        only_plain = key.device.type == "cuda" and key.dtype == torch.float32
+        return not only_plain and asked(mask, key, *rest)
+
+    return sdpa_attention, asked, use_gqa
 
 
 @contextmanager
