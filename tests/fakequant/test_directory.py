@@ -87,6 +87,44 @@ def test_bin_sources(tiny: Path, tmp_path: Path) -> None:
     assert manifest(tmp_path / "out")["aliases"] == {"lm_head.weight": "model.embed_tokens.weight"}
 
 
+def test_distributed_checkpoints(tiny: Path, tmp_path: Path) -> None:
+    import torch.distributed.checkpoint as dcp
+
+    run = tmp_path / "run"
+    shutil.copytree(tiny, run, ignore=shutil.ignore_patterns("*.safetensors"))
+    state = {k: v for k, v in load(tiny).state_dict().items() if k != "lm_head.weight"}
+    dcp.save({"model": state}, checkpoint_id=run / "checkpoint-3" / "pytorch_model_fsdp_0", no_dist=True)
+    export_fakequant(run, tmp_path / "out", format="nvfp4")
+    export_fakequant(tiny, tmp_path / "other", format="nvfp4")
+    assert hashes(tmp_path / "out") == hashes(tmp_path / "other")
+
+
+def test_two_exports_to_one_output(tiny: Path, tmp_path: Path) -> None:
+    from loadstone.artifact.publish import locked
+
+    out = tmp_path / "deep" / "out"
+    with locked(out), pytest.raises(UsageError, match="another process is writing"):
+        export_fakequant(tiny, out, format="fp8")
+    assert not any(out.parent.iterdir())
+    export_fakequant(tiny, out, format="fp8")
+    assert [p.name for p in out.parent.iterdir()] == ["out"]
+
+
+def test_an_output_that_appears_meanwhile_is_kept(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+
+    def other_wrote(*args: object) -> None:
+        out.mkdir()
+        (out / "theirs").touch()
+
+    monkeypatch.setattr("loadstone.fakequant.export.check_space", other_wrote)
+    with pytest.raises(UsageError, match="exists"):
+        export_fakequant(tiny, out, format="fp8")
+    assert [p.name for p in tmp_path.iterdir()] == ["out"] and (out / "theirs").exists()
+
+
 def test_sidecars_byte_for_byte_and_the_source_untouched(tiny: Path, tmp_path: Path) -> None:
     source = Path(shutil.copytree(tiny, tmp_path / "source"))
     extra = {

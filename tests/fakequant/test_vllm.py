@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import sys
 import types
 from pathlib import Path
@@ -169,6 +170,6 @@ def test_vllm_refuses_what_an_export_never_holds(
         path.unlink()
     with pytest.raises(RuntimeError, match="Engine core initialization failed"):
         served(out)
-    # The reason is in what the worker's process printed.
+    # The reason is in what the worker's process printed; the class differs between vLLM's kinds of layers.
     printed = "".join(capfd.readouterr())
-    assert "ValueError: There is no module or parameter named" in printed and "input_quantizer" in printed
+    assert re.search(r"(ValueError|AttributeError|KeyError): .*input_quantizer", printed)

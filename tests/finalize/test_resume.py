@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 
 import loadstone
+from loadstone.artifact.publish import locked
 from loadstone.errors import ArtifactError, MissingError, UsageError
 from loadstone.finalize import finalize, make_plan, pieces
-from loadstone.finalize.journal import locked, work_directory
+from loadstone.finalize.journal import work_directory
 from loadstone.finalize.verify import verify
 from loadstone.quantization import parse_recipe
 
@@ -97,6 +98,17 @@ def test_killed_at_random_moments(tiny: Path, tmp_path: Path, undisturbed: dict[
     assert snapshot(out) == undisturbed and snapshot(tiny) == before
 
 
+def test_killed_while_the_journal_is_removed(tiny: Path, tmp_path: Path, undisturbed: dict[str, str]) -> None:
+    out = tmp_path / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("loadstone.finalize.run.close_journal", lambda work: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            finalize(many_shards(tiny), out)
+    shutil.rmtree(work_directory(out) / "journal")
+    finalize(many_shards(tiny), out)
+    assert snapshot(out) == undisturbed
+
+
 def test_a_full_disk(
     tiny: Path, tmp_path: Path, undisturbed: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -161,7 +173,7 @@ def test_another_jobs_partial_output_is_refused(tiny: Path, tmp_path: Path) -> N
 
 def test_one_writer_at_a_time(tiny: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with locked(out), pytest.raises(UsageError, match="another finalize is writing"):
+    with locked(out), pytest.raises(UsageError, match="another process is writing"):
         finalize(plan_of(tiny), out)
     finalize(plan_of(tiny), out)
     assert {p.name for p in tmp_path.iterdir()} == {"out"}

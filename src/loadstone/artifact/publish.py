@@ -1,9 +1,12 @@
-"""An output directory that appears whole or not at all: checks before the work, one rename at its end."""
+"""An output directory that appears whole or not at all: checks and a lock before the work, one rename at its end."""
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from loadstone.errors import MissingError, UsageError
@@ -59,6 +62,32 @@ def publish(work: Path, out: Path, overwrite: bool) -> None:
     directory = os.open(out.parent, os.O_RDONLY)
     os.fsync(directory)
     os.close(directory)
+
+
+@contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Hold the output's lock for a block; raises `UsageError` when another process has it."""
+    path = out.with_name(f".{out.name}.lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            raise UsageError(
+                f"another process is writing '{out}'", "Wait for it, or choose another output"
+            ) from None
+        # The holder before may have removed the file between the two calls: then the lock is on nothing.
+        if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
+            break
+        os.close(descriptor)
+    try:
+        yield
+    finally:
+        # Removed while held: whoever opened it in between sees that it is gone.
+        path.unlink(missing_ok=True)
+        os.close(descriptor)
 
 
 def _existing_parent(path: Path) -> Path:

@@ -14,7 +14,7 @@ from loadstone.artifact.publish import check_output
 from loadstone.errors import ArtifactError
 from loadstone.fakequant.export import Beside, Exported, resolve_device, write_export
 from loadstone.fakequant.package import COPY, STRIP, code_files, sidecar_files, without_auto_map
-from loadstone.fakequant.plan import ExportPlan, file_name, make_plan
+from loadstone.fakequant.plan import SHARD_BYTES, ExportPlan, file_name, in_shards, make_plan
 from loadstone.fakequant.roles import roles_by_name, roles_in
 from loadstone.fakequant.rules import RuleSet
 from loadstone.fakequant.state import QuantizerState
@@ -64,18 +64,16 @@ def _refuse_quantized(artifact: Artifact) -> None:
 
 def _stored(artifact: Artifact) -> dict[str, TensorInfo]:
     """Every stored tensor by name."""
-    if artifact.weights.format == "dcp":
-        raise ArtifactError(
-            f"'{artifact.root}' is a torch distributed checkpoint",
-            "Finalize it first: loadstone finalize -M DIR -o OUT",
-        )
     if artifact.table is not None:
         return dict(sorted(artifact.table.tensors.items()))
     return dict(sorted((n, t) for contents in artifact.bins for n, t in contents.tensors.items()))
 
 
 def _placed(artifact: Artifact, infos: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
-    """The same tensors with the output file of each: the source's own division into files."""
+    """The same tensors with the output file of each: the source's own division into files, and for slices of a
+    distributed checkpoint, which has none, shards of 5 GB."""
+    if artifact.dcp is not None:
+        return in_shards(infos, SHARD_BYTES)
     files = {f: file_name(n, len(artifact.weights.files)) for n, f in enumerate(artifact.weights.files)}
     return {name: replace(info, file=files[info.file]) for name, info in infos.items()}
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loadstone.artifact import detect
-from loadstone.artifact.publish import check_space, publish
+from loadstone.artifact.publish import check_output, check_space, locked, publish
 from loadstone.errors import ArtifactError, MissingError
 from loadstone.fakequant.formats.spec import Own
 from loadstone.fakequant.package import config_text, copy_files
@@ -77,34 +77,38 @@ def write_export(
 
     ``tensors`` yields every source tensor once, on the CPU, in any order. ``device`` is where weights are
     folded, one at a time. ``emit_modelopt``: ModelOpt's state file too. ``on_progress`` is told the bytes
-    written since its last call. Raises `ArtifactError` or `MissingError`; ``out`` is then as it was.
+    written since its last call. Raises `UsageError` when another process is writing ``out``, `ArtifactError` or
+    `MissingError`; ``out`` is then as it was.
     """
     started = time.monotonic()
     state = state or QuantizerState()
     check_space(plan.nbytes, out)
-    # Not the name that finalize works under: what it left there can be resumed.
-    work = out.with_name(f".{out.name}.export")
-    if work.exists():
-        shutil.rmtree(work)
-    work.mkdir(parents=True)
-    try:
-        _write_tensors(plan, tensors, work, device, on_progress)
-        _write_index(plan, work)
-        copy_files(beside.copies, work)
-        for name, text in beside.texts.items():
-            (work / name).write_text(text)
-        (work / "config.json").write_text(config_text(plan.config))
-        write_state(state, work)
-        if emit_modelopt:
-            from loadstone.fakequant.modelopt_state import write_modelopt_state
+    with locked(out):
+        # Another process may have finished it since the first look.
+        check_output(None, out, overwrite)
+        # Not the name that finalize works under: what it left there can be resumed.
+        work = out.with_name(f".{out.name}.export")
+        if work.exists():
+            shutil.rmtree(work)
+        work.mkdir(parents=True)
+        try:
+            _write_tensors(plan, tensors, work, device, on_progress)
+            _write_index(plan, work)
+            copy_files(beside.copies, work)
+            for name, text in beside.texts.items():
+                (work / name).write_text(text)
+            (work / "config.json").write_text(config_text(plan.config))
+            write_state(state, work)
+            if emit_modelopt:
+                from loadstone.fakequant.modelopt_state import write_modelopt_state
 
-            write_modelopt_state(plan, state, work)
-        files = write_manifests(plan, state, work, beside.source())
-        _verify(plan, work)
-        publish(work, out, overwrite)
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
+                write_modelopt_state(plan, state, work)
+            files = write_manifests(plan, state, work, beside.source())
+            _verify(plan, work)
+            publish(work, out, overwrite)
+        except BaseException:
+            shutil.rmtree(work, ignore_errors=True)
+            raise
     return Exported(out, plan, state.specs, time.monotonic() - started, files)
 
 

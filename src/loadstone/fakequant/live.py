@@ -18,7 +18,7 @@ from loadstone.fakequant.export import Beside, Exported, resolve_device, write_e
 from loadstone.fakequant.offload import data_of
 from loadstone.fakequant.options import Options
 from loadstone.fakequant.package import COPY, code_files, sidecar_files, without_auto_map
-from loadstone.fakequant.plan import ExportPlan, in_shards, make_plan
+from loadstone.fakequant.plan import SHARD_BYTES, ExportPlan, in_shards, make_plan
 from loadstone.fakequant.quantizers import OwnQuantizers, find_quantizers
 from loadstone.fakequant.roles import roles_in
 from loadstone.fakequant.state import QuantizerState, input_specs
@@ -152,7 +152,7 @@ def export_model(
     out: Path,
     options: Options,
     *,
-    max_shard_size: int = 5 * 10**9,
+    max_shard_size: int = SHARD_BYTES,
     sidecars: str | Path | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> Exported:

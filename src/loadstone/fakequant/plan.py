@@ -12,6 +12,9 @@ from loadstone.errors import ArtifactError, UsageError
 from loadstone.fakequant.formats import Format
 from loadstone.fakequant.rules import Decision, Role, RuleSet, decide
 
+# Of an output whose source has no division into files of its own.
+SHARD_BYTES = 5 * 10**9
+
 
 @dataclass(frozen=True)
 class Step:

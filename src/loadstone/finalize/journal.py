@@ -1,4 +1,4 @@
-"""The working directory of a finalize: a lock, and a note for each finished shard, so that a killed run resumes.
+"""The working directory of a finalize, with a note for each finished shard, so that a killed run resumes.
 
 ``OUT`` is written as ``.OUT.partial`` beside it and renamed at the end. A shard's note is written once its file is
 complete and synced; a run with the same key (source, recipe, versions, layout) takes noted shards over as they are.
@@ -6,13 +6,10 @@ complete and synced; a run with the same key (source, recipe, versions, layout) 
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from loadstone.errors import UsageError
@@ -25,27 +22,6 @@ KEY = "key.json"
 def work_directory(out: Path) -> Path:
     """Where ``out`` is made: a hidden sibling, so that the last step is one rename."""
     return out.with_name(f".{out.name}.partial")
-
-
-@contextmanager
-def locked(out: Path) -> Iterator[None]:
-    """Hold the output's lock for a block; raises `UsageError` when another process has it."""
-    path = out.with_name(f".{out.name}.lock")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise UsageError(
-            f"another finalize is writing '{out}'", "Wait for it, or choose another output"
-        ) from None
-    try:
-        yield
-    finally:
-        # Removed while held: whoever opened it in between finds out by the next flock on a fresh file.
-        path.unlink(missing_ok=True)
-        os.close(descriptor)
 
 
 def job_key(plan: FinalizePlan, versions: dict[str, str]) -> dict[str, str]:
@@ -75,6 +51,8 @@ def open_journal(plan: FinalizePlan, work: Path, versions: dict[str, str], resum
         found = _read(work / KEY)
         differs = [name for name in key if found.get(name) != key[name]]
         if resume and not differs:
+            # Gone when the run was killed in the middle of `close_journal`.
+            (work / NOTES).mkdir(exist_ok=True)
             return
         if resume and has_progress(work):
             raise UsageError(

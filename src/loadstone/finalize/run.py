@@ -17,14 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from loadstone.artifact.manifest import FORMAT_VERSION, MANIFEST, sha256_file, versions
-from loadstone.artifact.publish import check_output, check_space, publish
+from loadstone.artifact.publish import check_output, check_space, locked, publish
 from loadstone.artifact.sidecars import copy_sidecars, find_sidecars
 from loadstone.errors import MissingError
 from loadstone.finalize.journal import (
     close_journal,
     finished,
     has_progress,
-    locked,
     note_finished,
     open_journal,
     work_directory,
