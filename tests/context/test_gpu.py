@@ -10,8 +10,8 @@ import torch
 from tests.context.conftest import random_pfn, write_pfn
 from torch import Tensor
 
+from loadstone.context import load_context
 from loadstone.context.model import CLASSIFICATION, REGRESSION
-from loadstone.context.store import load_context
 
 pytestmark = [
     pytest.mark.gpu,

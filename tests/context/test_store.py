@@ -28,10 +28,10 @@ from loadstone.artifact.context_errors import (
     UnsafeContent,
 )
 from loadstone.artifact.context_file import digest
+from loadstone.context import load_context
 from loadstone.context.bases import load_base
 from loadstone.context.layout import context_tensors, total_bytes
 from loadstone.context.model import PFN
-from loadstone.context.store import load_context
 from loadstone.errors import ArtifactError, MissingError, UsageError
 
 Rows = Callable[..., tuple[Tensor, Tensor]]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from loadstone.errors import ArtifactError
+from loadstone.errors import ArtifactError, UsageError
 
 
 class BaseMismatch(ArtifactError):
@@ -31,3 +31,15 @@ class UnsafeContent(ArtifactError):
 
 class ProbeFailed(ArtifactError):
     """The loaded context does not repeat the logits recorded when it was fitted."""
+
+
+class TokenizerMismatch(ArtifactError):
+    """The base's tokenizer or chat template is not the one that a language-model prefix was made with."""
+
+
+class RecipeMismatch(ArtifactError):
+    """The base is quantized by another recipe than the model that made the context, or not quantized."""
+
+
+class KindMismatch(UsageError):
+    """A context of one kind was given to what works with another."""

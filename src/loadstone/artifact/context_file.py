@@ -8,7 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from loadstone.artifact.context_errors import CorruptContext, FormatUnsupported, UnsafeContent
+from loadstone.artifact.context_errors import (
+    CorruptContext,
+    FormatUnsupported,
+    KindMismatch,
+    UnsafeContent,
+)
 from loadstone.artifact.files import MAX_CONFIG_BYTES, check_inside, is_file, read_json
 from loadstone.artifact.headers import TensorInfo, read_header
 from loadstone.artifact.manifest import sha256_file
@@ -17,7 +22,14 @@ from loadstone.errors import ArtifactError
 CONTEXT_JSON = "context.json"
 CONTEXT_TENSORS = "context.safetensors"
 FORMAT_VERSION = 1
-KINDS = ("pfn",)
+PFN, PREFIX = "pfn", "llm-prefix"
+KINDS = (PFN, PREFIX)
+# What a context of each kind is called, what it needs and what it is for.
+KIND_NAMES = {PFN: "a fitted table (PFN)", PREFIX: "a language-model prefix"}
+KIND_USES = {
+    PFN: "Use it with predict, or with eval --data on a table",
+    PREFIX: "Use it with eval on text or --tasks, or loadstone.load_context in Python",
+}
 # A directory may hold notes of its owner's; what a loader could be tricked into running has no place in it.
 _UNSAFE_SUFFIXES = (
     ".pkl",
@@ -52,6 +64,26 @@ class ContextFile:
 def is_context(directory: Path) -> bool:
     """Whether the directory says that it is a fitted context."""
     return is_file(directory / CONTEXT_JSON)
+
+
+def context_kind(directory: Path) -> str | None:
+    """The kind a context says it has, None for what is no context; no more is checked than that."""
+    if not is_context(directory):
+        return None
+    try:
+        kind = read_json(check_inside(directory, CONTEXT_JSON), MAX_CONFIG_BYTES).get("kind")
+    except ArtifactError:
+        # What is wrong with it is for the reader to say.
+        return ""
+    return kind if isinstance(kind, str) else ""
+
+
+def require_kind(directory: Path, *wanted: str, by: str) -> None:
+    """Raise `KindMismatch` when the directory is a context of another kind than what ``by`` works with."""
+    kind = context_kind(directory)
+    if kind in KINDS and kind not in wanted:
+        needs = " or ".join(KIND_NAMES[w] for w in wanted)
+        raise KindMismatch(f"'{directory}' is {KIND_NAMES[kind]}, and {by} needs {needs}", KIND_USES[kind])
 
 
 def read_context(directory: Path, *, verify: bool = False) -> ContextFile:
@@ -116,7 +148,7 @@ def _check_version(facts: dict[str, Any]) -> None:
 
 def _check_shape(facts: dict[str, Any]) -> None:
     """The keys that code relies on are there, with the right types."""
-    for key, kind in _KEYS.items():
+    for key, kind in (_COMMON_KEYS | _KIND_KEYS[facts["kind"]]).items():
         if not isinstance(facts.get(key), kind):
             raise CorruptContext(f"{CONTEXT_JSON}: '{key}' is missing or malformed", _RECOPY)
     files, base, cache = facts["files"], facts["base"], facts["cache"]
@@ -153,8 +185,12 @@ def _refuse_planted(directory: Path) -> None:
             )
 
 
-_KEYS: dict[str, type | tuple[type, ...]] = {
-    "task": str, "rows": int, "features": int, "schema": dict, "classes": list, "base": dict, "cache": dict,
-    "encoder": dict, "numerics": dict, "files": dict, "contains_training_labels": bool,
+_COMMON_KEYS: dict[str, type] = {"base": dict, "cache": dict, "numerics": dict, "files": dict}
+_KIND_KEYS: dict[str, dict[str, type]] = {
+    PFN: {
+        "task": str, "rows": int, "features": int, "schema": dict, "classes": list, "encoder": dict,
+        "contains_training_labels": bool,
+    },
+    PREFIX: {"prompt": dict, "tokenizer": dict, "layers": list, "contains_prompt": bool},
 }  # fmt: skip
 _RECOPY = "Copy the directory again, or fit the context again"

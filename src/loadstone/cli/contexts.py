@@ -155,8 +155,8 @@ def evaluate(
 
 
 def _record(path: str, data: str, base: str | None, device: str) -> dict[str, Any]:
+    from loadstone.context import load_context
     from loadstone.context.fit import predict_table
-    from loadstone.context.store import load_context
 
     started = time.monotonic()
     context = load_context(path, base=base, device=device)

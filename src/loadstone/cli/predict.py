@@ -69,8 +69,8 @@ def command(
         raise UsageError(f"the output '{out}' exists", "Choose another, or pass --overwrite to replace it")
     if out is not None and not out.resolve().parent.is_dir():
         raise UsageError(f"cannot write '{out}': its directory does not exist", "Make it first")
+    from loadstone.context import load_context
     from loadstone.context.fit import predict_table
-    from loadstone.context.store import load_context
 
     context = load_context(model, base=base, device=device)
     log.info(

@@ -8,9 +8,9 @@ if TYPE_CHECKING:
     from loadstone.context.bars import BarPosterior as BarPosterior
     from loadstone.context.model import PFN as PFN
     from loadstone.context.model import PFNConfig as PFNConfig
+    from loadstone.context.opening import load_context as load_context
     from loadstone.context.optimize import optimize_acquisition as optimize_acquisition
     from loadstone.context.prefill import fit_context as fit_context
-    from loadstone.context.store import load_context as load_context
     from loadstone.context.training_context import TrainingContext as TrainingContext
 
 _HOMES = {
@@ -19,7 +19,7 @@ _HOMES = {
     "BarPosterior": "bars",
     "TrainingContext": "training_context",
     "fit_context": "prefill",
-    "load_context": "store",
+    "load_context": "opening",
     "optimize_acquisition": "optimize",
 }
 __all__ = [

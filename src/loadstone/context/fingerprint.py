@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from loadstone.artifact.context_errors import ArchitectureMismatch, BaseMismatch
+from loadstone.errors import UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -36,13 +38,35 @@ class Fingerprint:
 
 
 def fingerprint(model: nn.Module) -> Fingerprint:
-    """The fingerprint of a model as it is in memory, on whatever device."""
-    return Fingerprint(
-        {
-            name: (str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), tensor_sha256(tensor))
-            for name, tensor in model.state_dict().items()
-        }
-    )
+    """The fingerprint of a model as it is in memory, on whatever device.
+
+    Quantized tensors count with each of the plain tensors they consist of. Raises `UsageError` for a model that is
+    partly offloaded: its values are not in memory.
+    """
+    digests: dict[tuple[Any, ...], str] = {}
+    found = {}
+    for name, tensor in model.state_dict().items():
+        for part, plain in _plain_parts(name, tensor):
+            if plain.is_meta:
+                raise UsageError(
+                    f"'{part}' is offloaded, and contexts need the whole base in memory",
+                    "Use a device that holds the model",
+                )
+            # Tied parameters are hashed once.
+            key = (plain.device, plain.data_ptr(), plain.dtype, plain.shape, plain.stride())
+            if key not in digests or not plain.numel():
+                digests[key] = tensor_sha256(plain)
+            dtype = str(plain.dtype).removeprefix("torch.")
+            found[part] = (dtype, tuple(plain.shape), digests[key])
+    return Fingerprint(found)
+
+
+def _plain_parts(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    if not hasattr(tensor, "__tensor_flatten__"):
+        yield name, tensor
+        return
+    for part in tensor.__tensor_flatten__()[0]:
+        yield from _plain_parts(f"{name}.{part}", getattr(tensor, part))
 
 
 def tensor_sha256(tensor: Tensor) -> str:

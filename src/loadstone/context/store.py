@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from loadstone import __version__
 from loadstone.artifact.context_errors import (
     ArchitectureMismatch,
     CorruptContext,
@@ -20,13 +17,12 @@ from loadstone.artifact.context_errors import (
 from loadstone.artifact.context_file import (
     CONTEXT_JSON,
     CONTEXT_TENSORS,
-    FORMAT_VERSION,
     ContextFile,
-    digest,
     is_context,
     read_context,
+    require_kind,
 )
-from loadstone.artifact.manifest import sha256_file
+from loadstone.artifact.context_file import PFN as PFN_KIND
 from loadstone.context.bases import find_base, load_base
 from loadstone.context.encoding import SOFT_CLIP, Scaler
 from loadstone.context.fingerprint import Fingerprint, check_same, fingerprint
@@ -34,7 +30,7 @@ from loadstone.context.layer_cache import CACHE_DTYPES, LayerCache
 from loadstone.context.layout import CACHE_DTYPE_NAMES, PROBE_ROWS, context_tensors
 from loadstone.context.model import PFN, REGRESSION, TASKS, PFNConfig
 from loadstone.context.training_context import TrainingContext
-from loadstone.context.writer import write_safetensors
+from loadstone.context.writer import finished, write_context
 from loadstone.errors import ArtifactError, LoadstoneError, UsageError
 from loadstone.loading.values import check_values
 
@@ -48,38 +44,11 @@ def save_context(context: TrainingContext, path: Path, *, overwrite: bool = Fals
     Tensors are written one after another, so saving needs the memory of one layer's keys at most. Raises `UsageError`
     for an existing output, and for a context that is still part of an autograd graph.
     """
-    if path.exists() and not overwrite:
-        raise UsageError(
-            f"the output '{path}' exists", "Choose another, or pass overwrite (--overwrite) to replace it"
-        )
-    if path.exists() and not is_context(path):
-        raise UsageError(
-            f"the output '{path}' is no fitted context", "It will not be replaced: choose another"
-        )
     if context.layers[0].keys.requires_grad:
         raise UsageError("a context with gradients cannot be saved", "Fit it without grad_context")
-    work = path.with_name(f".{path.name}.partial")
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    try:
-        tensors = context.tensors() | probe(context)
-        write_safetensors(work / CONTEXT_TENSORS, tensors)
-        facts = describe(context, work / CONTEXT_TENSORS)
-        (work / CONTEXT_JSON).write_text(
-            json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
-        if path.exists():
-            old = path.with_name(f".{path.name}.replaced")
-            shutil.rmtree(old, ignore_errors=True)
-            path.rename(old)
-            work.rename(path)
-            shutil.rmtree(old)
-        else:
-            work.rename(path)
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
-    return path
+    return write_context(
+        path, context.tensors() | probe(context), lambda file: describe(context, file), overwrite=overwrite
+    )
 
 
 def describe(context: TrainingContext, tensors: Path) -> dict[str, Any]:
@@ -87,9 +56,7 @@ def describe(context: TrainingContext, tensors: Path) -> dict[str, Any]:
     base = fingerprint(context.model)
     names = list(context.feature_names or ())
     facts: dict[str, Any] = {
-        "format": "loadstone-context",
-        "format_version": FORMAT_VERSION,
-        "kind": "pfn",
+        "kind": PFN_KIND,
         "task": context.task,
         "rows": context.rows,
         "features": context.features,
@@ -116,10 +83,8 @@ def describe(context: TrainingContext, tensors: Path) -> dict[str, Any]:
         },
         # Keys and values are made of the training targets, so whoever has the file can learn about them.
         "contains_training_labels": True,
-        "files": {CONTEXT_TENSORS: {"sha256": sha256_file(tensors), "bytes": tensors.stat().st_size}},
-        "versions": {"loadstone": __version__},
     }
-    return facts | {"digest": digest(facts)}
+    return finished(facts, tensors)
 
 
 def probe(context: TrainingContext) -> dict[str, Tensor]:
@@ -132,7 +97,7 @@ def probe(context: TrainingContext) -> dict[str, Tensor]:
         return {"probe.queries": queries, "probe.logits": context.logits(queries)}
 
 
-def load_context(
+def load_table_context(
     path: str | Path, base: PFN | str | Path | None = None, *, device: str | None = None
 ) -> TrainingContext:
     """A fitted context from its directory, bound to its base model and checked against everything it recorded.
@@ -146,6 +111,7 @@ def load_context(
     directory = Path(path)
     if not directory.is_dir() or not is_context(directory):
         raise UsageError(f"'{directory}' is no fitted context", f"Name a directory with a {CONTEXT_JSON}")
+    require_kind(directory, PFN_KIND, by="this loader")
     file = read_context(directory, verify=True)
     config = _check_facts(file)
     dtype = file.facts["numerics"]["dtype"]

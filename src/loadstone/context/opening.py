@@ -1,0 +1,38 @@
+"""One door to every kind of context."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loadstone.artifact.context_file import CONTEXT_JSON, PREFIX, context_kind
+from loadstone.errors import UsageError
+
+if TYPE_CHECKING:
+    from loadstone.context.prefix_cache import PrefixCache
+    from loadstone.context.training_context import TrainingContext
+
+
+def load_context(
+    path: str | Path, base: Any = None, *, device: str | None = None, **options: Any
+) -> TrainingContext | PrefixCache:
+    """A context from its directory, bound to its base model and checked against everything it recorded.
+
+    ``base`` is a loaded model or a directory; without it the recorded one is taken, or one already loaded with the
+    right fingerprint. ``device``: auto, cpu, cuda, cuda:N. A PFN's context comes as a `TrainingContext`, a language
+    model's prefix as a transformers cache (`PrefixCache`; ``options``: ``tokenizer``, ``share``, see `load_prefix`).
+    Raises `CorruptContext`, `FormatUnsupported`, `UnsafeContent`, `BaseMismatch`, `ArchitectureMismatch`,
+    `TokenizerMismatch`, `RecipeMismatch` or `ProbeFailed` (all `ArtifactError`), or `MissingError` for a base that is
+    not here.
+    """
+    directory = Path(path)
+    kind = context_kind(directory) if directory.is_dir() else None
+    if kind is None:
+        raise UsageError(f"'{directory}' is no fitted context", f"Name a directory with a {CONTEXT_JSON}")
+    if kind == PREFIX:
+        from loadstone.context.prefix_store import load_prefix
+
+        return load_prefix(directory, base, device=device, **options)
+    from loadstone.context.store import load_table_context
+
+    return load_table_context(directory, base, device=device, **options)
