@@ -2,8 +2,8 @@
 
 Every request's queries see the whole prefix, so the queries of all requests are folded into one sequence that attends
 to the prefix once; each request's own tokens are attended to apart, and the two results are joined by their
-log-sum-exps (as in Hydragen, https://arxiv.org/abs/2402.05099, and FlashInfer's cascades). The joined result is the same softmax,
-summed in another order. transformers calls this through its AttentionInterface, under the name `NAME`.
+log-sum-exps (as in Hydragen, https://arxiv.org/abs/2402.05099, and FlashInfer's cascades). The joined result is the
+same softmax, summed in another order. transformers calls this through its AttentionInterface, under the name `NAME`.
 """
 
 from __future__ import annotations
