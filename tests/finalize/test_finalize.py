@@ -156,14 +156,6 @@ def test_gpt2_has_no_linear_that_could_be_quantized(make_model: Callable[..., Pa
         plan_of(make_model("gpt2"))
 
 
-def test_fused_experts_are_reported(
-    make_model: Callable[..., Path], quantize_to: Callable[..., Path]
-) -> None:
-    source = make_model("qwen3-moe")
-    reasons = {step.reason for step in plan_of(source).steps if ".experts." in step.name}
-    assert reasons == {"fused experts (3-D): torchao quantizes 2-D weights only"}
-
-
 def test_skip_and_misfits_are_named_in_the_block(tiny: Path, tmp_path: Path) -> None:
     plan = plan_of(tiny, W4, skip=["down_proj"])
     assert {s.reason for s in plan.steps if "down_proj" in s.name} == {"skipped as asked"}

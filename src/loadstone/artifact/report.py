@@ -209,7 +209,6 @@ def _why_plain(pattern: str, tensor: TensorInfo) -> str:
     if re.search(r"(^|\.)(lm_head|embed_out|output|score|classifier)\.", pattern):
         return "output head"
     if len(tensor.shape) == 3 and "expert" in pattern:
-        # torchao's linear recipes take 2-D weights only, so fused experts keep their dtype.
         return "fused experts, left unquantized"
     if "router" in pattern or re.search(r"\.gate\.weight$", pattern):
         return "router"

@@ -244,7 +244,7 @@ def command(
     with joined() as ranks:
         if ranks.size > 1 and where.startswith("cuda"):
             where = f"cuda:{ranks.local_rank}"
-        share = sum(step.source.nbytes for shard in plan.shards[ranks.rank :: ranks.size] for step in shard)
+        share = sum(step.source_bytes for shard in plan.shards[ranks.rank :: ranks.size] for step in shard)
         with render.progress(f"finalize {out.name}", share, unit_bytes=True) as advance:
             done = finalize(
                 plan, out, device=where, overwrite=overwrite, resume=resume, ranks=ranks, on_progress=advance
@@ -360,7 +360,7 @@ def _groups(plan: FinalizePlan) -> list[tuple[str, str, int, int, int]]:
     for step in plan.steps:
         entry = found.setdefault((step.action, step.reason), [0, 0, 0])
         entry[0] += 1
-        entry[1] += step.source.nbytes
+        entry[1] += step.source_bytes
         entry[2] += step.nbytes
     return [(action, reason, *counts) for (action, reason), counts in sorted(found.items(), reverse=True)]  # type: ignore[misc]
 
@@ -387,7 +387,7 @@ def _summary(plan: FinalizePlan) -> dict[str, Any]:
 
 def _experts_left(plan: FinalizePlan) -> dict[str, int]:
     """Expert weights that a recipe leaves as they are, since they are fused on load: tensors and bytes."""
-    left = [s for s in plan.steps if plan.recipe and s.reason.startswith("fused experts")]
+    left = [s for s in plan.steps if plan.recipe and not s.scheme and s.reason.startswith("fused experts")]
     return {"tensors": len(left), "bytes": sum(s.nbytes for s in left)}
 
 
@@ -501,5 +501,6 @@ def _print_groups(plan: FinalizePlan) -> None:
         share = experts["bytes"] / plan.bytes_after
         render.console().print(
             f"Not quantized: {experts['tensors']} expert weights, {render.size(experts['bytes'])}, {share:.0%} of the "
-            "output. transformers fuses them into 3-D tensors on load, and torchao's tensors cannot be fused."
+            "output. transformers fuses them into 3-D tensors, which torchao multiplies in float8 only: a recipe "
+            "file can give them float8-weight-only."
         )

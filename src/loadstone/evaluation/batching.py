@@ -38,7 +38,7 @@ def _peak(model: Any, maker: BatchMaker, windows: int) -> int:
     members = plan_batches(maker.windows, windows)[0]
     before = torch.cuda.memory_allocated(maker.device)
     torch.cuda.reset_peak_memory_stats(maker.device)
-    with torch.inference_mode(), eagerly(model):
+    with torch.no_grad(), eagerly(model):
         batch_losses(halve(model), maker(members), chunk_rows(model, maker.device))
     peak = torch.cuda.max_memory_allocated(maker.device) - before
     return peak

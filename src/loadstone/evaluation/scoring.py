@@ -162,7 +162,8 @@ def run_batches(
     try:
         for members in todo:
             batch = maker(members)
-            with torch.inference_mode():
+            # Not inference mode: torchao's fused experts cannot be viewed in it.
+            with torch.no_grad():
                 for name, value in compute(batch).items():
                     tensors[name][batch.slots] = value.to(tensors[name])
             counted += len(batch.slots)

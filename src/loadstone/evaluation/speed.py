@@ -44,7 +44,7 @@ def _measure(model: Any, prompt: torch.Tensor) -> dict[str, Any]:
 
 def _generate(model: Any, prompt: torch.Tensor) -> tuple[float, float]:
     """Seconds to the first token, and tokens per second after it, of greedy decoding with a cache."""
-    with torch.inference_mode():
+    with torch.no_grad():
         begin = _now(prompt.device)
         out = model(input_ids=prompt, use_cache=True, logits_to_keep=1)
         token = out.logits[:, -1:].argmax(-1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from math import prod
 from typing import TYPE_CHECKING
 
 from loadstone.errors import ArtifactError, UsageError
@@ -20,8 +21,10 @@ BLOCK = 1 << 22
 GPU_BLOCK = 1 << 25
 
 
-def pieces(step: Step, tensor: torch.Tensor, device: str) -> Iterator[tuple[str, torch.Tensor, int]]:
-    """The stored tensors that a step makes of its source tensor, as (name, CPU tensor, byte offset within it)."""
+def pieces(
+    step: Step, number: int, tensor: torch.Tensor, device: str
+) -> Iterator[tuple[str, torch.Tensor, int]]:
+    """The stored tensors that a step makes of its source tensor ``number``, as (name, CPU tensor, byte offset in it)."""
     if step.ready:
         from safetensors import safe_open
 
@@ -43,18 +46,23 @@ def pieces(step: Step, tensor: torch.Tensor, device: str) -> Iterator[tuple[str,
             yield step.name, flat[start : start + BLOCK].to(target), start * target.itemsize
         return
     assert step.scheme is not None
+    fused = len(step.sources) > 1 or tensor.dim() > 2
+    tensor = tensor.flatten(0, -2)
     block = row_block(step.scheme, tensor.shape, GPU_BLOCK if device.startswith("cuda") else BLOCK)
-    offsets = dict.fromkeys((o.name for o in step.outputs), 0)
+    # Every part holds as many bytes a row: the rows of earlier sources come first.
+    before = sum(prod(s.shape[:-1]) for s in step.sources[:number])
+    rows_in_all = sum(prod(s.shape[:-1]) for s in step.sources)
+    offsets = {o.name: o.nbytes * before // rows_in_all for o in step.outputs}
     for start in range(0, tensor.shape[0], block):
         rows = tensor[start : start + block].to(device)
         if not rows.isfinite().all():
             raise ArtifactError(
-                f"{step.source.file}: tensor '{step.source.name}' holds NaN or infinity and cannot be quantized",
+                f"{step.sources[number].file}: tensor '{step.sources[number].name}' holds NaN or infinity and cannot be quantized",
                 "Use another checkpoint",
             )
         quantized = quantize_weight(rows.to(target), step.scheme)
         flat_tensor, parts = flatten(step.name, quantized)
-        if block >= tensor.shape[0] and flat_tensor.metadata != step.metadata:
+        if not fused and block >= tensor.shape[0] and flat_tensor.metadata != step.metadata:
             raise ArtifactError(
                 f"tensor '{step.name}': torchao stored it otherwise than planned ({flat_tensor.metadata})"
             )

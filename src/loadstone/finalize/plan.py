@@ -6,6 +6,7 @@ import json
 import warnings
 from collections import OrderedDict
 from dataclasses import dataclass, field, replace
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 from loadstone.artifact import Artifact, FlatTensor, TensorInfo
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+    from loadstone.loading.meta import Destination
     from loadstone.quantization.rules import Decision
 
 COPY, CAST, QUANTIZE = "copy", "cast", "quantize"
@@ -26,9 +28,12 @@ COPY, CAST, QUANTIZE = "copy", "cast", "quantize"
 
 @dataclass(frozen=True)
 class Step:
-    """One source tensor and what becomes of it. ``outputs`` are the stored tensors, with sizes and no offsets yet."""
+    """What is made of one source tensor, or of several whose rows follow each other in one weight (fused experts).
 
-    source: TensorInfo
+    ``outputs`` are the stored tensors, with sizes and no offsets yet.
+    """
+
+    sources: tuple[TensorInfo, ...]
     action: str
     name: str
     outputs: tuple[TensorInfo, ...]
@@ -37,6 +42,15 @@ class Step:
     metadata: str = '{"_type": "Tensor"}'
     # A safetensors file that holds the outputs already, where calibration made them.
     ready: str = ""
+
+    @property
+    def source(self) -> TensorInfo:
+        """The source tensor, the first of several."""
+        return self.sources[0]
+
+    @property
+    def source_bytes(self) -> int:
+        return sum(s.nbytes for s in self.sources)
 
     @property
     def nbytes(self) -> int:
@@ -60,7 +74,7 @@ class FinalizePlan:
 
     @property
     def bytes_before(self) -> int:
-        return sum(step.source.nbytes for step in self.steps)
+        return sum(step.source_bytes for step in self.steps)
 
     @property
     def bytes_after(self) -> int:
@@ -101,6 +115,7 @@ def make_plan(
     ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
     decisions = decide(model, recipe, skip) if recipe else {}
     untied = _untied(model, decisions, {place.parameter for place in where.values() if place})
+    fused = _fused(model, sources, where)
     templates: dict[tuple[Any, ...], FlatTensor] = {}
     steps: list[Step] = []
     for key, info in sources.items():
@@ -115,15 +130,22 @@ def make_plan(
         stored = _target_dtype(info, dtype)
         decision = decisions.get(place.parameter) if place else None
         if recipe and decision and decision.scheme and place and not place.converted:
-            steps.append(_quantize_step(info, place.parameter, stored, decision, device, templates))
+            steps.append(_quantize_step((info,), place.parameter, stored, decision, device, templates))
             steps += _untied_steps(info, place.parameter, stored, decisions, untied, device, templates)
+            continue
+        if recipe and decision and decision.scheme and place and place.parameter in fused:
+            together = fused[place.parameter]
+            if info is together[0]:
+                steps.append(
+                    _quantize_step(together, place.parameter, stored, decision, device, templates, model)
+                )
             continue
         reason = decision.reason if decision else ("" if recipe is None else "not a matrix weight")
         if decision and decision.scheme:
             reason = "merged with others on load: torchao's tensors cannot be merged"
         action = COPY if stored == info.dtype else CAST
         output = replace(info, dtype=stored, begin=0, end=_nbytes(info, stored))
-        steps.append(Step(info, action, key, (output,), reason=reason))
+        steps.append(Step((info,), action, key, (output,), reason=reason))
         if place is not None:
             steps += _untied_steps(info, place.parameter, stored, decisions, untied, device, templates)
     if recipe and not any(step.action == QUANTIZE for step in steps):
@@ -194,32 +216,53 @@ def _untied_steps(
     for target in (t for t, source in untied.items() if source == parameter):
         decision = decisions.get(target)
         if decision and decision.scheme:
-            steps.append(_quantize_step(info, target, stored, decision, device, templates))
+            steps.append(_quantize_step((info,), target, stored, decision, device, templates))
         else:
             output = replace(info, name=target, dtype=stored, begin=0, end=_nbytes(info, stored))
             action = COPY if stored == info.dtype else CAST
-            steps.append(Step(info, action, target, (output,), reason=f"no longer tied to {parameter}"))
+            steps.append(Step((info,), action, target, (output,), reason=f"no longer tied to {parameter}"))
     return steps
 
 
+def _fused(
+    model: PreTrainedModel, sources: dict[str, TensorInfo], where: dict[str, Destination | None]
+) -> dict[str, tuple[TensorInfo, ...]]:
+    """For each parameter that is its source tensors' rows in a row: these, in that order."""
+    parts: dict[str, list[tuple[tuple[int, int], TensorInfo]]] = {}
+    for key, place in where.items():
+        if place is not None and place.place is not None:
+            parts.setdefault(place.parameter, []).append((place.place, sources[key]))
+    found = {}
+    for name, members in parts.items():
+        rows = tuple(info for _, info in sorted(members, key=lambda member: member[0]))
+        shape = tuple(model.get_parameter(name).shape)
+        same = len({(info.shape[-1], info.dtype, len(info.shape)) for info in rows}) == 1
+        if same and sum(info.numel for info in rows) == prod(shape) and rows[0].shape[-1] == shape[-1]:
+            found[name] = rows
+    return found
+
+
 def _quantize_step(
-    info: TensorInfo,
+    sources: tuple[TensorInfo, ...],
     parameter: str,
     stored: str,
     decision: Decision,
     device: str,
     templates: dict[tuple[Any, ...], FlatTensor],
+    model: PreTrainedModel | None = None,
 ) -> Step:
+    """``model``: gives the shape where it is not that of the one source tensor."""
     from loadstone.quantization.flatten import torch_dtype
     from loadstone.quantization.quantize import template
 
     assert decision.scheme is not None
-    key = (decision.scheme, info.shape, stored)
+    shape = tuple(model.get_parameter(parameter).shape) if model else sources[0].shape
+    key = (decision.scheme, shape, stored)
     if key not in templates:
-        templates[key] = template(decision.scheme, info.shape, torch_dtype(stored), device)
+        templates[key] = template(decision.scheme, shape, torch_dtype(stored), device)
     flat = templates[key]
     outputs = tuple(replace(part, name=part_name(parameter, n)) for n, part in flat.parts.items())
-    return Step(info, QUANTIZE, parameter, outputs, decision.scheme, decision.reason, flat.metadata)
+    return Step(sources, QUANTIZE, parameter, outputs, decision.scheme, decision.reason, flat.metadata)
 
 
 def _config(
@@ -247,18 +290,24 @@ def quantization_block(
 ) -> dict[str, Any]:
     """The ``quantization_config`` that transformers itself would write for this recipe.
 
-    One scheme for all is torchao's own config; several are its `FqnToConfig`, which names every module.
+    One scheme for all is torchao's own config; several, and fused experts, are its `FqnToConfig`, which names every
+    module (experts: parameter).
     """
     from transformers import TorchAoConfig
 
     from loadstone.quantization import to_torchao
     from loadstone.quantization.rules import KEPT
 
-    modules = {name.removesuffix(".weight"): d for name, d in decisions.items() if d.linear or d.table}
+    modules = {
+        name.removesuffix(".weight"): d
+        for name, d in decisions.items()
+        if d.linear or d.table or (d.fused and d.scheme)
+    }
     left = {name for name, d in modules.items() if d.linear and d.scheme is None}
     schemes = list(dict.fromkeys(d.scheme for d in modules.values() if d.scheme))
     tables = any(d.table and d.scheme for d in modules.values())
-    if len(schemes) == 1 and not tables:
+    fused = any(d.fused for d in modules.values())
+    if len(schemes) == 1 and not tables and not fused:
         # By default transformers leaves out just the output head. Where more is left out, all of it must be named.
         named = sorted(left) if skip or any(modules[name].reason != KEPT for name in left) else None
         block = TorchAoConfig(to_torchao(schemes[0]), modules_to_not_convert=named).to_dict()

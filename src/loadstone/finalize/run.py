@@ -117,7 +117,7 @@ def _write_all_files(
                     finishing.popleft().result()
                 finishing.append(finisher.submit(_finish, writer, work, name))
             elif on_progress:
-                on_progress(sum(step.source.nbytes for step in plan.shards[number]))
+                on_progress(sum(step.source_bytes for step in plan.shards[number]))
         for shard in finishing:
             shard.result()
         ranks.wait()
@@ -146,7 +146,7 @@ def _write_shard(
     being made.
     """
     steps = plan.shards[number]
-    limit = 2 * max(step.source.nbytes for step in plan.steps)
+    limit = 2 * max(info.nbytes for step in plan.steps for info in step.sources)
     writer = ShardWriter(
         work / plan.file_name(number), [o for s in steps for o in s.outputs], _metadata(plan)
     )
@@ -154,24 +154,26 @@ def _write_shard(
     writes: deque[tuple[Future[None], int]] = deque()
     try:
         with ThreadPoolExecutor(1) as reading, ThreadPoolExecutor(1) as writing:
-            ahead = reading.submit(reader.read, steps[0].source)
-            for step, upcoming in zip(steps, [*steps[1:], None], strict=True):
+            parts = [(step, number, info) for step in steps for number, info in enumerate(step.sources)]
+            ahead = reading.submit(reader.read, parts[0][2])
+            following = [info for _, _, info in parts[1:]] + [None]
+            for (step, number, source), upcoming in zip(parts, following, strict=True):
                 tensor = ahead.result()
                 if upcoming is not None:
-                    held = tensor.nbytes + upcoming.source.nbytes + sum(size for _, size in writes)
+                    held = tensor.nbytes + upcoming.nbytes + sum(size for _, size in writes)
                     while writes and held > limit:
                         write, size = writes.popleft()
                         write.result()
                         held -= size
-                    ahead = reading.submit(reader.read, upcoming.source)
-                for name, piece, offset in pieces(step, tensor, device):
+                    ahead = reading.submit(reader.read, upcoming)
+                for name, piece, offset in pieces(step, number, tensor, device):
                     if len(writes) >= _IN_FLIGHT:
                         writes.popleft()[0].result()
                     writes.append((writing.submit(writer.write, name, piece, offset), piece.nbytes))
                     del piece
                 del tensor
                 if on_progress:
-                    on_progress(step.source.nbytes)
+                    on_progress(source.nbytes)
             for write, _ in writes:
                 write.result()
     except BaseException:

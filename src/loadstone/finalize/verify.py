@@ -29,16 +29,18 @@ def verify(
     reader = SourceReader(plan.source)
     count = 0
     for step in plan.steps:
-        for name, piece, offset in pieces(step, reader.read(step.source), device):
-            expected = piece.contiguous().reshape(-1).view(torch.uint8)
-            info = written.tensors[name]
-            with (out / info.file).open("rb") as file:
-                file.seek(info.begin + offset)
-                if file.read(expected.numel()) != expected.numpy().tobytes():
-                    raise ArtifactError(
-                        f"{info.file}: tensor '{name}' is not what its source quantizes to", "Finalize again"
-                    )
+        for number, source in enumerate(step.sources):
+            for name, piece, offset in pieces(step, number, reader.read(source), device):
+                expected = piece.contiguous().reshape(-1).view(torch.uint8)
+                info = written.tensors[name]
+                with (out / info.file).open("rb") as file:
+                    file.seek(info.begin + offset)
+                    if file.read(expected.numel()) != expected.numpy().tobytes():
+                        raise ArtifactError(
+                            f"{info.file}: tensor '{name}' is not what its source quantizes to",
+                            "Finalize again",
+                        )
+            if on_progress:
+                on_progress(source.nbytes)
         count += len(step.outputs)
-        if on_progress:
-            on_progress(step.source.nbytes)
     return count

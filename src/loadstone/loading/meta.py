@@ -33,10 +33,15 @@ def meta_model(artifact: Artifact, trust_remote_code: bool = False) -> PreTraine
 
 @dataclass(frozen=True)
 class Destination:
-    """Where a checkpoint tensor goes: ``parameter`` in the model; ``converted`` when it is merged or reshaped there."""
+    """Where a checkpoint tensor goes: ``parameter`` in the model; ``converted`` when it is merged or reshaped there.
+
+    ``place`` sorts the tensors of a parameter that is their rows in a row (fused experts: expert by expert, within one
+    gate before up); None for other conversions.
+    """
 
     parameter: str
     converted: bool
+    place: tuple[int, int] | None = None
 
 
 def destinations(model: PreTrainedModel, keys: list[str]) -> dict[str, Destination | None]:
@@ -49,10 +54,27 @@ def destinations(model: PreTrainedModel, keys: list[str]) -> dict[str, Destinati
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     state = model.state_dict()
     prefix = model.base_model_prefix
+    places = _row_places(converters)
     result: dict[str, Destination | None] = {}
     for key in keys:
         name, pattern = rename_source_key(key, renamings, converters, prefix, state)
         if name not in state and key in state:
             name, pattern = rename_source_key(key, [], [], prefix, state)
-        result[key] = Destination(name, pattern is not None) if name in state else None
+        place = places[pattern] if pattern is not None and name in state else None
+        if place is not None:
+            numbers = [part for part in key.split(".") if part.isdigit()]
+            place = (int(numbers[-1]), place[1]) if numbers else None
+        result[key] = Destination(name, pattern is not None, place) if name in state else None
     return result
+
+
+def _row_places(converters: list[Any]) -> dict[str, tuple[int, int] | None]:
+    """For each source pattern of a conversion its position among those that one expert's rows are made of."""
+    places: dict[str, tuple[int, int] | None] = {}
+    for converter in converters:
+        made = [(type(op).__name__, getattr(op, "dim", None)) for op in converter.operations]
+        stacked = made == [("MergeModulelist", 0)] and len(converter.source_patterns) == 1
+        stacked |= made == [("MergeModulelist", 0), ("Concatenate", 1)]
+        for number, pattern in enumerate(converter.source_patterns):
+            places[pattern] = (0, number) if stacked and len(converter.target_patterns) == 1 else None
+    return places

@@ -10,8 +10,13 @@ from typing import TYPE_CHECKING
 from loadstone.errors import UsageError
 from loadstone.quantization.recipe_file import MixedRecipe, Rule
 from loadstone.quantization.schemes import (
+    Float8DynActFloat8Weight,
+    Float8DynActInt4Weight,
+    Float8WeightOnly,
     Int4WeightOnly,
+    Int8DynActInt8Weight,
     Int8DynActIntxWeight,
+    Int8WeightOnly,
     IntxWeightOnly,
     MxDynActMxWeight,
     Nvfp4DynActNvfp4Weight,
@@ -26,6 +31,7 @@ if TYPE_CHECKING:
 
 
 KEPT = "output head or kept in float32"
+FUSED = "fused experts"
 
 
 @dataclass(frozen=True)
@@ -33,7 +39,7 @@ class Decision:
     """What happens to one parameter: a scheme, or None and the reason it stays as it is.
 
     ``linear``: the weight of a Linear; ``misfit``: its shape cannot take the scheme; ``table``: the input embeddings
-    or the output head.
+    or the output head; ``fused``: a 3-D weight of all experts of a layer.
     """
 
     scheme: Scheme | None
@@ -41,6 +47,7 @@ class Decision:
     linear: bool = False
     misfit: bool = False
     table: bool = False
+    fused: bool = False
 
 
 def decide(
@@ -48,8 +55,8 @@ def decide(
 ) -> dict[str, Decision]:
     """A decision for each matrix weight of ``model`` (on the meta device).
 
-    A plain recipe quantizes the weights of `nn.Linear` except the output head, modules kept in float32, and modules
-    that a ``skip`` pattern matches (see `matches`). A mixed one chooses by its rules, and may name embeddings and
+    A plain recipe quantizes the weights of `nn.Linear`, and fused experts where torchao can (see `fused_misfit`), except
+    the output head, modules kept in float32, and modules that a ``skip`` pattern matches (see `matches`). A mixed one chooses by its rules, and may name embeddings and
     head. Raises `UsageError` for a pattern or rule that matches no Linear.
     """
     import torch
@@ -68,7 +75,7 @@ def decide(
                     module_name, shape, mixed, skip or [], never, module is head, used
                 )
             elif parameter.dim() == 3:
-                decisions[full] = Decision(None, "fused experts (3-D): torchao quantizes 2-D weights only")
+                decisions[full] = _decide_fused(full, module, mixed, skip or [], never, used)
             elif isinstance(module, torch.nn.Embedding):
                 chosen = mixed.embeddings if module is table else None
                 decisions[full] = _fitting(chosen, tuple(parameter.shape), "embedding", table=module is table)
@@ -105,6 +112,65 @@ def _decide_linear(
     if recipe is None:
         return Decision(None, "skipped as asked", linear=True)
     return _fitting(recipe, shape, "linear weight", linear=True)
+
+
+def _decide_fused(
+    name: str,
+    module: torch.nn.Module,
+    mixed: MixedRecipe,
+    skip: list[str],
+    never: list[str],
+    used: set[str | Rule],
+) -> Decision:
+    """A 3-D parameter: experts of transformers' own kind, (experts, out, in), are quantized row by row."""
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    def named(pattern: str) -> bool:
+        return matches(pattern, name) or matches(pattern, name.rpartition(".")[0])
+
+    hit = [pattern for pattern in skip if named(pattern)]
+    used.update(hit)
+    rules = [rule for rule in mixed.rules if named(rule.modules)]
+    used.update(rules)
+    recipe = rules[0].recipe if rules else mixed.default
+    if hit or recipe is None:
+        return Decision(None, "skipped as asked", fused=True)
+    if not should_convert_module(name, never):
+        return Decision(None, KEPT, fused=True)
+    transposed = getattr(module, "is_transposed", None)
+    if transposed is None:
+        return Decision(
+            None, f"3-D weight of a {type(module).__name__}, whose products are its own", fused=True
+        )
+    if transposed:
+        return Decision(None, f"{FUSED}: stored (in, out), and torchao multiplies (out, in)", fused=True)
+    problem = fused_misfit(recipe.scheme)
+    return Decision(
+        None if problem else recipe.scheme, f"{FUSED}: {problem}" if problem else FUSED, fused=True
+    )
+
+
+def fused_misfit(scheme: Scheme) -> str:
+    """Why 3-D weights are not quantized by ``scheme`` (torchao 0.18); empty for float8 with a scale for each row.
+
+    transformers multiplies fused experts by ``grouped_mm``, which of torchao's tensors Float8Tensor alone implements.
+    """
+    match scheme:
+        case Float8WeightOnly(granularity="row") | Float8DynActFloat8Weight(granularity="row"):
+            return ""
+        case Float8WeightOnly() | Float8DynActFloat8Weight():
+            return "one scale for the whole tensor would need all of them at once"
+        case Int8WeightOnly() | Int8DynActInt8Weight():
+            return "torchao's int8 tensors have no grouped product"
+        case IntxWeightOnly() | Int8DynActIntxWeight():
+            return "torchao's intx tensors are 2-D"
+        case Int4WeightOnly() | Float8DynActInt4Weight():
+            return "torchao's int4 tensors have no grouped product"
+        case Nvfp4WeightOnly() | Nvfp4DynActNvfp4Weight():
+            return "torchao's NVFP4 configs take weights of Linears only"
+        case MxDynActMxWeight():
+            return "torchao's MX configs take 2-D weights only"
+    return "torchao has no fused weights of this scheme"
 
 
 def _fitting(
