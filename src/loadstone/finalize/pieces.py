@@ -24,7 +24,7 @@ GPU_BLOCK = 1 << 25
 def pieces(
     step: Step, number: int, tensor: torch.Tensor, device: str
 ) -> Iterator[tuple[str, torch.Tensor, int]]:
-    """The stored tensors that a step makes of its source tensor ``number``, as (name, CPU tensor, byte offset in it)."""
+    """What a step makes of its source tensor ``number``: stored tensors as (name, CPU tensor, byte offset in it)."""
     if step.ready:
         from safetensors import safe_open
 
@@ -56,8 +56,9 @@ def pieces(
     for start in range(0, tensor.shape[0], block):
         rows = tensor[start : start + block].to(device)
         if not rows.isfinite().all():
+            source = step.sources[number]
             raise ArtifactError(
-                f"{step.sources[number].file}: tensor '{step.sources[number].name}' holds NaN or infinity and cannot be quantized",
+                f"{source.file}: tensor '{source.name}' holds NaN or infinity and cannot be quantized",
                 "Use another checkpoint",
             )
         quantized = quantize_weight(rows.to(target), step.scheme)

@@ -55,9 +55,10 @@ def decide(
 ) -> dict[str, Decision]:
     """A decision for each matrix weight of ``model`` (on the meta device).
 
-    A plain recipe quantizes the weights of `nn.Linear`, and fused experts where torchao can (see `fused_misfit`), except
-    the output head, modules kept in float32, and modules that a ``skip`` pattern matches (see `matches`). A mixed one chooses by its rules, and may name embeddings and
-    head. Raises `UsageError` for a pattern or rule that matches no Linear.
+    A plain recipe quantizes the weights of `nn.Linear`, and fused experts where torchao can (see `fused_misfit`),
+    except the output head, modules kept in float32, and modules that a ``skip`` pattern matches (see `matches`). A
+    mixed one chooses by its rules, and may name embeddings and head. Raises `UsageError` for a pattern or rule that
+    matches no Linear and no experts.
     """
     import torch
 
