@@ -126,7 +126,7 @@ class Snapshot:
         for name, module in self.model.named_modules():
             hook = getattr(module, "_hf_hook", None)
             facts[f"{name}:hook"] = id(hook)
-            facts[f"{name}:forward"] = "forward" in module.__dict__
+            facts[f"{name}:attributes"] = sorted(module.__dict__)
             facts[f"{name}:training"] = module.training
             # Quantizers keep the scales of their last call as plain attributes.
             facts[f"{name}:kept"] = {

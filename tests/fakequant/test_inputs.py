@@ -97,10 +97,85 @@ def test_keys_and_values(tiny: Path, tmp_path: Path) -> None:
         assert state[f"model.layers.{i}.self_attn.v_bmm_quantizer.amax"].item() == pytest.approx(seen[i])
 
 
-def test_calibration_runs_under_offload(
-    set_up: Callable[[Path, Path], Any], make_model: Callable[..., Path], tmp_path: Path
+def experts_by_hand(model: Any, change: Callable[[str, torch.Tensor], torch.Tensor]) -> None:
+    """Qwen3-MoE's experts as a plain loop, each input of a weight passed through ``change`` on its way."""
+    linear = torch.nn.functional.linear
+    for name, module in model.named_modules():
+        if not name.endswith(".experts"):
+            continue
+
+        def forward(x: Any, index: Any, weights: Any, m: Any = module, name: str = name) -> torch.Tensor:
+            out = torch.zeros_like(x)
+            for token in range(len(x)):
+                for place, expert in enumerate(index[token].tolist()):
+                    seen = change(f"{name}.gate_up_proj_input_quantizer", x[token])
+                    gate, up = linear(seen, m.gate_up_proj[expert]).chunk(2, -1)
+                    seen = change(f"{name}.down_proj_input_quantizer", m.act_fn(gate) * up)
+                    out[token] += linear(seen, m.down_proj[expert]) * weights[token, place]
+            return out
+
+        module.forward = forward
+
+
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("text", ["fp8", "mxfp8"])
+def test_inputs_of_fused_experts(
+    text: str, implementation: str, make_model: Callable[..., Path], tmp_path: Path
 ) -> None:
-    source = make_model("llama-untied", dtype="float32")
+    source = make_model("qwen3-moe", dtype="float32")
+    given = load(source, experts_implementation=implementation)
+    before = Snapshot(given)
+    options: dict[str, Any] = {"calibrate": BATCHES} if text == "fp8" else {"activations": True}
+    export_fakequant(given, tmp_path / "out", format=text, **options)
+    before.check()
+    assert given.config._experts_implementation == implementation
+    experts = [f"model.layers.{i}.mlp.experts" for i in (0, 1)]
+    names = [f"{e}.{w}_proj_input_quantizer" for e in experts for w in ("gate_up", "down")]
+    specs = manifest(tmp_path / "out")["quantizers"]
+    assert [n for n in specs if "expert" in n] == sorted(names) and len(specs) == 8 + 4
+    seen: dict[str, float] = {}
+
+    def see(name: str, x: torch.Tensor) -> torch.Tensor:
+        seen[name] = max(seen.get(name, 0.0), x.abs().max().item())
+        return x
+
+    plain = load(source)
+    experts_by_hand(plain, see)
+    with torch.no_grad():
+        for batch in BATCHES:
+            plain(batch)
+    amax: dict[str, torch.Tensor] = {}
+    if text == "fp8":
+        state = load_file(tmp_path / "out" / "fakequant_state.safetensors")
+        amax = {name: state[f"{name}.amax"] for name in names}
+        assert {n: a.item() for n, a in amax.items()} == pytest.approx(seen, rel=1e-5)
+    by_hand = load(tmp_path / "out")
+    apply_export(by_hand, loadstone.detect(tmp_path / "out"))
+    for module in by_hand.modules():
+        if hasattr(module, "has_gate"):
+            module._forward_pre_hooks.clear()
+    experts_by_hand(by_hand, lambda name, x: fold_input(x, text, amax.get(name)))  # type: ignore[arg-type]
+    ours = load(tmp_path / "out", experts_implementation=implementation)
+    assert apply_export(ours, loadstone.detect(tmp_path / "out")) == 12
+    assert torch.allclose(logits(ours), logits(by_hand), atol=2e-3)
+    assert not torch.allclose(logits(ours), logits(load(tmp_path / "out")), atol=2e-3)
+
+
+def test_experts_of_one_layer_share_a_format(make_model: Callable[..., Path], tmp_path: Path) -> None:
+    rules = tmp_path / "rules.yaml"
+    rules.write_text("format: mxfp8\nrules: [{match: experts.2.down_proj, format: none}]")
+    with pytest.raises(
+        UsageError, match=r"0\.mlp\.experts\.down_proj_input_quantizer' is one for all experts, and"
+    ):
+        export_fakequant(make_model("qwen3-moe"), tmp_path / "out", rules=rules, activations=True)
+    export_fakequant(make_model("qwen3-moe"), tmp_path / "out", rules=rules)
+
+
+@pytest.mark.parametrize("arch", ["llama-untied", "qwen3-moe"])
+def test_calibration_runs_under_offload(
+    arch: str, set_up: Callable[[Path, Path], Any], make_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    source = make_model(arch, dtype="float32")
     model = set_up(source, tmp_path / "offload")
     before = Snapshot(model)
     options: dict[str, Any] = {"format": "fp8", "activations": True, "kv_cache": "fp8"}

@@ -60,6 +60,10 @@ def test_merged_layers_take_the_largest_range() -> None:
 def test_what_vllm_cannot_do_is_said() -> None:
     with pytest.raises(ArtifactError, match=r"'self_attn\.qkv_proj' is one layer in vLLM"):
         apply_to_vllm(merged_model(), state(q_proj_in="fp8", k_proj_in="int8"))
+    with pytest.raises(
+        ArtifactError, match=r"down_proj_input_quantizer': vLLM computes experts in one kernel"
+    ):
+        apply_to_vllm(merged_model(), state(down_proj_input_quantizer="fp8"))
     with pytest.raises(ArtifactError, match=r"finds no layer 'self_attn\.up_proj'"):
         apply_to_vllm(merged_model(), state(up_proj_in="fp8"))
     with pytest.raises(UsageError, match="cannot be divided among 2 ranks"):

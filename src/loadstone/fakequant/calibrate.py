@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loadstone.artifact import Artifact
 from loadstone.errors import ArtifactError, UsageError
 from loadstone.fakequant.formats.spec import CALIBRATED
-from loadstone.fakequant.inputs import hook_input, input_modules, keys_and_values
+from loadstone.fakequant.inputs import change_inputs, keys_and_values
 from loadstone.fakequant.options import Options
 from loadstone.fakequant.plan import ExportPlan
 from loadstone.fakequant.state import QuantizerState, check_state, input_specs
@@ -54,9 +55,8 @@ def calibrate(
     measured = [name for name, spec in specs.items() if spec in CALIBRATED]
     training = model.training
     with ExitStack() as stack:
-        for name, module in input_modules(model, measured).items():
-            handle = hook_input(module, lambda x, name=name: record(name, x))  # type: ignore[misc]
-            stack.callback(handle.remove)
+        changes = {name: partial(record, name) for name in measured}
+        stack.callback(change_inputs(model, changes))
         if options.kv_cache:
             stack.enter_context(keys_and_values(model, record))
         if training:

@@ -16,7 +16,7 @@ from loadstone.artifact.files import check_inside
 from loadstone.errors import ArtifactError
 from loadstone.fakequant.plan import ExportPlan
 from loadstone.fakequant.rules import module_of
-from loadstone.fakequant.state import INPUT, QuantizerState
+from loadstone.fakequant.state import QuantizerState, quantizer_of
 
 MODELOPT_FILE = "vllm_fq_modelopt_state.pth"
 MODELOPT_VERSION = "0.47.0"
@@ -47,9 +47,9 @@ def write_modelopt_state(plan: ExportPlan, state: QuantizerState, out: Path) -> 
 
     quantizers: dict[str, Any] = {}
     weights: dict[str, Any] = {}
-    names = [module_of(step.name) for step in plan.steps if step.role.inputs]
-    every = [f"{name}.{kind}" for name in names for kind in (INPUT, "output_quantizer")]
-    for name in dict.fromkeys([*every, *state.specs]):
+    every = [name for step in plan.steps if (name := quantizer_of(step))]
+    outputs = [f"{module_of(step.name)}.output_quantizer" for step in plan.steps if step.role.inputs]
+    for name in dict.fromkeys([*every, *outputs, *state.specs]):
         buffers = {}
         for key in ("amax", "pre_quant_scale"):
             tensor = state.tensors.get(f"{name}.{key}")

@@ -10,6 +10,7 @@ from loadstone.artifact import TensorInfo
 from loadstone.artifact.headers import FLOAT_DTYPES
 from loadstone.errors import ArtifactError
 from loadstone.fakequant.rules import Role
+from loadstone.fakequant.state import EXPERT_WEIGHTS, INPUT
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -67,7 +68,9 @@ def _role(
     if parameter.dim() == 3 and "expert" in f"{owner_name} {type(owner).__name__}".lower():
         # Two stored dimensions: an expert of its own, merged with the others on load.
         transposed = bool(getattr(owner, "is_transposed", False)) and len(info.shape) == 3
-        return Role(True, transposed=transposed)
+        # transformers' own scheme for experts, whose inputs can be changed on their way (inputs.py).
+        known = hasattr(owner, "_apply_gate") and leaf in EXPERT_WEIGHTS
+        return Role(True, transposed=transposed, shared=f"{owner_name}.{leaf}_{INPUT}" if known else "")
     return Role(False, f"weight of a {type(owner).__name__}, not a Linear")
 
 

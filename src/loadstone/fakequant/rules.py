@@ -58,7 +58,8 @@ class Role:
     does not.
 
     ``matrix``: whether a rule may name it; ``transposed``: stored as (…, in, out); ``inputs``: whether its
-    layer's input can be seen on its own, as that of a Linear.
+    layer's input can be seen on its own, as that of a Linear; ``shared``: for an expert, the quantizer of inputs
+    that all experts of its layer have in common.
     """
 
     eligible: bool
@@ -66,6 +67,7 @@ class Role:
     matrix: bool = True
     transposed: bool = False
     inputs: bool = False
+    shared: str = ""
 
 
 def module_of(key: str) -> str:

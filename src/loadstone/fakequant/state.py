@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from loadstone.artifact.files import check_inside, is_file, read_json
 from loadstone.artifact.manifest import FORMAT_VERSION, MANIFEST, sha256_file, versions
-from loadstone.errors import ArtifactError
-from loadstone.fakequant.plan import ExportPlan
+from loadstone.errors import ArtifactError, UsageError
+from loadstone.fakequant.plan import ExportPlan, Step
 from loadstone.fakequant.rules import Rule, module_of
 
 if TYPE_CHECKING:
@@ -20,13 +20,18 @@ STATE_FILE = "fakequant_state.safetensors"
 FAKEQUANT_MANIFEST = "fakequant_manifest.json"
 SCHEMA = 1
 INPUT = "input_quantizer"
+# Weights of transformers' fused experts: the input of the last is made inside the layer, between two products.
+EXPERT_WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
 class QuantizerState:
-    """Quantizers of layer inputs and KV caches. ``specs``: quantizer name (``<module>.input_quantizer``,
-    ``<attention>.k_bmm_quantizer``) to its input format; ``tensors``: ``<quantizer>.amax`` (float32
-    scalars) and ``<quantizer>.pre_quant_scale`` (float32, one a channel)."""
+    """Quantizers of layer inputs and KV caches.
+
+    ``specs``: quantizer name (``<module>.input_quantizer``, ``<experts>.down_proj_input_quantizer``,
+    ``<attention>.k_bmm_quantizer``) to its input format. ``tensors``: ``<quantizer>.amax`` (float32 scalars) and
+    ``<quantizer>.pre_quant_scale`` (float32, one a channel).
+    """
 
     specs: dict[str, str] = field(default_factory=dict)
     tensors: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
@@ -126,9 +131,19 @@ def _entry(text: str, rule: Rule | None, source: str, name: str) -> dict[str, st
 
 def input_specs(plan: ExportPlan) -> dict[str, str]:
     """Quantizer name to input format, for each folded weight whose format has one and whose layer can be
-    seen."""
-    return {
-        f"{module_of(step.name)}.{INPUT}": step.format.inputs
-        for step in plan.folded
-        if step.format is not None and step.format.inputs and step.role.inputs
-    }
+    seen. Raises `UsageError` when experts that share a quantizer would need different ones."""
+    found: dict[str, str | None] = {}
+    for step in plan.steps:
+        name = quantizer_of(step)
+        spec = step.format.inputs if step.format else None
+        if name and found.setdefault(name, spec) != spec:
+            raise UsageError(
+                f"'{name}' is one for all experts, and '{step.name}' has another format than they have",
+                "Give all experts of a layer one format, or leave out --activations",
+            )
+    return {name: spec for name, spec in found.items() if spec}
+
+
+def quantizer_of(step: Step) -> str:
+    """The quantizer of the input that a weight is multiplied by; empty when none can be."""
+    return f"{module_of(step.name)}.{INPUT}" if step.role.inputs else step.role.shared

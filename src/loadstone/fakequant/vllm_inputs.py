@@ -37,6 +37,11 @@ def apply_to_vllm(model: Any, state: QuantizerState, tensor_parallel: int = 1) -
         if kind == INPUT:
             parent, _, leaf = owner.rpartition(".")
             owner = f"{parent}.{merged[leaf]}" if leaf in merged and owner not in modules else owner
+        elif kind.endswith(f"_{INPUT}"):
+            raise ArtifactError(
+                f"'{name}': vLLM computes experts in one kernel, which rounds nothing on its way",
+                "Serve it with vLLM's own worker (weights only), or measure it by loadstone eval",
+            )
         groups.setdefault(f"{owner}.{kind}", []).append(name)
     for target, names in groups.items():
         owner, _, kind = target.rpartition(".")
