@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -55,6 +57,41 @@ def test_offloaded_equals_directory(
     export_fakequant(model, tmp_path / "out", format="nvfp4")
     assert hashes(tmp_path / "out") == hashes(expected(arch))
     before.check()
+
+
+def test_what_lies_beside_an_offloaded_models_weights(
+    set_up: Callable[[Path, Path], Any], make_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    source = Path(shutil.copytree(make_model("llama-tied"), tmp_path / "source"))
+    for name in ("preprocessor_config.json", "processor_config.json", "generation_config.json"):
+        (source / name).write_text('{"max_length":  7}')
+    code = {"auto_map": {"AutoModelForCausalLM": "modeling_x.X"}}
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | code | {"nested": {"deep": [code]}}))
+    model = set_up(source, tmp_path / "offload")
+    # As a model has it whose code came with it.
+    model.config.auto_map = code["auto_map"]
+    export_fakequant(model, tmp_path / "out", format="fp8")
+    text = (tmp_path / "out" / "config.json").read_text()
+    assert "auto_map" not in text and json.loads(text)["nested"] == {"deep": [{}]}
+    assert model.config.auto_map == code["auto_map"]
+    for path in source.iterdir():
+        if path.name not in ("config.json", "model.safetensors"):
+            assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes(), path.name
+    with pytest.raises(ArtifactError, match=r"auto_map needs modeling_x\.py"):
+        export_fakequant(model, tmp_path / "copied", format="fp8", remote_code="copy")
+    assert not (tmp_path / "copied").exists()
+
+
+def test_no_hook_runs(
+    make_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from accelerate.hooks import AlignDevicesHook
+
+    model = SET_UPS["cpu_offload"](make_model("llama-tied"), tmp_path)
+    for name in ("pre_forward", "post_forward", "init_hook", "detach_hook"):
+        monkeypatch.setattr(AlignDevicesHook, name, lambda *args, **options: pytest.fail("a hook ran"))
+    export_fakequant(model, tmp_path / "out", format="fp8")
 
 
 def small(layers: int = 2, **options: Any) -> Any:
@@ -265,8 +302,6 @@ def test_shared_storage_and_views_are_written_with_their_own_values(tmp_path: Pa
 
 
 def test_shards_of_a_live_model(make_model: Callable[..., Path], tmp_path: Path) -> None:
-    import json
-
     model = load(make_model("qwen3-moe"))
     export_fakequant(model, tmp_path / "one", format="mxfp8")
     export_fakequant(model, tmp_path / "many", format="mxfp8", max_shard_size=60_000)
@@ -299,7 +334,7 @@ def test_experts_go_out_under_the_names_of_save_pretrained(
 
 
 def test_a_model_trained_with_torchao_exports_what_it_computes(
-    make_model: Callable[..., Path], tmp_path: Path
+    make_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from torchao.quantization import IntxWeightOnlyConfig, PerGroup, quantize_
     from torchao.quantization.qat import QATConfig
@@ -312,8 +347,15 @@ def test_a_model_trained_with_torchao_exports_what_it_computes(
     before = Snapshot(model)
     with pytest.raises(UsageError, match="weight quantizers of its own"):
         export_fakequant(model, tmp_path / "out", format="fp8")
+    with monkeypatch.context() as patch:
+        patch.setattr("loadstone.fakequant.export.publish", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            export_fakequant(model, tmp_path / "out")
+    before.check()
+    before = Snapshot(model)
     export_fakequant(model, tmp_path / "out")
     before.check()
+    assert not any("quantizer" in name for name in tensors(tmp_path / "out"))
     assert torch.equal(logits(load(tmp_path / "out")), before.logits)
     facts = manifest(tmp_path / "out")
     assert facts["tensors"]["model.layers.0.mlp.up_proj.weight"]["format"] == "IntxFakeQuantizer"

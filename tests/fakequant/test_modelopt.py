@@ -17,6 +17,7 @@ from loadstone import export_fakequant
 from loadstone.errors import ArtifactError
 from loadstone.fakequant.inputs import apply_export
 from loadstone.fakequant.modelopt_state import MODELOPT_FILE, read_modelopt_state
+from loadstone.fakequant.state import read_state
 
 
 @pytest.mark.parametrize("text", ["fp8", "mxfp8"])
@@ -76,7 +77,8 @@ def reload(model: Any, directory: Path) -> Any:
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     mtq.fold_weight(model)
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
-    assert not any(n.endswith("weight_quantizer") and m.is_enabled for n, m in model.named_modules())
+    found = [m for n, m in model.named_modules() if "weight_quantizer" in n and hasattr(m, "is_enabled")]
+    assert found and not any(m.is_enabled for m in found)
     return model
 
 
@@ -89,6 +91,19 @@ def test_modelopt_reloads_it(text: str, tiny: Path, tmp_path: Path) -> None:
     ours = load(tmp_path / "out")
     assert apply_export(ours, loadstone.detect(tmp_path / "out")) == 14
     assert torch.equal(theirs, logits(ours))
+
+
+@pytest.mark.modelopt
+def test_modelopt_reloads_experts(make_model: Callable[..., Path], tmp_path: Path) -> None:
+    source = make_model("qwen3-moe", dtype="float32")
+    export_fakequant(source, tmp_path / "out", format="fp8", calibrate=[TOKENS], emit="modelopt")
+    options = {"experts_implementation": "eager"}
+    theirs = reload(load(tmp_path / "out", **options), tmp_path / "out")
+    on = {n for n, m in theirs.named_modules() if n.endswith("input_quantizer") and m.is_enabled}
+    assert on == set(read_state(tmp_path / "out").specs) and len(on) == 12
+    ours = load(tmp_path / "out")
+    apply_export(ours, loadstone.detect(tmp_path / "out"))
+    assert torch.allclose(logits(theirs), logits(ours), atol=2e-3)
 
 
 CONFIGS = {
@@ -109,9 +124,17 @@ def quantized(directory: Path, name: str) -> Any:
 
 @pytest.mark.modelopt
 @pytest.mark.parametrize("text", CONFIGS)
-def test_models_with_modelopt_quantizers(text: str, make_model: Callable[..., Path], tmp_path: Path) -> None:
+def test_models_with_modelopt_quantizers(
+    text: str, make_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = make_model("llama-untied")
     model = quantized(source, CONFIGS[text])
+    before = Snapshot(model)
+    with monkeypatch.context() as patch:
+        patch.setattr("loadstone.fakequant.export.publish", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            export_fakequant(model, tmp_path / "live", emit="modelopt")
+    before.check()
     before = Snapshot(model)
     export_fakequant(model, tmp_path / "live", emit="modelopt")
     before.check()

@@ -157,6 +157,21 @@ def test_served_by_vllm(source: Path, tmp_path: Path) -> None:
 
 @pytest.mark.vllm
 @pytest.mark.timeout(900)
+def test_an_untied_export_is_served(source: Path, tmp_path: Path) -> None:
+    import transformers
+
+    torch.manual_seed(10)
+    config = transformers.AutoConfig.from_pretrained(source, tie_word_embeddings=True)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "tied")
+    rules = tmp_path / "rules.yaml"
+    rules.write_text("format: fp8\nrules: [{match: lm_head, format: int8}]")
+    out = tmp_path / "out"
+    export_fakequant(tmp_path / "tied", out, rules=rules, untie=True)
+    assert (served(out) - expected(out, inputs=False)).abs().max() < 1e-3
+
+
+@pytest.mark.vllm
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("fault", ["leaked", "stale"])
 def test_vllm_refuses_what_an_export_never_holds(
     fault: str, source: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
