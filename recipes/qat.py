@@ -4,75 +4,102 @@
     loadstone finalize -M run -o tiny-w4        # converts by the recipe that the checkpoint records
 
 Fake quantization makes every Linear compute with the weights (and activations) that the converted model will have,
-while gradients pass straight through to the full-precision ones.
+while gradients pass straight through to the full-precision ones. The loss is the language model's, or with
+``--distill`` the KL divergence from the model that training began with: then the text teaches nothing new, and the
+quantized model learns to answer as the original does. ``--control`` trains the same way without fake quantization.
 """
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import Trainer, TrainingArguments, set_seed
+import torch.nn.functional as F
+from transformers import Trainer, default_data_collator, set_seed
 
 import loadstone
 from loadstone.loading import load_tokenizer
 from loadstone.quantization.qat import prepare, record
+from pretrain import LENGTH, Rows, arguments
+
+
+class Distiller(Trainer):
+    """A Trainer whose loss is KL(teacher || student), nats a token."""
+
+    def __init__(self, teacher: torch.nn.Module, **rest: Any) -> None:
+        super().__init__(**rest)
+        self.teacher = teacher.to(self.args.device).eval()
+        # The KL divergence below is a mean already.
+        self.model_accepts_loss_kwargs = False
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, torch.Tensor], return_outputs: bool = False, **_: Any
+    ) -> Any:
+        with torch.no_grad():
+            wanted = self.teacher(input_ids=inputs["input_ids"]).logits.float().log_softmax(-1)
+        outputs = model(input_ids=inputs["input_ids"])
+        got = outputs.logits.float().log_softmax(-1)
+        loss = F.kl_div(got.flatten(0, 1), wanted.flatten(0, 1), log_target=True, reduction="batchmean")
+        return (loss, outputs) if return_outputs else loss
 
 
 def main() -> None:
     """Parse, train, save."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("-M", "--model", type=Path, required=True)
-    parser.add_argument("-o", "--out", type=Path, required=True)
-    parser.add_argument("--recipe", default="int8-dynamic-act-int4-weight")
-    parser.add_argument(
-        "--text", type=Path, required=True, help="plain text, cut into rows of --length tokens"
-    )
-    parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--lr", type=float, default=2e-5)
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-
+    options = parse()
     set_seed(options.seed)
-    # float32 master weights: steps of a small learning rate would round away in bf16. Saved in bf16, below.
+    # float32 master weights: steps of a small learning rate would round away in bf16. Saved as stored, below.
     model = loadstone.load(options.model, device="cpu", dtype="float32")
+    teacher = loadstone.load(options.model, device="cpu", dtype="float32") if options.distill else None
     stored = loadstone.load(options.model, device="cpu").dtype
     tokenizer = load_tokenizer(options.model)
-    rows = blocks(tokenizer(options.text.read_text())["input_ids"], options.length)
+    rows = Rows(options.text, tokenizer, options.length, score_ends=True, tokens=options.tokens)
 
-    prepare(model, options.recipe)
+    if not options.control:
+        prepare(model, options.recipe)
     model.config.use_cache = False
-    arguments = TrainingArguments(
-        output_dir=str(options.out / "trainer"),
+    settings = arguments(
+        options.out / "trainer",
         max_steps=options.steps,
         per_device_train_batch_size=options.batch,
         learning_rate=options.lr,
-        lr_scheduler_type="cosine",
         warmup_steps=min(options.steps // 20, 50),
-        logging_steps=max(options.steps // 20, 1),
+        logging_steps=max(options.steps // 10, 1),
         save_strategy="no",
-        bf16=torch.cuda.is_available(),
-        report_to=[],
         seed=options.seed,
     )
-    Trainer(model=model, args=arguments, train_dataset=rows).train()
+    common = {"model": model, "args": settings, "train_dataset": rows, "data_collator": default_data_collator}
+    (Trainer(**common) if teacher is None else Distiller(teacher, **common)).train()
 
     model.config.use_cache = True
     model.to(device="cpu", dtype=stored).save_pretrained(options.out)
     tokenizer.save_pretrained(options.out)
+    if options.control:
+        print(f"{options.out}: trained without fake quantization")
+        return
     record(options.out, options.recipe)
     print(f"{options.out}: trained for {options.recipe}; now: loadstone finalize -M {options.out} -o OUT")
 
 
-def blocks(ids: list[int], length: int) -> list[dict[str, torch.Tensor]]:
-    """Rows of ``length`` tokens as the Trainer takes them; the tail that fills no row is left out."""
-    rows = torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
-    return [{"input_ids": row, "labels": row.clone()} for row in rows]
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("-M", "--model", required=True, help="directory, or builtin:tiny-llama")
+    parser.add_argument("-o", "--out", type=Path, required=True)
+    parser.add_argument("--recipe", default="int8-dynamic-act-int4-weight")
+    parser.add_argument("--text", required=True, help="anything that eval's --data takes")
+    parser.add_argument("--tokens", type=int, default=0, help="of the text, 0 for all")
+    parser.add_argument("--length", type=int, default=LENGTH)
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--lr", type=float, default=2e-5)
+    parser.add_argument("--seed", type=int, default=0)
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--distill", action="store_true", help="learn from the model itself, not from the text")
+    kind.add_argument(
+        "--control", action="store_true", help="no fake quantization: what more training alone does"
+    )
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ MOST_COMMON = """
 the a an and to of in on it was is he she they his her their him them with that for you said i had but so not at all
 be one day up out when who there were very can could my we me as by from then would what have little"""
 COMMON = frozenset(MOST_COMMON.split())
-WORDS = (60, 260)
+WORDS = (60, 400)
 PLAIN = str.maketrans(
     {0x201C: '"', 0x201D: '"', 0x2018: "'", 0x2019: "'", 0x2013: "-", 0x2014: "-", 0x2026: "...", 0xA0: " "}
 )
@@ -256,6 +256,11 @@ def held_out(prompt: str) -> bool:
     return int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:4]) % HELD_OUT == 0
 
 
+def read(file: Path) -> list[str]:
+    """The stories of an earlier run."""
+    return file.read_text(encoding="utf-8").removesuffix("\n").split(BREAK)
+
+
 def train_tokenizer(stories: Iterable[str], size: int) -> PreTrainedTokenizerFast:
     """Byte-level BPE with one special token, which begins and ends a story."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -276,7 +281,7 @@ def train_tokenizer(stories: Iterable[str], size: int) -> PreTrainedTokenizerFas
     )
     tokenizer.train_from_iterator(stories, trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=END, eos_token=END, model_max_length=512
+        tokenizer_object=tokenizer, bos_token=END, eos_token=END, clean_up_tokenization_spaces=False
     )
 
 
@@ -295,6 +300,10 @@ def main() -> None:
     dropped: Counter[str] = Counter()
     known: set[int] = set()
     sides: dict[bool, list[str]] = {False: [], True: []}
+    for name, side in (("train", sides[False]), ("heldout", sides[True])):
+        for story in read(options.add / f"{name}.txt") if options.add else ():
+            known.update(judge((story, True))[2])
+            side.append(story)
     judged = pool.imap(judge, [(text, ended) for _, text, ended in made], chunksize=256)
     for (request, *_), (story, reason, eights) in zip(made, judged, strict=True):
         if reason is None and sum(gram in known for gram in eights) > 0.25 * len(eights):
@@ -326,6 +335,7 @@ def parse() -> argparse.Namespace:
         "--model", type=Path, required=True, help="SmolLM2-135M-Instruct (recipes/smollm2.py)"
     )
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--add", type=Path, help="--out of an earlier run with another seed, to add to")
     parser.add_argument("--seconds", type=float, default=300)
     parser.add_argument("--slots", type=int, default=4096, help="stories in the making at once")
     parser.add_argument("--length", type=int, default=384, help="tokens of prompt and story together")

@@ -66,6 +66,27 @@ def test_rounding_without_data_lowers_the_error(recipe: str, algorithm: str) -> 
 @pytest.mark.parametrize(
     "recipe",
     [
+        "int8-dynamic-act-int4-weight:rounding=mse",
+        "int8-dynamic-act-int4-weight:rounding=mse,mapping=asymmetric",
+        "int8-dynamic-act-int4-weight:rounding=hqq",
+        "intx4-weight-only:rounding=mse",
+    ],
+)
+def test_better_rounding_reloads_like_any_other(
+    make_model: Callable[..., Path], tmp_path: Path, recipe: str
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    plan = make_plan(loadstone.detect(make_model("llama-tied")), parse_recipe(recipe))
+    finalize(plan, tmp_path / "out")
+    assert verify(plan, tmp_path / "out") > 0
+    ours, stock = loadstone.load(tmp_path / "out"), AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(logits(ours), logits(stock))
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
         "intx4-weight-only:group_size=32",
         "intx4-weight-only:group_size=96",
         "intx3-weight-only:group_size=0",

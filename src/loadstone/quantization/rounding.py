@@ -26,9 +26,6 @@ def intx_tensor(
     """torchao's tensor of integers, scales and zero points by group that were chosen elsewhere."""
     import torch
     from torchao.quantization import IntxUnpackedToInt8Tensor
-    from torchao.quantization.quantize_.workflows.intx.intx_unpacked_to_int8_tensor import (
-        IntxUnpackedToInt8TensorActivationQuantization as Activation,
-    )
 
     dynamic = isinstance(scheme, Int8DynActIntxWeight)
     return IntxUnpackedToInt8Tensor(
@@ -38,7 +35,8 @@ def intx_tensor(
         getattr(torch, f"int{scheme.bits}"),
         (1, scheme.group_size or qdata.shape[1]),
         scale.dtype,
-        Activation.INT8_ASYM_PER_TOKEN if dynamic else None,
+        # The text, as torchao's own configs give it: the enum's member would be saved under its class's name.
+        "int8_asym_per_token" if dynamic else None,
     )
 
 
