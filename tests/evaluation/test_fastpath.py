@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from loadstone.evaluation.fastpath import FastPath, _amd, speed_up
-from loadstone.evaluation.products import Kept, OnVnni
+from loadstone.evaluation.products import Kept, OnVnni, PackedInOrder
 from loadstone.evaluation.rounding import Shared, int8_round_trip, int8_rows
 
 
@@ -185,14 +185,27 @@ def test_narrow_models_are_not_packed(model_factory: Any) -> None:
 def test_layers_that_round_activations_stay_exact(model_factory: Any, name: str) -> None:
     from torchao.quantization import quantize_
 
-    model = model_factory(hidden_size=64)
+    # Wider than one of MKL's sums (192 terms), and not a multiple of it.
+    model = model_factory(hidden_size=256, intermediate_size=1088)
     quantize_(model.model, configs()[name])
     fast = copy.deepcopy(model)
-    assert speed_up(fast) == FastPath(kept=14, packed=1 if name.endswith("int4") else 15)
+    assert speed_up(fast) == FastPath(kept=14, packed=15)
     ids = torch.randint(0, 400, (3, 50), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         assert torch.equal(fast.model(input_ids=ids)[0], model.model(input_ids=ids)[0])
         assert torch.allclose(fast(input_ids=ids).logits, model(input_ids=ids).logits, atol=1e-5)
+
+
+@pytest.mark.skipif(not _amd(), reason="weights are packed on AMD CPUs only")
+@pytest.mark.parametrize("shape", [(576, 192), (1536, 576), (200, 1000), (2048, 96), (960, 320)])
+def test_packed_sums_are_added_in_mkls_order(shape: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(1)
+    weight, bias = torch.randn(shape[::-1], generator=generator), torch.randn(shape[1], generator=generator)
+    packed = PackedInOrder(weight)
+    for rows in (4, 33, 300, 700):
+        x = torch.randn(1, rows, shape[0], generator=generator)
+        assert torch.equal(packed(x), torch.nn.functional.linear(x, weight)), rows
+        assert torch.equal(packed(x, bias), torch.nn.functional.linear(x, weight, bias)), rows
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -173,3 +173,23 @@ def test_compiled_layers_agree(model_dir: Path) -> None:
     assert compiled.records[0]["loss"] == pytest.approx(eager.records[0]["loss"], abs=1e-4)
     a, b = (next(iter(o.values.values()))["nll"] for o in (eager, compiled))
     assert np.abs(a - b).max() < 1e-2
+
+
+@pytest.mark.parametrize("recipe", ["int8-dynamic-act-int4-weight", "float8-weight-only"])
+def test_streamed_layers_give_the_result_of_resident_ones(
+    model_dir: Path, tmp_path: Path, tokenizer: Any, recipe: str
+) -> None:
+    import loadstone
+    from loadstone.finalize import finalize, make_plan
+    from loadstone.quantization import parse_recipe
+
+    plan = make_plan(loadstone.detect(model_dir), parse_recipe(recipe), device="cuda:0")
+    finalize(plan, tmp_path / "q", device="cuda:0")
+    tokenizer.save_pretrained(tmp_path / "q")
+    options = Options(
+        (str(model_dir), str(tmp_path / "q")), limit=4, batch_size=4, divergence=True, device="cuda"
+    )
+    resident, streamed = (evaluate(replace(options, stream=on)) for on in (False, True))
+    for name, values in resident.values.items():
+        for key, expected in values.items():
+            assert np.array_equal(streamed.values[name][key], expected), (name, key)

@@ -169,6 +169,15 @@ def evaluate(
             "--compile", help="Compile the decoder layers (seconds of warm-up).", rich_help_panel=HOW
         ),
     ] = False,
+    stream: Annotated[
+        bool | None,
+        typer.Option(
+            "--stream/--no-stream",
+            help="Read one layer at a time. [dim]\\[default: when the models do not fit the memory][/]",
+            rich_help_panel=HOW,
+            show_default=False,
+        ),
+    ] = None,
     cache: Annotated[
         str | None,
         typer.Option(
@@ -287,6 +296,7 @@ def evaluate(
             worst=worst,
             fast=fast,
             compile=compile_layers,
+            stream=stream,
             cache=cache,
             resume=resume,
             tasks=tuple(filter(None, (tasks or "").split(","))),

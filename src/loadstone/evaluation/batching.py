@@ -15,14 +15,16 @@ _ENOUGH_TOKENS = {"cpu": 2048, "cuda": 65536}
 _HEADROOM = 0.85
 
 
-def choose_batch_size(model: Any, maker: BatchMaker, context_length: int, models: int = 1) -> int:
+def choose_batch_size(
+    model: Any, maker: BatchMaker, context_length: int, models: int = 1, *, measure: bool = True
+) -> int:
     """The windows per batch that keep the device busy and fit its memory (shared by ``models`` models).
 
     On a GPU the memory of one and of two windows is measured and the largest size that fits is worked out,
     so that nothing ever runs out: growing until a crash would leave a fragmented memory behind.
     """
     enough = max(1, _ENOUGH_TOKENS.get(maker.device.type, _ENOUGH_TOKENS["cuda"]) // context_length)
-    if maker.device.type != "cuda" or enough == 1:
+    if maker.device.type != "cuda" or enough == 1 or not measure:
         return enough
     one, two = (_peak(model, maker, size) for size in (1, 2))
     free, _ = torch.cuda.mem_get_info(maker.device)

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from loadstone.loading.meta import layer_stack
+
 log = logging.getLogger(__name__)
 # torchao's int8 recipes turn inductor's exhaustive tuning on for the whole process: minutes a layer for
 # nothing.
@@ -42,8 +44,6 @@ def eagerly(model: Any) -> AbstractContextManager[object]:
 
 
 def decoder_layers(model: Any) -> list[nn.Module]:
-    """The decoder layers: the outermost list of two or more modules of one type, empty if there is none."""
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) and len({type(x) for x in module}) == 1:
-            return list(module)
-    return []
+    """The decoder layers; empty if there is no stack of them."""
+    stack = layer_stack(model)
+    return [] if stack is None else list(model.get_submodule(stack))

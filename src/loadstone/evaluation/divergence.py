@@ -1,10 +1,11 @@
-"""How far a model's predictions are from a reference's: both resident, one pass, no logits on disk."""
+"""How far a model's predictions are from a reference's: one pass over both, no logits on disk."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -61,22 +62,26 @@ def score_pair(
     spent = [0.0, 0.0]
     looked = False
 
-    def timed(which: int, call: Any, tensor: torch.Tensor) -> torch.Tensor:
+    def timed(which: int, call: Callable[[], torch.Tensor]) -> torch.Tensor:
         begin = time.perf_counter()
-        result: torch.Tensor = call(tensor)
+        result = call()
         if maker.device.type == "cuda":
             torch.cuda.synchronize(maker.device)
         spent[which] += time.perf_counter() - begin
         return result
 
-    def compute(batch: Batch) -> dict[str, torch.Tensor]:
+    def compute(some: Sequence[Batch]) -> Iterator[dict[str, torch.Tensor]]:
+        both = [half.hidden([b.ids for b in some]) for half in halves]
+        for batch in some:
+            yield compare(batch, [timed(i, both[i].__next__).flatten(0, 1) for i in (0, 1)])
+
+    def compare(batch: Batch, hidden: list[torch.Tensor]) -> dict[str, torch.Tensor]:
         nonlocal looked
-        hidden = [timed(i, halves[i].backbone, batch.ids).flatten(0, 1) for i in (0, 1)]
         rows = [batch.rows.to(h.device) for h in hidden]
         parts: list[dict[str, torch.Tensor]] = []
         for at in range(0, len(batch.rows), at_once):
             part = slice(at, at + at_once)
-            logits = [timed(i, halves[i].head, hidden[i][rows[i][part]][None]) for i in (0, 1)]
+            logits = [timed(i, partial(halves[i].head, hidden[i][rows[i][part]][None])) for i in (0, 1)]
             if logits[0].shape != logits[1].shape:
                 raise UsageError(
                     f"'{names[0]}' and '{names[1]}' have vocabularies of {logits[0].shape[-1]} and "
@@ -92,7 +97,8 @@ def score_pair(
             looked = True
         return values
 
-    values, timing = run_batches(compute, _DTYPES, maker, batches, **options)
+    together = min(getattr(m, "together", 1) for m in (reference, model))
+    values, timing = run_batches(compute, _DTYPES, maker, batches, together=together, **options)
     return values, PairTiming(Timing(spent[0], timing.tokens), Timing(spent[1], timing.tokens))
 
 

@@ -4,10 +4,11 @@
 multiply. Where that is the recipe's arithmetic, the dequantized weight is kept instead, so each call is the
 multiplication alone. A module is replaced only after its replacement gave the same bits on probe inputs.
 
-**Packed.** Where only the order of a sum changes, results agree to rounding, not to the bit. In float32 on
-an AMD CPU torch multiplies with MKL, which leaves half of the machine unused there; oneDNN's products over
-weights packed once are about twice as fast. On a GPU tinygemm's int4 kernel is made for a few tokens; the
-weight it stands for, multiplied by cuBLAS, is fifteen times as fast on many.
+**Packed.** In float32 on an AMD CPU torch multiplies with MKL, which leaves half of the machine unused
+there; oneDNN's products over weights packed once are about twice as fast. They add in another order, so
+results agree to float32 rounding (losses to 1e-6), not to the bit; where activations are rounded to integers,
+the sums are added in MKL's order, to the same bits. On a GPU tinygemm's int4 kernel is made for a few
+tokens; the weight it stands for, multiplied by cuBLAS, is fifteen times as fast on many, to bfloat16 rounding.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from loadstone.evaluation.products import (
     KeptPlain,
     OnTensorCores,
     OnVnni,
+    PackedInOrder,
     PackedProduct,
     Product,
     Rounding,
@@ -38,8 +40,9 @@ from loadstone.evaluation.products import (
 from loadstone.evaluation.rounding import Shared, int8_round_trip, int8_rows, mx_round_trip
 
 log = logging.getLogger(__name__)
-# More than the 16 rows that some integer kernels ask for, and a single one.
+# Rows of the probes: more than the 16 that some integer kernels ask for, a single one, and many.
 _PROBES = ((1, 1), (2, 9))
+_MANY = ((2, 9), (1, 300))
 # Half of what is free: activations and the other model of a pair need room too.
 _SHARE = 0.5
 # Largest difference of a product whose sum was reordered, relative to its largest element.
@@ -57,10 +60,23 @@ class FastPath:
 
 def speed_up(model: Any) -> FastPath:
     """Replace what can be replaced among the Linears of ``model``, in place, while memory lasts."""
-    kept, reordered = _keep_dequantized(model)
+    packs = packs_here(model.get_input_embeddings().weight)
+    fast, found = _speed_up(model, model.get_output_embeddings() if packs else None, packs=packs)
+    if found:
+        log.info("%d of %d quantized Linears keep their dequantized weights (faster)", fast.kept, found)
+    return fast
+
+
+def speed_up_layer(layer: Any, *, like: torch.Tensor) -> FastPath:
+    """The same for one decoder layer of a model that computes as the weight ``like`` does."""
+    return _speed_up(layer, None, packs=packs_here(like))[0]
+
+
+def _speed_up(model: Any, head: nn.Module | None, *, packs: bool) -> tuple[FastPath, int]:
+    kept, reordered, found = _keep_dequantized(model)
     _share_rounding(model)
-    packed = _pack(model) if packs_here(model.get_input_embeddings().weight) else 0
-    return FastPath(kept, reordered + packed)
+    packed = _pack(model, head) if packs else 0
+    return FastPath(kept, reordered + packed), found
 
 
 @lru_cache(maxsize=1)
@@ -96,13 +112,13 @@ def free_bytes(device: torch.device) -> int:
     return 4 << 30
 
 
-def _keep_dequantized(model: Any) -> tuple[int, int]:
-    """Replace quantized Linears; how many keep the same bits, and how many agree to rounding."""
+def _keep_dequantized(model: Any) -> tuple[int, int, int]:
+    """Replace quantized Linears: how many keep the same bits, how many agree to rounding, how many there are."""
     found = [
         (name, m) for name, m in model.named_modules() if type(m) is nn.Linear and _is_quantized(m.weight)
     ]
     if not found:
-        return 0, 0
+        return 0, 0, 0
     room = _SHARE * free_bytes(found[0][1].weight.device)
     kept = reordered = 0
     for name, module in found:
@@ -115,13 +131,7 @@ def _keep_dequantized(model: Any) -> tuple[int, int]:
             model.set_submodule(name, replacement)
             kept += exactly
             reordered += not exactly
-    log.info(
-        "%d of %d quantized Linears keep their dequantized weights (%s, faster)",
-        kept + reordered,
-        len(found),
-        "same bits" if not reordered else "same weights, other order of sums",
-    )
-    return kept, reordered
+    return kept, reordered, len(found)
 
 
 def _share_rounding(model: Any) -> None:
@@ -133,30 +143,29 @@ def _share_rounding(model: Any) -> None:
                 module.rounding = shared.setdefault(module.rounding, Shared(module.rounding))
 
 
-def _pack(model: Any) -> int:
-    """Pack the weights of plain Linears and of what was kept; how many modules that are."""
+def _pack(model: Any, head: nn.Module | None) -> int:
+    """Pack the weights of plain Linears and of what was kept; how many Linears that are."""
     room = _SHARE * free_bytes(torch.device("cpu"))
     modules = dict(model.named_modules())
     rounding = any(_rounds_activations(m) for m in modules.values())
-    head = model.get_output_embeddings()
-    packed = 0
+    packed = set()
     for name, module in modules.items():
-        exact = isinstance(modules[name.rpartition(".products")[0]], InFloats)
-        if rounding and not exact and module is not head:
-            continue
-        if type(module) is nn.Linear and not _is_quantized(module.weight):
-            new: nn.Module = KeptPlain(module)
-        elif isinstance(module, Product):
-            new = PackedProduct(module.weight)
-        else:
+        plain = type(module) is nn.Linear and not _is_quantized(module.weight)
+        if (not plain and not isinstance(module, Product)) or module.weight.device.type == "meta":
             continue
         room -= 4 * module.weight.numel()
         if room < 0:
             break
-        if _agree(module, new, exactly=False):
+        owner = name if plain else name.rpartition(".products")[0]
+        # Integers that float32 holds exactly may be added in any order, and nothing is rounded after the head.
+        in_order = rounding and module is not head and not isinstance(modules[owner], InFloats)
+        product = PackedInOrder if in_order else PackedProduct
+        new = KeptPlain(module, product) if plain else product(module.weight)
+        # One row alone takes another way through MKL; batches have more.
+        if _agree(module, new, exactly=in_order, probes=_MANY if in_order else _PROBES):
             model.set_submodule(name, new)
-            packed += 1
-    return packed
+            packed.add(owner)
+    return len(packed)
 
 
 def _rounds_activations(module: nn.Module) -> bool:
@@ -256,10 +265,12 @@ def _int8_rounding(weight: Any) -> Rounding:
     return rounding
 
 
-def _agree(module: Any, replacement: nn.Module, *, exactly: bool) -> bool:
+def _agree(
+    module: Any, replacement: nn.Module, *, exactly: bool, probes: tuple[tuple[int, int], ...] = _PROBES
+) -> bool:
     weight = module.weight
     generator = torch.Generator().manual_seed(0)
-    for leading in _PROBES:
+    for leading in probes:
         x = torch.randn((*leading, weight.shape[1]), generator=generator).to(weight.device, weight.dtype)
         with torch.inference_mode():
             expected, got = module(x), replacement(x)

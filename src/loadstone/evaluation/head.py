@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,12 +24,17 @@ class Halves:
     logits (n, V).
 
     When ``whole`` the model could not be divided: ``backbone`` then gives logits (B, L, V) and ``head``
-    passes them on.
+    passes them on. ``together``: ``backbone`` for several batches at a time, where that saves something.
     """
 
     backbone: Callable[[torch.Tensor], torch.Tensor]
     head: Callable[[torch.Tensor], torch.Tensor]
     whole: bool
+    together: Callable[[Sequence[torch.Tensor]], Iterator[torch.Tensor]] | None = None
+
+    def hidden(self, many: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
+        """Hidden states for each of the ids, one after the other."""
+        return map(self.backbone, many) if self.together is None else self.together(many)
 
 
 def halve(model: Any) -> Halves:
@@ -39,6 +44,8 @@ def halve(model: Any) -> Halves:
     logit scales, soft caps and whatever else an architecture does after the base model are applied as the
     model applies them. A model for which that does not reproduce its logits exactly is left whole.
     """
+    if hasattr(model, "halves"):
+        return model.halves  # type: ignore[no-any-return]
     base = getattr(model, "base_model", model)
 
     def logits_of(ids: torch.Tensor) -> torch.Tensor:
@@ -48,7 +55,7 @@ def halve(model: Any) -> Halves:
     whole = Halves(logits_of, lambda logits: logits[0], True)
     if base is model:
         return whole
-    halves = _divide(model, base)
+    halves = divide(model, base)
     ids = torch.arange(_PROBE_TOKENS, device=model.get_input_embeddings().weight.device)[None]
     try:
         with torch.no_grad(), eagerly(model):
@@ -58,7 +65,8 @@ def halve(model: Any) -> Halves:
     return halves if same else whole
 
 
-def _divide(model: Any, base: Any) -> Halves:
+def divide(model: Any, base: Any) -> Halves:
+    """The two halves of a model around its base model, not checked."""
     output_types: list[type] = []
 
     def backbone(ids: torch.Tensor) -> torch.Tensor:

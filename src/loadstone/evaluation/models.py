@@ -6,7 +6,7 @@ import gc
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +18,10 @@ from loadstone.evaluation.compiling import compile_layers
 from loadstone.evaluation.fastpath import FastPath, speed_up
 from loadstone.evaluation.measure import reset_peak
 from loadstone.evaluation.options import Options
+from loadstone.evaluation.streaming import StreamedLm, can_stream, must_stream
 from loadstone.loading import LoadPlan, load, plan
+from loadstone.loading.devices import resolve_device
+from loadstone.loading.streamed import streamed
 
 log = logging.getLogger(__name__)
 
@@ -109,24 +112,71 @@ def opened(subject: Subject, options: Options) -> Iterator[Opened]:
     """Load a model for the length of a ``with`` block; its memory is free again after it."""
     reset_peak(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     clock = time.perf_counter()
-    model = load(subject.plan)
-    device = model.get_input_embeddings().weight.device
-    parameters = sum(p.numel() for p in model.parameters())
-    hooked = _apply_quantizers(model, subject)
-    # The fast path would put other modules in the place of those with hooks.
-    fast = speed_up(model) if options.fast and not hooked else FastPath()
-    if options.compile:
-        compile_layers(model)
-    it = Opened(model, device, time.perf_counter() - clock, parameters, fast)
-    del model
-    try:
-        yield it
-    finally:
-        # The caller's variable still names this record: what it holds has to go, not the record.
-        object.__setattr__(it, "model", None)
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+    with ExitStack() as stack:
+        if options.stream:
+            device = input_device(subject.plan)
+            source = stack.enter_context(streamed(subject.plan, device))
+            parameters = _count(source.model)
+            model: Any = StreamedLm(source, fast=options.fast)
+            fast = model.fast
+        else:
+            model = load(subject.plan)
+            parameters = _count(model)
+            device = model.get_input_embeddings().weight.device
+            hooked = _apply_quantizers(model, subject)
+            # The fast path would put other modules in the place of those with hooks.
+            fast = speed_up(model) if options.fast and not hooked else FastPath()
+            if options.compile:
+                compile_layers(model)
+        it = Opened(model, device, time.perf_counter() - clock, parameters, fast)
+        del model
+        try:
+            yield it
+        finally:
+            # The caller's variable still names this record: what it holds has to go, not the record.
+            object.__setattr__(it, "model", None)
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+
+def _count(model: Any) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def input_device(plan: LoadPlan) -> torch.device:
+    """The one device that streamed layers compute on. Raises as a load does when it is not there."""
+    if plan.device == "auto":
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    place = resolve_device(plan.device, plan.artifact)
+    return torch.device("cpu" if place is None else place[""])
+
+
+def choose_streaming(subjects: tuple[Subject, ...], options: Options) -> bool:
+    """Whether models are streamed layer by layer: as asked, else when those held at once do not fit the memory.
+
+    Raises UsageError when it was asked for and cannot be.
+    """
+    cannot = [s.name for s in subjects if not can_stream(s.plan)]
+    if options.stream and cannot:
+        raise UsageError(
+            f"--stream: the layers of '{cannot[0]}' cannot be read one at a time",
+            "Only dense and torchao safetensors can: leave --stream out, or finalize it",
+        )
+    if options.stream is not None or cannot:
+        return bool(options.stream)
+    plans = [s.plan for s in subjects]
+    several = plans[0].device == "auto" and torch.cuda.is_available()
+    devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())] if several else []
+    devices = devices or [input_device(plans[0])]
+    alone = any(must_stream([p], devices) for p in plans)
+    pairs = options.measures_divergence and any(must_stream([plans[0], p], devices) for p in plans[1:])
+    if alone or pairs:
+        log.info(
+            "%s not fit the memory here: streamed layer by layer",
+            "a model does" if alone else "model and reference do",
+        )
+    return alone or pairs
 
 
 def context_limit(config: dict[str, Any]) -> int | None:

@@ -31,6 +31,7 @@ class Options:
     worst: int = 5
     fast: bool = True
     compile: bool = False
+    stream: bool | None = None
     cache: str | None = None
     resume: bool = False
     save_every: float = 30.0

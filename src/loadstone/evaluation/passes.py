@@ -8,7 +8,7 @@ import platform
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -63,7 +63,7 @@ def single(bench: Bench, subject: Subject) -> tuple[Values, Cost]:
     if (found := _cached(bench, key, subject.name)) is not None:
         return found[0], found[1]["model"]
     with opened(subject, bench.options) as it:
-        maker, batches, size = _prepare(bench, it, 1)
+        maker, batches, size = _prepare(bench, it)
         values, timing = _run(
             bench,
             key,
@@ -86,7 +86,7 @@ def pair(
         return found[0], found[1]["reference"], found[1]["model"]
     base = open_reference()
     with opened(subject, bench.options) as it:
-        maker, batches, size = _prepare(bench, base, 2)
+        maker, batches, size = _prepare(bench, base, it)
         names = (reference.name, subject.name)
         both: list[tuple[Timing, Timing]] = []
 
@@ -127,19 +127,25 @@ def _run(
     return values, timing
 
 
-def _prepare(bench: Bench, it: Opened, models: int) -> tuple[BatchMaker, Any, int]:
-    task = bench.task.result()
-    maker = BatchMaker(task.stream, task.protocol, task.windows, it.device)
-    size = bench.options.batch_size or choose_batch_size(
-        it.model, maker, task.protocol.context_length, models
+def _prepare(bench: Bench, *models: Opened) -> tuple[BatchMaker, Any, int]:
+    task, options = bench.task.result(), bench.options
+    maker = BatchMaker(task.stream, task.protocol, task.windows, models[0].device)
+    context = task.protocol.context_length
+    size = options.batch_size or choose_batch_size(
+        models[0].model, maker, context, len(models), measure=not options.stream
     )
-    if bench.options.compile:
+    if options.stream:
+        for it in models:
+            it.model.plan_round(size * context, len(models))
+    elif options.compile:
         maker.rows = size
     return maker, plan_batches(task.windows, size), size
 
 
 def _cost(bench: Bench, it: Opened, timing: Timing, size: int) -> Cost:
     whole = bench.ranks.merge_timing(timing)
+    # Of a streamed model it is known after its layers have come.
+    fast = it.model.fast if bench.options.stream else it.fast
     return Cost(
         seconds=whole.seconds,
         timed_tokens=whole.tokens,
@@ -148,8 +154,8 @@ def _cost(bench: Bench, it: Opened, timing: Timing, size: int) -> Cost:
         device=str(it.device),
         batch_size=size,
         parameters=it.parameters,
-        kept_linears=it.fast.kept,
-        packed_linears=it.fast.packed,
+        kept_linears=fast.kept,
+        packed_linears=fast.packed,
     )
 
 
@@ -195,7 +201,7 @@ def extras(bench: Bench, subject: Subject, batch_size: int) -> tuple[list[TaskSc
         return [], []
     scores: list[TaskScore] = []
     speeds: list[dict[str, Any]] = []
-    with opened(subject, options) as it:
+    with opened(subject, replace(options, stream=False)) as it:
         if options.speed:
             ids = torch.from_numpy(task.stream.ids).to(it.device)
             speeds = measure_speed(it.model, ids, (1, batch_size))

@@ -11,6 +11,9 @@ from torch import nn
 
 # Products of two int8 values are at most 2**14: so many of them sum exactly in float32.
 _EXACT_TERMS = 1024
+# How many products MKL adds before it starts a new sum.
+_MKL_TERMS = 192
+_ROWS_AT_ONCE = 256
 # cuBLAS's int8 products take more than 16 rows.
 _FEWEST_ROWS = 32
 Rounding = Callable[[torch.Tensor], Any]
@@ -39,6 +42,38 @@ class PackedProduct(nn.Module):
         return result
 
 
+class PackedInOrder(nn.Module):
+    """The same to the bit of torch's own product there: MKL's kernel for AMD CPUs adds ``_MKL_TERMS`` products
+    one after the other, and these sums one after the other, whatever the number of rows from four on; oneDNN's
+    adds up to 512 one after the other. A recipe that rounds activations needs the bits: what differs in the
+    last digit before the rounding differs by a whole level after it.
+    """
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        super().__init__()
+        terms = weight.shape[1]
+        # What is more than one sum and less than two is halved.
+        self.terms = terms // 2 if _MKL_TERMS < terms < 2 * _MKL_TERMS else _MKL_TERMS
+        self.packed = [
+            torch.ops.mkldnn._reorder_linear_weight(part.contiguous(), None)
+            for part in weight.detach().split(self.terms, 1)
+        ]
+
+    def forward(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        multiply = torch.ops.mkldnn._linear_pointwise
+        pieces: list[torch.Tensor] = []
+        # A few rows at a time, so that sums stay in the cache until they are whole.
+        for rows in x.reshape(-1, x.shape[-1]).split(_ROWS_AT_ONCE):
+            first, *rest = zip(rows.split(self.terms, 1), self.packed, strict=True)
+            total = multiply(first[0].contiguous(), first[1], None, "none", [], "")
+            if bias is not None:
+                total.add_(bias)
+            for part, packed in rest:
+                total = multiply.binary(part.contiguous(), total, packed, None, "add")
+            pieces.append(total)
+        return torch.cat(pieces).reshape(*x.shape[:-1], -1)
+
+
 class Kept(nn.Module):
     """A Linear whose weight was dequantized once; ``rounding`` is what its recipe does to activations."""
 
@@ -57,9 +92,9 @@ class Kept(nn.Module):
 class KeptPlain(nn.Module):
     """A plain Linear with a packed weight."""
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, linear: nn.Linear, product: Callable[[torch.Tensor], nn.Module]) -> None:
         super().__init__()
-        self.product = PackedProduct(linear.weight)
+        self.product = product(linear.weight)
         self.bias = linear.bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

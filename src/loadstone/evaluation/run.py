@@ -14,7 +14,7 @@ from loadstone.errors import UsageError
 from loadstone.evaluation.compare import difference, require_same, summarize
 from loadstone.evaluation.divergence import divergence_record, worst_documents
 from loadstone.evaluation.gates import Verdict, judge
-from loadstone.evaluation.models import Subject, choose_subjects, opened
+from loadstone.evaluation.models import Subject, choose_streaming, choose_subjects, opened
 from loadstone.evaluation.options import Options
 from loadstone.evaluation.passes import Bar, Bench, Cost, extras, pair, single
 from loadstone.evaluation.ranks import joined
@@ -83,6 +83,7 @@ def evaluate(options: Options, bar: Bar = no_bar) -> Outcome:
     store = open_store(options.cache or DEFAULT_CACHE) if options.cache or options.resume else None
     with joined() as ranks, ThreadPoolExecutor(1) as pool:
         subjects = choose_subjects(options, ranks.device(options.device), referenced=saved is not None)
+        options = replace(options, stream=choose_streaming(subjects, options))
         # The text is read and tokenized while the first model loads.
         making = pool.submit(make_task, options, subjects)
         bench = Bench(options, making, store, ranks, bar)

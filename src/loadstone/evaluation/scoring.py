@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -123,11 +123,12 @@ Values = dict[str, np.ndarray]
 
 
 def run_batches(
-    compute: Callable[[Batch], dict[str, torch.Tensor]],
+    compute: Callable[[Sequence[Batch]], Iterator[dict[str, torch.Tensor]]],
     dtypes: dict[str, torch.dtype],
     maker: BatchMaker,
     batches: Sequence[np.ndarray],
     *,
+    together: int = 1,
     values: Values | None = None,
     share: tuple[int, int] = (0, 1),
     progress: Progress | None = None,
@@ -136,9 +137,9 @@ def run_batches(
 ) -> tuple[Values, Timing]:
     """Compute per-token values batch by batch: of the batches that ``values`` lacks, every ``share[1]``-th.
 
-    ``compute`` gives, for each name in ``dtypes``, a tensor (n,) for the batch's ``slots``. ``save`` is
-    handed what is done every ``save_every`` seconds and when the run is interrupted; given back as
-    ``values``, it is gone on from.
+    ``compute`` is given ``together`` batches at a time, and gives for each of them and each name in
+    ``dtypes`` a tensor (n,) for the batch's ``slots``. ``save`` is handed what is done every ``save_every``
+    seconds and when the run is interrupted; given back as ``values``, it is gone on from.
     """
     have = {} if values is None else values
     tensors = {
@@ -160,18 +161,20 @@ def run_batches(
         return {name: tensor.cpu().numpy().copy() for name, tensor in tensors.items()}
 
     try:
-        for members in todo:
-            batch = maker(members)
-            # Not inference mode: torchao's fused experts cannot be viewed in it.
-            with torch.no_grad():
-                for name, value in compute(batch).items():
-                    tensors[name][batch.slots] = value.to(tensors[name])
-            counted += len(batch.slots)
-            if progress is not None:
-                progress(len(batch.slots))
-            if save is not None and time.perf_counter() - saved_at > save_every:
-                save(on_host())
-                saved_at = time.perf_counter()
+        for at in range(0, len(todo), together):
+            some = [maker(members) for members in todo[at : at + together]]
+            results = compute(some)
+            for batch in some:
+                # Not inference mode: torchao's fused experts cannot be viewed in it.
+                with torch.no_grad():
+                    for name, value in next(results).items():
+                        tensors[name][batch.slots] = value.to(tensors[name])
+                counted += len(batch.slots)
+                if progress is not None:
+                    progress(len(batch.slots))
+                if save is not None and time.perf_counter() - saved_at > save_every:
+                    save(on_host())
+                    saved_at = time.perf_counter()
     except BaseException:
         if save is not None and counted:
             save(on_host())
@@ -189,21 +192,28 @@ def score(
     halves, rows = halve(model), chunk_rows(model, maker.device)
     looked = False
 
-    def compute(batch: Batch) -> dict[str, torch.Tensor]:
+    def compute(some: Sequence[Batch]) -> Iterator[dict[str, torch.Tensor]]:
         nonlocal looked
-        losses = batch_losses(halves, batch, rows)
-        if not looked:
-            # A broken model is broken on its first batch: say so now rather than after an hour.
-            check_finite(losses, name)
-            looked = True
-        return {"nll": losses}
+        for batch, hidden in zip(some, halves.hidden([b.ids for b in some]), strict=True):
+            losses = losses_of(hidden, halves, batch, rows)
+            if not looked:
+                # A broken model is broken on its first batch: say so now rather than after an hour.
+                check_finite(losses, name)
+                looked = True
+            yield {"nll": losses}
 
-    return run_batches(compute, {"nll": torch.float32}, maker, batches, **options)
+    together = getattr(model, "together", 1)
+    return run_batches(compute, {"nll": torch.float32}, maker, batches, together=together, **options)
 
 
 def batch_losses(halves: Halves, batch: Batch, rows_at_once: int) -> torch.Tensor:
     """Losses of one batch, (n,): the head is computed ``rows_at_once`` rows at a time."""
-    hidden = halves.backbone(batch.ids).flatten(0, 1)
+    return losses_of(halves.backbone(batch.ids), halves, batch, rows_at_once)
+
+
+def losses_of(hidden: torch.Tensor, halves: Halves, batch: Batch, rows_at_once: int) -> torch.Tensor:
+    """The same from the backbone's hidden states (B, L, H)."""
+    hidden = hidden.flatten(0, 1)
     # A model spread over several devices ends on another one than it begins.
     rows, targets = batch.rows.to(hidden.device), batch.targets.to(hidden.device)
     parts = []

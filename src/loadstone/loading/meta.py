@@ -31,6 +31,16 @@ def meta_model(artifact: Artifact, trust_remote_code: bool = False) -> PreTraine
         ) from None
 
 
+def layer_stack(model: Any) -> str | None:
+    """Name of the list of decoder layers: the outermost list of modules of one type; None if there is none."""
+    from torch import nn
+
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) and len({type(x) for x in module}) == 1:
+            return str(name)
+    return None
+
+
 @dataclass(frozen=True)
 class Destination:
     """Where a checkpoint tensor goes: ``parameter`` in the model; ``converted`` when it is merged or reshaped there.

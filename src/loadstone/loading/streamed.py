@@ -1,0 +1,159 @@
+"""A model larger than memory: everything but its decoder layers is loaded, and layers come one at a time.
+
+As in `native`, construction, renaming and conversion of weights are transformers' own, handed a part of our lazy
+state dict. What would be passed over in silence is an error.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from loadstone.errors import ArtifactError
+from loadstone.loading.lazy import lazy_state_dict
+from loadstone.loading.loader import import_libraries
+from loadstone.loading.meta import destinations, layer_stack
+from loadstone.loading.native import _quiet_transformers, load_config, model_class_of, stored_dtype
+from loadstone.loading.plan import LoadPlan
+from loadstone.loading.values import check_values, limits_of
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import PreTrainedModel
+
+_REMEDY = "Finalize or copy the model again"
+
+
+class StreamedModel:
+    """``model`` with its decoder layers on the meta device, all else on ``device``; `layer` brings one in."""
+
+    def __init__(self, plan: LoadPlan, device: torch.device, state: dict[str, Any]) -> None:
+        import torch
+
+        artifact = plan.artifact
+        config = load_config(artifact, plan.trust_remote_code)
+        dtype = stored_dtype(artifact, config) if plan.dtype == "auto" else getattr(torch, plan.dtype)
+        self.device = device
+        self.model = _skeleton(model_class_of(config, artifact), config, dtype).eval()
+        self._where = artifact.weights.index or artifact.weights.files[0]
+        self._options = _load_options(self.model, device, dtype)
+        stack = layer_stack(self.model)
+        if stack is None:
+            raise ArtifactError(
+                f"'{artifact.root}' has no list of decoder layers that could be streamed", "Use a larger machine"
+            )
+        self.stack: nn.ModuleList = self.model.get_submodule(stack)  # type: ignore[assignment]
+        self._parts: dict[int | None, dict[str, Any]] = {}
+        for key, destination in destinations(self.model, list(state)).items():
+            if destination is None:
+                raise ArtifactError(
+                    f"{self._where}: tensor '{key}' belongs to no part of this model",
+                    "Check that config.json is of these weights",
+                )
+            inside = destination.parameter.startswith(stack + ".")
+            index = int(destination.parameter[len(stack) + 1 :].partition(".")[0]) if inside else None
+            self._parts.setdefault(index, {})[key] = state[key]
+        self._fill(None)
+        self.model.tie_weights()
+        outside = {id(p) for p in self.model.parameters()} - {id(p) for p in self.stack.parameters()}
+        for name, parameter in self.model.named_parameters():
+            if id(parameter) in outside and parameter.device.type == "meta":
+                raise ArtifactError(f"{self._where}: tensor '{name}' is missing", _REMEDY)
+        for module in self.model.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    module._buffers[name] = buffer.to(device)
+
+    def __len__(self) -> int:
+        return len(self.stack)
+
+    def layer(self, index: int) -> nn.Module:
+        """Layer ``index`` with its weights on the device; they live as long as the module that is returned.
+
+        Raises `ArtifactError` when a weight is missing or has another shape.
+        """
+        import torch
+
+        empty = self.stack[index]
+        # torchao's tensors cannot be made from inference tensors.
+        with torch.inference_mode(False):
+            self.stack[index] = copy.deepcopy(empty)
+            try:
+                self._fill(index)
+                layer: nn.Module = self.stack[index]
+            finally:
+                self.stack[index] = empty
+        for name, parameter in layer.named_parameters():
+            if parameter.device.type == "meta":
+                raise ArtifactError(f"{self._where}: '{name}' of layer {index} is missing", _REMEDY)
+        return layer
+
+    def _fill(self, part: int | None) -> None:
+        from transformers.core_model_loading import convert_and_load_state_dict_in_model
+
+        with _quiet_transformers():
+            info, _ = convert_and_load_state_dict_in_model(
+                model=self.model, state_dict=self._parts.get(part, {}), load_config=self._options
+            )
+        if info.mismatched_keys:
+            name, stored, expected = sorted(info.mismatched_keys)[0]
+            raise ArtifactError(
+                f"{self._where}: tensor '{name}' has shape {list(stored)}, config.json asks for {list(expected)}",
+                "Check that config.json is of these weights",
+            )
+        errors = [*info.error_msgs, *map(str, info.conversion_errors.values())]
+        if errors:
+            raise ArtifactError(f"{self._where}: {errors[0]}", _REMEDY)
+
+
+@contextmanager
+def streamed(plan: LoadPlan, device: torch.device) -> Iterator[StreamedModel]:
+    """A dense or torchao artifact for the length of a block, during which its files stay open.
+
+    Raises `ArtifactError` for what cannot be streamed, and at the end for a weight that is not finite.
+    """
+    import torch
+
+    import_libraries()
+    artifact = plan.artifact
+    quantized_dtype = None if plan.dtype == "auto" else getattr(torch, plan.dtype)
+    files = artifact.weights.format == "safetensors" and artifact.table
+    stored = files.tensors.values() if files else ()
+    with ThreadPoolExecutor(1) as pool, torch.inference_mode(False):
+        scan = pool.submit(check_values, artifact.path, stored, limits_of(artifact.quantized.values()))
+        with lazy_state_dict(artifact, quantized_dtype) as state:
+            yield StreamedModel(plan, device, state)
+            scan.result()
+
+
+def _skeleton(model_class: Any, config: Any, dtype: torch.dtype) -> PreTrainedModel:
+    """The model with its parameters on the meta device and its buffers, which no checkpoint holds, real."""
+    import torch
+    from accelerate import init_empty_weights
+    from transformers.initialization import no_init_weights
+
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with init_empty_weights(include_buffers=False), no_init_weights():
+            model: PreTrainedModel = model_class(config)
+        return model
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _load_options(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> Any:
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.modeling_utils import LoadStateDictConfig
+
+    return LoadStateDictConfig(
+        ignore_mismatched_sizes=True,
+        device_map={"": str(device)},
+        dtype=dtype,
+        dtype_plan=model._get_dtype_plan(dtype),
+        weight_mapping=get_model_conversion_mapping(model, None, None),
+    )
