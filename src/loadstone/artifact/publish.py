@@ -31,11 +31,11 @@ def check_output(source: Path | None, out: Path, overwrite: bool) -> None:
         raise UsageError(f"cannot write to '{parent}'", "Choose another output, or change its permissions")
 
 
-def check_space(nbytes: int, out: Path, work: Path | None = None) -> None:
-    """Raise `MissingError` when the disk cannot hold an output with ``nbytes`` of weights; what lies in ``work``
-    already counts as free."""
+def check_space(nbytes: int, out: Path, *work: Path) -> None:
+    """Raise `MissingError` when the disk cannot hold an output with ``nbytes`` of weights; what lies in the folders
+    ``work`` already counts as free."""
     parent = _existing_parent(out)
-    held = sum(p.stat().st_blocks * 512 for p in work.iterdir()) if work is not None and work.exists() else 0
+    held = sum(p.stat().st_blocks * 512 for folder in work if folder.exists() for p in folder.iterdir())
     free = shutil.disk_usage(parent).free + held
     need = nbytes + _SPARE_BYTES
     if free < need:

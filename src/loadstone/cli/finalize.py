@@ -13,6 +13,7 @@ from loadstone.errors import UsageError
 
 if TYPE_CHECKING:
     from loadstone.finalize import Finalized, FinalizePlan
+    from loadstone.finalize.ranks import Ranks
     from loadstone.quantization import MixedRecipe, Recipe
 
 _INPUT, _OUTPUT, _QUANT, _FIT, _RUN = "Input", "Output", "Quantization", "Fitted context", "Run"
@@ -52,7 +53,7 @@ def command(
         str | None,
         typer.Option(
             "--algorithm",
-            help="How weights are rounded: affine, mse or hqq; gptq with --calibrate.",
+            help="How weights are rounded: affine, mse or hqq; with --calibrate gptq, awq or smoothquant.",
             rich_help_panel=_QUANT,
         ),
     ] = None,
@@ -61,7 +62,7 @@ def command(
         typer.Option(
             "--calibrate",
             metavar="FILE",
-            help="Round by GPTQ, layer by layer, on this text (as eval's --data).",
+            help="Calibrate on this text (as eval's --data), layer by layer; by GPTQ, or as --algorithm says.",
             rich_help_panel=_QUANT,
         ),
     ] = None,
@@ -197,6 +198,7 @@ def command(
     from loadstone.loading import plan as load_plan
     from loadstone.quantization.qat import recorded_recipe
     from loadstone.quantization.recipe_file import recipes_in
+    from loadstone.quantization.schemes import CALIBRATED, rounding_of
 
     artifact = load_plan(
         model, dtype=dtype, checkpoint=checkpoint, trust_remote_code=trust_remote_code
@@ -207,7 +209,7 @@ def command(
     algorithm = "gptq" if calibrate_on and not algorithm else algorithm
     recipe = _with_options(recipe, algorithm, skip)
     for each in recipes_in(recipe):
-        if getattr(each.scheme, "rounding", "") == "gptq" and not calibrate_on:
+        if rounding_of(each.scheme) in CALIBRATED and not calibrate_on:
             raise UsageError(f"{each} needs text to calibrate with", "Add --calibrate FILE")
     from loadstone.artifact.publish import check_output
     from loadstone.finalize import finalize, make_plan
@@ -238,12 +240,11 @@ def command(
     if dry_run:
         return _show_plan(plan, out, as_json)
     assert out is not None
-    scratch = out.with_name(f".{out.name}.calibrated")
-    if calibrate_on:
-        plan = _calibrated(plan, calibrate_on, calibrate_tokens, scratch, where, trust_remote_code)
     with joined() as ranks:
         if ranks.size > 1 and where.startswith("cuda"):
             where = f"cuda:{ranks.local_rank}"
+        if calibrate_on:
+            plan = _calibrated(plan, calibrate_on, calibrate_tokens, out, where, trust_remote_code, ranks)
         share = sum(step.source_bytes for shard in plan.shards[ranks.rank :: ranks.size] for step in shard)
         with render.progress(f"finalize {out.name}", share, unit_bytes=True) as advance:
             done = finalize(
@@ -253,20 +254,21 @@ def command(
         return
     verified = None
     if verify:
-        with render.progress(f"verify {out.name}", plan.bytes_before, unit_bytes=True) as advance:
+        total = sum(step.source_bytes for step in plan.steps)
+        with render.progress(f"verify {out.name}", total, unit_bytes=True) as advance:
             verified = verify_artifact(plan, out, device=where, on_progress=advance)
-    discard(scratch)
+    discard(out)
     _show_done(done, verified, as_json)
 
 
 def _calibrated(
-    plan: FinalizePlan, data: str, tokens: int, scratch: Path, device: str, trust_remote_code: bool
+    plan: FinalizePlan, data: str, tokens: int, out: Path, device: str, trust_remote_code: bool, ranks: Ranks
 ) -> FinalizePlan:
-    """The plan with its weights rounded on ``data``: the text in order, cut into rows of 512 tokens."""
+    """The plan with its weights rounded on ``data``, by rank 0: the text in order, cut into rows of 512 tokens."""
     import torch
 
     from loadstone.evaluation.text import read_corpus
-    from loadstone.finalize.calibrate import calibrate
+    from loadstone.finalize.calibrate import calibrate, calibrated
     from loadstone.loading import load_tokenizer
 
     tokenizer = load_tokenizer(plan.source, trust_remote_code=trust_remote_code)
@@ -282,10 +284,13 @@ def _calibrated(
         raise UsageError(f"--calibrate {data} holds {len(ids)} tokens", f"At least {length} are needed")
     rows = torch.tensor(ids[: count * length]).view(count, length)
     layers = len({re.sub(r"^(.*?\.\d+)\..*", r"\1", s.name) for s in plan.steps if s.scheme})
-    with render.progress(f"calibrate on {rows.numel():,} tokens", layers) as advance:
-        return calibrate(
-            plan, rows, scratch, device=device, trust_remote_code=trust_remote_code, on_progress=advance
-        )
+    if ranks.rank == 0:
+        with render.progress(f"calibrate on {rows.numel():,} tokens", layers) as advance:
+            calibrate(
+                plan, rows, out, device=device, trust_remote_code=trust_remote_code, on_progress=advance
+            )
+    ranks.wait()
+    return calibrated(plan, rows, out)
 
 
 def _asked_recipe(quantize: str | None, recipe_file: Path | None) -> Recipe | MixedRecipe | None:

@@ -1,14 +1,13 @@
-"""Calibrated rounding (GPTQ), one decoder layer at a time: in memory are that layer, its inputs and its Hessians.
+"""Calibrated rounding, one decoder layer at a time: in memory are that layer, its inputs and their statistics.
 
-GPTQ (https://arxiv.org/abs/2210.17323) rounds a weight column by column and moves each column's error onto the columns
-not yet rounded, as the inputs' second moments say. torchao's own prototype needs a GPU and covers other tensor classes;
-here the result is other integers and scales in the class that plain rounding gives, so it loads everywhere alike.
+Each layer is calibrated on what the rounded layers before it give. `gptq` and `smooth` hold the algorithms.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable
@@ -16,44 +15,55 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loadstone.artifact import Artifact
+from loadstone.artifact import Artifact, FlatTensor
+from loadstone.artifact.manifest import versions
+from loadstone.artifact.publish import check_space
 from loadstone.errors import ArtifactError, UsageError
+from loadstone.finalize.gptq import gptq
+from loadstone.finalize.journal import work_directory
+from loadstone.finalize.pieces import compute_dtype
 from loadstone.finalize.plan import QUANTIZE, FinalizePlan, Step
+from loadstone.finalize.smooth import Inputs, awq_scale, find_folds, smooth_scale
 from loadstone.loading.source import SourceReader
-from loadstone.quantization.schemes import Int8DynActIntxWeight, IntxWeightOnly
+from loadstone.quantization.flatten import flatten, torch_dtype
+from loadstone.quantization.quantize import dense, quantize_scaled, quantize_weight
+from loadstone.quantization.schemes import CALIBRATED, rounding_of, scales_inputs
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-# Damping of the Hessian's diagonal, as a share of its mean: the paper's.
-_DAMP = 0.01
-# Columns whose errors are gathered before they are applied to the rest of the matrix.
-_COLUMNS = 128
+log = logging.getLogger(__name__)
+
+_SCALES = {"awq": awq_scale, "smoothquant": smooth_scale}
+
+
+def scratch(out: Path) -> Path:
+    """Where the calibrated tensors of ``out`` wait until they are written: a hidden sibling."""
+    return out.with_name(f".{out.name}.calibrated")
 
 
 def calibrate(
     plan: FinalizePlan,
     rows: torch.Tensor,
-    work: Path,
+    out: Path,
     *,
     device: str = "cpu",
     trust_remote_code: bool = False,
     on_progress: Callable[[int], None] | None = None,
 ) -> FinalizePlan:
-    """The plan with every ``rounding=gptq`` step made ready from ``rows``, token ids (rows, length).
+    """The plan with every calibrated step made ready from ``rows``, token ids (rows, length).
 
-    Results go to ``work``, a file for each layer; those that a killed run finished for the same tokens, weights and
+    Results go beside ``out``, a file for each layer; those that a killed run finished for the same tokens, weights and
     recipe are taken over. ``on_progress`` is told of each finished layer. Raises `UsageError` when nothing in the plan
-    is calibrated, `ArtifactError` for a model whose layers cannot be run one by one.
+    is calibrated, `MissingError` for too little disk space, `ArtifactError` for a model whose layers cannot be run one
+    by one or allow no scaling of inputs.
     """
     import torch
 
     from loadstone.loading.meta import destinations
 
-    wanted = {
-        s.name: s for s in plan.steps if s.action == QUANTIZE and getattr(s.scheme, "rounding", "") == "gptq"
-    }
+    wanted = _wanted(plan)
     if not wanted:
         raise UsageError(
             f"{plan.recipe} rounds nothing by calibration", "Use an intx recipe: intx4-weight-only"
@@ -66,149 +76,152 @@ def calibrate(
             f"'{outside[0]}' lies in no decoder layer: it cannot be calibrated",
             "Give it rounding=affine or mse",
         )
-    sources = {}
-    stored = {s.source.name: s.source for s in plan.steps}
-    for key, place in destinations(model, list(stored)).items():
+    folder = _folder(plan, rows, out)
+    check_space(plan.bytes_after + sum(s.nbytes for s in wanted.values()), out, work_directory(out), folder)
+    by_source = {s.source.name: s for s in plan.steps}
+    steps: dict[str, Step] = {}
+    for key, place in destinations(model, list(by_source)).items():
         if place is not None and not place.converted:
-            sources[place.parameter] = stored[key]
+            steps[place.parameter] = by_source[key]
+    sources = {name: step.source for name, step in steps.items()}
     reader = SourceReader(plan.source)
-    folder = work / _job(plan, rows)
     folder.mkdir(parents=True, exist_ok=True)
-    ready: dict[str, str] = {}
     with torch.inference_mode(False), torch.no_grad():
         hidden, calls = _inputs(model, prefix, layers, rows, sources, reader, device)
         for number, layer in enumerate(layers):
-            steps = {
-                s.name.removeprefix(f"{prefix}.{number}.").removesuffix(".weight"): s
-                for s in wanted.values()
-                if s.name.startswith(f"{prefix}.{number}.")
-            }
-            _fill(layer, f"{prefix}.{number}.", sources, reader, device)
-            file = folder / f"{number:05d}.safetensors"
-            if steps:
+            start = f"{prefix}.{number}."
+            inside = {n.removeprefix(start): s for n, s in steps.items() if n.startswith(start)}
+            _fill(layer, start, sources, reader, device)
+            if any(step.name in wanted for step in inside.values()):
+                file = folder / f"{number:05d}.safetensors"
                 if not file.is_file():
-                    _round_layer(layer, steps, hidden, calls[number], reader, file, device)
-                _use_rounded(layer, steps, file, device)
-                ready |= {s.name: str(file) for s in steps.values()}
+                    _round_layer(layer, inside, hidden, calls[number], file, device)
+                _use_rounded(layer, inside, file, device)
             hidden = [_run(layer, x, calls[number], device) for x in hidden]
             layer.to("meta")
             if on_progress:
                 on_progress(1)
-    shards = tuple(tuple(replace(s, ready=ready.get(s.name, "")) for s in shard) for shard in plan.shards)
+    return calibrated(plan, rows, out)
+
+
+def calibrated(plan: FinalizePlan, rows: torch.Tensor, out: Path) -> FinalizePlan:
+    """The plan with the results of a finished `calibrate` beside ``out``: what the other ranks need of it."""
+    from safetensors import safe_open
+
+    ready: dict[str, str] = {}
+    for file in sorted(_folder(plan, rows, out).glob("*.safetensors")):
+        with safe_open(file, framework="pt") as parts:
+            ready |= dict.fromkeys(parts.keys(), str(file))
+    shards = tuple(
+        tuple(replace(s, ready=ready.get(s.outputs[0].name, "")) for s in shard) for shard in plan.shards
+    )
     return replace(plan, shards=shards)
 
 
-def discard(work: Path) -> None:
+def discard(out: Path) -> None:
     """Remove the calibration's files, once the artifact is written."""
-    shutil.rmtree(work, ignore_errors=True)
+    shutil.rmtree(scratch(out), ignore_errors=True)
 
 
-def gptq(
-    weight: torch.Tensor, hessian: torch.Tensor, scheme: Int8DynActIntxWeight | IntxWeightOnly
-) -> torch.Tensor:
-    """torchao's tensor for ``weight`` (out, in), rounded so that its product with inputs of second moment ``hessian``
-    (in, in) changes least."""
-    import torch
-
-    from loadstone.quantization.rounding import intx_tensor, least_squares_scales
-
-    low, high = -(2 ** (scheme.bits - 1)), 2 ** (scheme.bits - 1) - 1
-    rest = weight.float().clone()
-    group = scheme.group_size or weight.shape[1]
-    diagonal = hessian.diagonal().clone()
-    inverse = _inverse_factor(hessian)
-    one_group = replace(scheme, group_size=0)
-    values = torch.empty_like(weight, dtype=torch.int8)
-    scales, zeros = [], []
-    if group == weight.shape[1]:
-        found = least_squares_scales(weight, one_group, diagonal)
-    for start in range(0, weight.shape[1], _COLUMNS):
-        end = min(start + _COLUMNS, weight.shape[1])
-        errors = torch.zeros_like(rest[:, start:end])
-        for column in range(start, end):
-            if group < weight.shape[1] and column % group == 0:
-                # The group's scale is chosen once the errors of earlier columns have reached it.
-                last = min(column + group, end)
-                late = rest[:, column : column + group].clone()
-                if last < column + group:
-                    late[:, last - column :] -= errors @ inverse[start:end, last : column + group]
-                found = least_squares_scales(
-                    late.to(weight.dtype), one_group, diagonal[column : column + group]
-                )
-            if column % group == 0:
-                scales.append(found[0])
-                zeros.append(found[1])
-            scale, zero = found[0].float()[:, 0], found[1].float()[:, 0]
-            rounded = (rest[:, column] / scale + zero).round().clamp(low, high)
-            values[:, column] = rounded.to(torch.int8)
-            # As the tensor dequantizes: in the weight's own dtype.
-            back = ((rounded - zero) * scale).to(weight.dtype).float()
-            error = (rest[:, column] - back) / inverse[column, column]
-            rest[:, column:end] -= error[:, None] * inverse[column, column:end]
-            errors[:, column - start] = error
-        rest[:, end:] -= errors @ inverse[start:end, end:]
-    return intx_tensor(values, torch.cat(scales, 1), torch.cat(zeros, 1), scheme)
-
-
-def _inverse_factor(hessian: torch.Tensor) -> torch.Tensor:
-    """The upper Cholesky factor of the damped Hessian's inverse."""
-    import torch
-
-    damped = hessian.double().clone()
-    dead = damped.diagonal() == 0
-    damped.diagonal()[dead] = 1
-    mean = damped.diagonal().mean()
-    for attempt in range(6):
-        damped.diagonal().add_(_DAMP * mean * 10**attempt)
-        factor, failed = torch.linalg.cholesky_ex(damped)
-        if not failed:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
-            if not failed:
-                return upper.float()
-    raise ArtifactError(
-        "the calibration text gives a Hessian that cannot be inverted", "Use more or other text"
-    )
+def _wanted(plan: FinalizePlan) -> dict[str, Step]:
+    return {s.name: s for s in plan.steps if s.action == QUANTIZE and rounding_of(s.scheme) in CALIBRATED}
 
 
 def _round_layer(
     layer: torch.nn.Module,
-    steps: dict[str, Step],
+    inside: dict[str, Step],
     hidden: list[torch.Tensor],
     call: tuple[tuple[Any, ...], dict[str, Any]],
-    reader: SourceReader,
     file: Path,
     device: str,
 ) -> None:
+    """Write what a layer's weights become: rounded Linears, and other parameters that took over a scale."""
     from safetensors.torch import save_file
 
-    from loadstone.quantization.flatten import flatten
-
-    hessians = _hessians(layer, list(steps), hidden, call, device)
-    parts: dict[str, torch.Tensor] = {}
-    for name, step in steps.items():
-        assert isinstance(step.scheme, Int8DynActIntxWeight | IntxWeightOnly)
-        if name not in hessians:
+    wanted = {
+        name.removesuffix(".weight"): step
+        for name, step in inside.items()
+        if rounding_of(step.scheme) in CALIBRATED
+    }
+    inputs = _watched(layer, wanted, hidden, call, device)
+    for name, step in wanted.items():
+        if name not in inputs:
             raise ArtifactError(
                 f"the calibration text never reaches '{step.name}'", "Use more text, or skip it"
             )
-        weight = reader.read(step.source).to(device=device, dtype=_weight_dtype(step))
-        _, made = flatten(step.name, gptq(weight, hessians[name], step.scheme))
+    rounded = {f"{name}.weight" for name in wanted}
+    before = {name: p.detach().clone() for name, p in layer.named_parameters() if name not in rounded}
+    folded = _fold_scales(layer, wanted, inputs, lambda: _run(layer, hidden[0], call, device))
+    parts: dict[str, torch.Tensor] = {}
+    for name, step in wanted.items():
+        assert step.scheme is not None
+        weight, algorithm = _weight(layer, name, step), rounding_of(step.scheme)
+        if algorithm == "gptq":
+            moment = inputs[name].moment
+            assert moment is not None
+            tensor = gptq(weight, moment, step.scheme)  # type: ignore[arg-type]
+        elif scales_inputs(step.scheme):
+            scale = _SCALES[algorithm](inputs[name], [(weight, step.scheme)])
+            tensor = quantize_scaled(weight, step.scheme, scale)
+        else:
+            tensor = quantize_weight(weight, step.scheme)
+        _, made = flatten(step.name, tensor)
         parts |= {o.name: p.cpu().contiguous() for o, p in zip(step.outputs, made.values(), strict=True)}
+    for name, old in before.items():
+        new = layer.get_parameter(name)
+        if not new.equal(old):
+            output = inside[name].outputs[0]
+            parts[output.name] = new.detach().to("cpu", torch_dtype(output.dtype)).contiguous()
     partial = file.with_suffix(f".{os.getpid()}.partial")
     save_file(parts, partial)
     partial.replace(file)
+    log.debug("%s: scales folded into %s", file.name, ", ".join(folded) or "nothing")
 
 
-def _hessians(
+def _weight(layer: torch.nn.Module, name: str, step: Step) -> torch.Tensor:
+    """A Linear's weight in the dtype that it is quantized in."""
+    weight: Any = layer.get_submodule(name).weight
+    return weight.detach().to(torch_dtype(compute_dtype(step)))
+
+
+def _fold_scales(
     layer: torch.nn.Module,
-    names: list[str],
+    wanted: dict[str, Step],
+    inputs: dict[str, Inputs],
+    run: Callable[[], torch.Tensor],
+) -> list[str]:
+    """Scale the columns of Linears whose tensors cannot scale their inputs; returns the modules that took it over."""
+    names = [n for n, s in wanted.items() if rounding_of(s.scheme) in _SCALES and not scales_inputs(s.scheme)]
+    chosen = []
+    for fold in find_folds(layer, names, run, list(wanted)) if names else []:
+        members = [(_weight(layer, name, wanted[name]), wanted[name].scheme) for name in fold.linears]
+        algorithms = {rounding_of(scheme) for _, scheme in members}
+        if len(algorithms) == 1:
+            scale = _SCALES[algorithms.pop()](inputs[fold.linears[0]], members, fold.repeat)  # type: ignore[arg-type]
+            chosen.append((fold, scale))
+    if names and not chosen:
+        raise ArtifactError(
+            f"no norm or Linear of {type(layer).__name__} can take over a scale of its inputs, and the tensors of "
+            f"'{wanted[names[0]].scheme}' hold none",
+            "Use --algorithm gptq",
+        )
+    # All scales are chosen on the weights as they came.
+    for fold, scale in chosen:
+        fold.apply(layer, scale)
+    return [fold.before for fold, _ in chosen]
+
+
+def _watched(
+    layer: torch.nn.Module,
+    wanted: dict[str, Step],
     hidden: list[torch.Tensor],
     call: tuple[tuple[Any, ...], dict[str, Any]],
     device: str,
-) -> dict[str, torch.Tensor]:
-    """Second moments of the inputs of each named Linear; Linears that share an input share the matrix."""
-    found: dict[str, torch.Tensor] = {}
+) -> dict[str, Inputs]:
+    """Statistics of the inputs of each named Linear; Linears that share an input share them."""
+    found: dict[str, Inputs] = {}
     seen: list[tuple[torch.Tensor, str]] = []
+    moments = any(rounding_of(step.scheme) != "smoothquant" for step in wanted.values())
 
     def watch(name: str) -> Callable[..., None]:
         def hook(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
@@ -218,13 +231,14 @@ def _hessians(
                 found[name] = found[owner]
                 return
             seen.append((x, name))
-            flat = x.reshape(-1, x.shape[-1]).float()
-            moment = flat.t() @ flat
-            found[name] = found[name].add_(moment) if name in found else moment
+            if name in found:
+                found[name].add(Inputs.of(x, moments))
+            else:
+                found[name] = Inputs.of(x, moments)
 
         return hook
 
-    handles = [layer.get_submodule(name).register_forward_pre_hook(watch(name)) for name in names]
+    handles = [layer.get_submodule(name).register_forward_pre_hook(watch(name)) for name in wanted]
     for x in hidden:
         seen.clear()
         _run(layer, x, call, device)
@@ -233,18 +247,27 @@ def _hessians(
     return found
 
 
-def _use_rounded(layer: torch.nn.Module, steps: dict[str, Step], file: Path, device: str) -> None:
+def _use_rounded(layer: torch.nn.Module, inside: dict[str, Step], file: Path, device: str) -> None:
     """Give the layer the weights it will have, so that later layers are calibrated on what they will see."""
     from safetensors import safe_open
 
-    from loadstone.quantization.rounding import intx_tensor
+    from loadstone.loading.lazy import rebuild
 
     with safe_open(file, framework="pt") as parts:
-        for name, step in steps.items():
-            assert isinstance(step.scheme, Int8DynActIntxWeight | IntxWeightOnly)
-            values, scale, zero = (parts.get_tensor(o.name) for o in step.outputs)
-            weight: Any = layer.get_submodule(name).weight
-            weight.data = intx_tensor(values, scale, zero, step.scheme).dequantize().to(device, weight.dtype)
+        stored = set(parts.keys())
+        for name, step in inside.items():
+            if step.outputs[0].name not in stored:
+                continue
+            tensors = [parts.get_tensor(output.name).to(device) for output in step.outputs]
+            value = tensors[0]
+            if step.action == QUANTIZE:
+                about = json.loads(step.metadata)
+                data = dict(zip(about["_tensor_data_names"], tensors, strict=True))
+                value = dense(
+                    rebuild(FlatTensor(step.name, about["_type"], about["_data"], {}, step.metadata), data)
+                )
+            parameter = layer.get_parameter(name)
+            parameter.data = value.to(parameter.dtype)
 
 
 def _inputs(
@@ -357,19 +380,12 @@ def _empty_model(artifact: Artifact, trust_remote_code: bool) -> PreTrainedModel
         return model_class_of(config, artifact)(config).eval()
 
 
-def _weight_dtype(step: Step) -> torch.dtype:
-    attributes = json.loads(step.metadata)["_data"]
-    import torch
-
-    return getattr(torch, attributes["dtype"]["_data"])
-
-
-def _job(plan: FinalizePlan, rows: torch.Tensor) -> str:
-    """A name for this calibration: other tokens, weights or recipes never share files."""
+def _folder(plan: FinalizePlan, rows: torch.Tensor, out: Path) -> Path:
+    """A place for this calibration: other tokens, weights, recipes or versions never share files."""
     files = plan.source.dcp.files if plan.source.dcp else plan.source.weights.files
     stats = [(f, (s := (plan.source.path / f).stat()).st_size, s.st_mtime_ns) for f in files]
-    text = json.dumps([str(plan.recipe), plan.dtype, stats, list(rows.shape)])
-    return hashlib.sha256(text.encode() + rows.numpy().tobytes()).hexdigest()[:16]
+    text = json.dumps([str(plan.recipe), plan.dtype, stats, list(rows.shape), versions()])
+    return scratch(out) / hashlib.sha256(text.encode() + rows.numpy().tobytes()).hexdigest()[:16]
 
 
 _PLAIN = "Use a rounding that needs no text: affine, mse or hqq"

@@ -11,6 +11,7 @@ from loadstone.errors import ArtifactError, UsageError
 from loadstone.finalize.plan import QUANTIZE, Step
 from loadstone.quantization.flatten import SAFETENSORS_DTYPES, flatten, torch_dtype
 from loadstone.quantization.quantize import quantize_weight, row_block
+from loadstone.quantization.schemes import CALIBRATED, rounding_of
 
 if TYPE_CHECKING:
     import torch
@@ -32,8 +33,10 @@ def pieces(
             for output in step.outputs:
                 yield output.name, file.get_tensor(output.name), 0
         return
-    if getattr(step.scheme, "rounding", "") == "gptq":
-        raise UsageError(f"rounding=gptq needs text to calibrate '{step.name}' with", "Add --calibrate FILE")
+    if (rounding := rounding_of(step.scheme)) in CALIBRATED:
+        raise UsageError(
+            f"rounding={rounding} needs text to calibrate '{step.name}' with", "Add --calibrate FILE"
+        )
     target = (
         torch_dtype(step.outputs[0].dtype) if step.action != QUANTIZE else torch_dtype(compute_dtype(step))
     )

@@ -74,7 +74,8 @@ class FinalizePlan:
 
     @property
     def bytes_before(self) -> int:
-        return sum(step.source_bytes for step in self.steps)
+        """Bytes of the source tensors; of a tensor that several steps read, once."""
+        return sum({info.name: info.nbytes for step in self.steps for info in step.sources}.values())
 
     @property
     def bytes_after(self) -> int:

@@ -17,6 +17,8 @@ from loadstone.quantization.schemes import (
     MxDynActMxWeight,
     Recipe,
     Scheme,
+    rounding_of,
+    scales_inputs,
 )
 from loadstone.quantization.torchao_config import to_torchao
 
@@ -31,12 +33,34 @@ def quantize_weight(weight: torch.Tensor, scheme: Scheme) -> torch.Tensor:
     import torch
     from torchao.quantization import quantize_
 
-    if isinstance(scheme, Int8DynActIntxWeight | IntxWeightOnly) and scheme.rounding == "mse":
+    if isinstance(scheme, Int8DynActIntxWeight | IntxWeightOnly) and rounding_of(scheme) == "mse":
         return least_squares_weight(weight, scheme)
     linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     linear.weight = torch.nn.Parameter(weight, requires_grad=False)
     quantize_(linear, to_torchao(scheme))
     return linear.weight.detach()
+
+
+def quantize_scaled(weight: torch.Tensor, scheme: Scheme, scale: torch.Tensor) -> torch.Tensor:
+    """The torchao tensor for ``weight`` (out, in) with its columns multiplied by ``scale`` (in,), which divides its
+    inputs by the same: what torchao's AWQ and SmoothQuant make."""
+    scale = scale.to(weight.dtype)
+    tensor = quantize_weight(weight * scale, scheme)
+    tensor.act_pre_scale = 1.0 / scale  # type: ignore[attr-defined]
+    return tensor
+
+
+def dense(tensor: torch.Tensor) -> torch.Tensor:
+    """What a torchao tensor multiplies its inputs by, (out, in), scales of inputs included."""
+    import torch
+
+    pre_scale = getattr(tensor, "act_pre_scale", None)
+    if hasattr(tensor, "dequantize") and type(tensor).__name__ != "Int4TilePackedTo4dTensor":
+        weight = tensor.dequantize()
+        return weight if pre_scale is None else weight * pre_scale
+    # Packed for a kernel: its product with the identity.
+    eye = torch.eye(tensor.shape[1], dtype=torch.bfloat16, device=tensor.device)
+    return torch.nn.functional.linear(eye, tensor).t()
 
 
 def row_block(scheme: Scheme, shape: tuple[int, ...], elements: int) -> int:
@@ -64,15 +88,18 @@ def template(scheme: Scheme, shape: tuple[int, ...], dtype: torch.dtype, device:
     """What quantizing a weight of this shape will store: class, attributes, dtypes and shapes of its parts."""
     import torch
 
+    def made(where: str) -> FlatTensor:
+        weight = torch.zeros(shape, dtype=dtype, device=where)
+        if scales_inputs(scheme):
+            ones = torch.ones(shape[-1], dtype=dtype, device=where)
+            return flatten("template.weight", quantize_scaled(weight, scheme, ones))[0]
+        return flatten("template.weight", quantize_weight(weight, scheme))[0]
+
     try:
-        return flatten(
-            "template.weight", quantize_weight(torch.empty(shape, dtype=dtype, device="meta"), scheme)
-        )[0]
+        return made("meta")
     except Exception:
         # Packing kernels have no meta version: the real thing on zeros tells the same.
-        return flatten(
-            "template.weight", quantize_weight(torch.zeros(shape, dtype=dtype, device=device), scheme)
-        )[0]
+        return made(device)
 
 
 def check_runs(recipe: Recipe, device: str, dtype: torch.dtype) -> None:

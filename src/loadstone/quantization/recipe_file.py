@@ -122,8 +122,14 @@ def with_algorithm(recipe: Recipe | MixedRecipe, algorithm: str) -> Recipe | Mix
     if isinstance(recipe, Recipe):
         return round_by(recipe, algorithm)
 
+    if not any(algorithm in ("affine", *rounding_choices(each.scheme)) for each in recipes_in(recipe)):
+        raise UsageError(
+            f"--algorithm {algorithm} is possible with nothing in {recipe}", "See docs/recipes.md"
+        )
+
     def changed(each: Recipe | None) -> Recipe | None:
-        return round_by(each, algorithm) if each and rounding_choices(each.scheme) else each
+        able = each and rounding_choices(each.scheme)
+        return round_by(each, algorithm) if each and able and algorithm in ("affine", *able) else each
 
     return replace(
         recipe,

@@ -14,8 +14,9 @@ from loadstone.errors import UsageError
 
 Mapping = Literal["symmetric", "asymmetric"]
 Granularity = Literal["row", "tensor"]
-# gptq needs text: `finalize --calibrate`. The others look at the weight alone.
-Rounding = Literal["affine", "mse", "hqq", "gptq"]
+Rounding = Literal["affine", "mse", "hqq", "gptq", "awq"]
+# These need text: `finalize --calibrate`. The others look at the weight alone.
+CALIBRATED = ("gptq", "awq", "smoothquant")
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Int8DynActIntxWeight:
     bits: int = 4
     group_size: int = 32
     mapping: Mapping = "symmetric"
-    rounding: Rounding = "affine"
+    rounding: Literal["affine", "mse", "hqq", "gptq", "awq", "smoothquant"] = "affine"
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Int8DynActInt8Weight:
 
     granularity: Granularity = "row"
     act_mapping: Mapping = "symmetric"
+    rounding: Literal["affine", "smoothquant"] = "affine"
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class Int8WeightOnly:
     """int8 weights, symmetric."""
 
     granularity: Granularity = "row"
+    rounding: Literal["affine", "awq"] = "affine"
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ class Int4WeightOnly:
     """uint4 weights in groups, packed for the tinygemm CUDA kernel (tile_packed_to_4d)."""
 
     group_size: Literal[32, 64, 128, 256] = 128
-    rounding: Literal["tinygemm", "hqq"] = "tinygemm"
+    rounding: Literal["tinygemm", "hqq", "awq"] = "tinygemm"
 
 
 @dataclass(frozen=True)
@@ -202,6 +205,17 @@ def rounding_choices(scheme: Scheme) -> tuple[str, ...]:
     """The ways of rounding that a scheme can take, the plain one first; empty when it has no choice."""
     hint = get_type_hints(type(scheme)).get("rounding")
     return tuple(hint.__args__) if hint else ()
+
+
+def rounding_of(scheme: Scheme | None) -> str:
+    """How a scheme rounds, empty when it has no choice."""
+    return str(getattr(scheme, "rounding", ""))
+
+
+def scales_inputs(scheme: Scheme | None) -> bool:
+    """Whether its tensors hold a scale for their inputs (torchao's ``act_pre_scale``)."""
+    kinds = (Int8DynActInt8Weight, Int8WeightOnly, Int4WeightOnly)
+    return isinstance(scheme, kinds) and rounding_of(scheme) in CALIBRATED
 
 
 def round_by(recipe: Recipe, algorithm: str) -> Recipe:

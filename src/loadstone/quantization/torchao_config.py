@@ -82,7 +82,7 @@ def _(scheme: Int4WeightOnly) -> Any:
     return Int4WeightOnlyConfig(
         group_size=scheme.group_size,
         int4_packing_format="tile_packed_to_4d",
-        int4_choose_qparams_algorithm=scheme.rounding,
+        int4_choose_qparams_algorithm="hqq" if scheme.rounding == "hqq" else "tinygemm",
         set_inductor_config=False,
     )
 
@@ -216,6 +216,6 @@ def _mapping(mapping: str) -> Any:
 def _intx_rounding(rounding: str) -> Any:
     from torchao.quantization.quantize_.workflows import IntxChooseQParamsAlgorithm
 
-    # torchao has no name for "mse": the tensors are the same class, and a config is read for that alone.
+    # torchao has no name for the others: the tensors are the same class, and a config is read for that alone.
     hqq = rounding == "hqq"
     return IntxChooseQParamsAlgorithm.HQQ_SCALE_ONLY if hqq else IntxChooseQParamsAlgorithm.AFFINE

@@ -1,0 +1,88 @@
+"""GPTQ (https://arxiv.org/abs/2210.17323): a weight rounded column by column, each error moved onto the rest.
+
+torchao's own prototype needs a GPU and covers other tensor classes; here the result is other integers and scales in the
+class that plain rounding gives, so it loads everywhere alike.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from loadstone.errors import ArtifactError
+from loadstone.quantization.schemes import Int8DynActIntxWeight, IntxWeightOnly
+
+if TYPE_CHECKING:
+    import torch
+
+# Damping of the Hessian's diagonal, as a share of its mean: the paper's.
+_DAMP = 0.01
+# Columns whose errors are gathered before they are applied to the rest of the matrix.
+_COLUMNS = 128
+
+
+def gptq(
+    weight: torch.Tensor, hessian: torch.Tensor, scheme: Int8DynActIntxWeight | IntxWeightOnly
+) -> torch.Tensor:
+    """torchao's tensor for ``weight`` (out, in), rounded so that its product with inputs of second moment ``hessian``
+    (in, in) changes least."""
+    import torch
+
+    from loadstone.quantization.rounding import intx_tensor, least_squares_scales
+
+    low, high = -(2 ** (scheme.bits - 1)), 2 ** (scheme.bits - 1) - 1
+    rest = weight.float().clone()
+    group = scheme.group_size or weight.shape[1]
+    diagonal = hessian.diagonal().clone()
+    inverse = _inverse_factor(hessian)
+    one_group = replace(scheme, group_size=0)
+    values = torch.empty_like(weight, dtype=torch.int8)
+    scales, zeros = [], []
+    if group == weight.shape[1]:
+        found = least_squares_scales(weight, one_group, diagonal)
+    for start in range(0, weight.shape[1], _COLUMNS):
+        end = min(start + _COLUMNS, weight.shape[1])
+        errors = torch.zeros_like(rest[:, start:end])
+        for column in range(start, end):
+            if group < weight.shape[1] and column % group == 0:
+                # The group's scale is chosen once the errors of earlier columns have reached it.
+                last = min(column + group, end)
+                late = rest[:, column : column + group].clone()
+                if last < column + group:
+                    late[:, last - column :] -= errors @ inverse[start:end, last : column + group]
+                found = least_squares_scales(
+                    late.to(weight.dtype), one_group, diagonal[column : column + group]
+                )
+            if column % group == 0:
+                scales.append(found[0])
+                zeros.append(found[1])
+            scale, zero = found[0].float()[:, 0], found[1].float()[:, 0]
+            rounded = (rest[:, column] / scale + zero).round().clamp(low, high)
+            values[:, column] = rounded.to(torch.int8)
+            # As the tensor dequantizes: in the weight's own dtype.
+            back = ((rounded - zero) * scale).to(weight.dtype).float()
+            error = (rest[:, column] - back) / inverse[column, column]
+            rest[:, column:end] -= error[:, None] * inverse[column, column:end]
+            errors[:, column - start] = error
+        rest[:, end:] -= errors @ inverse[start:end, end:]
+    return intx_tensor(values, torch.cat(scales, 1), torch.cat(zeros, 1), scheme)
+
+
+def _inverse_factor(hessian: torch.Tensor) -> torch.Tensor:
+    """The upper Cholesky factor of the damped Hessian's inverse."""
+    import torch
+
+    damped = hessian.double().clone()
+    dead = damped.diagonal() == 0
+    damped.diagonal()[dead] = 1
+    mean = damped.diagonal().mean()
+    for attempt in range(6):
+        damped.diagonal().add_(_DAMP * mean * 10**attempt)
+        factor, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
+            if not failed:
+                return upper.float()
+    raise ArtifactError(
+        "the calibration text gives a Hessian that cannot be inverted", "Use more or other text"
+    )
