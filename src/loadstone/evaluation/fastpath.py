@@ -272,8 +272,13 @@ def _agree(
     generator = torch.Generator().manual_seed(0)
     for leading in probes:
         x = torch.randn((*leading, weight.shape[1]), generator=generator).to(weight.device, weight.dtype)
-        with torch.inference_mode():
-            expected, got = module(x), replacement(x)
+        with torch.no_grad():
+            expected = module(x)
+            try:
+                got = replacement(x)
+            except (RuntimeError, NotImplementedError):
+                # A kernel that this version of torch lacks.
+                return False
         tolerance = 0.0 if exactly else _TOLERANCE[weight.dtype] * float(expected.abs().max())
         if expected.shape != got.shape or not bool((expected - got).abs().max() <= tolerance):
             return False

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from loadstone.evaluation.gates import DIVERGENCE, Gate
 
+DEFAULT_CACHE = "~/.cache/loadstone/eval"
+
 
 @dataclass(frozen=True)
 class Options:

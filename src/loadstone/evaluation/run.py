@@ -15,7 +15,7 @@ from loadstone.evaluation.compare import difference, require_same, summarize
 from loadstone.evaluation.divergence import divergence_record, worst_documents
 from loadstone.evaluation.gates import Verdict, judge
 from loadstone.evaluation.models import Subject, choose_streaming, choose_subjects, opened
-from loadstone.evaluation.options import Options
+from loadstone.evaluation.options import DEFAULT_CACHE, Options
 from loadstone.evaluation.passes import Bar, Bench, Cost, extras, pair, single
 from loadstone.evaluation.ranks import joined
 from loadstone.evaluation.record import make_record
@@ -26,7 +26,6 @@ from loadstone.evaluation.task import Task, make_task
 from loadstone.evaluation.tasks import TaskScore, task_records
 
 _PATIENCE = 5.0
-DEFAULT_CACHE = "~/.cache/loadstone/eval"
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,9 +5,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
-import os
-import zipfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from loadstone.errors import UsageError
+from loadstone.evaluation.arrays import read_arrays, write_arrays
 from loadstone.evaluation.scoring import Values
 from loadstone.evaluation.tokens import Protocol
 
-log = logging.getLogger(__name__)
 # Raise when a change to scoring changes a number: older entries are then no longer found.
 SCORING_VERSION = 1
 
@@ -32,11 +29,11 @@ class Store:
 
     def finished(self, key: str) -> tuple[Values, dict[str, Any]] | None:
         """Values and facts of a finished evaluation, or None."""
-        return _read(self._path(key, "scores"))
+        return read_arrays(self._path(key, "scores"))
 
     def finish(self, key: str, values: Values, facts: dict[str, Any]) -> None:
         """Keep a finished evaluation, and drop what was kept of it half done."""
-        _write(self._path(key, "scores"), values, facts)
+        write_arrays(self._path(key, "scores"), values, facts)
         for partial in self._partials(key):
             partial.unlink(missing_ok=True)
 
@@ -44,7 +41,7 @@ class Store:
         """What earlier runs, of any number of processes, got done before they stopped; None if nothing."""
         merged: Values | None = None
         for path in self._partials(key):
-            found = _read(path)
+            found = read_arrays(path)
             if found is None:
                 continue
             values = found[0]
@@ -56,7 +53,7 @@ class Store:
         return merged
 
     def save_partial(self, key: str, rank: int, values: Values) -> None:
-        _write(self._path(key, f"partial{rank}"), values, {})
+        write_arrays(self._path(key, f"partial{rank}"), values, {})
 
     def _path(self, key: str, suffix: str) -> Path:
         return self.directory / key[:2] / f"{key}.{suffix}.npz"
@@ -94,28 +91,3 @@ def entry_key(protocol: Protocol, fingerprints: Sequence[str], mode: dict[str, A
     }
     facts |= {"torch": torch.__version__, "transformers": transformers.__version__}
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-
-
-def _write(path: Path, values: Values, facts: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
-        packed: dict[str, Any] = {
-            "__facts__": np.frombuffer(json.dumps(facts).encode(), dtype=np.uint8),
-            **values,
-        }
-        np.savez(file, **packed)
-    temporary.replace(path)
-
-
-def _read(path: Path) -> tuple[Values, dict[str, Any]] | None:
-    try:
-        with np.load(path, allow_pickle=False) as packed:
-            values = {name: packed[name] for name in packed.files}
-        facts: dict[str, Any] = json.loads(values.pop("__facts__").tobytes())
-        return values, facts
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        log.warning("%s is damaged: computing it again", path)
-        return None

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from loadstone.errors import UsageError
 from loadstone.evaluation.compare import Units, make_units
 from loadstone.evaluation.models import Subject, context_limit
-from loadstone.evaluation.options import Options
+from loadstone.evaluation.options import DEFAULT_CACHE, Options
 from loadstone.evaluation.text import read_corpus
 from loadstone.evaluation.tokens import (
     Protocol,
@@ -39,12 +40,13 @@ def make_task(options: Options, subjects: tuple[Subject, ...]) -> Task:
     corpus = read_corpus(options.data, column=options.text_column, split=options.split, limit=options.limit)
     first, trust = subjects[0], options.trust_remote_code
     tokenizer = load_tokenizer(first.plan, trust_remote_code=trust)
-    stream = tokenize(corpus, tokenizer, separator=options.separator)
+    cache = Path(options.cache or DEFAULT_CACHE).expanduser() / "tokens"
+    stream = tokenize(corpus, tokenizer, separator=options.separator, cache=cache)
     for other in subjects[1:]:
         its = load_tokenizer(other.plan, trust_remote_code=trust)
         if tokenizer_hash(its) == stream.tokenizer_sha256:
             continue
-        if tokenize(corpus, its, separator=options.separator).sha256 != stream.sha256:
+        if tokenize(corpus, its, separator=options.separator, cache=cache).sha256 != stream.sha256:
             raise UsageError(
                 f"'{first.name}' and '{other.name}' tokenize the text differently: no comparison",
                 "Evaluate them one at a time and compare bits_per_byte",

@@ -16,11 +16,13 @@ import hashlib
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from loadstone.errors import UsageError
+from loadstone.evaluation import tokencache
 from loadstone.evaluation.text import Corpus
 
 PACKED, STRIDED, ROLLING = "packed", "strided", "rolling"
@@ -107,18 +109,21 @@ class Windows:
         return len(self.start)
 
 
-def tokenize(corpus: Corpus, tokenizer: Any, *, separator: str = "auto") -> TokenStream:
-    """Tokenize a corpus once. ``separator`` is ``auto``, ``bos``, ``eos`` or a token id.
+def tokenize(
+    corpus: Corpus, tokenizer: Any, *, separator: str = "auto", cache: Path | None = None
+) -> TokenStream:
+    """Tokenize a corpus once. ``separator`` is ``auto``, ``bos``, ``eos`` or a token id; ``cache`` a directory
+    that keeps the tokens of a long text.
 
     Raises UsageError when the tokenizer has no such token, or turns the text into no token at all.
     """
     separator_id = _separator(tokenizer, separator)
     ids: list[np.ndarray] = []
     owner: list[np.ndarray] = []
-    for index, encoded in enumerate(_encode(corpus.documents, tokenizer)):
-        ids.append(np.array([separator_id, *encoded], dtype=np.int64))
-        owner.append(np.array([-1] + [index] * len(encoded), dtype=np.int32))
-    document = np.concatenate(owner)
+    for index, encoded in enumerate(_encoded(corpus, tokenizer, cache)):
+        ids.append(np.concatenate(([separator_id], encoded)))
+        owner.append(np.concatenate(([-1], np.full(len(encoded), index, dtype=np.int32))))
+    document = np.concatenate(owner).astype(np.int32)
     if not (document >= 0).any():
         raise UsageError(f"the tokenizer turns {corpus.source!r} into no tokens")
     return TokenStream(
@@ -135,13 +140,29 @@ def tokenize(corpus: Corpus, tokenizer: Any, *, separator: str = "auto") -> Toke
     )
 
 
-def _encode(documents: Sequence[str], tokenizer: Any) -> Iterator[list[int]]:
+def _encoded(corpus: Corpus, tokenizer: Any, cache: Path | None) -> list[np.ndarray]:
+    """Token ids of each document, int64."""
+
+    def make() -> list[np.ndarray]:
+        return list(_encode(corpus.documents, tokenizer))
+
+    # Only a tokenizer of the tokenizers library says all of itself; one written in Python is also its code.
+    if (
+        cache is None
+        or corpus.bytes < tokencache.SMALLEST_TEXT
+        or not hasattr(tokenizer, "backend_tokenizer")
+    ):
+        return make()
+    return tokencache.cached_ids(cache, corpus.sha256, tokenizer_hash(tokenizer), make)
+
+
+def _encode(documents: Sequence[str], tokenizer: Any) -> Iterator[np.ndarray]:
     for at in range(0, len(documents), _TOKENIZE_BATCH):
         batch = list(documents[at : at + _TOKENIZE_BATCH])
         # `verbose=False`: a document longer than the context is normal here, not worth a warning.
-        yield from tokenizer(batch, add_special_tokens=False, return_attention_mask=False, verbose=False)[
-            "input_ids"
-        ]
+        options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+        for encoded in tokenizer(batch, **options)["input_ids"]:
+            yield np.array(encoded, dtype=np.int64)
 
 
 def _separator(tokenizer: Any, separator: str) -> int:
