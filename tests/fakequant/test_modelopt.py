@@ -15,6 +15,8 @@ from tests.fakequant.conftest import SET_UPS, TOKENS, Snapshot, hashes, load, lo
 import loadstone
 from loadstone import export_fakequant
 from loadstone.errors import ArtifactError
+from loadstone.fakequant.formats import FORMATS
+from loadstone.fakequant.formats.fold import fold
 from loadstone.fakequant.inputs import apply_export
 from loadstone.fakequant.modelopt_state import MODELOPT_FILE, read_modelopt_state
 from loadstone.fakequant.state import read_state
@@ -114,11 +116,11 @@ CONFIGS = {
 }
 
 
-def quantized(directory: Path, name: str) -> Any:
+def quantized(directory: Path, name: str, **options: Any) -> Any:
     import modelopt.torch.quantization as mtq
 
     config = copy.deepcopy(getattr(mtq, name)) | {"algorithm": "max"}
-    model = load(directory)
+    model = load(directory, **options)
     return mtq.quantize(model, config, lambda m: m(TOKENS))
 
 
@@ -148,6 +150,32 @@ def test_models_with_modelopt_quantizers(
         if text == "w4a8"
         else torch.equal(after, before.logits)
     )
+
+
+@pytest.mark.modelopt
+def test_experts_with_modelopt_quantizers(make_model: Callable[..., Path], tmp_path: Path) -> None:
+    source, options = make_model("qwen3-moe", dtype="float32"), {"experts_implementation": "eager"}
+    model = quantized(source, "FP8_DEFAULT_CFG", **options)
+    before = Snapshot(model)
+    export_fakequant(model, tmp_path / "live", emit="modelopt")
+    before.check()
+    export_fakequant(source, tmp_path / "directory", format="fp8")
+    live, directory = tensors(tmp_path / "live"), tensors(tmp_path / "directory")
+    assert live.keys() == directory.keys()
+    # A fused weight has one quantizer for gate and up, where a directory's export has one for each.
+    pairs = {n: n.replace("gate_proj", "up_proj") for n in live if "experts" in n and "gate_proj" in n}
+    assert all(torch.equal(live[n], directory[n]) for n in live if n not in {*pairs, *pairs.values()})
+    stored = tensors(source)
+    for gate, up in pairs.items():
+        both = fold(gate, torch.cat([stored[gate], stored[up]]), FORMATS["fp8"].weight)
+        assert torch.equal(torch.cat([live[gate], live[up]]), both)
+    specs = read_state(tmp_path / "live").specs
+    assert "model.layers.1.mlp.experts.down_proj_input_quantizer" in specs and len(specs) == 12
+    after = logits(reload(load(tmp_path / "live", **options), tmp_path / "live"))
+    assert torch.equal(after, before.logits)
+    ours = load(tmp_path / "live")
+    apply_export(ours, loadstone.detect(tmp_path / "live"))
+    assert torch.allclose(logits(ours), before.logits, atol=2e-3)
 
 
 @pytest.mark.modelopt

@@ -19,7 +19,7 @@ from loadstone.fakequant.offload import data_of
 from loadstone.fakequant.options import Options
 from loadstone.fakequant.package import COPY, code_files, sidecar_files, without_auto_map
 from loadstone.fakequant.plan import SHARD_BYTES, ExportPlan, in_shards, make_plan
-from loadstone.fakequant.quantizers import OwnQuantizers, find_quantizers
+from loadstone.fakequant.quantizers import OwnQuantizers, find_quantizers, kind_of
 from loadstone.fakequant.roles import roles_in
 from loadstone.fakequant.state import QuantizerState, input_specs
 from loadstone.quantization.flatten import dtype_name
@@ -35,7 +35,7 @@ _LAYER = re.compile(r"^(.*?\.\d+)\.")
 class LiveTensors:
     """A model's tensors under the names that `save_pretrained` gives them. ``groups``: names in the model's
     state dict that are converted together; ``infos``: what they become; ``ties``: saved name -> saved name
-    of one tensor.
+    of one tensor; ``saved``: a weight with a quantizer of its own -> its saved names.
     """
 
     model: PreTrainedModel
@@ -43,6 +43,7 @@ class LiveTensors:
     infos: dict[str, TensorInfo]
     ties: dict[str, str]
     quantizers: OwnQuantizers
+    saved: dict[str, tuple[str, ...]]
 
     def read(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every tensor by its saved name, weights with a quantizer of their own folded by it."""
@@ -81,7 +82,8 @@ def live_tensors(model: PreTrainedModel) -> LiveTensors:
             infos[name] = TensorInfo(name, dtype_name(shell.dtype), tuple(shell.shape), "", 0, shell.nbytes)
     single = {n: next(iter(_saved(model, {n: shells[n]})), n) for n in names if n in {*tied, *tied.values()}}
     ties = {single.get(t, t): single.get(s, s) for t, s in tied.items()}
-    return LiveTensors(model, groups, infos, ties, quantizers)
+    saved = {n: tuple(_saved(model, {n: shells[n]})) for n in quantizers.weights if n in shells}
+    return LiveTensors(model, groups, infos, ties, quantizers, saved)
 
 
 def _ties(model: PreTrainedModel, state: dict[str, Any]) -> dict[str, str]:
@@ -133,9 +135,9 @@ def plan_model(live: LiveTensors, options: Options, max_shard_size: int) -> Expo
     if not own and not rules.formats:
         raise UsageError("no format is named, and the model has no quantizers of its own", "Pass format=")
     for name, quantizer in own.items():
-        if name not in live.infos:
+        if not live.saved.get(name) or not all(key in live.infos for key in live.saved[name]):
             raise ArtifactError(
-                f"tensor '{name}' has an enabled {type(quantizer).__name__} and is saved under another name",
+                f"tensor '{name}' has an enabled {kind_of(quantizer)} and is saved under another name",
                 "Disable it, or export with a format",
             )
     config = json.loads(live.model.config.to_json_string(use_diff=True))
@@ -144,7 +146,9 @@ def plan_model(live: LiveTensors, options: Options, max_shard_size: int) -> Expo
         config = without_auto_map(config)
     infos = in_shards(live.infos, max_shard_size)
     roles = live.quantizers.roles(roles_in(live.model, infos))
-    return make_plan(live.quantizers.rules(rules), infos, roles, live.ties, config, untie=options.untie)
+    return make_plan(
+        live.quantizers.rules(rules, live.saved), infos, roles, live.ties, config, untie=options.untie
+    )
 
 
 def export_model(

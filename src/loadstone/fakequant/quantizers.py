@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import logging
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from loadstone.fakequant.formats.spec import Format, Own
 from loadstone.fakequant.inputs import KEYS, VALUES
 from loadstone.fakequant.offload import data_of
 from loadstone.fakequant.rules import Role, Rule, RuleSet, module_of
-from loadstone.fakequant.state import INPUT, QuantizerState
+from loadstone.fakequant.state import EXPERT_WEIGHTS, INPUT, QuantizerState
 
 if TYPE_CHECKING:
     import torch
@@ -28,6 +29,8 @@ _TYPES = {
 }
 _WEIGHT_NAMES = ("weight_quantizer", "weight_fake_quantizer")
 _MODELOPT_INPUTS = {"8": "int8", "(4, 3)": "fp8"}
+# ModelOpt's quantizers of fused experts: one for each expert's weight, one for the input of all of them.
+_OF_EXPERTS = re.compile(rf"^(.+\.(?:{'|'.join(EXPERT_WEIGHTS)}))_(?:weight_quantizers\.(\d+)|{INPUT})$")
 
 
 def is_quantizer(module: Any) -> bool:
@@ -39,11 +42,18 @@ def is_quantizer(module: Any) -> bool:
     )
 
 
+@dataclass(frozen=True)
+class ExpertQuantizers:
+    """The quantizers of a fused weight (experts, out, in), one for each expert; None: left as it is."""
+
+    each: tuple[Any, ...]
+
+
 @dataclass
 class OwnQuantizers:
-    """``weights``: weight's name in the state dict -> its enabled quantizer; ``inputs``: name -> ModelOpt's
-    quantizer of a layer's input, of keys or of values; ``prefixes``: names that belong to quantizers; ``done``:
-    weights folded so far."""
+    """``weights``: weight's name in the state dict -> its enabled quantizer, or its experts'; ``inputs``: name ->
+    ModelOpt's quantizer of a layer's input, of keys or of values; ``prefixes``: names that belong to quantizers;
+    ``done``: weights folded so far."""
 
     model: Any
     weights: dict[str, Any] = field(default_factory=dict)
@@ -68,19 +78,7 @@ class OwnQuantizers:
 
         with torch.no_grad():
             if quantizer is not None:
-                # A copy: fake quantizers keep the scales of their last call, and those of the model's must
-                # stay.
-                private = copy.deepcopy(quantizer)
-                try:
-                    tensor = (
-                        private(tensor.float()).to(tensor.dtype) if _is_modelopt(private) else private(tensor)
-                    )
-                except (RuntimeError, AssertionError, NotImplementedError) as error:
-                    reason = " ".join(str(error).split())[:200]
-                    raise ArtifactError(
-                        f"tensor '{name}': its {type(quantizer).__name__} cannot run here ({reason})",
-                        "Export with a format instead",
-                    ) from None
+                tensor = _applied(quantizer, name, tensor)
                 self.done.add(name)
             if scale is not None:
                 tensor = (tensor * scale.to(tensor.dtype)[None, :]).to(tensor.dtype)
@@ -97,11 +95,12 @@ class OwnQuantizers:
         """Where a model has quantizers of its own, they alone decide."""
         return {k: replace(r, eligible=False) for k, r in roles.items()} if self.weights else roles
 
-    def rules(self, rules: RuleSet) -> RuleSet:
-        """The rules that say of each weight what its own quantizer does to it."""
+    def rules(self, rules: RuleSet, saved: Mapping[str, Sequence[str]]) -> RuleSet:
+        """The rules that say of each weight what its own quantizer does to it; ``saved``: names it is saved as."""
         own = tuple(
-            Rule(f"re:{re.escape(module_of(name))}", Format(type(q).__name__, Own(type(q).__name__)))
+            Rule(f"re:{re.escape(module_of(key))}", Format(kind_of(q), Own(kind_of(q))))
             for name, q in self.weights.items()
+            for key in saved[name]
         )
         return RuleSet(rules.default, (*own, *rules.rules))
 
@@ -129,6 +128,32 @@ class OwnQuantizers:
         return QuantizerState(found, tensors)
 
 
+def kind_of(quantizer: Any) -> str:
+    """The class of a quantizer; of experts' quantizers that of the first."""
+    each = quantizer.each if isinstance(quantizer, ExpertQuantizers) else (quantizer,)
+    return next(type(q).__name__ for q in each if q is not None)
+
+
+def _applied(quantizer: Any, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    if isinstance(quantizer, ExpertQuantizers):
+        import torch
+
+        pairs = zip(quantizer.each, tensor, strict=True)
+        return torch.stack(
+            [w if q is None else _applied(q, f"{name}[{i}]", w) for i, (q, w) in enumerate(pairs)]
+        )
+    # A copy: fake quantizers keep the scales of their last call, and those of the model's must stay.
+    private = copy.deepcopy(quantizer)
+    try:
+        return private(tensor.float()).to(tensor.dtype) if _is_modelopt(private) else private(tensor)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ArtifactError(
+            f"tensor '{name}': its {type(quantizer).__name__} cannot run here ({reason})",
+            "Export with a format instead",
+        ) from None
+
+
 def _input_spec(name: str, quantizer: Any) -> str:
     blocks = getattr(quantizer, "block_sizes", None) or {}
     if blocks.get("type") == "dynamic" and blocks.get("scale_bits") == (4, 3):
@@ -152,6 +177,7 @@ def find_quantizers(model: Any) -> OwnQuantizers:
     found = OwnQuantizers(model)
     prefixes: list[str] = []
     dropped: list[str] = []
+    experts: dict[str, dict[int, Any]] = {}
     for name, module in model.named_modules():
         if not is_quantizer(module):
             continue
@@ -160,6 +186,13 @@ def find_quantizers(model: Any) -> OwnQuantizers:
         if leaf in _WEIGHT_NAMES:
             if _enabled(module):
                 found.weights[f"{owner}.weight"] = _with_data(model, name, module)
+        elif _is_modelopt(module) and (match := _OF_EXPERTS.match(name)):
+            if match[2] is None:
+                _check_unscaled(name, module)
+                found.inputs[name] = module
+            else:
+                kept = _with_data(model, name, module) if _enabled(module) else None
+                experts.setdefault(match[1], {})[int(match[2])] = kept
         elif _is_modelopt(module) and leaf in (INPUT, KEYS, VALUES):
             found.inputs[name] = module
         elif _is_modelopt(module) and not name.startswith(tuple(prefixes[:-1])) and _enabled(module):
@@ -172,8 +205,17 @@ def find_quantizers(model: Any) -> OwnQuantizers:
             dropped[0],
             len(dropped),
         )
+    for weight, each in experts.items():
+        if any(q is not None for q in each.values()):
+            found.weights[weight] = ExpertQuantizers(tuple(each[i] for i in sorted(each)))
     found.prefixes = tuple(prefixes)
     return found
+
+
+def _check_unscaled(name: str, quantizer: Any) -> None:
+    """A disabled quantizer's smoothing would have to go into the weights of all experts."""
+    if not quantizer.is_enabled and getattr(quantizer, "_pre_quant_scale", None) is not None:
+        raise ArtifactError(f"'{name}' is disabled and smooths its input", "Enable it, or export by a format")
 
 
 def _enabled(quantizer: Any) -> bool:
