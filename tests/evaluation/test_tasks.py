@@ -2,16 +2,20 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from loadstone.errors import MissingError, UsageError
 from loadstone.evaluation.options import Options
+from loadstone.evaluation.ranks import Ranks
 from loadstone.evaluation.run import evaluate
-from loadstone.evaluation.tasks import TaskScore, run_tasks, task_records
+from loadstone.evaluation.tasks import TaskScore, divide, run_tasks, task_records
 from loadstone.evaluation.text import read_corpus
 
 PERPLEXITIES = ("word_perplexity", "byte_perplexity", "bits_per_byte")
@@ -102,6 +106,53 @@ def test_tasks_in_a_comparison(model_dir: Path, worse_dir: Path, task_path: Path
     assert (base["task"], base["metric"], base["examples"]) == ("local_choice", "acc", 20)
     assert base["delta"] is None and worse["delta"] == pytest.approx(worse["value"] - base["value"])
     assert 0 <= worse["p_value"] <= 1 and base["stderr"] > 0
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_task_scores_of_one(
+    model_dir: Path, worse_dir: Path, task_path: Path, tmp_path: Path
+) -> None:
+    arguments = ["-M", str(model_dir), "-M", str(worse_dir), "--limit", "30", "--batch-size", "2"]
+    arguments += ["--tasks", "local_choice,local_text", "--task-path", str(task_path), "--speed"]
+    records = []
+    for processes in (1, 2):
+        file = tmp_path / f"{processes}.json"
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+        command = [*launcher, str(processes), "-m", "loadstone", "eval", *arguments, "--json", str(file)]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr
+        records.append(json.loads(file.read_text())["models"])
+    for one, two in zip(*records, strict=True):
+        assert len(one["tasks"]) == 4 and one["tasks"] == two["tasks"]
+        assert [s["batch_size"] for s in two["speed"]] == [1, 2]
+
+
+def test_pieces_do_not_depend_on_the_number_of_processes() -> None:
+    texts = [f"{'x' * (i % 7)}{i}" for i in range(50)]
+    requests = [SimpleNamespace(args=(text, {})) for text in texts]
+
+    def work(ranks: Ranks) -> tuple[list[list[str]], Any]:
+        pieces: list[list[str]] = []
+
+        def compute(some: list[Any], disable_tqdm: bool) -> list[str]:
+            pieces.append([r.args[0] for r in some])
+            return [r.args[0].upper() for r in some]
+
+        return pieces, divide(compute, requests, 1, ranks)
+
+    alone, results = work(Ranks())
+    assert results == [t.upper() for t in texts] and max(map(len, alone)) == 8
+    shares: list[dict[int, str]] = []
+
+    class Third(Ranks):
+        def gather(self, value: Any) -> list[Any]:
+            shares.append(value)
+            return [dict(enumerate(results)), value]
+
+    together = [piece for rank in range(3) for piece in work(Third(rank, 3))[0]]
+    assert sorted(together) == sorted(alone)
+    assert [len(share) for share in shares] == [24, 16, 10]
 
 
 @pytest.mark.slow

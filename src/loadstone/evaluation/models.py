@@ -96,9 +96,14 @@ def compute_dtype(reference: LoadPlan, device: str) -> tuple[str, str]:
     ), "the type the reference model is stored in"
 
 
+def has_quantizers(subject: Subject) -> bool:
+    """Whether a model is a fake-quant export, whose modules have quantizers hooked to them."""
+    return subject.plan.artifact.kind == FAKEQUANT
+
+
 def _apply_quantizers(model: Any, subject: Subject) -> int:
     """Turn on a fake-quant export's quantizers of inputs, keys and values; how many there are."""
-    if subject.plan.artifact.kind != FAKEQUANT:
+    if not has_quantizers(subject):
         return 0
     from loadstone.fakequant.inputs import apply_export
 

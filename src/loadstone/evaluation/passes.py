@@ -15,8 +15,9 @@ import torch
 
 from loadstone.evaluation.batching import choose_batch_size
 from loadstone.evaluation.divergence import score_pair
+from loadstone.evaluation.fastpath import speed_up
 from loadstone.evaluation.measure import peak_bytes
-from loadstone.evaluation.models import Opened, Subject, opened
+from loadstone.evaluation.models import Opened, Subject, has_quantizers, opened
 from loadstone.evaluation.options import Options
 from loadstone.evaluation.ranks import Ranks
 from loadstone.evaluation.scoring import BatchMaker, Timing, Values, check_finite, plan_batches, score
@@ -134,6 +135,8 @@ def _prepare(bench: Bench, *models: Opened) -> tuple[BatchMaker, Any, int]:
     size = options.batch_size or choose_batch_size(
         models[0].model, maker, context, len(models), measure=not options.stream
     )
+    # Free memory may differ between the GPUs; the batches must not.
+    size = min(bench.ranks.gather(size))
     if options.stream:
         for it in models:
             it.model.plan_round(size * context, len(models))
@@ -195,18 +198,26 @@ def _keep(bench: Bench, key: str | None, values: Values, costs: dict[str, Cost])
 
 
 def extras(bench: Bench, subject: Subject, batch_size: int) -> tuple[list[TaskScore], list[dict[str, Any]]]:
-    """What was asked for besides the text: scores of lm-eval tasks, and figures of speed."""
+    """What was asked for besides the text: scores of lm-eval tasks, and figures of speed.
+
+    All processes divide the tasks. Speed is one process's on one device, while the others wait, and that of the
+    model as anyone loads it: without the fast path and without compiled layers.
+    """
     options, task = bench.options, bench.task.result()
     if not options.tasks and not options.speed:
         return [], []
     scores: list[TaskScore] = []
     speeds: list[dict[str, Any]] = []
-    with opened(subject, replace(options, stream=False)) as it:
+    with opened(subject, replace(options, stream=False, fast=False, compile=False)) as it:
         if options.speed:
-            ids = torch.from_numpy(task.stream.ids).to(it.device)
-            speeds = measure_speed(it.model, ids, (1, batch_size))
+            if bench.ranks.first:
+                ids = torch.from_numpy(task.stream.ids).to(it.device)
+                speeds = measure_speed(it.model, ids, (1, batch_size))
+            bench.ranks.wait()
         if options.tasks:
             log.info("%s: running lm-eval tasks", subject.name)
+            if options.fast and not has_quantizers(subject):
+                speed_up(it.model)
             scores = run_tasks(
                 it.model,
                 task.tokenizer,
@@ -214,5 +225,6 @@ def extras(bench: Bench, subject: Subject, batch_size: int) -> tuple[list[TaskSc
                 include=options.task_path,
                 limit=options.limit,
                 batch_size=batch_size,
+                ranks=bench.ranks,
             )
     return scores, speeds

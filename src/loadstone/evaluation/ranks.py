@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -68,6 +69,16 @@ class Ranks:
         dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
         dist.all_reduce(tokens)
         return Timing(float(seconds), int(tokens))
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every process's value, in the order of ranks, on every process."""
+        if self.count == 1:
+            return [value]
+        import torch.distributed as dist
+
+        values: list[Any] = [None] * self.count
+        dist.all_gather_object(values, value)
+        return values
 
     def wait(self) -> None:
         """Go on when every process has come here."""

@@ -94,8 +94,8 @@ def evaluate(options: Options, bar: Bar = no_bar) -> Outcome:
             require_same(making.result().protocol, saved.protocol, (subjects[0].name, saved.record["path"]))
         measure = _with_divergence if options.measures_divergence else _alone
         values, costs = measure(bench, subjects)
-        more = {s.name: extras(bench, s, costs[s.name].batch_size) for s in subjects} if ranks.first else {}
-        # The others wait: the launcher would take an early end for a failure.
+        more = {s.name: extras(bench, s, costs[s.name].batch_size) for s in subjects}
+        # The launcher would take an early end for a failure.
         ranks.wait()
         return _report(bench, subjects, values, costs, more, saved)
 

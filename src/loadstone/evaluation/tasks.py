@@ -1,18 +1,22 @@
-"""``--tasks``: lm-eval's tasks on a model that our loader loaded, with paired differences to the
-reference."""
+"""``--tasks``: lm-eval's tasks on a model that our loader loaded, its requests divided among processes, with
+paired differences to the reference."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from loadstone.errors import MissingError, UsageError
+from loadstone.evaluation.ranks import Ranks
 
 # lm-eval writes "acc,none": metric, comma, filter.
 _STDERR = "_stderr"
+# Batches in a piece of the work: few enough to divide well, enough to sort within.
+_PIECE_BATCHES = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,10 +40,12 @@ def run_tasks(
     include: str | None,
     limit: int | None,
     batch_size: int,
+    ranks: Ranks = Ranks(),
 ) -> list[TaskScore]:
     """Run lm-eval tasks (``include``: a folder of task YAMLs besides lm-eval's own) on a loaded model.
 
-    Raises MissingError without lm-eval, UsageError for an unknown task.
+    Each process computes every ``ranks.count``-th piece of the requests; the pieces do not depend on their
+    number, so the scores do not either. Raises MissingError without lm-eval, UsageError for an unknown task.
     """
     try:
         import lm_eval
@@ -52,7 +58,20 @@ def run_tasks(
         raise UsageError(
             f"lm-eval knows no task {', '.join(unknown)}", "Give the folder of its YAML with --task-path"
         )
-    adapter = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+
+    class Divided(HFLM):  # type: ignore[misc]
+        """lm-eval sees one process; what it asks for is computed by all of them."""
+
+        def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> Any:
+            return divide(super().loglikelihood, requests, batch_size, ranks)
+
+        def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> Any:
+            return divide(super().loglikelihood_rolling, requests, batch_size, ranks)
+
+        def generate_until(self, requests: Any, disable_tqdm: bool = False) -> Any:
+            return divide(super().generate_until, requests, batch_size, ranks)
+
+    adapter = Divided(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
     results = lm_eval.simple_evaluate(
         model=adapter,
         tasks=list(names),
@@ -61,6 +80,8 @@ def run_tasks(
         log_samples=True,
         bootstrap_iters=0,
     )
+    if results is None:  # lm-eval reports on the first process only
+        return []
     return [
         score
         for task, figures in results["results"].items()
@@ -68,6 +89,24 @@ def run_tasks(
             task, figures, results["samples"].get(task, ()), results["higher_is_better"].get(task, {})
         )
     ]
+
+
+def divide(compute: Callable[..., Any], requests: Sequence[Any], batch_size: int, ranks: Ranks) -> list[Any]:
+    """Results of lm-eval requests in their order, ``compute`` having been handed pieces of them.
+
+    Pieces hold requests of like length and, next to each other, those of one context, which lm-eval computes
+    once.
+    """
+    order = sorted(range(len(requests)), key=lambda i: (-len(requests[i].args[0]), requests[i].args[0], i))
+    size = _PIECE_BATCHES * batch_size
+    pieces = [order[at : at + size] for at in range(0, len(order), size)]
+    mine: dict[int, Any] = {}
+    for piece in pieces[ranks.rank :: ranks.count]:
+        mine.update(zip(piece, compute([requests[i] for i in piece], disable_tqdm=True), strict=True))
+    whole: dict[int, Any] = {}
+    for part in ranks.gather(mine):
+        whole |= part
+    return [whole[i] for i in range(len(requests))]
 
 
 def _scores(task: str, figures: dict[str, Any], samples: Any, higher: dict[str, Any]) -> list[TaskScore]:
