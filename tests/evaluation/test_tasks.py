@@ -152,7 +152,7 @@ def test_pieces_do_not_depend_on_the_number_of_processes() -> None:
 
     together = [piece for rank in range(3) for piece in work(Third(rank, 3))[0]]
     assert sorted(together) == sorted(alone)
-    assert [len(share) for share in shares] == [24, 16, 10]
+    assert [len(share) for share in shares] == [18, 16, 16]
 
 
 @pytest.mark.slow
