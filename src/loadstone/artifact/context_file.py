@@ -24,6 +24,8 @@ CONTEXT_TENSORS = "context.safetensors"
 FORMAT_VERSION = 1
 PFN, PREFIX = "pfn", "llm-prefix"
 KINDS = (PFN, PREFIX)
+# Those that predict a column of a table.
+TABLE_KINDS = (PFN,)
 # What a context of each kind is called, what it needs and what it is for.
 KIND_NAMES = {PFN: "a fitted table (PFN)", PREFIX: "a language-model prefix"}
 KIND_USES = {

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loadstone.artifact.builtin import PREFIX
+from loadstone.artifact.context_file import PREFIX as LANGUAGE_PREFIX
+from loadstone.artifact.context_file import TABLE_KINDS, require_kind
 from loadstone.cli import render
 from loadstone.errors import ArtifactError, GateFailed, LoadstoneError, UsageError
 
@@ -124,10 +126,97 @@ def _show_fit(summary: dict[str, Any], as_json: bool, closing: str) -> None:
     render.console().print(closing, markup=False)
 
 
+@dataclass(frozen=True)
+class PrefixRequest:
+    """The options of ``finalize --prefix``, as they stand on the line."""
+
+    model: str
+    out: Path | None
+    prompt: Path
+    cache_dtype: str | None
+    dtype: str
+    device: str
+    checkpoint: str | None
+    overwrite: bool
+    dry_run: bool
+    as_json: bool
+    trust_remote_code: bool
+
+
+def make_prefix(request: PrefixRequest) -> None:
+    """``finalize --prefix``: tokenize the prompt, and unless it is a dry run read it with the model and save."""
+    from loadstone.context.prefix_run import plan_prefix, run_prefix
+
+    if request.out is not None and request.out.exists() and not request.overwrite and not request.dry_run:
+        raise UsageError(
+            f"the output '{request.out}' exists", "Choose another, or pass --overwrite to replace it"
+        )
+    plan = plan_prefix(
+        request.model,
+        request.prompt,
+        cache_kind=request.cache_dtype,
+        dtype=request.dtype,
+        device=request.device,
+        checkpoint=request.checkpoint,
+        trust_remote_code=request.trust_remote_code,
+    )
+    summary: dict[str, Any] = {
+        "dry_run": True,
+        "out": str(request.out) if request.out else None,
+        "base": request.model,
+        "recipe": plan.recipe,
+        "prompt": str(request.prompt),
+        "tokens": plan.length,
+        "template": plan.template,
+        "dtype": plan.dtype,
+        "cache_dtype": plan.cache_kind,
+        "predicted_bytes": plan.cache_bytes,
+    }
+    if request.dry_run:
+        _show_prefix_plan(summary, request.as_json, "Dry run: nothing was written.")
+        return
+    assert request.out is not None
+    started = time.monotonic()
+    cache = run_prefix(plan, request.out, overwrite=request.overwrite)
+    summary |= {
+        "dry_run": False,
+        "bytes": cache.nbytes,
+        "file_bytes": sum(path.stat().st_size for path in request.out.iterdir()),
+        "seconds": round(time.monotonic() - started, 3),
+    }
+    _show_prefix_plan(
+        summary,
+        request.as_json,
+        f"{request.out}: {render.size(summary['file_bytes'])}, {summary['seconds']} s",
+    )
+
+
+def _show_prefix_plan(summary: dict[str, Any], as_json: bool, closing: str) -> None:
+    if as_json:
+        render.print_json(summary)
+        return
+    recipe = "not quantized" if summary["recipe"] == "none" else f"quantized by {summary['recipe']}"
+    rendered = " by the chat template" if summary["template"] else ""
+    rows = [
+        ["base", f"{summary['base']} ({recipe})"],
+        ["prompt", f"{summary['prompt']}: {summary['tokens']:,} tokens{rendered}"],
+        ["computed in", summary["dtype"]],
+    ]
+    if "bytes" in summary:
+        rows.append(["cache", f"{render.size(summary['bytes'])} in {summary['cache_dtype']}"])
+    elif summary["predicted_bytes"] is not None:
+        rows.append(["cache", f"{render.size(summary['predicted_bytes'])} predicted, in {summary['cache_dtype']}"])
+    render.console().print(render.table("", ["", ""], rows), markup=False)
+    render.console().print(closing, markup=False)
+
+
 def evaluate(
     models: list[str], *, data: str, base: str | None, device: str, fail_if: list[str], json_to: str | None
 ) -> None:
     """``eval`` of one or more fitted contexts on a table that has their target column."""
+    for model in models:
+        # The others of the line are fitted tables.
+        require_kind(Path(model), *TABLE_KINDS, by="a comparison with tables")
     gates = [_parse_gate(text) for text in fail_if]
     if data == "sample":
         raise UsageError(
@@ -231,12 +320,80 @@ def inspect(directory: Path, *, verify: bool, as_json: bool) -> LoadstoneError |
         else:
             render.console().print(f"{directory}  context\nproblem: {error}\nCannot be loaded", markup=False)
         return error
-    found = facts(context, verify)
+    is_prefix = context.facts["kind"] == LANGUAGE_PREFIX
+    found = prefix_facts(context, verify) if is_prefix else facts(context, verify)
     if as_json:
         render.print_json(found)
+    elif is_prefix:
+        _show_prefix(found)
     else:
         _show_facts(found)
     return None
+
+
+def prefix_facts(context: ContextFile, verified: bool) -> dict[str, Any]:
+    """The documented JSON form of what inspect says about a language-model prefix."""
+    described, base = context.facts, context.facts["base"]
+    kinds = [layer.get("kind") for layer in described["layers"]]
+    return {
+        "schema": 1,
+        "path": str(context.path),
+        "kind": "context",
+        "context_kind": described["kind"],
+        "problems": [],
+        "prompt": described["prompt"],
+        "contains_prompt": described["contains_prompt"],
+        "cache": {**described["cache"], "bytes": context.cache_bytes},
+        "layers": {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)},
+        "bytes": sum(tensor.nbytes for tensor in context.tensors.values()),
+        "file_bytes": context.file_bytes,
+        "numerics": described["numerics"],
+        "tokenizer": described["tokenizer"],
+        "base": {
+            "source": base.get("source"),
+            "recipe": base.get("recipe"),
+            "fingerprint": base.get("fingerprint"),
+            "architecture": base["architecture"],
+            "parameters": len(base["tensors"]),
+            "found": _base_found(base.get("source"), context.path),
+        },
+        "verified": verified or None,
+    }
+
+
+def _show_prefix(found: dict[str, Any]) -> None:
+    base, cache, prompt, tokenizer = found["base"], found["cache"], found["prompt"], found["tokenizer"]
+    layers = ", ".join(f"{count} {kind}" for kind, count in found["layers"].items())
+    template = tokenizer.get("chat_template_sha256")
+    recipe = {None: "", "none": "; not quantized"}.get(base["recipe"], f"; quantized by {base['recipe']}")
+    rows = [
+        ["evidence", "context.json describes a language-model prefix"],
+        ["prompt", f"{prompt['tokens']:,} tokens{' by the chat template' if prompt['template'] else ''}"],
+        ["begins", str(prompt.get("preview", ""))],
+        ["cache", f"{render.size(cache['bytes'])} in {cache['dtype']}; layers: {layers}"],
+        ["stored", f"{render.size(found['file_bytes'])} in context.safetensors; no weights"],
+        ["needs base", f"{_where(base)}{recipe}"],
+        ["fingerprint", f"{str(base['fingerprint'])[:16]}…, {base['parameters']} tensors"],
+        ["architecture", str(base["architecture"].get("model_type"))],
+        [
+            "needs tokenizer",
+            f"{tokenizer['class']}, {tokenizer['tokens']:,} tokens, {tokenizer['sha256'][:16]}…" if tokenizer else "",
+        ],
+        ["needs template", f"{template[:16]}…" if template else "none" if tokenizer else ""],
+        ["computes in", found["numerics"]["dtype"]],
+        ["made with", f"torch {found['numerics']['torch']} on {found['numerics']['device']}"],
+        ["use", "loadstone eval -M, or loadstone.load_context in Python"],
+        ["disclosure", "keys and values give the prompt away: treat it as that text"],
+    ]
+    if found["verified"]:
+        rows.append(["verified", "every byte is as it was written"])
+    render.console().print(f"{found['path']}  context ({found['context_kind']})", markup=False)
+    render.console().print(render.table("", ["", ""], [row for row in rows if row[1]]), markup=False)
+
+
+def _where(base: dict[str, Any]) -> str:
+    where = base["source"] or "a model made in memory"
+    return f"{where} ({'here' if base['found'] else 'not here: name it with --base'})"
 
 
 def facts(context: ContextFile, verified: bool) -> dict[str, Any]:
@@ -284,7 +441,6 @@ def _show_facts(found: dict[str, Any]) -> None:
     base, cache = found["base"], found["cache"]
     sizes = base["architecture"]
     names = found["feature_names"]
-    where = base["source"] or "a model made in memory"
     rows = [
         ["evidence", "context.json describes a fitted context"],
         ["task", f"{found['task']}" + (f" of '{found['target']}'" if found["target"] else "")],
@@ -293,10 +449,11 @@ def _show_facts(found: dict[str, Any]) -> None:
         ["classes", ", ".join(str(label) for label in found["classes"])],
         ["cache", f"{render.size(cache['bytes'])} in {cache['dtype']}, {cache['layers']} layers"],
         ["stored", f"{render.size(found['file_bytes'])} in context.safetensors; no weights"],
-        ["needs base", f"{where} ({'here' if base['found'] else 'not here: name it with --base'})"],
+        ["needs base", _where(base)],
         ["fingerprint", f"{str(base['fingerprint'])[:16]}…, {base['parameters']} tensors"],
         ["architecture", f"width {sizes['width']}, {sizes['layers']} layers, {sizes['heads']} heads"],
         ["made with", f"torch {found['numerics']['torch']} on {found['numerics']['device']}"],
+        ["use", "loadstone predict -M and eval -M --data, or loadstone.load_context in Python"],
         ["disclosure", "keys and values are made of the training rows and targets: treat it as that data"],
     ]
     if found["verified"]:

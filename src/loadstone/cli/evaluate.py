@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from loadstone.artifact.context_file import is_context
+from loadstone.artifact.context_file import PREFIX, context_kind
 from loadstone.errors import GateFailed, UsageError
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def evaluate(
             "-M",
             "--model",
             metavar="DIR",
-            help="Model directory, of any kind; repeat to compare.",
+            help="Model directory, of any kind, or a context; repeat to compare.",
             rich_help_panel=MODELS,
         ),
     ],
@@ -61,7 +61,7 @@ def evaluate(
         str | None,
         typer.Option(
             metavar="DIR",
-            help="Of a fitted context: its base model, where it is not the recorded one.",
+            help="Of a context: its base model, where it is not the recorded one.",
             rich_help_panel=MODELS,
         ),
     ] = None,
@@ -159,7 +159,7 @@ def evaluate(
         bool,
         typer.Option(
             "--fast/--no-fast",
-            help="Keep dequantized weights where that gives the same bits and memory allows.",
+            help="Keep dequantized weights where that gives the same bits; read common prefixes once.",
             rich_help_panel=HOW,
         ),
     ] = True,
@@ -253,14 +253,15 @@ def evaluate(
     """Measure models on text: loss, perplexity and bits per byte with standard errors, and the paired
     difference to a baseline on the same tokens. Any directory is loaded the one way that is right for it;
     no flag says how."""
-    if any(is_context(Path(model)) for model in models):
+    kinds = [context_kind(Path(model)) for model in models]
+    if any(kind is not None and kind != PREFIX for kind in kinds):
         from loadstone.cli import contexts
 
         return contexts.evaluate(
             models, data=data, base=base, device=device, fail_if=fail_if or [], json_to=json_to
         )
-    if base is not None:
-        raise UsageError(f"--base {base} is for fitted contexts", "Leave it out")
+    if base is not None and PREFIX not in kinds:
+        raise UsageError(f"--base {base} is for contexts", "Leave it out")
     from loadstone.evaluation.gates import parse_gate
 
     if os.environ.get("RANK", "0") != "0":
@@ -277,6 +278,7 @@ def evaluate(
     outcome = run(
         Options(
             models=tuple(models),
+            base=base,
             baseline=baseline,
             data=data,
             text_column=text_column,

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from loadstone.finalize.ranks import Ranks
     from loadstone.quantization import MixedRecipe, Recipe
 
-_INPUT, _OUTPUT, _QUANT, _FIT, _RUN = "Input", "Output", "Quantization", "Fitted context", "Run"
+_INPUT, _OUTPUT, _QUANT, _FIT, _RUN = "Input", "Output", "Quantization", "Contexts", "Run"
 
 
 def register(app: typer.Typer) -> None:
@@ -124,11 +124,20 @@ def command(
             rich_help_panel=_FIT,
         ),
     ] = None,
+    prefix: Annotated[
+        Path | None,
+        typer.Option(
+            "--prefix",
+            metavar="FILE",
+            help="Read this prompt once with a language model (.txt, or .json with chat messages).",
+            rich_help_panel=_FIT,
+        ),
+    ] = None,
     cache_dtype: Annotated[
         str | None,
         typer.Option(
             "--cache-dtype",
-            help="Keys and values in float32 (default), bfloat16 or int8.",
+            help="Keys and values: as the model (default), bfloat16, int8; of a prefix also fp8, hqqN, quantoN.",
             rich_help_panel=_FIT,
         ),
     ] = None,
@@ -174,6 +183,24 @@ def command(
     """
     if list_recipes:
         return _list_recipes(as_json)
+    if fit is not None and prefix is not None:
+        raise UsageError("--fit and --prefix make different contexts", "Keep one")
+    if prefix is not None:
+        from loadstone.cli import contexts
+
+        if quantize or recipe_file or skip or target or task:
+            raise UsageError(
+                "--prefix makes a context and quantizes nothing",
+                "Finalize with --quantize first, then make the prefix with that model",
+            )
+        if model is None or (out is None and not dry_run):
+            raise UsageError("finalize --prefix needs -M DIR and -o OUT", "See `loadstone finalize --help`")
+        return contexts.make_prefix(
+            contexts.PrefixRequest(
+                str(model), out, prefix, cache_dtype, dtype, device, checkpoint, overwrite, dry_run, as_json,
+                trust_remote_code,
+            )
+        )  # fmt: skip
     if fit is not None:
         from loadstone.cli import contexts
 
@@ -189,7 +216,9 @@ def command(
         )
         return contexts.fit(request)
     if target or task or cache_dtype:
-        raise UsageError("--target, --task and --cache-dtype go with --fit", "Add --fit train.csv")
+        raise UsageError(
+            "--target, --task and --cache-dtype go with --fit", "Add --fit train.csv (or --prefix prompt.txt)"
+        )
     if model is None or (out is None and not dry_run):
         raise UsageError("finalize needs -M DIR and -o OUT", "See `loadstone finalize --help`")
     # What is wrong with the words of the command is said before anything heavy is imported.

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from loadstone.artifact.context_file import TABLE_KINDS, require_kind
 from loadstone.cli import render
 from loadstone.errors import UsageError
 
@@ -70,6 +71,7 @@ def command(
     if out is not None and not out.resolve().parent.is_dir():
         raise UsageError(f"cannot write '{out}': its directory does not exist", "Make it first")
     from loadstone.context import load_context
+    require_kind(Path(model), *TABLE_KINDS, by="predict")
     from loadstone.context.fit import predict_table
 
     context = load_context(model, base=base, device=device)

@@ -20,14 +20,14 @@ _PROBE_TOKENS = 8
 
 @dataclass(frozen=True)
 class Halves:
-    """``backbone``: token ids (B, L) to hidden states (B, L, H). ``head``: hidden states (1, n, H) to
-    logits (n, V).
+    """``backbone``: token ids (B, L), and a transformers cache they come after or None, to hidden states (B, L, H).
+    ``head``: hidden states (1, n, H) to logits (n, V).
 
     When ``whole`` the model could not be divided: ``backbone`` then gives logits (B, L, V) and ``head``
     passes them on. ``together``: ``backbone`` for several batches at a time, where that saves something.
     """
 
-    backbone: Callable[[torch.Tensor], torch.Tensor]
+    backbone: Callable[..., torch.Tensor]
     head: Callable[[torch.Tensor], torch.Tensor]
     whole: bool
     together: Callable[[Sequence[torch.Tensor]], Iterator[torch.Tensor]] | None = None
@@ -35,6 +35,41 @@ class Halves:
     def hidden(self, many: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
         """Hidden states for each of the ids, one after the other."""
         return map(self.backbone, many) if self.together is None else self.together(many)
+
+
+@dataclass(frozen=True, eq=False)
+class Prefixed:
+    """A model after a prefix: the first column of its inputs stands for the prefix's last token, whatever id is there,
+    and every row comes after the whole prefix (a `PrefixCache`)."""
+
+    model: Any
+    cache: Any
+    inner: Halves | None = None
+
+    @property
+    def config(self) -> Any:
+        return self.model.config
+
+    def get_input_embeddings(self) -> Any:
+        return self.model.get_input_embeddings()
+
+    @property
+    def halves(self) -> Halves:
+        """The model's own halves (``inner``, where they are known), after the prefix."""
+        inner = self.inner or halve(self.model)
+        prefix = self.cache.prefix
+        # What stands at the prefix's last position: its hidden state, or its logits where a model has no halves.
+        last = prefix.logits[:, None] if inner.whole else prefix.hidden
+
+        def backbone(ids: torch.Tensor) -> torch.Tensor:
+            batch = ids.shape[0]
+            first = last.expand(batch, -1, -1)
+            if ids.shape[1] == 1:
+                return first
+            rest = inner.backbone(ids[:, 1:], self.cache.fork(batch=batch, keeps=False))
+            return torch.cat([first.to(rest), rest], 1)
+
+        return Halves(backbone, inner.head, inner.whole)
 
 
 def halve(model: Any) -> Halves:
@@ -48,9 +83,10 @@ def halve(model: Any) -> Halves:
         return model.halves  # type: ignore[no-any-return]
     base = getattr(model, "base_model", model)
 
-    def logits_of(ids: torch.Tensor) -> torch.Tensor:
+    def logits_of(ids: torch.Tensor, cache: Any = None) -> torch.Tensor:
         with flat_attention():
-            return model(input_ids=ids, use_cache=False).logits  # type: ignore[no-any-return]
+            output = model(input_ids=ids, past_key_values=cache, use_cache=cache is not None)
+        return output.logits  # type: ignore[no-any-return]
 
     whole = Halves(logits_of, lambda logits: logits[0], True)
     if base is model:
@@ -69,9 +105,9 @@ def divide(model: Any, base: Any) -> Halves:
     """The two halves of a model around its base model, not checked."""
     output_types: list[type] = []
 
-    def backbone(ids: torch.Tensor) -> torch.Tensor:
+    def backbone(ids: torch.Tensor, cache: Any = None) -> torch.Tensor:
         with flat_attention():
-            output = base(input_ids=ids, use_cache=False)
+            output = base(input_ids=ids, past_key_values=cache, use_cache=cache is not None)
         output_types[:] = [type(output)]
         return output.last_hidden_state  # type: ignore[no-any-return]
 

@@ -8,14 +8,18 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from loadstone.artifact import Artifact
+from loadstone.artifact.context_file import PREFIX, ContextFile, is_context, read_context, require_kind
 from loadstone.artifact.detect import FAKEQUANT
 from loadstone.errors import UsageError
 from loadstone.evaluation.compiling import compile_layers
 from loadstone.evaluation.fastpath import FastPath, speed_up
+from loadstone.evaluation.head import Prefixed
 from loadstone.evaluation.measure import reset_peak
 from loadstone.evaluation.options import Options
 from loadstone.evaluation.streaming import StreamedLm, can_stream, must_stream
@@ -29,12 +33,14 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class Subject:
     """A model to be evaluated, as named by the user, and how it will be loaded. ``given``: named with
-    ``-M``, as opposed to being there as the baseline only."""
+    ``-M``, as opposed to being there as the baseline only. ``prefix``: the language-model prefix that was named; the
+    plan is its base's."""
 
     name: str
     plan: LoadPlan
     reference: bool
     given: bool
+    prefix: ContextFile | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,25 +65,93 @@ def choose_subjects(options: Options, device: str, *, referenced: bool = False) 
     names = list(dict.fromkeys([options.baseline or options.models[0], *options.models]))
     if options.baseline is not None and len(names) == 1:
         raise UsageError(f"the baseline '{options.baseline}' is the only model", "Name another with -M")
+    prefixes = choose_prefixes(names, options)
+    if prefixes[0] is not None:
+        options = replace(options, dtype=prefixes[0].facts["numerics"]["dtype"])
     plans = [
         plan(
-            name,
+            name if prefix is None else find_prefix_base(prefix, options),
             device=device,
             dtype=options.dtype,
             checkpoint=options.checkpoint if name in options.models else None,
             no_checkpoint=options.no_checkpoint and name in options.models,
             trust_remote_code=options.trust_remote_code,
         )
-        for name in names
+        for name, prefix in zip(names, prefixes, strict=True)
     ]
     if options.dtype == "auto":
         dtype, why = compute_dtype(plans[0], device)
         log.info("computing in %s: %s", dtype, why)
         plans = [replace(p, dtype=dtype) for p in plans]
     return tuple(
-        Subject(name, p, reference=len(names) > 1 and i == 0 and not referenced, given=name in options.models)
-        for i, (name, p) in enumerate(zip(names, plans, strict=True))
+        Subject(
+            name,
+            p,
+            reference=len(names) > 1 and i == 0 and not referenced,
+            given=name in options.models,
+            prefix=prefix,
+        )
+        for i, (name, p, prefix) in enumerate(zip(names, plans, prefixes, strict=True))
     )
+
+
+def choose_prefixes(names: list[str], options: Options) -> list[ContextFile | None]:
+    """The language-model prefix behind each name, None for a plain model.
+
+    All or none of the models of a run come after a prefix, and all after the same one: their losses are compared token
+    by token. Raises UsageError when it is otherwise, and for options that a prefix has no use for.
+    """
+    from loadstone.context.prefix_store import check_facts
+
+    files: list[ContextFile | None] = []
+    for name in names:
+        if not is_context(Path(name)):
+            files.append(None)
+            continue
+        require_kind(Path(name), PREFIX, by="eval on text")
+        file = read_context(Path(name), verify=True)
+        check_facts(file)
+        files.append(file)
+    found = [file for file in files if file is not None]
+    if not found:
+        return files
+    if len(found) < len(files):
+        plain = names[files.index(None)]
+        raise UsageError(
+            f"'{plain}' is a model and '{found[0].path}' a prefix: they see different contexts",
+            "Make a prefix of the same prompt with it (finalize --prefix)",
+        )
+    first = found[0].facts
+    for other in found[1:]:
+        if other.facts["prompt"]["sha256"] != first["prompt"]["sha256"]:
+            raise UsageError(
+                f"'{found[0].path}' and '{other.path}' are prefixes of different prompts: no comparison",
+                "Make both of the same prompt, or evaluate them one at a time",
+            )
+        if other.facts["numerics"]["dtype"] != first["numerics"]["dtype"]:
+            raise UsageError(
+                f"'{found[0].path}' was made in {first['numerics']['dtype']}, '{other.path}' in "
+                f"{other.facts['numerics']['dtype']}: no comparison",
+                "Make both in one dtype (finalize --dtype)",
+            )
+    if options.dtype not in ("auto", first["numerics"]["dtype"]):
+        raise UsageError(
+            f"--dtype {options.dtype}: the prefix was made in {first['numerics']['dtype']}", "Leave it out"
+        )
+    for flag, given in (("--compile", options.compile), ("--speed", options.speed)):
+        if given:
+            raise UsageError(f"{flag} has no meaning after a prefix", "Leave it out")
+    return files
+
+
+def find_prefix_base(file: ContextFile, options: Options) -> Artifact:
+    """The base of a prefix, its recipe and tokenizer checked."""
+    from loadstone.context.prefix_store import check_base, find_base
+    from loadstone.loading import load_tokenizer
+
+    artifact = find_base(file, options.base)
+    check_base(file, artifact, load_tokenizer(artifact, trust_remote_code=options.trust_remote_code))
+    return artifact
 
 
 def compute_dtype(reference: LoadPlan, device: str) -> tuple[str, str]:
@@ -129,10 +203,20 @@ def opened(subject: Subject, options: Options) -> Iterator[Opened]:
             parameters = _count(model)
             device = model.get_input_embeddings().weight.device
             hooked = _apply_quantizers(model, subject)
+            cache = None
+            if subject.prefix is not None:
+                from loadstone.context.prefix_store import bind_prefix
+
+                # Before the fast path: its modules hold weights that no fingerprint knows.
+                name = str(subject.plan.artifact.root)
+                cache = bind_prefix(subject.prefix, model, None, name, share=options.fast)
             # The fast path would put other modules in the place of those with hooks.
             fast = speed_up(model) if options.fast and not hooked else FastPath()
             if options.compile:
                 compile_layers(model)
+            if cache is not None:
+                model = Prefixed(model, cache)
+                del cache
         it = Opened(model, device, time.perf_counter() - clock, parameters, fast)
         del model
         try:
@@ -162,6 +246,10 @@ def choose_streaming(subjects: tuple[Subject, ...], options: Options) -> bool:
 
     Raises UsageError when it was asked for and cannot be.
     """
+    if any(s.prefix is not None for s in subjects):
+        if options.stream:
+            raise UsageError("--stream has no meaning after a prefix", "Leave it out")
+        return False
     cannot = [s.name for s in subjects if not can_stream(s.plan)]
     if options.stream and cannot:
         raise UsageError(

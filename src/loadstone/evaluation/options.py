@@ -14,6 +14,7 @@ class Options:
     """What to evaluate and how; the fields are the command's options (docs/eval.md)."""
 
     models: tuple[str, ...]
+    base: str | None = None
     baseline: str | None = None
     data: str = "sample"
     text_column: str | None = None

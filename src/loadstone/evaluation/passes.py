@@ -21,6 +21,7 @@ from loadstone.evaluation.models import Opened, Subject, has_quantizers, opened
 from loadstone.evaluation.options import Options
 from loadstone.evaluation.ranks import Ranks
 from loadstone.evaluation.scoring import BatchMaker, Timing, Values, check_finite, plan_batches, score
+from loadstone.evaluation.shared_text import score_shared
 from loadstone.evaluation.speed import measure_speed
 from loadstone.evaluation.store import Store, entry_key
 from loadstone.evaluation.task import Task
@@ -65,12 +66,21 @@ def single(bench: Bench, subject: Subject) -> tuple[Values, Cost]:
         return found[0], found[1]["model"]
     with opened(subject, bench.options) as it:
         maker, batches, size = _prepare(bench, it)
+
+        def compute(**kw: Any) -> tuple[Values, Timing]:
+            if bench.options.fast and not bench.options.compile:
+                task = bench.task.result()
+                return score_shared(
+                    it.model, maker, batches, size, task.stream, task.protocol, name=subject.name, **kw
+                )
+            return score(it.model, maker, batches, name=subject.name, **kw)
+
         values, timing = _run(
             bench,
             key,
             subject.name,
             maker,
-            lambda **kw: score(it.model, maker, batches, name=subject.name, **kw),
+            compute,
         )
         cost = _cost(bench, it, timing, size)
     _keep(bench, key, values, {"model": cost})
@@ -181,7 +191,8 @@ def _hardware(device: str) -> str:
 def fingerprint(subject: Subject) -> str:
     """Content hash of a subject's weights; read once a run."""
     log.debug("hashing %s", subject.name)
-    return subject.plan.artifact.fingerprint()
+    base = subject.plan.artifact.fingerprint()
+    return base if subject.prefix is None else f"{base} {subject.prefix.facts['digest']}"
 
 
 def _cached(bench: Bench, key: str | None, name: str) -> tuple[Values, dict[str, Cost]] | None:
@@ -226,5 +237,6 @@ def extras(bench: Bench, subject: Subject, batch_size: int) -> tuple[list[TaskSc
                 limit=options.limit,
                 batch_size=batch_size,
                 ranks=bench.ranks,
+                share=options.fast,
             )
     return scores, speeds

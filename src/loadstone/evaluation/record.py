@@ -20,7 +20,7 @@ def make_record(
     stored = sum((artifact.path / file).stat().st_size for file in artifact.weights.files)
     record: dict[str, Any] = {
         "path": subject.name,
-        "kind": artifact.kind,
+        "kind": artifact.kind if subject.prefix is None else "context",
         "load_path": subject.plan.load_path,
         "reference": subject.reference,
         "loss": figures.loss.value,

@@ -74,7 +74,11 @@ class BatchMaker:
 
     def slots(self, members: np.ndarray) -> np.ndarray:
         """Where the losses of these windows go in the vector over all scored tokens: int64 (n,)."""
-        return self._slot[np.concatenate([self._targets(i) for i in members])]
+        return self.slots_at(np.concatenate([self._targets(i) for i in members]))
+
+    def slots_at(self, positions: np.ndarray) -> np.ndarray:
+        """Where the losses of these positions of text go: int64, as many."""
+        return self._slot[positions]
 
     def _targets(self, window: int) -> np.ndarray:
         w = self.windows

@@ -83,6 +83,9 @@ def entry_key(protocol: Protocol, fingerprints: Sequence[str], mode: dict[str, A
     # The name of the text and of its tokenizer do not matter, what they come to does.
     for name in ("data", "tokenizer_sha256"):
         del facts[name]
+    if not protocol.prefix_tokens:
+        # Scores of runs without a prefix keep the keys they have.
+        del facts["prefix_tokens"], facts["prefix_sha256"]
     facts |= {
         "fingerprints": list(fingerprints),
         "mode": mode,

@@ -23,10 +23,14 @@ def tables(records: Records) -> list[Table]:
 def describe(protocol: Protocol) -> str:
     """One line that says what was asked of the models."""
     start = "every document and window" if protocol.bos_each_window else "every document"
+    if protocol.prefix_tokens:
+        start = f"a prefix of {protocol.prefix_tokens} tokens comes before every document and window"
+    else:
+        start = f"{protocol.separator} starts {start}"
     stride = f", stride {protocol.stride}" if protocol.name == "strided" else ""
     return (
         f"{protocol.documents} documents, {protocol.tokens} tokens of {protocol.data}; {protocol.name} "
-        f"windows of {protocol.context_length}{stride}; {protocol.separator} starts {start}; {protocol.dtype}"
+        f"windows of {protocol.context_length}{stride}; {start}; {protocol.dtype}"
     )
 
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from loadstone.artifact.context_file import CONTEXT_TENSORS, ContextFile
 from loadstone.errors import UsageError
 from loadstone.evaluation.compare import Units, make_units
 from loadstone.evaluation.models import Subject, context_limit
 from loadstone.evaluation.options import DEFAULT_CACHE, Options
 from loadstone.evaluation.text import read_corpus
 from loadstone.evaluation.tokens import (
+    ROLLING,
+    STRIDED,
     Protocol,
     TokenStream,
     Windows,
@@ -40,24 +43,56 @@ def make_task(options: Options, subjects: tuple[Subject, ...]) -> Task:
     corpus = read_corpus(options.data, column=options.text_column, split=options.split, limit=options.limit)
     first, trust = subjects[0], options.trust_remote_code
     tokenizer = load_tokenizer(first.plan, trust_remote_code=trust)
+    prefix = first.prefix
+    separator = options.separator
+    if prefix is not None:
+        # Every window begins with the prefix, whose last token predicts a document's first.
+        if options.protocol == STRIDED or options.stride is not None:
+            raise UsageError("after a prefix each document is scored alone", "Leave out --protocol and --stride")
+        if separator != "auto":
+            raise UsageError("after a prefix no separator is needed", "Leave out --separator")
+        options = replace(options, protocol=ROLLING)
+        separator = str(last_token(prefix))
     cache = Path(options.cache or DEFAULT_CACHE).expanduser() / "tokens"
-    stream = tokenize(corpus, tokenizer, separator=options.separator, cache=cache)
+    stream = tokenize(corpus, tokenizer, separator=separator, cache=cache)
     for other in subjects[1:]:
         its = load_tokenizer(other.plan, trust_remote_code=trust)
         if tokenizer_hash(its) == stream.tokenizer_sha256:
             continue
-        if tokenize(corpus, its, separator=options.separator, cache=cache).sha256 != stream.sha256:
+        if tokenize(corpus, its, separator=separator, cache=cache).sha256 != stream.sha256:
             raise UsageError(
                 f"'{first.name}' and '{other.name}' tokenize the text differently: no comparison",
                 "Evaluate them one at a time and compare bits_per_byte",
             )
     limits = [limit for s in subjects if (limit := context_limit(s.plan.artifact.config)) is not None]
+    longest = min(limits, default=None)
+    length = 0 if prefix is None else prefix.facts["prompt"]["tokens"]
+    if prefix is not None and longest is not None:
+        # The prefix's last token has a place in the window itself.
+        longest -= length - 1
+        if longest < 2:
+            raise UsageError(f"the prefix of {length} tokens leaves no room for text", "Make a shorter one")
     protocol = make_protocol(
         stream,
         dtype=first.plan.dtype,
-        longest=min(limits, default=None),
+        longest=longest,
         name=options.protocol,
         context_length=options.context_length,
         stride=options.stride,
     )
+    if prefix is not None:
+        protocol = replace(
+            protocol,
+            bos_each_window=True,
+            prefix_tokens=length,
+            prefix_sha256=prefix.facts["prompt"]["sha256"],
+        )
     return Task(stream, protocol, make_windows(stream, protocol), make_units(stream, protocol), tokenizer)
+
+
+def last_token(prefix: ContextFile) -> int:
+    """The id of a prefix's last token."""
+    from safetensors import safe_open
+
+    with safe_open(prefix.path / CONTEXT_TENSORS, framework="numpy") as handle:
+        return int(handle.get_tensor("tokens")[0, -1])

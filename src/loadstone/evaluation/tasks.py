@@ -41,16 +41,20 @@ def run_tasks(
     limit: int | None,
     batch_size: int,
     ranks: Ranks = Ranks(),
+    share: bool = True,
 ) -> list[TaskScore]:
     """Run lm-eval tasks (``include``: a folder of task YAMLs besides lm-eval's own) on a loaded model.
 
     Each process computes every ``ranks.count``-th piece of the requests; the pieces do not depend on their
-    number, so the scores do not either. Raises MissingError without lm-eval, UsageError for an unknown task.
+    number, so the scores do not either. ``share``: read beginnings that many requests of a piece have in common once.
+    A model after a prefix (`head.Prefixed`) answers every request after it. Raises MissingError without lm-eval,
+    UsageError for an unknown task.
     """
     try:
         import lm_eval
-        from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
+
+        from loadstone.evaluation.sharing_lm import SharingLM
     except ImportError:
         raise MissingError("--tasks needs lm-eval", "pip install 'loadstone[tasks]'") from None
     manager = TaskManager(include_path=include)
@@ -59,7 +63,7 @@ def run_tasks(
             f"lm-eval knows no task {', '.join(unknown)}", "Give the folder of its YAML with --task-path"
         )
 
-    class Divided(HFLM):  # type: ignore[misc]
+    class Divided(SharingLM):  # type: ignore[misc]
         """lm-eval sees one process; what it asks for is computed by all of them."""
 
         def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> Any:
@@ -71,7 +75,7 @@ def run_tasks(
         def generate_until(self, requests: Any, disable_tqdm: bool = False) -> Any:
             return divide(super().generate_until, requests, batch_size, ranks)
 
-    adapter = Divided(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    adapter = Divided(model, tokenizer, batch_size=batch_size, share=share)
     results = lm_eval.simple_evaluate(
         model=adapter,
         tasks=list(names),

@@ -87,6 +87,9 @@ class Protocol:
     words: int
     dtype: str
     resampled: str
+    # Tokens that every window comes after, and their hash; 0 and empty without a prefix.
+    prefix_tokens: int = 0
+    prefix_sha256: str = ""
 
     def differences(self, other: Protocol) -> list[str]:
         """Names of the fields that forbid a comparison with ``other``."""
