@@ -57,7 +57,9 @@ def test_groups_save_nearly_as_much_as_any_partition(seed: int) -> None:
         saved = sum((len(g.members) - 1) * g.length - cost for g in groups)
         assert 0.95 * _brute(rows, cost) <= saved <= _brute(rows, cost)
         for group in groups:
-            assert all(rows[m][: group.length] == rows[group.members[0]][: group.length] for m in group.members)
+            assert all(
+                rows[m][: group.length] == rows[group.members[0]][: group.length] for m in group.members
+            )
             assert all(len(rows[m]) > group.length for m in group.members)
 
 
@@ -72,7 +74,13 @@ def test_what_does_not_pay_is_left_alone() -> None:
 @pytest.fixture(scope="module")
 def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "questions.jsonl"
-    ends = ["However little known", "the feelings or views", "of such a man may be", "on his first entering", "and more"]
+    ends = [
+        "However little known",
+        "the feelings or views",
+        "of such a man may be",
+        "on his first entering",
+        "and more",
+    ]
     texts = [START + end * (1 + i % 3) for i, end in enumerate(ends * 3)] + ["Something else altogether."]
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return path

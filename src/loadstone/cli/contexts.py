@@ -205,7 +205,9 @@ def _show_prefix_plan(summary: dict[str, Any], as_json: bool, closing: str) -> N
     if "bytes" in summary:
         rows.append(["cache", f"{render.size(summary['bytes'])} in {summary['cache_dtype']}"])
     elif summary["predicted_bytes"] is not None:
-        rows.append(["cache", f"{render.size(summary['predicted_bytes'])} predicted, in {summary['cache_dtype']}"])
+        rows.append(
+            ["cache", f"{render.size(summary['predicted_bytes'])} predicted, in {summary['cache_dtype']}"]
+        )
     render.console().print(render.table("", ["", ""], rows), markup=False)
     render.console().print(closing, markup=False)
 
@@ -377,7 +379,9 @@ def _show_prefix(found: dict[str, Any]) -> None:
         ["architecture", str(base["architecture"].get("model_type"))],
         [
             "needs tokenizer",
-            f"{tokenizer['class']}, {tokenizer['tokens']:,} tokens, {tokenizer['sha256'][:16]}…" if tokenizer else "",
+            f"{tokenizer['class']}, {tokenizer['tokens']:,} tokens, {tokenizer['sha256'][:16]}…"
+            if tokenizer
+            else "",
         ],
         ["needs template", f"{template[:16]}…" if template else "none" if tokenizer else ""],
         ["computes in", found["numerics"]["dtype"]],

@@ -71,6 +71,7 @@ def command(
     if out is not None and not out.resolve().parent.is_dir():
         raise UsageError(f"cannot write '{out}': its directory does not exist", "Make it first")
     from loadstone.context import load_context
+
     require_kind(Path(model), *TABLE_KINDS, by="predict")
     from loadstone.context.fit import predict_table
 

@@ -269,6 +269,12 @@ class PrefixCache(Cache):
         return self.share and model is not None and text_config(model)._attn_implementation == NAME
 
     @property
+    def takes_padding(self) -> bool:
+        """Whether padding between the prefix and a request's tokens leaves no trace. Windows count padding as tokens,
+        and linear attention reads it."""
+        return all(state.kind in (FULL, EMPTY) for state in self.prefix.layers)
+
+    @property
     def tokens(self) -> Tensor:
         """The prefix's token ids, int64 (1, P)."""
         return self.prefix.tokens
@@ -304,6 +310,12 @@ class PrefixCache(Cache):
                 "there is nothing to go on with after the prefix", "Give at least one token of text"
             )
         width = max(map(len, ids))
+        if min(map(len, ids)) < width and not self.takes_padding:
+            raise UsageError(
+                "this model's sliding-window or linear attention sees padding: texts of different lengths cannot go "
+                "into one batch after a prefix",
+                "Give them one at a time",
+            )
         padded = torch.zeros(len(ids), width, dtype=torch.long)
         mask = torch.zeros(len(ids), width, dtype=torch.long)
         for row, own in enumerate(ids):

@@ -122,7 +122,7 @@ def make_prefix(
                 )
     finally:
         hook.remove()
-    if out.past_key_values is not cache or not seen:
+    if getattr(out, "past_key_values", None) is not cache or not seen:
         raise ArtifactError(
             f"{type(model).__name__} keeps its past in a way of its own",
             "Evaluate this model without a prefix",

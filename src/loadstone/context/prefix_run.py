@@ -64,7 +64,9 @@ def plan_prefix(
         raise UsageError(f"--dtype {dtype} is not known", f"One of {', '.join(DTYPES)}")
     read = read_prompt(prompt)
     artifact = language_artifact(model) if checkpoint is None else detect(model, checkpoint=checkpoint)
-    tokens, text, template = encode_prompt(read, load_tokenizer(artifact, trust_remote_code=trust_remote_code))
+    tokens, text, template = encode_prompt(
+        read, load_tokenizer(artifact, trust_remote_code=trust_remote_code)
+    )
     config = artifact.config | (artifact.config.get("text_config") or {})
     limit = config.get("max_position_embeddings") or config.get("n_positions")
     if isinstance(limit, int) and tokens.shape[1] >= limit:
@@ -121,5 +123,3 @@ def run_prefix(plan: PrefixPlan, out: Path, *, overwrite: bool = False) -> Prefi
     )
     save_prefix(cache, out, source=plan.artifact, overwrite=overwrite)
     return cache
-
-

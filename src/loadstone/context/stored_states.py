@@ -95,7 +95,9 @@ def _import(package: str) -> None:
         raise MissingError(f"this cache needs {package}", f"pip install {package}") from None
 
 
-_GROUP = 64
+def _group(tensor: Tensor) -> int:
+    """Values that share a scale: 64 as in transformers, fewer where they do not divide the tensor."""
+    return next(size for size in (64, 32, 16, 8, 4, 2, 1) if tensor.numel() % size == 0)
 
 
 def _hqq_keep(tensor: Tensor, kind: str, bits: int) -> Stored:
@@ -103,7 +105,7 @@ def _hqq_keep(tensor: Tensor, kind: str, bits: int) -> Stored:
 
     data, meta = Quantizer.quantize(
         tensor.contiguous(), axis=0, device=str(tensor.device), compute_dtype=tensor.dtype, nbits=bits,
-        group_size=_GROUP,
+        group_size=_group(tensor),
     )  # fmt: skip
     facts = {
         "shape": list(meta["shape"]),
@@ -134,11 +136,11 @@ def _hqq_read(parts: dict[str, Tensor], facts: dict[str, Any], dtype: torch.dtyp
 def _quanto_keep(tensor: Tensor, kind: str, bits: int) -> Stored:
     from optimum.quanto import MaxOptimizer, qint2, qint4, quantize_weight
 
-    qtype = qint4 if bits == 4 else qint2
-    scale, shift = MaxOptimizer()(tensor.contiguous(), qtype, 0, _GROUP)
-    packed = quantize_weight(tensor.contiguous(), qtype, 0, scale, shift, _GROUP)
+    qtype, group = qint4 if bits == 4 else qint2, _group(tensor)
+    scale, shift = MaxOptimizer()(tensor.contiguous(), qtype, 0, group)
+    packed = quantize_weight(tensor.contiguous(), qtype, 0, scale, shift, group)
     inner = packed._data
-    facts = {"bits": bits, "size": list(packed.size()), "stride": list(packed.stride()), "group_size": _GROUP}
+    facts = {"bits": bits, "size": list(packed.size()), "stride": list(packed.stride()), "group_size": group}
     facts |= {"packed_size": list(inner.size()), "packed_stride": list(inner.stride())}
     return Stored(kind, {"data": inner._data, "scale": packed._scale, "shift": packed._shift}, facts)
 

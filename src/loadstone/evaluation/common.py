@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -39,8 +40,8 @@ def common_prefixes(rows: Sequence[Sequence[int]], cost: int) -> list[Group]:
     part joins the run's own group, or keeps its longer ones where these save more. At least one token is left of each
     row.
     """
-    order = sorted(range(len(rows)), key=lambda i: rows[i])
-    shared = [_shared(rows[a], rows[b]) for a, b in zip(order, order[1:], strict=False)]
+    order = sorted(range(len(rows)), key=lambda i: list(rows[i]))
+    shared = [_shared(rows[a], rows[b]) for a, b in pairwise(order)]
     return _best(order, shared, 0, len(order), cost, 0)[1]
 
 
@@ -58,7 +59,7 @@ def _best(
     joined: list[int] = []
     groups: list[Group] = []
     total, together = 0, -length - cost
-    for start, end in zip(cuts, cuts[1:], strict=False):
+    for start, end in pairwise(cuts):
         gain, own = (0, []) if depth == _DEEPEST else _best(order, shared, start, end, cost, depth + 1)
         total += gain
         groups += own

@@ -32,7 +32,7 @@ def score_shared(
     share: tuple[int, int] = (0, 1),
     **options: Any,
 ) -> tuple[Values, Timing]:
-    """`score`, with what windows have in common at their beginning read once (and `score` itself where that is nothing).
+    """`score`, with what windows have in common at their beginning read once (plain `score` where that is nothing).
 
     A beginning's tokens get the same losses in every document, and the rest of each document comes after it. ``size``:
     windows in a batch; the other arguments are `score`'s.
@@ -69,15 +69,15 @@ def score_shared(
         left[members] = False
     others = Windows(windows.start[left], windows.length[left], windows.first[left])
     if len(others):
-        values, timing = _part(
-            model, maker, others, size, name=name, values=values, share=share, **options
-        )
+        values, timing = _part(model, maker, others, size, name=name, values=values, share=share, **options)
         seconds, tokens = seconds + timing.seconds, tokens + timing.tokens
     assert values is not None
     return values, Timing(seconds, tokens)
 
 
-def _part(model: Any, maker: BatchMaker, windows: Windows, size: int, **options: Any) -> tuple[Values, Timing]:
+def _part(
+    model: Any, maker: BatchMaker, windows: Windows, size: int, **options: Any
+) -> tuple[Values, Timing]:
     part = copy.copy(maker)
     part.windows = windows
     return score(model, part, plan_batches(windows, size), **options)

@@ -107,6 +107,8 @@ class SharingLM(HFLM):  # type: ignore[misc]
         self, context: torch.Tensor, max_length: int, stop: list[str], **generation: Any
     ) -> torch.Tensor:
         mask = generation.pop("attention_mask", torch.ones_like(context))
+        if self._fixed is not None and not self._fixed.takes_padding and not mask.all():
+            return self._one_by_one(context, max_length, stop, mask, generation)
         if self._fixed is not None:
             cache, length = self._fixed, self._fixed.prefix.length
             start = cache.tokens.expand(len(context), -1)
@@ -136,6 +138,25 @@ class SharingLM(HFLM):  # type: ignore[misc]
             generation["past_key_values"] = shared.fork(batch=len(context))
         return super()._model_generate(context, max_length, stop, attention_mask=mask, **generation)  # type: ignore[no-any-return]
 
+    def _one_by_one(
+        self,
+        context: torch.Tensor,
+        max_length: int,
+        stop: list[str],
+        mask: torch.Tensor,
+        generation: dict[str, Any],
+    ) -> torch.Tensor:
+        """Each row without its padding; the answers side by side, as one batch would give them."""
+        width = context.shape[1]
+        answers = []
+        for own in _unpadded(context, mask):
+            limit = max_length - (width - len(own))
+            answers.append(self._model_generate(own[None], limit, stop, **generation)[0, len(own) :])
+        longest = max(map(len, answers))
+        pad = self.tokenizer.pad_token_id or 0
+        padded = [torch.nn.functional.pad(a, (0, longest - len(a)), value=pad) for a in answers]
+        return torch.cat([context, torch.stack(padded)], 1)
+
     def _shared_start(self, context: torch.Tensor, mask: torch.Tensor) -> Any:
         """The cache of what all rows of a batch begin with, None where that is too little to pay."""
         rows = [row.tolist() for row in _unpadded(context, mask)]
@@ -146,11 +167,19 @@ class SharingLM(HFLM):  # type: ignore[misc]
         if self._last is not None:
             known, cache = self._last
             # Batches of one task share what the batch before them did.
-            if len(known) >= 0.8 * length and all(row[: len(known)] == known for row in rows) and len(known) <= shortest:
+            fits = cache.takes_padding or len({*map(len, rows)}) == 1
+            if (
+                fits
+                and len(known) >= 0.8 * length
+                and all(row[: len(known)] == known for row in rows)
+                and len(known) <= shortest
+            ):
                 return cache
         if length < SHORTEST or (len(rows) - 1) * length < overhead(self.device):
             return None
         cache = self._read(rows[0][:length])
+        if not cache.takes_padding and len({*map(len, rows)}) > 1:
+            return None
         self._last = (rows[0][:length], cache)
         return cache
 

@@ -48,7 +48,9 @@ def make_task(options: Options, subjects: tuple[Subject, ...]) -> Task:
     if prefix is not None:
         # Every window begins with the prefix, whose last token predicts a document's first.
         if options.protocol == STRIDED or options.stride is not None:
-            raise UsageError("after a prefix each document is scored alone", "Leave out --protocol and --stride")
+            raise UsageError(
+                "after a prefix each document is scored alone", "Leave out --protocol and --stride"
+            )
         if separator != "auto":
             raise UsageError("after a prefix no separator is needed", "Leave out --separator")
         options = replace(options, protocol=ROLLING)
