@@ -62,7 +62,7 @@ def test_refusals(tiny: Path, prompt: Path, tmp_path: Path, capsys: pytest.Captu
     assert run(capsys, "finalize", "--fit", table, "--target", "b", "-o", fitted)[0] == 0
     for arguments, code, said in (
         (("finalize", "-M", tiny, "--prefix", prompt, "-o", out), 2, "exists"),
-        (("finalize", "-M", tiny, "--prefix", prompt, "-o", tmp_path / "x", "--quantize", "int8-weight-only"), 2, "quantizes"),
+        (("finalize", "-M", tiny, "--prefix", prompt, "-o", tmp_path / "x", "--skip", "mlp"), 2, "quantizes"),
         (("finalize", "-M", tiny, "--prefix", tmp_path / "none", "-o", tmp_path / "x"), 2, "no file"),
         (("finalize", "-M", tiny, "--prefix", prompt, "-o", tmp_path / "x", "--cache-dtype", "int5"), 2, "int5"),
         (("finalize", "-M", "builtin:tiny-pfn", "--prefix", prompt, "-o", tmp_path / "x"), 2, "language model"),

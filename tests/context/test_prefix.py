@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -96,9 +97,7 @@ def test_logits_are_those_without_a_cache(family: tuple[str, Any], ids: torch.Te
     assert (cache.prefix.logits - whole[:1, P - 1]).abs().max() < close
     for steps in ((P, P + T), (P, P + 9, P + 10, P + T)):
         fork = cache.fork(batch=3)
-        parts = [
-            model(ids[:, a:b], past_key_values=fork).logits for a, b in zip(steps, steps[1:], strict=False)
-        ]
+        parts = [model(ids[:, a:b], past_key_values=fork).logits for a, b in pairwise(steps)]
         assert (torch.cat(parts, 1) - whole[:, P:]).abs().max() < close
     model.set_attn_implementation("eager" if name == "gemma2" else "sdpa")
 
@@ -188,7 +187,7 @@ def test_layers_that_cannot_be_kept_are_named(ids: torch.Tensor) -> None:
         pad_token_id=0,
     )
     model = FalconMambaForCausalLM(config).eval()
-    with pytest.raises(ArtifactError, match="of its own|cannot hold"):
+    with pytest.raises(ArtifactError, match=r"of its own|cannot hold"):
         make_prefix(model, ids[:1, :8])
 
 
@@ -320,7 +319,7 @@ def test_another_model_tokenizer_template_or_recipe_is_refused(
     vocab = raw["model"]["vocab"]
     vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
     (swapped / "tokenizer.json").write_text(json.dumps(raw))
-    with pytest.raises(TokenizerMismatch, match="the tokenizer of .*differ in content"):
+    with pytest.raises(TokenizerMismatch, match=r"the tokenizer of .*differ in content"):
         loadstone.load_context(prefix, swapped, device="cpu")
 
     template = copied("template")

@@ -90,12 +90,12 @@ def cache_bytes(config: dict[str, Any], rows: int, kind: str) -> int | None:
     layers = config.get("num_hidden_layers") or config.get("n_layer")
     heads = config.get("num_attention_heads") or config.get("n_head")
     width = config.get("hidden_size") or config.get("n_embd")
-    if not all(isinstance(n, int) and n > 0 for n in (layers, heads, width)):
+    if not isinstance(layers, int) or not isinstance(heads, int) or not isinstance(width, int) or heads < 1:
         return None
-    size = config.get("head_dim") or width // heads  # type: ignore[operator]
+    size = config.get("head_dim") or width // heads
     per_row = 2 * (config.get("num_key_value_heads") or heads) * size
     bits = QUANTIZED[kind][0] if kind in QUANTIZED else {"float32": 32}.get(kind, 16)
-    types = config.get("layer_types") or ["full_attention"] * layers  # type: ignore[operator]
+    types = config.get("layer_types") or ["full_attention"] * layers
     window = config.get("sliding_window")
     kept = 0
     for layer_type in types:

@@ -85,7 +85,7 @@ def halve(model: Any) -> Halves:
 
     def logits_of(ids: torch.Tensor, cache: Any = None) -> torch.Tensor:
         with flat_attention():
-            output = model(input_ids=ids, past_key_values=cache, use_cache=cache is not None)
+            output = model(input_ids=ids, **_after(cache))
         return output.logits  # type: ignore[no-any-return]
 
     whole = Halves(logits_of, lambda logits: logits[0], True)
@@ -107,7 +107,7 @@ def divide(model: Any, base: Any) -> Halves:
 
     def backbone(ids: torch.Tensor, cache: Any = None) -> torch.Tensor:
         with flat_attention():
-            output = base(input_ids=ids, past_key_values=cache, use_cache=cache is not None)
+            output = base(input_ids=ids, **_after(cache))
         output_types[:] = [type(output)]
         return output.last_hidden_state  # type: ignore[no-any-return]
 
@@ -117,6 +117,10 @@ def divide(model: Any, base: Any) -> Halves:
             return model(input_ids=ids, use_cache=False).logits[0]  # type: ignore[no-any-return]
 
     return Halves(backbone, head, False)
+
+
+def _after(cache: Any) -> dict[str, Any]:
+    return {"use_cache": False} if cache is None else {"past_key_values": cache, "use_cache": True}
 
 
 @contextmanager

@@ -44,7 +44,8 @@ class StreamedModel:
         stack = layer_stack(self.model)
         if stack is None:
             raise ArtifactError(
-                f"'{artifact.root}' has no list of decoder layers that could be streamed", "Use a larger machine"
+                f"'{artifact.root}' has no list of decoder layers that could be streamed",
+                "Use a larger machine",
             )
         self.stack: nn.ModuleList = self.model.get_submodule(stack)  # type: ignore[assignment]
         self._parts: dict[int | None, dict[str, Any]] = {}
