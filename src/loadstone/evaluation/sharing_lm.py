@@ -164,24 +164,13 @@ class SharingLM(HFLM):  # type: ignore[misc]
         length = 0
         while length < shortest and all(row[length] == rows[0][length] for row in rows):
             length += 1
-        if self._last is not None:
-            known, cache = self._last
-            # Batches of one task share what the batch before them did.
-            fits = cache.takes_padding or len({*map(len, rows)}) == 1
-            if (
-                fits
-                and len(known) >= 0.8 * length
-                and all(row[: len(known)] == known for row in rows)
-                and len(known) <= shortest
-            ):
-                return cache
         if length < SHORTEST or (len(rows) - 1) * length < overhead(self.device):
             return None
-        cache = self._read(rows[0][:length])
-        if not cache.takes_padding and len({*map(len, rows)}) > 1:
-            return None
-        self._last = (rows[0][:length], cache)
-        return cache
+        # The same beginning only: what is computed must not depend on which batches this process had before.
+        if self._last is None or self._last[0] != rows[0][:length]:
+            self._last = (rows[0][:length], self._read(rows[0][:length]))
+        cache = self._last[1]
+        return cache if cache.takes_padding or len({*map(len, rows)}) == 1 else None
 
 
 def _is_bare(key: Any, context: list[int], last: int) -> bool:
