@@ -64,7 +64,11 @@ def bound(numerator: np.ndarray, denominator: np.ndarray, level: float) -> float
     with np.errstate(divide="ignore", invalid="ignore"):
         t = (replicates - value) / errors
     # A replicate without spread (all draws one unit) says nothing about the scale.
-    quantile = np.quantile(t[np.isfinite(t)], 1 - level)
+    t = t[np.isfinite(t)]
+    # The replicates know their own level to so much only: stay on the safe side of it.
+    slack = np.sqrt(level * (1 - level) / max(len(t), 1))
+    wanted = np.clip(1 - level + (slack if level < 0.5 else -slack), 0, 1)
+    quantile = np.quantile(t, wanted)
     return float(value - quantile * error)
 
 
