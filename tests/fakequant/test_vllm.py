@@ -151,8 +151,8 @@ def test_served_by_vllm(source: Path, tmp_path: Path) -> None:
     weights = served(out)
     assert (weights - expected(out, inputs=False)).abs().max() < 1e-3
     both = served(out, worker_cls="loadstone.fakequant.vllm_worker.FakeQuantWorker")
-    assert (both - weights).abs().max() > 1e-4
-    assert (both - expected(out, inputs=True)).abs().mean() < (both - weights).abs().mean()
+    assert (both - weights).abs().max() > 5e-3
+    assert (both - expected(out, inputs=True)).abs().max() < 1e-3
 
 
 @pytest.mark.vllm
