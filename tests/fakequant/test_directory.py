@@ -19,6 +19,7 @@ from loadstone.artifact.manifest import sha256_file, verify_files
 from loadstone.errors import ArtifactError, MissingError, UsageError
 from loadstone.fakequant.formats import FORMATS, parse_format
 from loadstone.fakequant.formats.fold import fold
+from loadstone.quantization import RECIPES
 
 
 def rules_file(folder: Path, text: str) -> Path:
@@ -345,6 +346,15 @@ def test_outputs_that_are_refused(tiny: Path, tmp_path: Path, monkeypatch: pytes
     with pytest.raises(MissingError, match="GB free and the output needs"):
         export_fakequant(tiny, tmp_path / "full", format="fp8")
     assert not (tmp_path / "full").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+@pytest.mark.parametrize("recipe", [n for n, r in RECIPES.items() if "cpu" not in r.devices])
+def test_recipes_that_need_a_gpu_name_the_first_tensor(recipe: str, tiny: Path, tmp_path: Path) -> None:
+    says = rf"'model\.layers\.0\.mlp\.down_proj\.weight' cannot be folded by {recipe}.* on cpu \(.*\)\. Use "
+    with pytest.raises(MissingError, match=says):
+        export_fakequant(tiny, tmp_path / "out", format=recipe)
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")

@@ -21,7 +21,8 @@ from loadstone.fakequant.plan import ExportPlan, Step
 from loadstone.fakequant.state import QuantizerState, write_manifests, write_state
 from loadstone.loading.devices import quantize_device
 from loadstone.loading.shards import ShardWriter
-from loadstone.quantization.flatten import dtype_name
+from loadstone.quantization.flatten import dtype_name, torch_dtype
+from loadstone.quantization.schemes import Recipe
 
 if TYPE_CHECKING:
     import torch
@@ -51,13 +52,39 @@ class Beside:
 
 
 def resolve_device(device: str, plan: ExportPlan) -> str:
-    """``--device`` as a torch device; `MissingError` with the first tensor when CUDA is asked for and
-    absent."""
+    """``--device`` as a torch device.
+
+    Raises `MissingError`, naming the first tensor, when CUDA is asked for and absent, and when a torchao recipe of
+    the plan cannot be made there.
+    """
     try:
-        return quantize_device(device)
+        where = quantize_device(device)
     except MissingError as error:
         raise MissingError(
             f"{error.message}; tensor '{plan.folded[0].name}' was to be folded there", error.remedy
+        ) from None
+    tried: set[tuple[Recipe, str]] = set()
+    for step in plan.folded:
+        recipe = step.format.weight if step.format else None
+        if isinstance(recipe, Recipe) and (recipe, step.output.dtype) not in tried:
+            tried.add((recipe, step.output.dtype))
+            _check_folds(recipe, step, where)
+    return where
+
+
+def _check_folds(recipe: Recipe, step: Step, device: str) -> None:
+    """A probe on one small weight, not a table: what runs depends on the card, the packages and their versions."""
+    import torch
+
+    from loadstone.fakequant.formats.fold import fold
+
+    try:
+        fold(step.name, torch.ones(256, 1024, dtype=torch_dtype(step.output.dtype), device=device), recipe)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        instead = f"Use {recipe.instead}" if recipe.instead else "Choose another format"
+        raise MissingError(
+            f"tensor '{step.name}' cannot be folded by {recipe} on {device} ({reason})", instead
         ) from None
 
 

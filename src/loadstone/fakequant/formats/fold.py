@@ -44,9 +44,9 @@ def fold(
         return torch.stack([fold(f"{name}[{i}]", expert, spec) for i, expert in enumerate(weight)])
     largest = _amax(name, weight) if amax is None else _checked_amax(name, amax)
     if isinstance(spec, Recipe):
-        from loadstone.quantization.quantize import quantize_weight
+        from loadstone.quantization.quantize import dense, quantize_weight
 
-        return quantize_weight(weight, spec.scheme).dequantize().to(weight.dtype)
+        return dense(quantize_weight(weight, spec.scheme)).to(weight.dtype)
     if isinstance(spec, Own):
         raise ValueError(f"tensor '{name}' is folded by its own quantizer")
     step = _step(spec, largest)
