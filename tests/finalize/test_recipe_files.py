@@ -15,7 +15,8 @@ from loadstone.errors import ArtifactError, UsageError
 from loadstone.finalize import finalize, make_plan
 from loadstone.quantization import RECIPES, MixedRecipe, parse_recipe, read_recipe
 
-RECIPE_FILES = sorted((Path(__file__).resolve().parents[2] / "recipes").glob("*.yaml"))
+SHIPPED = (Path(__file__).resolve().parents[2] / "recipes").glob("*.yaml")
+RECIPE_FILES = sorted(file for file in SHIPPED if re.search("^default:", file.read_text(), re.M))
 TOKENS = torch.arange(3, 35)[None]
 MIXED = """\
 default: intx4-weight-only
