@@ -161,6 +161,55 @@ def test_inputs_of_fused_experts(
     assert not torch.allclose(logits(ours), logits(load(tmp_path / "out")), atol=2e-3)
 
 
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("kind", ["gpt-oss", "nemotron-h"])
+def test_inputs_of_experts_of_other_shapes(kind: str, implementation: str) -> None:
+    """Transposed weights with biases and a gate of their own; and none at all."""
+    from transformers.models.gpt_oss.modeling_gpt_oss import GptOssConfig, GptOssExperts
+    from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHConfig, NemotronHExperts
+
+    from loadstone.fakequant.inputs import change_inputs
+
+    torch.manual_seed(3)
+    if kind == "gpt-oss":
+        config = GptOssConfig(hidden_size=32, intermediate_size=64, num_local_experts=3)
+        experts, first = GptOssExperts(config), "gate_up_proj"
+    else:
+        config = NemotronHConfig(hidden_size=32, moe_intermediate_size=64, n_routed_experts=3)
+        experts, first = NemotronHExperts(config), "up_proj"
+    for parameter in experts.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    config._experts_implementation = implementation
+    model = torch.nn.ModuleDict({"experts": experts})
+    x, index, weights = torch.randn(5, 32), torch.tensor([[0, 1]] * 4 + [[1, 2]]), torch.rand(5, 2)
+    plain = experts(x, index, weights)
+    seen: dict[str, list[torch.Tensor]] = {}
+
+    def doubled(name: str, x: torch.Tensor) -> torch.Tensor:
+        seen.setdefault(name, []).append(x)
+        return 2 * x
+
+    names = [f"experts.{w}_input_quantizer" for w in (first, "down_proj")]
+    with torch.no_grad():
+        undo = change_inputs(model, {n: lambda x, n=n: doubled(n, x) for n in names})  # type: ignore[misc]
+        experts(x, index, weights)
+        undo()
+        before, between = (torch.cat(seen[name]) for name in names)
+        assert torch.equal(before, x) and between.shape == (10, 64)
+        middle = []
+        for token, chosen in enumerate(index.tolist()):
+            for e in chosen:
+                if kind == "gpt-oss":
+                    up = 2 * x[token] @ experts.gate_up_proj[e] + experts.gate_up_proj_bias[e]
+                    middle.append(experts._apply_gate(up))
+                else:
+                    middle.append(experts.act_fn(2 * experts.up_proj[e] @ x[token]))
+        wanted = torch.stack(middle).norm(dim=-1).sort().values
+        assert torch.allclose(between.norm(dim=-1).sort().values, wanted, rtol=1e-4)
+        assert torch.equal(experts(x, index, weights), plain)
+        assert config._experts_implementation == implementation
+
+
 def test_experts_of_one_layer_share_a_format(make_model: Callable[..., Path], tmp_path: Path) -> None:
     rules = tmp_path / "rules.yaml"
     rules.write_text("format: mxfp8\nrules: [{match: experts.2.down_proj, format: none}]")

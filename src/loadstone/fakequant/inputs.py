@@ -24,6 +24,8 @@ Change = Callable[["torch.Tensor"], "torch.Tensor"]
 def input_modules(model: Any, quantizers: list[str]) -> dict[str, Any]:
     """The module in ``model`` whose input each ``<module>.input_quantizer`` is about; names are a
     checkpoint's."""
+    if not quantizers:
+        return {}
     from loadstone.loading.meta import destinations
 
     weights = {q: f"{q.removesuffix(f'.{INPUT}')}.weight" for q in quantizers}
