@@ -65,6 +65,26 @@ def test_kernel_against_float64_to_1e_12() -> None:
     assert torch.allclose(got["kl_reverse"], (lq.exp() * (lq - lp)).sum(-1), rtol=1e-12)
 
 
+def test_logits_of_a_few_rows_at_a_time(model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory is O(chunk x vocabulary): the context may be as long as it likes."""
+    other = noisy(model)
+    stream = tokenize(read_corpus(limit=2), tokenizer)
+    protocol = make_protocol(stream, dtype="float32", longest=128)
+    whole = run(model, other, stream, protocol)
+    held: list[int] = []
+    real = diverge
+
+    def spy(p: torch.Tensor, q: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
+        held.append(len(p))
+        return real(p, q, targets)
+
+    monkeypatch.setattr("loadstone.evaluation.divergence.diverge", spy)
+    monkeypatch.setattr("loadstone.evaluation.divergence.chunk_rows", lambda model, device: 40)
+    chunked = run(model, other, stream, protocol)
+    assert max(held) == 10 and len(held) > 100
+    assert np.allclose(chunked["kl"], whole["kl"], rtol=1e-3, atol=1e-7)
+
+
 def test_masked_tokens() -> None:
     p = torch.tensor([[0.0, 1.0, -torch.inf]])
     same = diverge(p, p.clone(), torch.tensor([0]))

@@ -3,6 +3,7 @@ gates."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -25,6 +26,7 @@ from loadstone.evaluation.store import open_store
 from loadstone.evaluation.task import Task, make_task
 from loadstone.evaluation.tasks import TaskScore, task_records
 
+log = logging.getLogger(__name__)
 _PATIENCE = 5.0
 
 
@@ -82,7 +84,10 @@ def evaluate(options: Options, bar: Bar = no_bar) -> Outcome:
     store = open_store(options.cache or DEFAULT_CACHE) if options.cache or options.resume else None
     with joined() as ranks, ThreadPoolExecutor(1) as pool:
         subjects = choose_subjects(options, ranks.device(options.device), referenced=saved is not None)
-        options = replace(options, stream=choose_streaming(subjects, options))
+        streams = choose_streaming(subjects, options)
+        if streams and options.compile:
+            log.warning("--compile has no effect on models that are streamed layer by layer")
+        options = replace(options, stream=streams, compile=options.compile and not streams)
         # The text is read and tokenized while the first model loads.
         making = pool.submit(make_task, options, subjects)
         bench = Bench(options, making, store, ranks, bar)
