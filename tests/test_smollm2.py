@@ -63,3 +63,29 @@ def test_memory_loadstone_and_stock_agree_in_every_bit(
         assert torch.equal(loadstone.load(path)(tokens).logits, expected)
     assert torch.equal(stock_logits[recipe], expected)
     assert expected.isfinite().all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("recipe", ["int8-dynamic-act-int4-weight", "int8-dynamic-act-int8-weight"])
+def test_fast_evaluation_rounds_activations_to_the_same_levels(
+    smollm2: Path, quantize_to: Callable[..., Path], recipe: str, threads: int
+) -> None:
+    """Where activations are rounded, a last digit would grow to a whole level: hidden states must be equal in
+    every bit to those of torchao's own arithmetic, in batches of any shape."""
+    from loadstone.evaluation.fastpath import speed_up
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        path = quantize_to(smollm2, recipe)
+        plain, fast = (loadstone.load(path, dtype="float32") for _ in range(2))
+        speed_up(fast)
+        generator = torch.Generator().manual_seed(1)
+        for shape in ((1, 40), (3, 77), (2, 512)):
+            tokens = torch.randint(0, 40000, shape, generator=generator)
+            with torch.no_grad():
+                expected, got = (m.model(tokens, use_cache=False).last_hidden_state for m in (plain, fast))
+            assert torch.equal(got, expected), shape
+    finally:
+        torch.set_num_threads(before)

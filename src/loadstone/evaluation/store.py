@@ -18,7 +18,7 @@ from loadstone.evaluation.scoring import Values
 from loadstone.evaluation.tokens import Protocol
 
 # Raise when a change to scoring changes a number: older entries are then no longer found.
-SCORING_VERSION = 1
+SCORING_VERSION = 2
 
 
 @dataclass(frozen=True)
