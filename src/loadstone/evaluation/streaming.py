@@ -7,6 +7,7 @@ the next is read). The operations are those of the resident model in the same or
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -25,6 +26,8 @@ from loadstone.loading.streamed import StreamedModel
 log = logging.getLogger(__name__)
 # Of free memory: for the hidden states of a round; and what weights may take before they are streamed.
 _STATES_SHARE, _WEIGHTS_SHARE = 0.25, 0.8
+# Seconds between two words on how far a round is: the bar moves at its end only.
+_SAY_EVERY = 20.0
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -58,7 +61,7 @@ class StreamedLm:
         """Hidden states (B, L, H) for each of the ids (B, L), layer by layer for all of them."""
         states, calls = zip(*(self._enter(ids) for ids in many), strict=True)
         now = list(states)
-        log.debug("%d batches through %d layers", len(now), len(self.source))
+        said = time.perf_counter()
         with ThreadPoolExecutor(1) as pool, flat_attention():
             coming = pool.submit(self._layer, 0)
             for index in range(len(self.source)):
@@ -71,6 +74,9 @@ class StreamedLm:
                     self._tuples = isinstance(out, tuple)
                     now[batch] = out[0] if self._tuples else out
                 del layer
+                if time.perf_counter() - said > _SAY_EVERY:
+                    said = time.perf_counter()
+                    log.info("layer %d of %d, %d batches", index + 1, len(self.source), len(now))
         for batch, ids in enumerate(many):
             yield self._leave(ids, now[batch])
             now[batch] = ids  # let go of the states
