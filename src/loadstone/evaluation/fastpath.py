@@ -37,7 +37,7 @@ from loadstone.evaluation.products import (
     Product,
     Rounding,
 )
-from loadstone.evaluation.rounding import Shared, int8_asymmetric, int8_rows, mx_round_trip
+from loadstone.evaluation.rounding import Shared, int8_round_trip, int8_rows, mx_round_trip
 
 log = logging.getLogger(__name__)
 # Rows of the probes: more than the 16 that some integer kernels ask for, a single one, and many.
@@ -187,8 +187,13 @@ def _replacement(module: nn.Linear) -> nn.Module | None:
     weight: Any = module.weight
     match type(weight).__name__:
         case "IntxUnpackedToInt8Tensor":
+            from torchao.quantization.quantize_.workflows.intx import intx_unpacked_to_int8_tensor as intx
+
             dynamic = weight.activation_quantization is not None
-            rounding = int8_asymmetric(weight.device, weight.dtype) if dynamic else None
+            rounding: Rounding | None = None
+            if dynamic:
+                on_cpu = weight.device.type == "cpu"
+                rounding = int8_round_trip if on_cpu else intx._apply_int8_act_asym_per_token_quant_dequant
             return Kept(weight.dequantize(), module.bias, rounding)
         case "NVFP4Tensor" if weight.act_quant_kwargs is None:
             return Kept(weight.dequantize(weight.orig_dtype), module.bias)

@@ -14,13 +14,12 @@ _HALF_RANGE = 127.5
 
 
 def int8_round_trip(x: torch.Tensor) -> torch.Tensor:
-    """x (..., in) rounded to int8 per token, asymmetrically, and back: in place, and on a CPU a few rows at a
-    time, so that the passes run out of the cache."""
+    """x (..., in) rounded to int8 per token, asymmetrically, and back: in place and on a few rows at a time,
+    so that the passes run out of the cache."""
     rows = x.reshape(-1, x.shape[-1])
     out = torch.empty_like(rows)
     # A compiler makes one pass of it all; pieces would only be unrolled.
-    whole = x.device.type != "cpu" or torch.compiler.is_compiling()
-    at_once = max(1, len(rows) if whole else _CACHED_ELEMENTS // x.shape[-1])
+    at_once = max(1, len(rows) if torch.compiler.is_compiling() else _CACHED_ELEMENTS // x.shape[-1])
     for some, rounded in zip(rows.split(at_once), out.split(at_once), strict=True):
         # Two reductions: `aminmax` is ten times slower than both.
         low, high = some.amin(-1, keepdim=True).clamp_(max=0), some.amax(-1, keepdim=True).clamp_(min=0)
@@ -29,16 +28,6 @@ def int8_round_trip(x: torch.Tensor) -> torch.Tensor:
         torch.mul(some, 1.0 / scale, out=rounded)
         rounded.round_().add_(zero).clamp_(-128, 127).sub_(zero).mul_(scale)
     return out.reshape(x.shape)
-
-
-@lru_cache
-def int8_asymmetric(device: torch.device, dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
-    """`int8_round_trip` where it gives torchao's bits, else torchao's own."""
-    from torchao.quantization.quantize_.workflows.intx import intx_unpacked_to_int8_tensor as intx
-
-    theirs: Callable[[torch.Tensor], torch.Tensor] = intx._apply_int8_act_asym_per_token_quant_dequant
-    probe = torch.randn(64, 256, generator=torch.Generator().manual_seed(0)).to(device, dtype)
-    return int8_round_trip if torch.equal(int8_round_trip(probe), theirs(probe)) else theirs
 
 
 def int8_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
