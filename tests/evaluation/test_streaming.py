@@ -110,6 +110,10 @@ def test_chosen_when_memory_is_short(
         options = Options((str(model_dir), str(worse_dir)), divergence=kl, device="cpu")
         assert choose_streaming(choose_subjects(options, "cpu"), options) is streams
         assert choose_streaming(choose_subjects(options, "cpu"), replace(options, stream=False)) is False
+    # Four processes of one machine hold four copies.
+    monkeypatch.setattr("loadstone.evaluation.streaming.free_bytes", lambda device: 4 * size)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert choose_streaming(choose_subjects(options, "cpu"), options)
     assert "model and reference do not fit the memory here: streamed layer by layer" in caplog.text
 
 

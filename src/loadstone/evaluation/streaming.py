@@ -7,6 +7,7 @@ the next is read). The operations are those of the resident model in the same or
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +21,7 @@ from loadstone.artifact.detect import FAKEQUANT
 from loadstone.evaluation.fastpath import FastPath, free_bytes, speed_up, speed_up_layer
 from loadstone.evaluation.head import Halves, divide, flat_attention
 from loadstone.loading import LoadPlan
-from loadstone.loading.plan import FROM_PRETRAINED
+from loadstone.loading.plan import NATIVE, NATIVE_QUANTIZED
 from loadstone.loading.streamed import StreamedModel
 
 log = logging.getLogger(__name__)
@@ -145,7 +146,7 @@ def can_stream(plan: LoadPlan) -> bool:
     """Whether an artifact's layers can be read one at a time: its own tensors, and nothing hooked into them."""
     artifact = plan.artifact
     return (
-        plan.load_path != FROM_PRETRAINED
+        plan.load_path in (NATIVE, NATIVE_QUANTIZED)
         and artifact.kind != FAKEQUANT
         and artifact.weights.format == "safetensors"
     )
@@ -153,7 +154,9 @@ def can_stream(plan: LoadPlan) -> bool:
 
 def must_stream(plans: Sequence[LoadPlan], devices: Sequence[torch.device]) -> bool:
     """Whether these models, held at once, take more than most of the devices' free memory together."""
-    need = sum(_bytes(plan) for plan in plans)
+    # Processes of one machine share its memory; a GPU is one process's.
+    sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if devices[0].type == "cpu" else 1
+    need = sharing * sum(_bytes(plan) for plan in plans)
     return need > _WEIGHTS_SHARE * sum(map(free_bytes, devices))
 
 
