@@ -91,6 +91,8 @@ def arguments(out: Path, **more: Any) -> TrainingArguments:
         weight_decay=0.1,
         optim="adamw_torch_fused",
         bf16=torch.cuda.is_available(),
+        # It goes into the checkpoints' config, and a model without its cache writes slowly.
+        use_cache=True,
         dataloader_num_workers=4 if torch.cuda.is_available() else 0,
         report_to=[],
         disable_tqdm=True,

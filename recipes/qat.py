@@ -58,7 +58,6 @@ def main() -> None:
 
     if not options.control:
         prepare(model, options.recipe)
-    model.config.use_cache = False
     settings = arguments(
         options.out / "trainer",
         max_steps=options.steps,
@@ -72,7 +71,6 @@ def main() -> None:
     common = {"model": model, "args": settings, "train_dataset": rows, "data_collator": default_data_collator}
     (Trainer(**common) if teacher is None else Distiller(teacher, **common)).train()
 
-    model.config.use_cache = True
     model.to(device="cpu", dtype=stored).save_pretrained(options.out)
     tokenizer.save_pretrained(options.out)
     if options.control:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import lzma
 from pathlib import Path
 
 import pytest
@@ -76,12 +77,25 @@ def test_directory_of_files(tmp_path: Path) -> None:
     assert read_corpus(str(tmp_path)).documents == ("first", "second")
 
 
-def test_sample_is_enough_for_a_bootstrap() -> None:
-    corpus = read_corpus()
-    assert len(corpus.documents) == 96
-    assert corpus.bytes > 250_000
-    assert all(1_000 < len(d) < 6_000 for d in corpus.documents)
-    assert read_corpus(limit=5).documents == corpus.documents[:5]
+def test_texts_of_the_package() -> None:
+    sample, stories, austen = (read_corpus(name) for name in ("sample", "stories", "austen"))
+    assert sample == read_corpus() and len(sample.documents) == 240 and sample.bytes > 300_000
+    assert stories.documents[:240] == sample.documents and len(stories.documents) == 3277
+    assert len(set(stories.documents)) == 3277 and all(d.isascii() for d in stories.documents)
+    assert len(austen.documents) == 96 and austen.bytes > 250_000
+    assert read_corpus(limit=5).documents == sample.documents[:5]
+
+
+def test_compressed_text(tmp_path: Path) -> None:
+    file = tmp_path / "a.txt.xz"
+    file.write_bytes(lzma.compress(b"one\n\f\ntwo\n"))
+    assert read_corpus(str(file)).documents == ("one", "two")
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(UsageError, match="not a whole xz file"):
+        read_corpus(str(file))
+    (tmp_path / "b.csv.xz").write_bytes(b"")
+    with pytest.raises(UsageError, match=r"only \.txt\.xz"):
+        read_corpus(str(tmp_path / "b.csv.xz"))
 
 
 @pytest.mark.parametrize(

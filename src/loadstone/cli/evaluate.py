@@ -92,7 +92,7 @@ def evaluate(
         typer.Option(
             metavar="PATH|NAME",
             help="Text: .txt .jsonl .json .csv .parquet, a directory, a dataset's "
-            "name[:config], or [bold]sample[/] (in the package).",
+            "name[:config], or in the package: [bold]sample[/], [bold]stories[/], [bold]austen[/].",
             rich_help_panel=TEXT,
         ),
     ] = "sample",

@@ -16,7 +16,9 @@ from typing import Any
 
 from loadstone.errors import ArtifactError, MissingError, UsageError
 
-SAMPLE = "sample"
+# In the package: all held-out stories (1.02M tokens of builtin:tiny-llama), the first of them, and older prose.
+STORIES, SAMPLE, AUSTEN = "stories", "sample", "austen"
+_SAMPLE_STORIES = 240
 DEFAULT_COLUMN = "text"
 DOCUMENT_BREAK = "\f"
 _MARKERS = ("state.json", "dataset_info.json", "dataset_dict.json")
@@ -45,8 +47,9 @@ def read_corpus(
 ) -> Corpus:
     """Read the first ``limit`` non-blank documents of ``data``.
 
-    ``data`` is ``"sample"``, a file (.txt, .jsonl, .json, .parquet, .csv), a directory that holds such
-    files or that ``datasets`` saved, or a dataset's hub name (``owner/name`` or ``owner/name:config``).
+    ``data`` is one of the package's texts (``"sample"``, ``"stories"``, ``"austen"``), a file (.txt, .jsonl,
+    .json, .parquet, .csv; .txt.xz too), a directory that holds such files or that ``datasets`` saved, or a
+    dataset's hub name (``owner/name`` or ``owner/name:config``).
     ``column`` names the text column of tables (default ``text``). Raises UsageError for an unknown suffix,
     a missing column or empty text, MissingError for a dataset that cannot be had here.
     """
@@ -65,9 +68,12 @@ def read_corpus(
 
 
 def _documents(data: str, column: str, split: str | None) -> Iterator[str]:
-    if data == SAMPLE:
-        packed = files("loadstone").joinpath("data", "austen.txt.xz").read_bytes()
-        yield from _split(lzma.decompress(packed).decode())
+    if data in (SAMPLE, STORIES, AUSTEN):
+        file = f"{AUSTEN if data == AUSTEN else STORIES}.txt.xz"
+        packed = files("loadstone").joinpath("data", file).read_bytes()
+        yield from itertools.islice(
+            _split(lzma.decompress(packed).decode()), _SAMPLE_STORIES if data == SAMPLE else None
+        )
         return
     path = Path(data).expanduser()
     if path.is_dir():
@@ -109,6 +115,15 @@ def _split(text: str) -> Iterator[str]:
 
 def _txt(path: Path, column: str) -> Iterator[str]:
     yield from _split(path.read_text(encoding="utf-8"))
+
+
+def _xz(path: Path, column: str) -> Iterator[str]:
+    if path.with_suffix("").suffix.lower() != ".txt":
+        raise UsageError(f"cannot read {path}: of compressed files only .txt.xz is known")
+    try:
+        yield from _split(lzma.decompress(path.read_bytes()).decode())
+    except lzma.LZMAError as error:
+        raise UsageError(f"{path} is not a whole xz file: {error}") from None
 
 
 def _jsonl(path: Path, column: str) -> Iterator[str]:
@@ -225,6 +240,7 @@ def _known() -> str:
 
 _READERS: dict[str, Callable[[Path, str], Iterator[str]]] = {
     ".txt": _txt,
+    ".xz": _xz,
     ".jsonl": _jsonl,
     ".json": _json,
     ".csv": _csv,
