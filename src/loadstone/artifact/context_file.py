@@ -22,14 +22,19 @@ from loadstone.errors import ArtifactError
 CONTEXT_JSON = "context.json"
 CONTEXT_TENSORS = "context.safetensors"
 FORMAT_VERSION = 1
-PFN, PREFIX = "pfn", "llm-prefix"
-KINDS = (PFN, PREFIX)
+PFN, TABPFN, PREFIX = "pfn", "tabpfn", "llm-prefix"
+KINDS = (PFN, TABPFN, PREFIX)
 # Those that predict a column of a table.
-TABLE_KINDS = (PFN,)
+TABLE_KINDS = (PFN, TABPFN)
 # What a context of each kind is called, what it needs and what it is for.
-KIND_NAMES = {PFN: "a fitted table (PFN)", PREFIX: "a language-model prefix"}
+KIND_NAMES = {
+    PFN: "a fitted table (PFN)",
+    TABPFN: "a fitted TabPFN estimator",
+    PREFIX: "a language-model prefix",
+}
 KIND_USES = {
     PFN: "Use it with predict, or with eval --data on a table",
+    TABPFN: "Use it with predict or eval --data on a table, or loadstone.load_context in Python",
     PREFIX: "Use it with eval on text or --tasks, or loadstone.load_context in Python",
 }
 # A directory may hold notes of its owner's; what a loader could be tricked into running has no place in it.
@@ -188,11 +193,13 @@ def _refuse_planted(directory: Path) -> None:
 
 
 _COMMON_KEYS: dict[str, type] = {"base": dict, "cache": dict, "numerics": dict, "files": dict}
+_TABLE_KEYS: dict[str, type] = {
+    "task": str, "rows": int, "features": int, "schema": dict, "classes": list, "encoder": dict,
+    "contains_training_labels": bool,
+}  # fmt: skip
 _KIND_KEYS: dict[str, dict[str, type]] = {
-    PFN: {
-        "task": str, "rows": int, "features": int, "schema": dict, "classes": list, "encoder": dict,
-        "contains_training_labels": bool,
-    },
+    PFN: _TABLE_KEYS,
+    TABPFN: _TABLE_KEYS | {"packages": dict, "estimator": dict},
     PREFIX: {"prompt": dict, "tokenizer": dict, "layers": list, "contains_prompt": bool},
 }  # fmt: skip
 _RECOPY = "Copy the directory again, or fit the context again"

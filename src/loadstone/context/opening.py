@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loadstone.artifact.context_file import CONTEXT_JSON, PREFIX, context_kind
+from loadstone.artifact.context_file import CONTEXT_JSON, PREFIX, TABPFN, context_kind
 from loadstone.errors import UsageError
 
 if TYPE_CHECKING:
@@ -15,12 +15,13 @@ if TYPE_CHECKING:
 
 def load_context(
     path: str | Path, base: Any = None, *, device: str | None = None, **options: Any
-) -> TrainingContext | PrefixCache:
+) -> TrainingContext | PrefixCache | Any:
     """A context from its directory, bound to its base model and checked against everything it recorded.
 
     ``base`` is a loaded model or a directory; without it the recorded one is taken, or one already loaded with the
     right fingerprint. ``device``: auto, cpu, cuda, cuda:N. A PFN's context comes as a `TrainingContext`, a language
-    model's prefix as a transformers cache (`PrefixCache`; ``options``: ``tokenizer``, ``share``, see `load_prefix`).
+    model's prefix as a transformers cache (`PrefixCache`; ``options``: ``tokenizer``, ``share``, see `load_prefix`), a
+    TabPFN estimator as that estimator.
     Raises `CorruptContext`, `FormatUnsupported`, `UnsafeContent`, `BaseMismatch`, `ArchitectureMismatch`,
     `TokenizerMismatch`, `RecipeMismatch` or `ProbeFailed` (all `ArtifactError`), or `MissingError` for a base that is
     not here.
@@ -33,6 +34,10 @@ def load_context(
         from loadstone.context.prefix_store import load_prefix
 
         return load_prefix(directory, base, device=device, **options)
+    if kind == TABPFN:
+        from loadstone.context import tabpfn
+
+        return tabpfn.load(directory, base=base, device=device or "auto", **options)
     from loadstone.context.store import load_table_context
 
     return load_table_context(directory, base, device=device, **options)

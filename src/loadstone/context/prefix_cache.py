@@ -13,13 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import (
-    Cache,
-    DummyLayer,
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
-    LinearAttentionLayer,
-)
+from transformers import cache_utils
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
 from loadstone.context.prefix_attention import MARK, NAME
 from loadstone.context.stored_states import Stored, keep
@@ -247,7 +242,8 @@ class PrefixCache(Cache):
         made: list[Any] = []
         for state in prefix.layers:
             if state.kind == EMPTY:
-                made.append(DummyLayer())
+                # Layers without a cache of their own have a class from transformers 5.18 on.
+                made.append(getattr(cache_utils, "DummyLayer", DynamicLayer)())
             else:
                 made.append(
                     {FULL: SharedLayer, SLIDING: SlidingLayer, LINEAR: LinearLayer}[state.kind](state, self)
@@ -341,7 +337,7 @@ def capture(cache: Cache, rows: int, kind: str) -> tuple[LayerState, ...]:
 
 def _captured(layer: Any, number: int, rows: int, kind: str) -> LayerState:
     # Exact types: a subclass keeps more than its parent does.
-    if type(layer) is DummyLayer:
+    if type(layer).__name__ == "DummyLayer":
         return LayerState(EMPTY, rows)
     if type(layer) is DynamicLayer or type(layer) is DynamicSlidingWindowLayer:
         window = getattr(layer, "sliding_window", None)

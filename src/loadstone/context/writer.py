@@ -14,12 +14,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from loadstone import __version__
 from loadstone.artifact.context_file import CONTEXT_JSON, CONTEXT_TENSORS, FORMAT_VERSION, digest, is_context
 from loadstone.artifact.manifest import sha256_file
+from loadstone.context.fingerprint import tensor_bytes
 from loadstone.errors import UsageError
 from loadstone.quantization.flatten import dtype_name
 
@@ -85,7 +85,6 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(raw)) + raw)
         for _, tensor in ordered:
-            content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-            file.write(content.data)
+            file.write(tensor_bytes(tensor))
         file.flush()
         os.fsync(file.fileno())
