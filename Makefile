@@ -8,7 +8,7 @@ MODEL  := .cache/models/smollm2-135m
 # Without a GPU the CPU build of torch; it must be there before anything that depends on torch.
 TORCH  ?= torch==2.13.0
 
-.PHONY: setup demo test test-slow test-modelopt test-vllm bench lint format clean
+.PHONY: setup demo three-way test test-slow test-modelopt test-vllm bench lint format clean
 
 setup: $(READY)
 
@@ -22,8 +22,12 @@ $(READY): pyproject.toml
 $(MODEL)/config.json: | $(READY)
 	$(PY) recipes/smollm2.py $(MODEL)
 
-demo: $(READY) $(MODEL)/config.json
-	PATH="$(CURDIR)/$(BIN):$$PATH" sh recipes/demo.sh $(MODEL)
+demo: $(READY)
+	PATH="$(CURDIR)/$(BIN):$$PATH" sh recipes/demo.sh
+
+# bf16 against quantized after training and trained for quantization (docs/three-way.md). On a CPU: few steps, an hour.
+three-way: $(READY)
+	$(PY) recipes/three_way.py --train recipes/data/stories-train.txt.xz --heldout stories -o .cache/three-way $(THREE_WAY)
 
 test: $(READY) $(MODEL)/config.json
 	$(PY) -m pytest

@@ -149,8 +149,10 @@ class Sampler:
         return graph.replay
 
     @torch.inference_mode()
-    def run(self, queue: Iterator[Request], seconds: float) -> Iterator[tuple[Request, str, bool]]:
-        """Requests, their stories and whether the model ended them itself, for so many seconds."""
+    def run(
+        self, queue: Iterator[Request], seconds: float = math.inf, stories: float = math.inf
+    ) -> Iterator[tuple[Request, str, bool]]:
+        """Requests, their stories and whether the model ended them itself, for so many seconds or stories."""
         step = self._captured()
         # All slots pass the prefix together, then hold requests.
         self.position.zero_()
@@ -162,7 +164,7 @@ class Sampler:
         held = [next(queue) for _ in range(self.options.slots)]
         self._fill(list(range(self.options.slots)), held)
         begin, finished, found = time.monotonic(), 0, []
-        while time.monotonic() - begin < seconds:
+        while time.monotonic() - begin < seconds and finished < stories:
             for _ in range(self.options.every):
                 step()
             slots = self.done.nonzero()[:, 0].tolist()
