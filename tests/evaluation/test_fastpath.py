@@ -120,6 +120,20 @@ def test_integer_products_of_the_cpu(
         assert torch.equal(fast(input_ids=ids).logits, model(input_ids=ids).logits)
 
 
+def test_weight_only_becomes_plain_linears(model_factory: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torchao.quantization import quantize_
+
+    monkeypatch.setattr("loadstone.evaluation.fastpath._amd", lambda: False)
+    model = model_factory(hidden_size=64)
+    quantize_(model.model, configs()["int2"])
+    ids = torch.randint(0, 400, (3, 50), generator=torch.Generator().manual_seed(1))
+    expected = model(input_ids=ids).logits
+    modules = len(list(model_factory(hidden_size=64).modules()))
+    assert speed_up(model).kept == 14 and len(list(model.modules())) == modules
+    assert type(model.model.layers[0].mlp.down_proj.weight.data) is torch.Tensor
+    assert torch.equal(model(input_ids=ids).logits, expected)
+
+
 def test_a_replacement_that_differs_is_not_used(model_factory: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from torchao.quantization import quantize_
 

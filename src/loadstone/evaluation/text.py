@@ -69,8 +69,11 @@ def read_corpus(
 
 def _documents(data: str, column: str, split: str | None) -> Iterator[str]:
     if data in (SAMPLE, STORIES, AUSTEN):
-        file = f"{AUSTEN if data == AUSTEN else STORIES}.txt.xz"
-        packed = files("loadstone").joinpath("data", file).read_bytes()
+        packed = (
+            files("loadstone")
+            .joinpath("data", f"{AUSTEN if data == AUSTEN else STORIES}.txt.xz")
+            .read_bytes()
+        )
         yield from itertools.islice(
             _split(lzma.decompress(packed).decode()), _SAMPLE_STORIES if data == SAMPLE else None
         )
