@@ -69,11 +69,8 @@ def read_corpus(
 
 def _documents(data: str, column: str, split: str | None) -> Iterator[str]:
     if data in (SAMPLE, STORIES, AUSTEN):
-        packed = (
-            files("loadstone")
-            .joinpath("data", f"{AUSTEN if data == AUSTEN else STORIES}.txt.xz")
-            .read_bytes()
-        )
+        name = AUSTEN if data == AUSTEN else STORIES
+        packed = files("loadstone").joinpath("data", f"{name}.txt.xz").read_bytes()
         yield from itertools.islice(
             _split(lzma.decompress(packed).decode()), _SAMPLE_STORIES if data == SAMPLE else None
         )
