@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 import shutil
 from collections.abc import Callable
@@ -27,13 +26,12 @@ from loadstone.finalize.smooth import Inputs, awq_scale, find_folds, smooth_scal
 from loadstone.loading.source import SourceReader
 from loadstone.quantization.flatten import flatten, torch_dtype
 from loadstone.quantization.quantize import dense, quantize_scaled, quantize_weight
+from loadstone.quantization.rounding import least_squares_weight
 from loadstone.quantization.schemes import CALIBRATED, rounding_of, scales_inputs
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
-
-log = logging.getLogger(__name__)
 
 _SCALES = {"awq": awq_scale, "smoothquant": smooth_scale}
 
@@ -151,7 +149,7 @@ def _round_layer(
             )
     rounded = {f"{name}.weight" for name in wanted}
     before = {name: p.detach().clone() for name, p in layer.named_parameters() if name not in rounded}
-    folded = _fold_scales(layer, wanted, inputs, lambda: _run(layer, hidden[0], call, device))
+    scales = _fold_scales(layer, wanted, inputs, lambda: _run(layer, hidden[0], call, device))
     parts: dict[str, torch.Tensor] = {}
     for name, step in wanted.items():
         assert step.scheme is not None
@@ -163,6 +161,10 @@ def _round_layer(
         elif scales_inputs(step.scheme):
             scale = _SCALES[algorithm](inputs[name], [(weight, step.scheme)])
             tensor = quantize_scaled(weight, step.scheme, scale)
+        elif algorithm == "awq" and (moment := inputs[name].moment) is not None:
+            # The paper's clipping: each group's range is what changes the outputs least.
+            matters = moment.diagonal() / scales[name].square() if name in scales else moment.diagonal()
+            tensor = least_squares_weight(weight, step.scheme, matters)  # type: ignore[arg-type]
         else:
             tensor = quantize_weight(weight, step.scheme)
         _, made = flatten(step.name, tensor)
@@ -175,7 +177,6 @@ def _round_layer(
     partial = file.with_suffix(f".{os.getpid()}.partial")
     save_file(parts, partial)
     partial.replace(file)
-    log.debug("%s: scales folded into %s", file.name, ", ".join(folded) or "nothing")
 
 
 def _weight(layer: torch.nn.Module, name: str, step: Step) -> torch.Tensor:
@@ -189,8 +190,8 @@ def _fold_scales(
     wanted: dict[str, Step],
     inputs: dict[str, Inputs],
     run: Callable[[], torch.Tensor],
-) -> list[str]:
-    """Scale the columns of Linears whose tensors cannot scale their inputs; returns the modules that took it over."""
+) -> dict[str, torch.Tensor]:
+    """Scale the columns of Linears whose tensors cannot scale their inputs, and fold that; returns scales by Linear."""
     names = [n for n, s in wanted.items() if rounding_of(s.scheme) in _SCALES and not scales_inputs(s.scheme)]
     chosen = []
     for fold in find_folds(layer, names, run, list(wanted)) if names else []:
@@ -208,7 +209,7 @@ def _fold_scales(
     # All scales are chosen on the weights as they came.
     for fold, scale in chosen:
         fold.apply(layer, scale)
-    return [fold.before for fold, _ in chosen]
+    return {name: scale for fold, scale in chosen for name in fold.linears}
 
 
 def _watched(

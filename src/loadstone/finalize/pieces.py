@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 # Elements quantized or cast at once: bounds the float32 temporaries, whatever the tensor's size. A GPU needs more of
 # them to be busy.
-BLOCK = 1 << 22
+BLOCK = 1 << 18
 GPU_BLOCK = 1 << 25
 
 
@@ -48,6 +48,8 @@ def pieces(
         for start in range(0, flat.numel(), BLOCK):
             yield step.name, flat[start : start + BLOCK].to(target), start * target.itemsize
         return
+    import torch
+
     assert step.scheme is not None
     fused = len(step.sources) > 1 or tensor.dim() > 2
     tensor = tensor.flatten(0, -2)
@@ -58,7 +60,8 @@ def pieces(
     offsets = {o.name: o.nbytes * before // rows_in_all for o in step.outputs}
     for start in range(0, tensor.shape[0], block):
         rows = tensor[start : start + block].to(device)
-        if not rows.isfinite().all():
+        # Minimum and maximum keep a NaN, and take a tenth of the time of looking at every value.
+        if not torch.stack(torch.aminmax(rows)).isfinite().all():
             source = step.sources[number]
             raise ArtifactError(
                 f"{source.file}: tensor '{source.name}' holds NaN or infinity and cannot be quantized",

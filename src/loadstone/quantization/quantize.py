@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from loadstone.errors import MissingError
 from loadstone.quantization.flatten import flatten
-from loadstone.quantization.rounding import least_squares_weight
+from loadstone.quantization.rounding import least_squares_weight, plain_weight
 from loadstone.quantization.schemes import (
     Float8DynActFloat8Weight,
     Float8WeightOnly,
@@ -33,8 +33,11 @@ def quantize_weight(weight: torch.Tensor, scheme: Scheme) -> torch.Tensor:
     import torch
     from torchao.quantization import quantize_
 
-    if isinstance(scheme, Int8DynActIntxWeight | IntxWeightOnly) and rounding_of(scheme) == "mse":
-        return least_squares_weight(weight, scheme)
+    if isinstance(scheme, Int8DynActIntxWeight | IntxWeightOnly):
+        if rounding_of(scheme) == "mse":
+            return least_squares_weight(weight, scheme)
+        if rounding_of(scheme) != "hqq" and weight.device.type == "cpu":
+            return plain_weight(weight, scheme)
     linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     linear.weight = torch.nn.Parameter(weight, requires_grad=False)
     quantize_(linear, to_torchao(scheme))
@@ -75,8 +78,11 @@ def row_block(scheme: Scheme, shape: tuple[int, ...], elements: int) -> int:
             tile = 1
         case Int8WeightOnly(granularity="row") | Int8DynActInt8Weight(granularity="row"):
             tile = 1
-        case Float8WeightOnly(granularity="row") | Float8DynActFloat8Weight(granularity="row"):
+        case Float8WeightOnly(granularity="row"):
             tile = 1
+        case Float8DynActFloat8Weight(granularity="row"):
+            # torchao passes over weights whose sides are no multiple of 16.
+            tile = 16
         case MxDynActMxWeight():
             tile = 128
         case _:

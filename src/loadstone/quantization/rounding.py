@@ -48,10 +48,16 @@ def plain_scales(
     from torchao.quantization.quant_primitives import MappingType, choose_qparams_affine
 
     symmetric = scheme.mapping == "symmetric"
+    group = scheme.group_size or weight.shape[1]
+    if weight.device.type == "cpu" and group > 2:
+        # Scales follow from each group's extremes alone, and torch finds those ten times faster in float32.
+        grouped = weight.float().unflatten(1, (-1, group))
+        extremes = torch.stack((grouped.amin(-1), grouped.amax(-1)), -1)
+        weight, group = extremes.flatten(1).to(weight.dtype), 2
     return choose_qparams_affine(
         weight,
         MappingType.SYMMETRIC if symmetric else MappingType.ASYMMETRIC,
-        (1, scheme.group_size or weight.shape[1]),
+        (1, group),
         target_dtype=torch.int8,
         quant_min=-(2 ** (scheme.bits - 1)),
         quant_max=2 ** (scheme.bits - 1) - 1,
@@ -100,8 +106,15 @@ def least_squares_scales(
     return best_scale, best_zero
 
 
-def least_squares_weight(weight: torch.Tensor, scheme: Int8DynActIntxWeight | IntxWeightOnly) -> torch.Tensor:
-    """torchao's tensor for ``weight`` with scales that make the squared error of each group least."""
+def least_squares_weight(
+    weight: torch.Tensor,
+    scheme: Int8DynActIntxWeight | IntxWeightOnly,
+    importance: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """torchao's tensor for ``weight`` with scales that make the squared error of each group least.
+
+    ``importance``: as `least_squares_scales` takes it.
+    """
     import torch
 
     if weight.is_meta:
@@ -109,8 +122,14 @@ def least_squares_weight(weight: torch.Tensor, scheme: Int8DynActIntxWeight | In
         return intx_tensor(torch.empty_like(weight, dtype=torch.int8), scale, zero_point, scheme)
     # The search holds a few float32 copies: rows are independent, so they go in blocks.
     rows = max(_BLOCK // weight.shape[1], 1)
-    found = [least_squares_scales(part, scheme) for part in weight.split(rows)]
+    found = [least_squares_scales(part, scheme, importance) for part in weight.split(rows)]
     scale, zero_point = (torch.cat(each) for each in zip(*found, strict=True))
+    return intx_tensor(round_to(weight, scale, zero_point, scheme), scale, zero_point, scheme)
+
+
+def plain_weight(weight: torch.Tensor, scheme: Int8DynActIntxWeight | IntxWeightOnly) -> torch.Tensor:
+    """What torchao makes of ``weight`` by plain rounding, bit for bit."""
+    scale, zero_point = plain_scales(weight, scheme)
     return intx_tensor(round_to(weight, scale, zero_point, scheme), scale, zero_point, scheme)
 
 

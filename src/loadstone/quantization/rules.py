@@ -240,7 +240,7 @@ def misfit(scheme: Scheme, out_features: int, in_features: int) -> str:
         ):
             if group and in_features % group:
                 return f"{in_features} input features are no multiple of the group size {group}"
-        case Nvfp4WeightOnly() | Nvfp4DynActNvfp4Weight():
+        case Nvfp4WeightOnly() | Nvfp4DynActNvfp4Weight() | Float8DynActFloat8Weight():
             if in_features % 16 or out_features % 16:
                 return f"shape {out_features}x{in_features} is no multiple of 16"
         case MxDynActMxWeight():
