@@ -12,6 +12,7 @@ from loadstone.artifact import Artifact
 from loadstone.errors import ArtifactError, UsageError
 from loadstone.fakequant.formats.spec import CALIBRATED
 from loadstone.fakequant.inputs import change_inputs, keys_and_values
+from loadstone.fakequant.offload import return_memory
 from loadstone.fakequant.options import Options
 from loadstone.fakequant.plan import ExportPlan
 from loadstone.fakequant.state import QuantizerState, check_state, input_specs
@@ -59,6 +60,8 @@ def calibrate(
         stack.callback(change_inputs(model, changes))
         if options.kv_cache:
             stack.enter_context(keys_and_values(model, record))
+        for layer in _offloaded_layers(model):
+            stack.callback(layer.register_forward_hook(lambda *_: return_memory()).remove)
         if training:
             model.eval()
             stack.callback(model.train)
@@ -77,6 +80,14 @@ def calibrate(
     state = QuantizerState(specs, {f"{name}.amax": amax.cpu() for name, amax in seen.items()})
     check_state(state)
     return state
+
+
+def _offloaded_layers(model: Any) -> list[Any]:
+    """Members of the model's lists of layers that accelerate brings in and out."""
+    import torch
+
+    lists = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList)]
+    return [m for each in lists for m in each if any(p.device.type == "meta" for p in m.parameters())]
 
 
 def _resident(model: Any) -> bool:

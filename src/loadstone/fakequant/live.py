@@ -15,7 +15,7 @@ from loadstone.artifact.publish import check_output
 from loadstone.errors import ArtifactError, UsageError
 from loadstone.fakequant.calibrate import calibrate, token_batches
 from loadstone.fakequant.export import Beside, Exported, resolve_device, write_export
-from loadstone.fakequant.offload import data_of
+from loadstone.fakequant.offload import data_of, return_memory
 from loadstone.fakequant.options import Options
 from loadstone.fakequant.package import COPY, code_files, sidecar_files, without_auto_map
 from loadstone.fakequant.plan import SHARD_BYTES, ExportPlan, in_shards, make_plan
@@ -55,6 +55,7 @@ class LiveTensors:
             # Let go one by one: the next layer is read when this one is gone.
             for name in list(data):
                 yield name, data.pop(name)
+            return_memory()
         self.quantizers.check_done()
 
 

@@ -3,7 +3,9 @@ moves."""
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from loadstone.errors import ArtifactError
@@ -58,6 +60,13 @@ def data_of(model: Any, name: str, tensor: torch.Tensor) -> torch.Tensor:
         f"tensor '{name}' is on the meta device and no offload hook has its data",
         "Load the model again, or export its directory",
     )
+
+
+def return_memory() -> None:
+    """Give freed memory back to the system. glibc keeps chunks of a few MB that lie between others in use; layers that
+    come and go one by one can leave a good part of the model that way."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _owners(model: Any, name: str) -> Iterator[tuple[Any, str, bool]]:
