@@ -70,6 +70,22 @@ def test_what_vllm_cannot_do_is_said() -> None:
         apply_to_vllm(merged_model(), state(o_proj_in="fp8-token"), tensor_parallel=2)
 
 
+def test_parts_of_a_merged_layer_smooth_alike() -> None:
+    found, x = state(q_proj_in="fp8", k_proj_in="fp8"), torch.randn(4, 32)
+    scale = torch.rand(32) + 0.5
+    for part in "qk":
+        found.tensors[f"self_attn.{part}_proj.input_quantizer.pre_quant_scale"] = scale.clone()
+    model = merged_model()
+    apply_to_vllm(model, found)
+    assert torch.equal(model.self_attn.qkv_proj(x)[0], fold_input(x * scale, "fp8", torch.tensor(2.0)))
+    found.tensors["self_attn.k_proj.input_quantizer.pre_quant_scale"][3] += 1
+    with pytest.raises(ArtifactError, match=r"qkv_proj' is one layer in vLLM and its parts smooth"):
+        apply_to_vllm(merged_model(), found)
+    del found.tensors["self_attn.k_proj.input_quantizer.pre_quant_scale"]
+    with pytest.raises(ArtifactError, match=r"qkv_proj' is one layer in vLLM and its parts smooth"):
+        apply_to_vllm(merged_model(), found)
+
+
 def test_warm_up_returns_what_the_parent_returns(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -64,7 +64,13 @@ def _hook(modules: dict[str, Any], owner: str, kind: str, names: list[str], stat
     spec: Any = kinds.pop()
     ranges = [amax for name in names if (amax := state.amax(name)) is not None]
     amax = max(ranges, key=float) if ranges else None
-    scale = state.tensors.get(f"{names[0]}.pre_quant_scale")
+    scales = [state.tensors.get(f"{name}.pre_quant_scale") for name in names]
+    scale = scales[0]
+    if any((s is None) != (scale is None) or (s is not None and not s.equal(scale)) for s in scales):
+        raise ArtifactError(
+            f"'{owner}' is one layer in vLLM and its parts smooth their input differently ({', '.join(names)})",
+            "Give layers that share an input one pre_quant_scale, or measure it by loadstone eval",
+        )
 
     def rounded(x: torch.Tensor) -> torch.Tensor:
         if scale is not None:
