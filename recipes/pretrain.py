@@ -73,7 +73,8 @@ def tiny_llama(tokenizer: Any) -> LlamaForCausalLM:
             num_hidden_layers=4,
             num_attention_heads=4,
             num_key_value_heads=4,
-            max_position_embeddings=1024,
+            # What it is trained on: beyond it the loss climbs.
+            max_position_embeddings=LENGTH,
             tie_word_embeddings=True,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
