@@ -27,7 +27,9 @@ def test_it_is_what_stock_transformers_loads() -> None:
     assert sum(p.numel() for p in ours.parameters()) == 4_434_176 and ours.dtype == torch.bfloat16
     text = read_corpus().documents[0]
     ids = load_tokenizer(NAME)(text, return_tensors="pt")["input_ids"]
-    assert torch.equal(ids, AutoTokenizer.from_pretrained(builtin_path(NAME))(text, return_tensors="pt")["input_ids"])
+    assert torch.equal(
+        ids, AutoTokenizer.from_pretrained(builtin_path(NAME))(text, return_tensors="pt")["input_ids"]
+    )
     assert load_tokenizer(NAME).decode(ids[0]) == text
     with torch.inference_mode():
         assert torch.equal(ours(ids).logits, stock(ids).logits)
@@ -43,6 +45,8 @@ def test_it_knows_stories_and_ends_them() -> None:
     # 2.17 on all held-out stories (docs/three-way.md); an untrained model has log(4000) = 8.3.
     assert 1.9 < sum(losses) / len(losses) < 2.4
     torch.manual_seed(0)
-    start = torch.tensor([[tokenizer.bos_token_id, *tokenizer("Once upon a time,")["input_ids"]]]).expand(8, -1)
+    start = torch.tensor([[tokenizer.bos_token_id, *tokenizer("Once upon a time,")["input_ids"]]]).expand(
+        8, -1
+    )
     out = model.generate(start, max_new_tokens=400, do_sample=True, temperature=0.8, pad_token_id=0)
     assert (out[:, 1:] == tokenizer.eos_token_id).any(1).sum() >= 4

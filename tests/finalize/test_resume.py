@@ -37,6 +37,19 @@ def test_row_blocks_give_the_same_bytes(
     assert snapshot(tmp_path / "out") == snapshot(quantize_to(tiny, recipe))
 
 
+def test_many_readers_and_flushes_give_the_same_bytes(
+    tiny: Path, quantize_to: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from loadstone.finalize import run
+    from loadstone.loading import source
+
+    monkeypatch.setattr(source, "_RANGE", 1000)
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    monkeypatch.setattr(run, "_FLUSH", 1000)
+    finalize(plan_of(tiny, W4), tmp_path / "out")
+    assert snapshot(tmp_path / "out") == snapshot(quantize_to(tiny, W4))
+
+
 def test_cast_in_blocks(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     finalize(plan_of(tiny, None, dtype="float32"), tmp_path / "whole")
     monkeypatch.setattr(pieces, "BLOCK", 1000)

@@ -25,7 +25,9 @@ STORY = (
 
 @pytest.fixture(scope="module")
 def stories() -> Any:
-    spec = importlib.util.spec_from_file_location("stories", Path(__file__).parents[2] / "recipes" / "stories.py")
+    spec = importlib.util.spec_from_file_location(
+        "stories", Path(__file__).parents[2] / "recipes" / "stories.py"
+    )
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     sys.modules["stories"] = module

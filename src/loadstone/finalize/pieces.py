@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 # Elements quantized or cast at once: bounds the float32 temporaries, whatever the tensor's size. A GPU needs more of
 # them to be busy.
-BLOCK = 1 << 18
+BLOCK = 1 << 19
 GPU_BLOCK = 1 << 25
 
 
 def pieces(
     step: Step, number: int, tensor: torch.Tensor, device: str
 ) -> Iterator[tuple[str, torch.Tensor, int]]:
-    """What a step makes of its source tensor ``number``: stored tensors as (name, CPU tensor, byte offset in it)."""
+    """What a step makes of its source tensor ``number``: stored tensors as (name, tensor, byte offset in it)."""
     if step.ready:
         from safetensors import safe_open
 
@@ -57,6 +57,7 @@ def pieces(
     # Every part holds as many bytes a row: the rows of earlier sources come first.
     before = sum(prod(s.shape[:-1]) for s in step.sources[:number])
     rows_in_all = sum(prod(s.shape[:-1]) for s in step.sources)
+    names = json.loads(step.metadata)["_tensor_data_names"]
     offsets = {o.name: o.nbytes * before // rows_in_all for o in step.outputs}
     for start in range(0, tensor.shape[0], block):
         rows = tensor[start : start + block].to(device)
@@ -68,13 +69,15 @@ def pieces(
                 "Use another checkpoint",
             )
         quantized = quantize_weight(rows.to(target), step.scheme)
-        flat_tensor, parts = flatten(step.name, quantized)
-        if not fused and block >= tensor.shape[0] and flat_tensor.metadata != step.metadata:
-            raise ArtifactError(
-                f"tensor '{step.name}': torchao stored it otherwise than planned ({flat_tensor.metadata})"
-            )
-        for output, part in zip(step.outputs, parts.values(), strict=True):
-            yield output.name, part.cpu(), offsets[output.name]
+        if not fused and block >= tensor.shape[0]:
+            made = flatten(step.name, quantized)[0].metadata
+            if made != step.metadata:
+                raise ArtifactError(
+                    f"tensor '{step.name}': torchao stored it otherwise than planned ({made})"
+                )
+        for output, name in zip(step.outputs, names, strict=True):
+            part = getattr(quantized, name)
+            yield output.name, part, offsets[output.name]
             offsets[output.name] += part.nbytes
 
 

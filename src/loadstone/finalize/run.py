@@ -38,6 +38,8 @@ log = logging.getLogger(__name__)
 
 # Pieces being written behind the one being quantized.
 _IN_FLIGHT = 2
+# Bytes written before the disk is made to take them.
+_FLUSH = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,7 @@ def _write_all_files(
         for number in range(ranks.rank, len(plan.shards), ranks.size):
             name = plan.file_name(number)
             if finished(work, name) is None:
-                writer = _write_shard(plan, number, work, device, on_progress)
+                writer = _write_shard(plan, number, work, device, finisher, on_progress)
                 if finishing:
                     finishing.popleft().result()
                 finishing.append(finisher.submit(_finish, writer, work, name))
@@ -132,13 +134,20 @@ def _write_all_files(
 
 
 def _finish(writer: ShardWriter, work: Path, name: str) -> None:
-    """Sync a shard to disk and note it, while the next one is being written."""
-    writer.close()
-    note_finished(work, name, sha256_file(work / name))
+    """Sync a shard to disk, hash it meanwhile and note it, while the next one is being written."""
+    with ThreadPoolExecutor(1) as hasher:
+        digest = hasher.submit(sha256_file, work / name)
+        writer.close()
+        note_finished(work, name, digest.result())
 
 
 def _write_shard(
-    plan: FinalizePlan, number: int, work: Path, device: str, on_progress: Callable[[int], None] | None
+    plan: FinalizePlan,
+    number: int,
+    work: Path,
+    device: str,
+    flusher: ThreadPoolExecutor,
+    on_progress: Callable[[int], None] | None,
 ) -> ShardWriter:
     """One output file, yet to be closed: the next tensor is read, and the last pieces written, while one is quantized.
 
@@ -152,6 +161,7 @@ def _write_shard(
     )
     reader = SourceReader(plan.source)
     writes: deque[tuple[Future[None], int]] = deque()
+    unflushed = 0
     try:
         with ThreadPoolExecutor(1) as reading, ThreadPoolExecutor(1) as writing:
             parts = [(step, number, info) for step in steps for number, info in enumerate(step.sources)]
@@ -170,7 +180,11 @@ def _write_shard(
                     if len(writes) >= _IN_FLIGHT:
                         writes.popleft()[0].result()
                     writes.append((writing.submit(writer.write, name, piece, offset), piece.nbytes))
+                    unflushed += piece.nbytes
                     del piece
+                if unflushed > _FLUSH:
+                    flusher.submit(writer.flush)
+                    unflushed = 0
                 del tensor
                 if on_progress:
                     on_progress(source.nbytes)

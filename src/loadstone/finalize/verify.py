@@ -31,7 +31,7 @@ def verify(
     for step in plan.steps:
         for number, source in enumerate(step.sources):
             for name, piece, offset in pieces(step, number, reader.read(source), device):
-                expected = piece.contiguous().reshape(-1).view(torch.uint8)
+                expected = piece.cpu().contiguous().reshape(-1).view(torch.uint8)
                 info = written.tensors[name]
                 with (out / info.file).open("rb") as file:
                     file.seek(info.begin + offset)

@@ -43,16 +43,20 @@ class ShardWriter:
         os.ftruncate(self._file, self._base + position)
 
     def write(self, name: str, tensor: torch.Tensor, offset: int = 0) -> None:
-        """Put a CPU tensor's bytes where the header says ``name`` lies, ``offset`` bytes in."""
+        """Put a tensor's bytes where the header says ``name`` lies, ``offset`` bytes in."""
         import torch
 
         if tensor.numel() == 0:
             return
-        raw = memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        raw = memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         position = self._base + self._offsets[name] + offset
         while raw:
             count = os.pwrite(self._file, raw, position)
             raw, position = raw[count:], position + count
+
+    def flush(self) -> None:
+        """Have the disk take what is written so far: the sync at the end then finds little to do."""
+        os.fdatasync(self._file)
 
     def close(self) -> None:
         """Sync and close."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from loadstone.artifact import Artifact, TensorInfo
@@ -10,6 +12,10 @@ from loadstone.quantization.flatten import torch_dtype
 
 if TYPE_CHECKING:
     import torch
+
+# Bytes that one thread reads, and the most threads, of a large tensor.
+_RANGE = 1 << 24
+_READERS = 4
 
 
 class SourceReader:
@@ -30,20 +36,29 @@ class SourceReader:
         import torch
 
         buffer = bytearray(info.nbytes)
+        view = memoryview(buffer)
+        starts = range(0, info.nbytes, _RANGE)
+        if len(starts) > 1 and (threads := min((os.cpu_count() or 1) // 4, _READERS)) > 1:
+            # One thread copies from the page cache at a fraction of what memory and disk can give.
+            with ThreadPoolExecutor(threads) as pool:
+                list(pool.map(lambda at: self._read_range(info, at, view[at : at + _RANGE]), starts))
+        else:
+            self._read_range(info, 0, view)
+        if not buffer:
+            return torch.empty(info.shape, dtype=torch_dtype(info.dtype))
+        return torch.frombuffer(buffer, dtype=torch_dtype(info.dtype)).reshape(info.shape)
+
+    def _read_range(self, info: TensorInfo, start: int, view: memoryview) -> None:
         with (self.artifact.path / info.file).open("rb", buffering=0) as file:
-            file.seek(info.begin)
+            file.seek(info.begin + start)
             count = 0
-            view = memoryview(buffer)
-            while count < info.nbytes:
+            while count < len(view):
                 got = file.readinto(view[count:])
                 if not got:
                     raise ArtifactError(
                         f"{info.file}: truncated inside tensor '{info.name}'", "Copy the file again"
                     )
                 count += got
-        if not buffer:
-            return torch.empty(info.shape, dtype=torch_dtype(info.dtype))
-        return torch.frombuffer(buffer, dtype=torch_dtype(info.dtype)).reshape(info.shape)
 
     def _read_bin(self, info: TensorInfo) -> torch.Tensor:
         if info.file not in self._bins:
