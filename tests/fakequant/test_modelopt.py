@@ -153,6 +153,26 @@ def test_models_with_modelopt_quantizers(
 
 
 @pytest.mark.modelopt
+@pytest.mark.parametrize("name", ["INT8_SMOOTHQUANT_CFG", "INT4_AWQ_CFG"])
+def test_smoothed_models(name: str, make_model: Callable[..., Path], tmp_path: Path) -> None:
+    import modelopt.torch.quantization as mtq
+
+    # Smoothing scales stay with the quantizers that are on, and go into the weights of those that are off.
+    model = load(make_model("llama-untied", dtype="float32"))
+    mtq.quantize(model, copy.deepcopy(getattr(mtq, name)), lambda m: m(TOKENS))
+    before = Snapshot(model)
+    export_fakequant(model, tmp_path / "out")
+    before.check()
+    ours, state = load(tmp_path / "out"), read_state(tmp_path / "out")
+    kept = [n for n in state.tensors if n.endswith("pre_quant_scale")]
+    assert len(kept) == (14 if name == "INT8_SMOOTHQUANT_CFG" else 0)
+    assert apply_export(ours, loadstone.detect(tmp_path / "out")) == len(kept)
+    assert torch.allclose(logits(ours), before.logits, atol=1e-5)
+    plain = load(make_model("llama-untied", dtype="float32"))
+    assert not torch.allclose(logits(plain), before.logits, atol=1e-3)
+
+
+@pytest.mark.modelopt
 def test_experts_with_modelopt_quantizers(make_model: Callable[..., Path], tmp_path: Path) -> None:
     source, options = make_model("qwen3-moe", dtype="float32"), {"experts_implementation": "eager"}
     model = quantized(source, "FP8_DEFAULT_CFG", **options)

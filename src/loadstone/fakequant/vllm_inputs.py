@@ -66,7 +66,7 @@ def _hook(modules: dict[str, Any], owner: str, kind: str, names: list[str], stat
     amax = max(ranges, key=float) if ranges else None
     scales = [state.tensors.get(f"{name}.pre_quant_scale") for name in names]
     scale = scales[0]
-    if any((s is None) != (scale is None) or (s is not None and not s.equal(scale)) for s in scales):
+    if any(s is not scale and (s is None or scale is None or not s.equal(scale)) for s in scales):
         raise ArtifactError(
             f"'{owner}' is one layer in vLLM and its parts smooth their input differently ({', '.join(names)})",
             "Give layers that share an input one pre_quant_scale, or measure it by loadstone eval",
