@@ -8,7 +8,7 @@ MODEL  := .cache/models/smollm2-135m
 # Without a GPU the CPU build of torch; it must be there before anything that depends on torch.
 TORCH  ?= torch==2.13.0
 
-.PHONY: setup demo three-way test test-slow test-modelopt test-vllm bench lint format clean
+.PHONY: setup demo three-way test test-slow test-modelopt test-vllm test-tabpfn bench lint format clean
 
 setup: $(READY)
 
@@ -56,6 +56,17 @@ $(VENV)-vllm/.ready:
 
 test-vllm: $(VENV)-vllm/.ready
 	PYTHONPATH=src $(VENV)-vllm/bin/python -m pytest -m vllm tests/fakequant/test_vllm.py
+
+# TabPFN brings scikit-learn, skrub and LightGBM along: beside the packages of the main environment.
+$(VENV)-tabpfn/.ready: $(READY)
+	$(PYTHON) -m venv $(VENV)-tabpfn
+	echo "$(CURDIR)/$(VENV)/lib/$$($(PY) -c 'import sys; print(f"python3.{sys.version_info.minor}")')/site-packages" \
+	  > $$($(VENV)-tabpfn/bin/python -c 'import site; print(site.getsitepackages()[0])')/base.pth
+	$(VENV)-tabpfn/bin/pip install -q 'tabpfn==9.2.*'
+	touch $@
+
+test-tabpfn: $(VENV)-tabpfn/.ready
+	PYTHONPATH=src $(VENV)-tabpfn/bin/python -m pytest tests/context/test_tabpfn.py
 
 bench: $(READY) $(MODEL)/config.json
 	$(PY) -m tests.bench $(BENCH)

@@ -253,7 +253,7 @@ def requests(args: argparse.Namespace, setting: Setting) -> dict[str, Any]:
     ]
     found = {}
     for way in WAYS:
-        command = [sys.executable, "-m", "tests.bench.bench_prefix", "--one", way, "--runs=3", *words]
+        command = [sys.executable, "-m", "tests.bench.bench_prefix", "--one", way, "--runs=1", *words]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         found[way] = json.loads(done.stdout.splitlines()[-1])
     return found

@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 from loadstone.artifact.builtin import PREFIX
 from loadstone.artifact.context_file import PREFIX as LANGUAGE_PREFIX
-from loadstone.artifact.context_file import TABLE_KINDS, require_kind
+from loadstone.artifact.context_file import TABLE_KINDS, TABPFN, context_kind, require_kind
 from loadstone.cli import render
 from loadstone.errors import ArtifactError, GateFailed, LoadstoneError, UsageError
 
 if TYPE_CHECKING:
     from loadstone.artifact.context_file import ContextFile
-    from loadstone.context.fit import FitPlan
+    from loadstone.context.fit import FitPlan, Predictions
+    from loadstone.context.tabpfn_table import TabpfnPlan
 
 DEFAULT_BASE = f"{PREFIX}tiny-pfn"
 log = logging.getLogger("loadstone")
@@ -55,6 +56,10 @@ def fit(request: FitRequest) -> None:
         raise UsageError(
             f"the output '{request.out}' exists", "Choose another, or pass --overwrite to replace it"
         )
+    from loadstone.context.tabpfn_table import is_checkpoint
+
+    if is_checkpoint(request.base):
+        return _fit_tabpfn(request)
     from loadstone.artifact import detect
     from loadstone.artifact.detect import PFN
 
@@ -90,7 +95,46 @@ def fit(request: FitRequest) -> None:
     )
 
 
-def _summary(plan: FitPlan, request: FitRequest) -> dict[str, Any]:
+def _fit_tabpfn(request: FitRequest) -> None:
+    from loadstone.context import tabpfn_table
+
+    assert request.target is not None
+    plan = tabpfn_table.plan_fit(
+        request.base, request.data, request.target, task=request.task, cache_dtype=request.cache_dtype
+    )
+    summary = _common(plan, request) | {
+        "architecture": plan.architecture,
+        "cache_dtype": request.cache_dtype or "the checkpoint's default",
+        "cache_bytes": plan.cache_bytes,
+        "predicted_bytes": plan.cache_bytes,
+    }
+    if request.dry_run:
+        _show_fit(summary, request.as_json, "Dry run: nothing was written.")
+        return
+    assert request.out is not None
+    started = time.monotonic()
+    estimator = tabpfn_table.fit_table(plan, device=request.device)
+    tabpfn_table.save_table(plan, estimator, request.out, overwrite=request.overwrite)
+    from loadstone.artifact.context_file import read_context
+
+    file = read_context(request.out)
+    summary |= {
+        "dry_run": False,
+        "members": file.facts["cache"]["members"],
+        "cache_dtype": file.facts["cache"]["dtype"],
+        "cache_bytes": file.cache_bytes,
+        "bytes": sum(tensor.nbytes for tensor in file.tensors.values()),
+        "file_bytes": sum(path.stat().st_size for path in request.out.iterdir()),
+        "seconds": round(time.monotonic() - started, 3),
+    }
+    _show_fit(
+        summary,
+        request.as_json,
+        f"{request.out}: {render.size(summary['file_bytes'])}, {summary['seconds']} s",
+    )
+
+
+def _common(plan: FitPlan | TabpfnPlan, request: FitRequest) -> dict[str, Any]:
     return {
         "dry_run": True,
         "out": str(request.out) if request.out else None,
@@ -102,6 +146,11 @@ def _summary(plan: FitPlan, request: FitRequest) -> dict[str, Any]:
         "features": len(plan.schema.names),
         "categorical": sorted(plan.schema.categories),
         "classes": list(plan.classes),
+    }
+
+
+def _summary(plan: FitPlan, request: FitRequest) -> dict[str, Any]:
+    return _common(plan, request) | {
         "cache_dtype": plan.cache_dtype,
         "cache_bytes": plan.cache_bytes,
         "predicted_bytes": plan.total_bytes,
@@ -119,9 +168,11 @@ def _show_fit(summary: dict[str, Any], as_json: bool, closing: str) -> None:
         ["task", f"{summary['task']} of '{summary['target']}'{classes}"],
         ["training rows", f"{summary['rows']:,}"],
         ["features", f"{summary['features']}{kinds}"],
-        ["cache", f"{render.size(summary['cache_bytes'])} in {summary['cache_dtype']}"],
-        ["context", f"{render.size(summary['predicted_bytes'])} predicted"],
     ]
+    if summary["cache_bytes"] is not None:
+        rows.append(["cache", f"{render.size(summary['cache_bytes'])} in {summary['cache_dtype']}"])
+    if summary["dry_run"] and summary["predicted_bytes"] is not None:
+        rows.append(["context", f"{render.size(summary['predicted_bytes'])} predicted"])
     render.console().print(render.table("", ["", ""], rows), markup=False)
     render.console().print(closing, markup=False)
 
@@ -245,27 +296,65 @@ def evaluate(
         raise GateFailed("; ".join(failures))
 
 
-def _record(path: str, data: str, base: str | None, device: str) -> dict[str, Any]:
-    from loadstone.context import load_context
-    from loadstone.context.fit import predict_table
+@dataclass(frozen=True)
+class TableContext:
+    """A fitted table of either kind, loaded. ``predict(data, quantiles=…, measure=…)`` gives `fit.Predictions`."""
 
+    task: str
+    rows: int
+    target: str
+    source: str
+    predict: Callable[..., Predictions]
+
+
+def open_table(path: str, base: str | None, device: str) -> TableContext:
+    """Load a PFN's or TabPFN's context with its base."""
+    from functools import partial
+
+    from loadstone.context import load_context
+
+    context: Any = load_context(path, base=base, device=device)
+    if context_kind(Path(path)) == TABPFN:
+        from loadstone.artifact.context_file import read_context
+        from loadstone.context import tabpfn_table
+
+        facts = read_context(Path(path)).facts
+        found = TableContext(
+            facts["task"],
+            facts["rows"],
+            str(facts["schema"].get("target", "?")),
+            str(context.model_path),
+            partial(tabpfn_table.predict_table, context, facts),
+        )
+    else:
+        from loadstone.context.fit import predict_table
+
+        found = TableContext(
+            context.task,
+            context.rows,
+            context.schema["target"] if context.schema else "?",
+            str(context.model.source),
+            partial(predict_table, context),
+        )
+    log.info("%s: fitted context (%s, %d rows); base: %s", path, found.task, found.rows, found.source)
+    return found
+
+
+def _record(path: str, data: str, base: str | None, device: str) -> dict[str, Any]:
     started = time.monotonic()
-    context = load_context(path, base=base, device=device)
+    context = open_table(path, base, device)
     loaded = time.monotonic()
-    log.info(
-        "%s: fitted context (%s, %d rows); base: %s", path, context.task, context.rows, context.model.source
-    )
-    predictions = predict_table(context, data)
+    predictions = context.predict(data)
     if predictions.targets is None:
-        target = context.schema["target"] if context.schema else "?"
         raise UsageError(
-            f"'{data}' has no column '{target}'", "Evaluation needs the true values: use predict without"
+            f"'{data}' has no column '{context.target}'",
+            "Evaluation needs the true values: use predict without",
         )
     return {
         "path": path,
         "kind": "context",
         "task": context.task,
-        "base": context.model.source,
+        "base": context.source,
         "training_rows": context.rows,
         "rows": len(predictions.targets),
         "metrics": predictions.metrics,
@@ -420,6 +509,7 @@ def facts(context: ContextFile, verified: bool) -> dict[str, Any]:
         "bytes": sum(tensor.nbytes for tensor in context.tensors.values()),
         "file_bytes": context.file_bytes,
         "numerics": described["numerics"],
+        **({"packages": described["packages"]} if "packages" in described else {}),
         "base": {
             "source": base.get("source"),
             "fingerprint": base.get("fingerprint"),
@@ -438,12 +528,29 @@ def _base_found(source: str | None, directory: Path) -> bool:
         from loadstone.artifact.builtin import builtin_names
 
         return source.removeprefix(PREFIX) in builtin_names()
-    return Path(source).is_dir() or (directory / source).is_dir()
+    return Path(source).exists() or (directory / source).is_dir()
+
+
+def _cache_line(cache: dict[str, Any]) -> str:
+    if not cache["layers"]:
+        return "none: the training rows are read at each prediction"
+    members = f", {cache['members']} members" if "members" in cache else ""
+    return f"{render.size(cache['bytes'])} in {cache['dtype']}, {cache['layers']} layers{members}"
+
+
+def _architecture_line(sizes: dict[str, Any]) -> str:
+    if "width" in sizes:
+        return f"width {sizes['width']}, {sizes['layers']} layers, {sizes['heads']} heads"
+    several = sizes.get("models")
+    first = several[0] if several else sizes
+    width = first.get("embed_dim", first.get("emsize"))
+    return f"{first.get('name')}, width {width}, {first.get('nlayers')} layers" + (
+        f", {len(several)} models" if several else ""
+    )
 
 
 def _show_facts(found: dict[str, Any]) -> None:
     base, cache = found["base"], found["cache"]
-    sizes = base["architecture"]
     names = found["feature_names"]
     rows = [
         ["evidence", "context.json describes a fitted context"],
@@ -451,11 +558,12 @@ def _show_facts(found: dict[str, Any]) -> None:
         ["fitted on", f"{found['rows']:,} rows, {found['features']} features"],
         ["features", ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")],
         ["classes", ", ".join(str(label) for label in found["classes"])],
-        ["cache", f"{render.size(cache['bytes'])} in {cache['dtype']}, {cache['layers']} layers"],
+        ["cache", _cache_line(cache)],
         ["stored", f"{render.size(found['file_bytes'])} in context.safetensors; no weights"],
         ["needs base", _where(base)],
         ["fingerprint", f"{str(base['fingerprint'])[:16]}…, {base['parameters']} tensors"],
-        ["architecture", f"width {sizes['width']}, {sizes['layers']} layers, {sizes['heads']} heads"],
+        ["architecture", _architecture_line(base["architecture"])],
+        ["needs package", f"tabpfn {found['packages']['tabpfn']}" if found.get("packages") else ""],
         ["made with", f"torch {found['numerics']['torch']} on {found['numerics']['device']}"],
         ["use", "loadstone predict -M and eval -M --data, or loadstone.load_context in Python"],
         ["disclosure", "keys and values are made of the training rows and targets: treat it as that data"],

@@ -70,16 +70,12 @@ def command(
         raise UsageError(f"the output '{out}' exists", "Choose another, or pass --overwrite to replace it")
     if out is not None and not out.resolve().parent.is_dir():
         raise UsageError(f"cannot write '{out}': its directory does not exist", "Make it first")
-    from loadstone.context import load_context
 
     require_kind(Path(model), *TABLE_KINDS, by="predict")
-    from loadstone.context.fit import predict_table
+    from loadstone.cli.contexts import open_table
 
-    context = load_context(model, base=base, device=device)
-    log.info(
-        "%s: fitted context (%s, %d rows); base: %s", model, context.task, context.rows, context.model.source
-    )
-    predictions = predict_table(context, data, quantiles=levels, measure=False)
+    context = open_table(model, base, device)
+    predictions = context.predict(data, quantiles=levels, measure=False)
     if as_json:
         columns = {name: column.tolist() for name, column in predictions.columns.items()}
         render.print_json({"data": str(data), "model": model, "task": context.task, "columns": columns})

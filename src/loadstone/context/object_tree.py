@@ -1,4 +1,4 @@
-"""Fitted objects as a JSON tree and plain tensors: what pickle does, without the code that pickle runs.
+"""Fitted objects as a JSON tree and plain tensors, with nothing in either that could be made to run.
 
 The tree names classes, functions and types from a closed list only; an object is its class and its attributes. Arrays
 and tensors are taken out of the tree under the path they lie at. Objects and arrays that are reached twice stay one.

@@ -1,4 +1,4 @@
-"""Fitted TabPFN estimators as contexts: no weights, no pickle, bound to the checkpoint that read the rows.
+"""Fitted TabPFN estimators as contexts: no weights, nothing that runs, bound to the checkpoint that read the rows.
 
 ``save(estimator, path)`` and ``load(path)`` for `tabpfn.TabPFNClassifier` and `TabPFNRegressor` of the tested versions
 (``pip install 'loadstone[tabpfn]'``), in any fit mode. Format: ``docs/contexts.md``.
