@@ -67,6 +67,8 @@ def find_base(recorded: str | None, wanted: Fingerprint, *, context: Path, devic
                 check_same(wanted, fingerprint(model), str(place))
                 return model
     for name in builtin_names():
+        if detect(PREFIX + name).kind != PFN_KIND:
+            continue
         candidate = load_base(PREFIX + name, device=device, dtype=dtype)
         if fingerprint(candidate) == wanted:
             return candidate
