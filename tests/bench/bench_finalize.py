@@ -28,7 +28,7 @@ from tests.finalize.headers import write_headers
 W4 = "int8-dynamic-act-int4-weight"
 
 CHILD = """
-import json, logging, sys, time
+import json, logging, os, sys, time
 logging.disable(logging.WARNING)
 from pathlib import Path
 who, tiny, source, out, recipe = sys.argv[1:]
@@ -60,9 +60,10 @@ def status(key):
 
 work(tiny, out + "-tiny")
 Path("/proc/self/clear_refs").write_text("5")
-base, start = status("VmRSS"), time.perf_counter()
+base, start, used = status("VmRSS"), time.perf_counter(), sum(os.times()[:2])
 work(source, out)
-print(json.dumps([time.perf_counter() - start, (status("VmHWM") - base) / 2**20]))
+seconds, used = time.perf_counter() - start, sum(os.times()[:2]) - used
+print(json.dumps([seconds, used, (status("VmHWM") - base) / 2**20]))
 """
 
 
@@ -75,8 +76,8 @@ class Bench:
         make_llama(self.tiny, 128, 2, "5GB")
         self.last = 0
 
-    def run(self, who: str, source: Path, recipe: str = W4) -> tuple[float, float]:
-        """Seconds, and MiB above the base."""
+    def run(self, who: str, source: Path, recipe: str = W4) -> list[float]:
+        """Seconds, CPU seconds of all threads, and MiB above the base."""
         python = os.environ["LLMCOMPRESSOR"] if who == "llm-compressor" else sys.executable
         with tempfile.TemporaryDirectory(dir=self.folder) as folder:
             command = [python, "-c", CHILD, who, str(self.tiny), str(source), f"{folder}/out", recipe]
@@ -84,8 +85,7 @@ class Bench:
             if done.returncode:
                 raise SystemExit(f"{who}: {done.stderr[-2000:]}")
             self.last = size(Path(folder) / "out")
-        seconds, peak = json.loads(done.stdout.splitlines()[-1])
-        return seconds, peak
+        return json.loads(done.stdout.splitlines()[-1])
 
 
 def make_llama(out: Path, hidden: int, layers: int, shard: str) -> Path:
@@ -111,11 +111,11 @@ def compare(bench: Bench, label: str, source: Path, recipe: str, other: str, run
         ours.append(bench.run("loadstone", source, recipe))
         limits.append(limit_seconds(source, bench.last, bench.folder))
         theirs.append(bench.run(other, source, recipe))
-    mine, his = ([statistics.median(r[i] for r in each) for i in (0, 1)] for each in (ours, theirs))
+    mine, his = ([statistics.median(r[i] for r in each) for i in (0, 1, 2)] for each in (ours, theirs))
     limit = statistics.median(limits)
     print(
-        f"| {label} | {recipe} | {mine[0]:.1f} | {other} {his[0]:.1f} | {his[0] / mine[0]:.1f}x | {limit:.1f} | "
-        f"{limit / mine[0]:.0%} | {mine[1]:.0f} | {his[1]:.0f} |",
+        f"| {label} | {recipe} | {mine[0]:.1f} | {other} {his[0]:.1f} | {his[0] / mine[0]:.1f}x | {mine[1]:.1f} | "
+        f"{his[1]:.1f} | {his[1] / mine[1]:.1f}x | {limit / mine[0]:.0%} | {mine[2]:.0f} | {his[2]:.0f} |",
         flush=True,
     )
 
@@ -141,8 +141,8 @@ def times(bench: Bench, parts: list[str], gigabytes: float, runs: int) -> None:
     """Seconds and peaks beside stock and llm-compressor."""
     layers = max(int(gigabytes * 1e9 / 2 / (13 * 2048**2)), 1)
     big = make_llama(bench.folder / "big", 2048, layers, "500MB")
-    print("| source | recipe | loadstone s | other s | faster | limit s | of the limit | MiB | other MiB |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    print("| source | recipe | s | other s | faster | CPU s | other | less | of the limit | MiB | other |")
+    print("|---|---|---|---|---|---|---|---|---|---|---|")
     for label, source in (("SmolLM2", SMOLLM2), (f"synthetic {size(big) / 1e9:.1f} GB", big)):
         if "time" in parts:
             compare(bench, label, source, W4, "stock", runs)
@@ -158,7 +158,7 @@ def memory(bench: Bench) -> None:
     )
     for layers in (4, 40):
         source = make_llama(bench.folder / f"m{layers}", 2048, layers, "110MB")
-        peak = bench.run("loadstone", source)[1]
+        peak = bench.run("loadstone", source)[2]
         largest = 3 * 2048**2 * 2 / 2**20
         print(
             f"| {len(list(source.glob('*.safetensors')))} | {size(source) / 1e6:.0f} | {largest:.0f} | {peak:.0f} | "

@@ -15,6 +15,8 @@ from loadstone.errors import ArtifactError, MissingError, UsageError
 from loadstone.finalize import finalize, make_plan, run
 from loadstone.quantization import RECIPES, parse_recipe, to_torchao
 
+from .headers import write_headers
+
 ON_CPU = [name for name, recipe in RECIPES.items() if "cpu" in recipe.devices]
 W4 = "int8-dynamic-act-int4-weight"
 TOKENS = torch.arange(3, 35)[None]
@@ -154,6 +156,32 @@ def test_dtype_casts_floats(tiny: Path, tmp_path: Path) -> None:
 def test_gpt2_has_no_linear_that_could_be_quantized(make_model: Callable[..., Path]) -> None:
     with pytest.raises(ArtifactError, match="GPT2LMHeadModel has no weight"):
         plan_of(make_model("gpt2"))
+
+
+@pytest.mark.parametrize("recipe", [None, *ON_CPU])
+@pytest.mark.parametrize("arch", ["llama-tied", "qwen3-moe"])
+def test_the_size_is_known_before(
+    make_model: Callable[..., Path], tmp_path: Path, arch: str, recipe: str | None
+) -> None:
+    plan = plan_of(make_model(arch), recipe)
+    finalize(plan, tmp_path / "out")
+    table = loadstone.detect(tmp_path / "out").table
+    assert plan.bytes_after == sum(t.nbytes for t in table.tensors.values())
+    assert plan.bytes_before == sum(
+        t.nbytes for t in loadstone.detect(make_model(arch)).table.tensors.values()
+    )
+
+
+def test_a_671b_model_is_planned_from_headers(tmp_path: Path) -> None:
+    count = write_headers(tmp_path / "headers")
+    plan = plan_of(tmp_path / "headers", W4)
+    assert len(plan.steps) == count == 45_395
+    assert sum(s.reason == "fused experts: torchao's intx tensors are 2-D" for s in plan.steps) == 44_544
+    # In float8 a scale of 4 bytes for each row of 3 x 2048 x 7168 values, for 256 experts in each of 58 layers.
+    plan = plan_of(tmp_path / "headers", "float8-weight-only")
+    fused = [s for s in plan.steps if s.reason == "fused experts"]
+    assert len(fused) == 2 * 58
+    assert sum(s.nbytes for s in fused) == 58 * 256 * (3 * 2048 * 7168 + 4 * (2 * 2048 + 7168))
 
 
 def test_skip_and_misfits_are_named_in_the_block(tiny: Path, tmp_path: Path) -> None:
