@@ -114,7 +114,11 @@ def bench(path: str, args: argparse.Namespace, with_lm_eval: bool) -> None:
     tasks: dict[str, Task] = {}
     for protocol in ("packed", "rolling"):
         options = Options(
-            (path,), limit=args.documents, protocol=protocol, context_length=args.context_length
+            (path,),
+            data="austen",
+            limit=args.documents,
+            protocol=protocol,
+            context_length=args.context_length,
         )
         subjects = choose_subjects(options, "auto")
         tasks[protocol] = make_task(options, subjects)
