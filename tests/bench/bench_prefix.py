@@ -44,6 +44,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--shape", choices=sorted(SHAPES), default="smollm2")
+    parser.add_argument("--layers", type=int, default=0, help="another depth than the shape's")
     parser.add_argument("--dtype", default="")
     parser.add_argument("--tokens", type=int, default=2000)
     parser.add_argument("--requests", type=int, default=64)
@@ -81,6 +82,8 @@ class Setting:
             "eos_token_id": 1,
             "tie_word_embeddings": True,
         }
+        if args.layers:
+            sizes = sizes | {"num_hidden_layers": args.layers}
         torch.manual_seed(0)
         config = getattr(transformers, kind)(**sizes, **options)
         with torch.device(args.device):
@@ -249,7 +252,7 @@ def requests(args: argparse.Namespace, setting: Setting) -> dict[str, Any]:
     del setting
     words = [
         f"--{name}={getattr(args, name)}"
-        for name in ("shape", "dtype", "tokens", "requests", "steps", "sample")
+        for name in ("shape", "layers", "dtype", "tokens", "requests", "steps", "sample")
     ]
     found = {}
     for way in WAYS:
