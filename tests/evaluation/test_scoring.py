@@ -157,7 +157,7 @@ def test_ranks_share_the_same_batches(model: Any, tokenizer: Any) -> None:
 
 @pytest.mark.parametrize("stop_after", [1, 2, 5, 9, 12])
 def test_an_interrupted_run_goes_on_to_the_same_bits(model: Any, tokenizer: Any, stop_after: int) -> None:
-    stream = tokenize(read_corpus(limit=3), tokenizer)
+    stream = tokenize(read_corpus(limit=6), tokenizer)
     protocol = make_protocol(stream, dtype="float32", longest=128)
     whole = run(model, stream, protocol, 2)
     saved: list[Values] = []
