@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 import loadstone
 from loadstone.artifact.publish import locked
@@ -37,7 +38,7 @@ def test_row_blocks_give_the_same_bytes(
     assert snapshot(tmp_path / "out") == snapshot(quantize_to(tiny, recipe))
 
 
-def test_many_readers_and_flushes_give_the_same_bytes(
+def test_many_threads_give_the_same_bytes(
     tiny: Path, quantize_to: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from loadstone.finalize import run
@@ -46,7 +47,13 @@ def test_many_readers_and_flushes_give_the_same_bytes(
     monkeypatch.setattr(source, "_RANGE", 1000)
     monkeypatch.setattr(os, "cpu_count", lambda: 16)
     monkeypatch.setattr(run, "_FLUSH", 1000)
-    finalize(plan_of(tiny, W4), tmp_path / "out")
+    monkeypatch.setattr(pieces, "BLOCK", 1000)
+    torch.set_num_threads(3)
+    try:
+        finalize(plan_of(tiny, W4), tmp_path / "out")
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(1)
     assert snapshot(tmp_path / "out") == snapshot(quantize_to(tiny, W4))
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -18,8 +20,10 @@ if TYPE_CHECKING:
 
 # Elements quantized or cast at once: bounds the float32 temporaries, whatever the tensor's size. A GPU needs more of
 # them to be busy.
-BLOCK = 1 << 19
+BLOCK = 1 << 18
 GPU_BLOCK = 1 << 25
+# Blocks quantized at once on a CPU; reading, writing and hashing take cores too.
+_WORKERS = 8
 
 
 def pieces(
@@ -59,7 +63,8 @@ def pieces(
     rows_in_all = sum(prod(s.shape[:-1]) for s in step.sources)
     names = json.loads(step.metadata)["_tensor_data_names"]
     offsets = {o.name: o.nbytes * before // rows_in_all for o in step.outputs}
-    for start in range(0, tensor.shape[0], block):
+
+    def made(start: int) -> torch.Tensor:
         rows = tensor[start : start + block].to(device)
         # Minimum and maximum keep a NaN, and take a tenth of the time of looking at every value.
         if not torch.stack(torch.aminmax(rows)).isfinite().all():
@@ -68,17 +73,47 @@ def pieces(
                 f"{source.file}: tensor '{source.name}' holds NaN or infinity and cannot be quantized",
                 "Use another checkpoint",
             )
-        quantized = quantize_weight(rows.to(target), step.scheme)
-        if not fused and block >= tensor.shape[0]:
-            made = flatten(step.name, quantized)[0].metadata
-            if made != step.metadata:
+        assert step.scheme is not None
+        return quantize_weight(rows.to(target), step.scheme)
+
+    starts = range(0, tensor.shape[0], block)
+    for quantized in _in_order(made, starts, 1 if device.startswith("cuda") else _WORKERS):
+        if not fused and len(starts) == 1:
+            written = flatten(step.name, quantized)[0].metadata
+            if written != step.metadata:
                 raise ArtifactError(
-                    f"tensor '{step.name}': torchao stored it otherwise than planned ({made})"
+                    f"tensor '{step.name}': torchao stored it otherwise than planned ({written})"
                 )
         for output, name in zip(step.outputs, names, strict=True):
             part = getattr(quantized, name)
             yield output.name, part, offsets[output.name]
             offsets[output.name] += part.nbytes
+
+
+def _in_order(
+    work: Callable[[int], torch.Tensor], starts: Sequence[int], most: int
+) -> Iterator[torch.Tensor]:
+    """``work`` of each start, several at once where torch would take several threads: blocks are too small for more
+    than one thread each, which would wait for each other longer than they compute."""
+    import torch
+
+    threads = torch.get_num_threads()
+    workers = min(threads, most, len(starts))
+    if workers == 1:
+        yield from map(work, starts)
+        return
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(workers) as pool:
+            ahead: deque[Future[torch.Tensor]] = deque()
+            for start in starts:
+                ahead.append(pool.submit(work, start))
+                if len(ahead) > workers:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+    finally:
+        torch.set_num_threads(threads)
 
 
 def compute_dtype(step: Step) -> str:
