@@ -2,7 +2,7 @@
 
     python recipes/write.py -M builtin:tiny-llama -M tiny-w4 --prompt "Once upon a time" --tokens 200
 
-Both sides run the same `generate` on the same prompt, one sequence, in turns; figures are medians.
+All models, both sides of each, run the same `generate` on the same prompt, one sequence, in turns: medians.
 """
 
 from __future__ import annotations
@@ -26,29 +26,30 @@ def main() -> None:
     options = parse()
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     found: list[dict[str, Any]] = []
+    # All models are held at once and timed in turns: on a busy machine, figures of other moments do not compare.
+    turns: list[tuple[dict[str, Any], str, Any, Any]] = []
     for name in options.model:
-        artifact = loadstone.detect(name)
         tokenizer = load_tokenizer(name)
         ours = loadstone.load(name, device=device, dtype=options.dtype)
         speed_up(ours)
-        sides = {"ours": ours}
-        try:
-            sides["stock"] = AutoModelForCausalLM.from_pretrained(
-                artifact.path, device_map=device, dtype="auto"
-            )
-        except Exception as error:  # stock transformers fails in many ways; the table says so
-            print(f"stock transformers cannot load {name}: {type(error).__name__}: {error}")
         record: dict[str, Any] = {"model": str(name), "dtype": str(ours.dtype).removeprefix("torch.")}
         record["text"] = sample(ours, tokenizer, options)
-        rates: dict[str, list[float]] = {side: [] for side in sides}
-        for run in range(options.runs + 1):
-            for side, model in sides.items():
-                rate = speed(model, tokenizer, options)
-                if run:  # the first warms up
-                    rates[side].append(rate)
-        record |= {f"{side}_tokens_per_second": statistics.median(r) for side, r in rates.items()}
         found.append(record)
-        del sides, ours
+        turns.append((record, "ours", ours, tokenizer))
+        try:
+            path = loadstone.detect(name).path
+            stock = AutoModelForCausalLM.from_pretrained(path, device_map=device, dtype="auto")
+            turns.append((record, "stock", stock, tokenizer))
+        except Exception as error:  # stock transformers fails in many ways; the table says so
+            print(f"stock transformers cannot load {name}: {type(error).__name__}: {error}")
+    rates: list[list[float]] = [[] for _ in turns]
+    for run in range(options.runs + 1):
+        for measured, (_, _, model, tokenizer) in zip(rates, turns, strict=True):
+            rate = speed(model, tokenizer, options)
+            if run:  # the first warms up
+                measured.append(rate)
+    for measured, (record, side, *_) in zip(rates, turns, strict=True):
+        record[f"{side}_tokens_per_second"] = statistics.median(measured)
     base = found[0]["ours_tokens_per_second"]
     print(f"\n| model | computed in | ours, tokens/s | stock, tokens/s | ours against {found[0]['model']} |")
     print("|---|---|---|---|---|")
