@@ -1,6 +1,6 @@
 """Quantization-aware training with transformers' Trainer: load, prepare, train on text, save, record.
 
-    python recipes/qat.py -M tiny-llama --recipe int8-dynamic-act-int4-weight --text stories.txt -o run
+    python recipes/qat.py -M builtin:tiny-llama --recipe int8-dynamic-act-int4-weight --text stories.txt -o run
     loadstone finalize -M run -o tiny-w4        # converts by the recipe that the checkpoint records
 
 Fake quantization makes every Linear compute with the weights (and activations) that the converted model will have,
