@@ -55,9 +55,9 @@ def command(
     Example: [bold]loadstone inspect tiny-w4[/]
     """
     if is_context(directory):
-        from loadstone.cli import contexts
+        from loadstone.cli import context_facts
 
-        problem = contexts.inspect(directory, verify=verify, as_json=as_json)
+        problem = context_facts.inspect(directory, verify=verify, as_json=as_json)
         if problem is not None:
             raise typer.Exit(problem.exit_code)
         return
