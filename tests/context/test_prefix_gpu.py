@@ -49,7 +49,8 @@ def test_left_padding(tmp_path: Path) -> None:
     from loadstone.context.prefix_fit import make_prefix
 
     model = _model(torch.float32)
-    ids = torch.randint(0, 256, (2, 80), device="cuda")
+    # 0 is the padding token: without a mask, `generate` would take it for padding.
+    ids = torch.randint(1, 256, (2, 80), device="cuda")
     ids[1, :50] = ids[0, :50]
     cache = make_prefix(model, ids[:1, :50])
     mask = torch.ones_like(ids)

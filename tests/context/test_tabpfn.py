@@ -233,25 +233,6 @@ def test_caches_wait_on_the_cpu(
     assert moved
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("task", TASKS)
-@pytest.mark.parametrize("fit_on, load_on", [("cpu", "cuda"), ("cuda", "cpu"), ("cuda", "cuda")])
-def test_device_pairs(
-    checkpoint: Callable[..., Path], task: str, fit_on: str, load_on: str, tmp_path: Path
-) -> None:
-    x, y, _ = table(task)
-    model = estimator(checkpoint("tabpfn_v3_5", task), task, device=fit_on).fit(x, y)
-    expected = predict(model)
-    contexts.save(model, tmp_path / "context")
-    assert {t.device.type for t in contexts.cache_tensors(model)} == {fit_on}
-    found = contexts.load(tmp_path / "context", device=load_on)
-    assert {t.device.type for t in contexts.cache_tensors(found)} == {"cpu"}
-    assert np.allclose(predict(found), expected, atol=0 if fit_on == load_on else 2e-2)
-    found.to("cpu")
-    assert {t.device.type for t in contexts.cache_tensors(found)} == {"cpu"}
-    assert {p.device.type for m in found.executor_.model_caches for p in m.get_any().parameters()} == {"cpu"}
-
-
 # Another base.
 
 
