@@ -68,14 +68,11 @@ def prefix_attention_forward(
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     on_prefix, prefix_sum = attend_shared(query, keys, values, scale)
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     causal = attention_mask is None and query.shape[2] > 1
     on_own, own_sum = attend(query, key, value, attention_mask, causal, scale)
-    total = torch.logaddexp(prefix_sum, own_sum)
-    joined = on_prefix.float() * (prefix_sum - total).exp()[..., None]
-    joined += on_own.float() * (own_sum - total).exp()[..., None]
+    # The prefix's share of the whole softmax.
+    share = (prefix_sum - own_sum).sigmoid()[..., None]
+    joined = torch.lerp(on_own.to(share.dtype), on_prefix.to(share.dtype), share)
     return joined.to(query.dtype).transpose(1, 2).contiguous(), None
 
 
@@ -98,27 +95,29 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """Attention with the log-sum-exp of its scores: (B, H, T, Dv) and float32 (B, H, T).
 
-    ``causal`` is for as many keys as queries. torch's kernels give the sums only through these names; where none fits,
-    plain products do.
+    ``key`` and ``value`` may have fewer heads. ``causal`` is for as many keys as queries. torch's kernels give the sums
+    only through these names; where none fits, plain products do.
     """
     length, square = query.shape[2], query.shape[-1] == value.shape[-1]
+    on_cuda = query.device.type == "cuda" and square and query.shape[-1] % 8 == 0 and query.shape[-1] <= 256
+    if on_cuda and mask is None and query.dtype in (torch.float16, torch.bfloat16):
+        found = torch.ops.aten._scaled_dot_product_flash_attention(
+            query, key, value, 0.0, causal, False, scale=scale
+        )
+        return found[0], found[1][..., :length].float()
+    if (groups := query.shape[1] // key.shape[1]) > 1:
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     if query.device.type == "cpu" and square:
         bias = None if mask is None else _bias(mask, query.dtype)
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             query, key, value, 0.0, causal, attn_mask=bias, scale=scale
         )
-    if query.device.type == "cuda" and square and query.shape[-1] % 8 == 0 and query.shape[-1] <= 256:
-        if mask is None and query.dtype in (torch.float16, torch.bfloat16):
-            found = torch.ops.aten._scaled_dot_product_flash_attention(
-                query, key, value, 0.0, causal, False, scale=scale
-            )
-            return found[0], found[1][..., :length].float()
-        if query.dtype != torch.float64:
-            bias = None if mask is None else _aligned(mask, query)
-            found = torch.ops.aten._scaled_dot_product_efficient_attention(
-                query, key, value, bias, True, 0.0, causal, scale=scale
-            )
-            return found[0], found[1][..., :length].float()
+    if on_cuda and query.dtype != torch.float64:
+        bias = None if mask is None else _aligned(mask, query)
+        found = torch.ops.aten._scaled_dot_product_efficient_attention(
+            query, key, value, bias, True, 0.0, causal, scale=scale
+        )
+        return found[0], found[1][..., :length].float()
     return _plain(query, key, value, mask, causal, scale)
 
 
