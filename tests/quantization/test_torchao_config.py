@@ -6,7 +6,7 @@ import torch
 from loadstone.artifact import FlatTensor
 from loadstone.errors import ArtifactError, MissingError
 from loadstone.quantization import RECIPES, parse_recipe, scheme_of, stored_bits, to_torchao
-from loadstone.quantization.flatten import flatten
+from loadstone.quantization.flatten import describe, flatten
 from loadstone.quantization.quantize import check_runs, quantize_weight, template
 
 ON_CPU = [name for name, recipe in RECIPES.items() if "cpu" in recipe.devices]
@@ -45,7 +45,9 @@ def test_round_trip(text: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("text", ON_CPU + OPTIONS)
 def test_template_foretells_what_is_stored(text: str) -> None:
     scheme = parse_recipe(text).scheme
-    real, _ = flatten("template.weight", quantize_weight(torch.randn(64, 128, dtype=torch.bfloat16), scheme))
+    tensor = quantize_weight(torch.randn(64, 128, dtype=torch.bfloat16), scheme)
+    real, _ = flatten("template.weight", tensor)
+    assert describe(tensor) == real.metadata
     assert template(scheme, (64, 128), torch.bfloat16, "cpu") == real
 
 

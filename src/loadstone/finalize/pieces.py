@@ -1,35 +1,77 @@
-"""What one step of a plan makes of its source tensor, piece by piece."""
+"""What the steps of a plan make of their source tensors, block of rows by block of rows."""
 
 from __future__ import annotations
 
 import json
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
+from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING
 
 from loadstone.errors import ArtifactError, UsageError
-from loadstone.finalize.plan import QUANTIZE, Step
-from loadstone.quantization.flatten import SAFETENSORS_DTYPES, flatten, torch_dtype
+from loadstone.finalize.plan import QUANTIZE, FinalizePlan, Step
+from loadstone.quantization.flatten import SAFETENSORS_DTYPES, describe, torch_dtype
 from loadstone.quantization.quantize import quantize_weight, row_block
 from loadstone.quantization.schemes import CALIBRATED, rounding_of
 
 if TYPE_CHECKING:
     import torch
 
-# Elements quantized or cast at once: bounds the float32 temporaries, whatever the tensor's size. A GPU needs more of
-# them to be busy.
-BLOCK = 1 << 18
-GPU_BLOCK = 1 << 25
-# Blocks quantized at once on a CPU; reading, writing and hashing take cores too.
-_WORKERS = 8
+# Elements read, quantized or cast at once: bounds the float32 temporaries, whatever the tensor's size. A GPU needs more
+# of them to be busy.
+BLOCK = 1 << 20
+GPU_BLOCK = 1 << 24
 
 
-def pieces(
-    step: Step, number: int, tensor: torch.Tensor, device: str
-) -> Iterator[tuple[str, torch.Tensor, int]]:
-    """What a step makes of its source tensor ``number``: stored tensors as (name, tensor, byte offset in it)."""
+@dataclass(frozen=True)
+class Unit:
+    """A part of the work: elements ``start`` to ``stop`` of a step's source tensor ``number``, for output ``shard``.
+
+    ``large``: they are quantized in one go though they are more than a block, since the recipe needs them together.
+    """
+
+    shard: int
+    step: Step
+    number: int
+    start: int
+    stop: int
+    large: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the source that it covers."""
+        source = self.step.sources[self.number]
+        return source.nbytes * (self.stop - self.start) // source.numel
+
+
+def units(plan: FinalizePlan, shard: int, device: str, divisible: bool) -> Iterator[Unit]:
+    """The work of one output file. ``divisible``: whether parts of a source tensor can be read."""
+    for step in plan.shards[shard]:
+        for number, source in enumerate(step.sources):
+            block = _block(step, number, device)
+            size = block if divisible and not step.ready else source.numel
+            large = step.action == QUANTIZE and block > _elements(device)
+            for start in range(0, source.numel, size or 1):
+                yield Unit(shard, step, number, start, min(start + size, source.numel), large)
+
+
+def _elements(device: str) -> int:
+    return GPU_BLOCK if device.startswith("cuda") else BLOCK
+
+
+def _block(step: Step, number: int, device: str) -> int:
+    """Elements of a source tensor that are made at once: whole rows where it is quantized."""
+    source = step.sources[number]
+    if step.action != QUANTIZE or not source.numel:
+        return _elements(device)
+    assert step.scheme is not None
+    shape = (prod(source.shape[:-1]), source.shape[-1])
+    return min(row_block(step.scheme, shape, _elements(device)), shape[0]) * shape[1]
+
+
+def made(unit: Unit, values: torch.Tensor, device: str) -> Iterator[tuple[str, torch.Tensor, int]]:
+    """What becomes of a unit's ``values`` (elements,): parts of stored tensors as (name, tensor, byte offset in it)."""
+    step = unit.step
     if step.ready:
         from safetensors import safe_open
 
@@ -41,79 +83,46 @@ def pieces(
         raise UsageError(
             f"rounding={rounding} needs text to calibrate '{step.name}' with", "Add --calibrate FILE"
         )
-    target = (
-        torch_dtype(step.outputs[0].dtype) if step.action != QUANTIZE else torch_dtype(compute_dtype(step))
-    )
+    block = _block(step, unit.number, device)
     if step.action != QUANTIZE:
-        if tensor.dtype == target or not tensor.numel():
-            yield step.name, tensor.to(target), 0
-            return
-        flat = tensor.reshape(-1)
-        for start in range(0, flat.numel(), BLOCK):
-            yield step.name, flat[start : start + BLOCK].to(target), start * target.itemsize
+        target = torch_dtype(step.outputs[0].dtype)
+        for at in range(0, len(values), block):
+            yield step.name, values[at : at + block].to(target), (unit.start + at) * target.itemsize
         return
-    import torch
-
-    assert step.scheme is not None
-    fused = len(step.sources) > 1 or tensor.dim() > 2
-    tensor = tensor.flatten(0, -2)
-    block = row_block(step.scheme, tensor.shape, GPU_BLOCK if device.startswith("cuda") else BLOCK)
+    width = step.sources[unit.number].shape[-1]
     # Every part holds as many bytes a row: the rows of earlier sources come first.
-    before = sum(prod(s.shape[:-1]) for s in step.sources[:number])
+    before = sum(prod(s.shape[:-1]) for s in step.sources[: unit.number]) + unit.start // width
     rows_in_all = sum(prod(s.shape[:-1]) for s in step.sources)
     names = json.loads(step.metadata)["_tensor_data_names"]
-    offsets = {o.name: o.nbytes * before // rows_in_all for o in step.outputs}
-
-    def made(start: int) -> torch.Tensor:
-        rows = tensor[start : start + block].to(device)
-        # Minimum and maximum keep a NaN, and take a tenth of the time of looking at every value.
-        if not torch.stack(torch.aminmax(rows)).isfinite().all():
-            source = step.sources[number]
-            raise ArtifactError(
-                f"{source.file}: tensor '{source.name}' holds NaN or infinity and cannot be quantized",
-                "Use another checkpoint",
-            )
-        assert step.scheme is not None
-        return quantize_weight(rows.to(target), step.scheme)
-
-    starts = range(0, tensor.shape[0], block)
-    for quantized in _in_order(made, starts, 1 if device.startswith("cuda") else _WORKERS):
-        if not fused and len(starts) == 1:
-            written = flatten(step.name, quantized)[0].metadata
-            if written != step.metadata:
-                raise ArtifactError(
-                    f"tensor '{step.name}': torchao stored it otherwise than planned ({written})"
-                )
+    for at in range(0, len(values), block):
+        quantized = _quantized(unit, values[at : at + block].view(-1, width), device)
+        row = before + at // width
+        if row == 0 and len(step.sources) == 1 and len(step.source.shape) == 2:
+            _check_class(step, quantized)
         for output, name in zip(step.outputs, names, strict=True):
-            part = getattr(quantized, name)
-            yield output.name, part, offsets[output.name]
-            offsets[output.name] += part.nbytes
+            yield output.name, getattr(quantized, name), output.nbytes * row // rows_in_all
 
 
-def _in_order(
-    work: Callable[[int], torch.Tensor], starts: Sequence[int], most: int
-) -> Iterator[torch.Tensor]:
-    """``work`` of each start, several at once where torch would take several threads: blocks are too small for more
-    than one thread each, which would wait for each other longer than they compute."""
+def _quantized(unit: Unit, rows: torch.Tensor, device: str) -> torch.Tensor:
     import torch
 
-    threads = torch.get_num_threads()
-    workers = min(threads, most, len(starts))
-    if workers == 1:
-        yield from map(work, starts)
-        return
-    torch.set_num_threads(1)
-    try:
-        with ThreadPoolExecutor(workers) as pool:
-            ahead: deque[Future[torch.Tensor]] = deque()
-            for start in starts:
-                ahead.append(pool.submit(work, start))
-                if len(ahead) > workers:
-                    yield ahead.popleft().result()
-            while ahead:
-                yield ahead.popleft().result()
-    finally:
-        torch.set_num_threads(threads)
+    step = unit.step
+    assert step.scheme is not None
+    rows = rows.to(device)
+    # Minimum and maximum keep a NaN, and take a tenth of the time of looking at every value.
+    if not torch.stack(torch.aminmax(rows)).isfinite().all():
+        source = step.sources[unit.number]
+        raise ArtifactError(
+            f"{source.file}: tensor '{source.name}' holds NaN or infinity and cannot be quantized",
+            "Use another checkpoint",
+        )
+    return quantize_weight(rows.to(torch_dtype(compute_dtype(step))), step.scheme)
+
+
+def _check_class(step: Step, quantized: torch.Tensor) -> None:
+    written = describe(quantized)
+    if written != step.metadata:
+        raise ArtifactError(f"tensor '{step.name}': torchao stored it otherwise than planned ({written})")
 
 
 def compute_dtype(step: Step) -> str:

@@ -9,12 +9,12 @@ import shutil
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loadstone.artifact.manifest import FORMAT_VERSION, MANIFEST, sha256_file, versions
 from loadstone.artifact.publish import check_output, check_space, locked, publish
@@ -28,17 +28,19 @@ from loadstone.finalize.journal import (
     open_journal,
     work_directory,
 )
-from loadstone.finalize.pieces import pieces
+from loadstone.finalize.pieces import Unit, units
 from loadstone.finalize.plan import FinalizePlan
 from loadstone.finalize.ranks import Ranks
+from loadstone.finalize.stream import stream
 from loadstone.loading.shards import ShardWriter
 from loadstone.loading.source import SourceReader
 
+if TYPE_CHECKING:
+    import torch
+
 log = logging.getLogger(__name__)
 
-# Pieces being written behind the one being quantized.
-_IN_FLIGHT = 2
-# Bytes written before the disk is made to take them.
+# Source bytes done before the disk is made to take them.
 _FLUSH = 1 << 28
 
 
@@ -107,21 +109,16 @@ def _discard_unless_resumable(work: Path, ranks: Ranks) -> None:
 def _write_all_files(
     plan: FinalizePlan, work: Path, device: str, ranks: Ranks, on_progress: Callable[[int], None] | None
 ) -> dict[str, str]:
-    # Threads of their own: a shard is noted as soon as it is on disk, however long hashing the source takes.
-    with ThreadPoolExecutor(1) as hasher, ThreadPoolExecutor(1) as finisher:
+    # A thread of its own: a shard is noted as soon as it is on disk, however long hashing the source takes.
+    with ThreadPoolExecutor(1) as hasher:
         source_hash = hasher.submit(plan.source.fingerprint) if ranks.rank == 0 else None
-        finishing: deque[Future[None]] = deque()
+        left = []
         for number in range(ranks.rank, len(plan.shards), ranks.size):
-            name = plan.file_name(number)
-            if finished(work, name) is None:
-                writer = _write_shard(plan, number, work, device, finisher, on_progress)
-                if finishing:
-                    finishing.popleft().result()
-                finishing.append(finisher.submit(_finish, writer, work, name))
+            if finished(work, plan.file_name(number)) is None:
+                left.append(number)
             elif on_progress:
                 on_progress(sum(step.source_bytes for step in plan.shards[number]))
-        for shard in finishing:
-            shard.result()
+        _write_shards(plan, left, work, device, on_progress)
         ranks.wait()
         if source_hash is None:
             return {}
@@ -133,67 +130,59 @@ def _write_all_files(
         return _write_manifest(plan, work, source_hash.result(), digests)
 
 
+def _write_shards(
+    plan: FinalizePlan, numbers: list[int], work: Path, device: str, on_progress: Callable[[int], None] | None
+) -> None:
+    """The output files ``numbers``: while one is synced and hashed the next is being written."""
+    reader = SourceReader(plan.source)
+    writers: dict[int, ShardWriter] = {}
+    metadata = _metadata(plan)
+
+    def parts() -> Iterator[Unit]:
+        for number in numbers:
+            outputs = [o for step in plan.shards[number] for o in step.outputs]
+            writers[number] = ShardWriter(work / plan.file_name(number), outputs, metadata)
+            yield from units(plan, number, device, reader.divisible)
+
+    def put(unit: Unit, name: str, part: torch.Tensor, offset: int) -> None:
+        writers[unit.shard].write(name, part, offset)
+
+    with ThreadPoolExecutor(1) as finisher:
+        finishing: deque[Future[None]] = deque()
+
+        def finish(number: int) -> None:
+            finishing.append(finisher.submit(_finish, writers.pop(number), work, plan.file_name(number)))
+            if len(finishing) > 1:
+                finishing.popleft().result()
+
+        try:
+            unflushed = 0
+            with closing(stream(plan, parts(), reader, device, put)) as done:
+                for unit in done:
+                    for number in [n for n in writers if n < unit.shard]:
+                        finish(number)
+                    unflushed += unit.nbytes
+                    if unflushed > _FLUSH:
+                        finisher.submit(writers[unit.shard].flush)
+                        unflushed = 0
+                    if on_progress:
+                        on_progress(unit.nbytes)
+            for number in list(writers):
+                finish(number)
+            for shard in finishing:
+                shard.result()
+        except BaseException:
+            for writer in writers.values():
+                writer.close()
+            raise
+
+
 def _finish(writer: ShardWriter, work: Path, name: str) -> None:
-    """Sync a shard to disk, hash it meanwhile and note it, while the next one is being written."""
+    """Sync a shard to disk, hash it meanwhile and note it."""
     with ThreadPoolExecutor(1) as hasher:
         digest = hasher.submit(sha256_file, work / name)
         writer.close()
         note_finished(work, name, digest.result())
-
-
-def _write_shard(
-    plan: FinalizePlan,
-    number: int,
-    work: Path,
-    device: str,
-    flusher: ThreadPoolExecutor,
-    on_progress: Callable[[int], None] | None,
-) -> ShardWriter:
-    """One output file, yet to be closed: the next tensor is read, and the last pieces written, while one is quantized.
-
-    In memory at once are source tensors and pieces of at most twice the largest source tensor's size, and the piece
-    being made.
-    """
-    steps = plan.shards[number]
-    limit = 2 * max(info.nbytes for step in plan.steps for info in step.sources)
-    writer = ShardWriter(
-        work / plan.file_name(number), [o for s in steps for o in s.outputs], _metadata(plan)
-    )
-    reader = SourceReader(plan.source)
-    writes: deque[tuple[Future[None], int]] = deque()
-    unflushed = 0
-    try:
-        with ThreadPoolExecutor(1) as reading, ThreadPoolExecutor(1) as writing:
-            parts = [(step, number, info) for step in steps for number, info in enumerate(step.sources)]
-            ahead = reading.submit(reader.read, parts[0][2])
-            following = [info for _, _, info in parts[1:]] + [None]
-            for (step, number, source), upcoming in zip(parts, following, strict=True):
-                tensor = ahead.result()
-                if upcoming is not None:
-                    held = tensor.nbytes + upcoming.nbytes + sum(size for _, size in writes)
-                    while writes and held > limit:
-                        write, size = writes.popleft()
-                        write.result()
-                        held -= size
-                    ahead = reading.submit(reader.read, upcoming)
-                for name, piece, offset in pieces(step, number, tensor, device):
-                    if len(writes) >= _IN_FLIGHT:
-                        writes.popleft()[0].result()
-                    writes.append((writing.submit(writer.write, name, piece, offset), piece.nbytes))
-                    unflushed += piece.nbytes
-                    del piece
-                if unflushed > _FLUSH:
-                    flusher.submit(writer.flush)
-                    unflushed = 0
-                del tensor
-                if on_progress:
-                    on_progress(source.nbytes)
-            for write, _ in writes:
-                write.result()
-    except BaseException:
-        writer.close()
-        raise
-    return writer
 
 
 def _metadata(plan: FinalizePlan) -> dict[str, str]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 from loadstone.artifact import detect
 from loadstone.artifact.manifest import verify_files
 from loadstone.errors import ArtifactError
-from loadstone.finalize.pieces import pieces
+from loadstone.finalize.pieces import Unit, units
 from loadstone.finalize.plan import FinalizePlan
+from loadstone.finalize.stream import stream
 from loadstone.loading.source import SourceReader
 
 
@@ -26,21 +28,23 @@ def verify(
     problems = verify_files(out)
     if written is None or problems:
         raise ArtifactError(f"'{out}': {problems[0] if problems else 'no safetensors'}", "Finalize again")
+    tensors = written.tensors
     reader = SourceReader(plan.source)
-    count = 0
-    for step in plan.steps:
-        for number, source in enumerate(step.sources):
-            for name, piece, offset in pieces(step, number, reader.read(source), device):
-                expected = piece.cpu().contiguous().reshape(-1).view(torch.uint8)
-                info = written.tensors[name]
-                with (out / info.file).open("rb") as file:
-                    file.seek(info.begin + offset)
-                    if file.read(expected.numel()) != expected.numpy().tobytes():
-                        raise ArtifactError(
-                            f"{info.file}: tensor '{name}' is not what its source quantizes to",
-                            "Finalize again",
-                        )
+
+    def compare(unit: Unit, name: str, part: torch.Tensor, offset: int) -> None:
+        expected = part.cpu().contiguous().reshape(-1).view(torch.uint8)
+        info = tensors[name]
+        with (out / info.file).open("rb", buffering=0) as file:
+            file.seek(info.begin + offset)
+            if file.read(expected.numel()) != expected.numpy().tobytes():
+                raise ArtifactError(
+                    f"{info.file}: tensor '{name}' is not what its source quantizes to",
+                    "Finalize again",
+                )
+
+    every = (unit for n in range(len(plan.shards)) for unit in units(plan, n, device, reader.divisible))
+    with closing(stream(plan, every, reader, device, compare)) as done:
+        for unit in done:
             if on_progress:
-                on_progress(source.nbytes)
-        count += len(step.outputs)
-    return count
+                on_progress(unit.nbytes)
+    return sum(len(step.outputs) for step in plan.steps)

@@ -40,6 +40,13 @@ def flatten(name: str, tensor: torch.Tensor) -> tuple[FlatTensor, dict[str, torc
     return FlatTensor(name, kind, description["_data"], infos, text), parts
 
 
+def describe(tensor: torch.Tensor) -> str:
+    """The text that `flatten` puts into the header for a torchao tensor, without looking at its values."""
+    from torchao.prototype.safetensors.safetensors_utils import TensorSubclassAttributeJSONEncoder
+
+    return json.dumps(tensor, cls=TensorSubclassAttributeJSONEncoder)
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """``torch.bfloat16 -> 'BF16'``."""
     return SAFETENSORS_DTYPES[str(dtype).removeprefix("torch.")]
