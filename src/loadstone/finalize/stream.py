@@ -42,10 +42,14 @@ def stream(
     threads = torch.get_num_threads()
     held = _Room(2 * max((info.nbytes for step in plan.steps for info in step.sources), default=0))
     alone = threading.Lock()
+    # Page-locked blocks are kept by torch for the next unit: fresh memory costs more than the copy into it.
+    pinned = device.startswith("cuda")
 
     def work(unit: Unit) -> Unit:
         with held.taken(unit.nbytes), torch.no_grad():
-            values = reader.span(unit.step.sources[unit.number], unit.start, unit.stop)
+            values = reader.span(
+                unit.step.sources[unit.number], unit.start, unit.stop, pinned=pinned and not unit.large
+            )
             parts = made(unit, values, device)
             if not unit.large:
                 for part in parts:
@@ -61,7 +65,7 @@ def stream(
                 put(unit, *part)
         return unit
 
-    count = _GPU_WORKERS if device.startswith("cuda") else min(max(threads, 2), _MOST_WORKERS)
+    count = _GPU_WORKERS if pinned else min(max(threads, 2), _MOST_WORKERS)
     try:
         # Blocks are too small for more than one thread each: several would wait for each other longer than they work.
         with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool:

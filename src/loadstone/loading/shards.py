@@ -48,7 +48,10 @@ class ShardWriter:
 
         if tensor.numel() == 0:
             return
-        raw = memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        tensor = tensor.detach().contiguous()
+        if tensor.is_cuda:
+            tensor = torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor)
+        raw = memoryview(tensor.reshape(-1).view(torch.uint8).numpy().data)
         position = self._base + self._offsets[name] + offset
         while raw:
             count = os.pwrite(self._file, raw, position)

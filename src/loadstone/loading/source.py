@@ -36,8 +36,9 @@ class SourceReader:
         """The tensor on the CPU, in its stored dtype; raises `ArtifactError` when the file ends inside it."""
         return self.span(info, 0, info.numel).reshape(info.shape)
 
-    def span(self, info: TensorInfo, start: int, stop: int) -> torch.Tensor:
-        """Elements ``start`` to ``stop`` of the flattened tensor, as `read` gives them."""
+    def span(self, info: TensorInfo, start: int, stop: int, *, pinned: bool = False) -> torch.Tensor:
+        """Elements ``start`` to ``stop`` of the flattened tensor, as `read` gives them. ``pinned``: in page-locked
+        memory where they are read from a safetensors file, for a GPU to take."""
         if self.artifact.weights.format == "bin":
             return self._read_bin(info).reshape(-1)[start:stop]
         if self.artifact.dcp is not None:
@@ -47,7 +48,7 @@ class SourceReader:
         import torch
 
         dtype = torch_dtype(info.dtype)
-        values = torch.empty(stop - start, dtype=dtype)
+        values = torch.empty(stop - start, dtype=dtype, pin_memory=pinned)
         if not len(values):
             return values
         view = memoryview(values.view(torch.uint8).numpy())  # type: ignore[arg-type]
