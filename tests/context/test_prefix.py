@@ -476,6 +476,22 @@ def test_attention_that_cannot_be_shared_is_left_as_it_is(
     assert model.config._attn_implementation == "sdpa" and not cache.shares
 
 
+@pytest.mark.parametrize("factor", [1.0, 1.5])
+def test_beyond_the_tolerance_the_noise_of_plain_attentions_decides(
+    factor: float, ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import loadstone.context.prefix_attention as attention
+    from loadstone.context import prefix_fit
+
+    model = build("llama").to(torch.bfloat16)
+    cache = make_prefix(model, ids[:1, :P], share=False)
+    real = attention.attend_shared
+    monkeypatch.setattr(attention, "attend_shared", lambda *a: (real(*a)[0] * factor, real(*a)[1]))
+    monkeypatch.setitem(prefix_fit._TOLERANCE, torch.bfloat16, 0.0)
+    assert share_attention(cache) == (factor == 1.0)
+    assert model.config._attn_implementation == (attention.NAME if factor == 1.0 else "sdpa")
+
+
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("size, value_size", [(16, 16), (16, 8)])
 def test_joined_attention_is_the_plain_softmax(masked: bool, size: int, value_size: int) -> None:

@@ -98,7 +98,7 @@ def test_device_pairs(
     model = estimator(
         checkpoint(task=task), task, device=fit_on, fit_mode=mode, inference_precision=torch.float32
     )
-    check_pair(model.fit(x, y), new, load_on, tmp_path, loose=0 if fit_on == load_on else 1e-2)
+    check_pair(model.fit(x, y), new, load_on, tmp_path, loose=0 if fit_on == load_on else 0.1)
 
 
 @pytest.mark.parametrize("fit_on, load_on", PAIRS[1:])
@@ -109,7 +109,7 @@ def test_device_pairs_of_every_architecture(
 ) -> None:
     x, y, new = table(task)
     model = estimator(checkpoint(name, task), task, device=fit_on, inference_precision=torch.float32)
-    check_pair(model.fit(x, y), new, load_on, tmp_path, loose=0 if fit_on == load_on else 1e-2)
+    check_pair(model.fit(x, y), new, load_on, tmp_path, loose=0 if fit_on == load_on else 0.1)
 
 
 @pytest.mark.parametrize("fit_on, load_on", PAIRS[1:])

@@ -20,6 +20,8 @@ log = logging.getLogger(__name__)
 _CHUNK = {"cpu": 4096, "cuda": 16384}
 # The most that joined attention may differ from concatenated, relative to the largest logit.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
+# Or so many times what plain attentions differ by, up to a difference that only an error makes.
+_NOISE, _MOST = 2.0, 0.25
 
 
 def read_prompt(path: Path) -> str | list[dict[str, Any]]:
@@ -176,17 +178,22 @@ def share_attention(cache: PrefixCache) -> bool:
         out = model(input_ids=ids, past_key_values=cache.fork(batch=2, keeps=False), use_cache=True)
         return out.logits.double()  # type: ignore[no-any-return]
 
+    def apart_from(expected: Tensor) -> float:
+        return ((after() - expected).abs().max() / expected.abs().max().clamp(min=1)).item()
+
     said = ""
     with torch.no_grad():
         expected = after()
         model.set_attn_implementation(NAME)
         try:
-            found = after()
-            apart = ((found - expected).abs().max() / expected.abs().max().clamp(min=1)).item()
+            apart = apart_from(expected)
+            works = text_config(model)._attn_implementation == NAME
             # `<=` and not `>`: a NaN fails too.
-            works = (
-                text_config(model)._attn_implementation == NAME and apart <= _TOLERANCE[cache.prefix.dtype]
-            )
+            if works and not apart <= _TOLERANCE[cache.prefix.dtype]:
+                # Deep models in few bits differ by more between any two attentions: what two plain ones differ by.
+                model.set_attn_implementation("eager")
+                works = apart <= min(_NOISE * apart_from(expected), _MOST)
+                model.set_attn_implementation(NAME)
         except (RuntimeError, TypeError, AttributeError, ValueError, NotImplementedError) as error:
             works, said = False, " ".join(str(error).split())[:200]
     if not works:
