@@ -87,7 +87,13 @@ def main() -> None:
         "recipe": RECIPE,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "versions": {m.__name__: m.__version__ for m in (torch, transformers, loadstone)},
-        "training": {"steps": options.steps, "rows": options.batch, "tokens_a_row": LENGTH},
+        "training": {
+            "steps": options.steps,
+            "rows": options.batch,
+            "tokens_a_row": LENGTH,
+            "learning_rate": options.lr,
+            "distillation_learning_rate": options.distill_lr,
+        },
         "trainer_eval_loss": trainer_loss,
         "trainer_tokens": scored,
         "prepared_equals_converted": checks,
@@ -207,8 +213,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("-o", "--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=500 if gpu else 60)
     parser.add_argument("--batch", type=int, default=64 if gpu else 8)
-    parser.add_argument("--lr", type=float, default=2e-4)
-    parser.add_argument("--distill-lr", type=float, default=5e-4)
+    # For the text that is shipped: steps of 2e-4 on 4,782 stories learn them by heart. With all of them 4e-4 is best.
+    parser.add_argument("--lr", type=float, default=2e-5)
+    parser.add_argument("--distill-lr", type=float, default=2e-5 if gpu else 1e-4)
     parser.add_argument("--calibrate", type=int, default=131072, help="tokens for GPTQ")
     return parser.parse_args()
 
