@@ -29,7 +29,7 @@ def spelled(name: str) -> str:
 
 def plan_on_cuda(source: Path, recipe: str):
     try:
-        check_runs(parse_recipe(recipe), CUDA, torch.bfloat16)
+        check_runs(parse_recipe(recipe), CUDA, "bfloat16")
     except LoadstoneError as error:
         pytest.skip(str(error))
     return make_plan(loadstone.detect(source), parse_recipe(recipe), device=CUDA)

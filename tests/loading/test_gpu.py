@@ -31,7 +31,7 @@ def stock(path: Path, device: str) -> torch.Tensor:
 
 def runnable(name: str) -> None:
     try:
-        check_runs(RECIPES[name], "cuda:0", torch.bfloat16)
+        check_runs(RECIPES[name], "cuda:0", "bfloat16")
     except LoadstoneError as error:
         pytest.skip(str(error))
 

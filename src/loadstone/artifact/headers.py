@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from loadstone.artifact.files import MAX_JSON_ITEMS, Sink, file_size, refuse, too_many_items
 from loadstone.errors import ArtifactError
@@ -30,8 +30,7 @@ FLOAT_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
 MAX_DIM = 2**63 - 1
 
 
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
+class TensorInfo(NamedTuple):
     """One stored tensor: ``dtype`` as the format spells it (``BF16``), ``begin``/``end`` file offsets."""
 
     name: str
@@ -127,9 +126,12 @@ def _tensor(file: str, key: str, entry: Any, base: int) -> TensorInfo:
         raise ArtifactError(
             f"{file}: the tensor name {ascii(key)[:200]} holds unprintable characters", _HOSTILE
         )
+    whole = True
     try:
         dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        whole = all(type(n) is int and 0 <= n <= MAX_DIM for n in (*shape, begin, end))
+        for number in (*shape, begin, end):
+            if type(number) is not int or not 0 <= number <= MAX_DIM:
+                whole = False
     except (KeyError, TypeError, ValueError):
         whole = False
     if not whole or not isinstance(dtype, str) or begin > end:

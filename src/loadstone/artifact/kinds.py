@@ -46,6 +46,7 @@ _LEFTOVERS = {
     ".weight.absmax": "bitsandbytes",
     ".SCB": "bitsandbytes",
 }
+_LEFTOVER_SUFFIXES = tuple(_LEFTOVERS)
 
 
 def classify(
@@ -154,7 +155,9 @@ def quant_method(block: Any) -> str:
 def _check_leftovers(tensors: dict[str, TensorInfo], sink: Sink) -> None:
     """Reports one tensor that another quantizer wrote, in a directory whose config no longer says so."""
     for tensor in tensors.values():
-        owner = next((o for suffix, o in _LEFTOVERS.items() if tensor.name.endswith(suffix)), None)
+        owner = None
+        if tensor.name.endswith(_LEFTOVER_SUFFIXES):
+            owner = next(o for suffix, o in _LEFTOVERS.items() if tensor.name.endswith(suffix))
         if owner is None and tensor.name.endswith(".weight") and tensor.dtype not in FLOAT_DTYPES:
             owner = "an unknown quantizer"
         if owner is not None:

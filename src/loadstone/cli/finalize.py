@@ -249,13 +249,17 @@ def command(
     from loadstone.finalize.verify import verify as verify_artifact
     from loadstone.loading.devices import quantize_device
     from loadstone.loading.loader import import_libraries
+    from loadstone.memo import Memo, user_directory
     from loadstone.quantization.quantize import check_runs
 
     refuse_quantized(artifact)
-    import_libraries()
+    # Only a plan by itself is made of earlier answers: what is written is asked for anew.
+    memo = Memo(user_directory() if dry_run else None, import_libraries)
+    if not dry_run:
+        import_libraries()
     where = quantize_device(device)
     for each in recipes_in(recipe):
-        check_runs(each, where, weight_dtype(artifact, dtype))
+        check_runs(each, where, weight_dtype(artifact, dtype, memo), memo)
     plan = make_plan(
         artifact,
         recipe,
@@ -264,6 +268,7 @@ def command(
         skip=skip,
         max_shard_bytes=max_bytes,
         trust_remote_code=trust_remote_code,
+        memo=memo,
     )
     if out is not None:
         check_output(plan.source.root, out, overwrite or dry_run)

@@ -11,12 +11,16 @@ from loadstone.cli import render
 if TYPE_CHECKING:
     from loadstone.finalize import Finalized, FinalizePlan
 
+_NUMBER = re.compile(r"\.(\d+)(?=\.|$)")
+
 
 def _groups(plan: FinalizePlan) -> list[tuple[str, str, int, int, int]]:
     """Steps summed by what is done and why: (action, reason, tensors, bytes before, bytes after)."""
     found: dict[tuple[str, str], list[int]] = {}
     for step in plan.steps:
-        entry = found.setdefault((step.action, step.reason), [0, 0, 0])
+        entry = found.get((step.action, step.reason))
+        if entry is None:
+            entry = found[step.action, step.reason] = [0, 0, 0]
         entry[0] += 1
         entry[1] += step.source_bytes
         entry[2] += step.nbytes
@@ -55,12 +59,9 @@ def _modules(plan: FinalizePlan) -> list[tuple[str, str | None, str]]:
 
     if plan.recipe is None:
         return []
+    spelled = {scheme: str(recipe_for(scheme)) for scheme in {step.scheme for step in plan.steps} if scheme}
     return [
-        (
-            step.name.removesuffix(".weight"),
-            str(recipe_for(step.scheme)) if step.scheme else None,
-            step.reason,
-        )
+        (step.name.removesuffix(".weight"), spelled[step.scheme] if step.scheme else None, step.reason)
         for step in plan.steps
         if step.scheme or step.reason != "not a matrix weight"
     ]
@@ -70,9 +71,8 @@ def _print_modules(plan: FinalizePlan) -> None:
     """`_modules` with the layers of a stack folded into one row where they agree."""
     folded: dict[tuple[str, str, str], list[str]] = {}
     for module, recipe, why in _modules(plan):
-        pattern = re.sub(r"\.\d+(?=\.|$)", ".*", module)
-        numbers = ".".join(re.findall(r"\.(\d+)(?=\.|$)", module))
-        folded.setdefault((pattern, recipe or "-", why), []).append(numbers)
+        parts = _NUMBER.split(module)
+        folded.setdefault((".*".join(parts[::2]), recipe or "-", why), []).append(".".join(parts[1::2]))
     rows = [
         [pattern, _ranges(numbers) or "-", recipe, why] for (pattern, recipe, why), numbers in folded.items()
     ]

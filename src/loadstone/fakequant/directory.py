@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -75,7 +74,7 @@ def _placed(artifact: Artifact, infos: dict[str, TensorInfo]) -> dict[str, Tenso
     if artifact.dcp is not None:
         return in_shards(infos, SHARD_BYTES)
     files = {f: file_name(n, len(artifact.weights.files)) for n, f in enumerate(artifact.weights.files)}
-    return {name: replace(info, file=files[info.file]) for name, info in infos.items()}
+    return {name: info._replace(file=files[info.file]) for name, info in infos.items()}
 
 
 def _is_known(artifact: Artifact) -> bool:

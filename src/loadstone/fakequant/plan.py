@@ -110,7 +110,7 @@ def make_plan(
                 "Give both one format by rules, or pass --untie to store two tensors",
             )
         stored = target if target in infos else source
-        output = replace(infos[stored], name=target)
+        output = infos[stored]._replace(name=target)
         steps[target] = Step(stored, output, decisions[target], both[target][0])
         untied.append(target)
     if not any(step.format for step in steps.values()):
@@ -125,7 +125,7 @@ def _numbered(steps: list[Step]) -> tuple[Step, ...]:
     """The steps with files counted anew: one that held aliases only is not written."""
     files = sorted({step.output.file for step in steps})
     names = {file: file_name(number, len(files)) for number, file in enumerate(files)}
-    return tuple(replace(step, output=replace(step.output, file=names[step.output.file])) for step in steps)
+    return tuple(replace(step, output=step.output._replace(file=names[step.output.file])) for step in steps)
 
 
 def _set_untied(config: dict[str, Any]) -> dict[str, Any]:
@@ -147,7 +147,7 @@ def in_shards(infos: dict[str, TensorInfo], max_bytes: int) -> dict[str, TensorI
         groups[-1].append(info)
         size += info.nbytes
     return {
-        info.name: replace(info, file=file_name(number, len(groups)))
+        info.name: info._replace(file=file_name(number, len(groups)))
         for number, group in enumerate(groups)
         for info in group
     }

@@ -5,22 +5,24 @@ from __future__ import annotations
 import json
 import warnings
 from collections import OrderedDict
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
 from math import prod
 from typing import TYPE_CHECKING, Any
 
 from loadstone.artifact import Artifact, FlatTensor, TensorInfo
 from loadstone.artifact.detect import OTHER_QUANTIZER, QAT_KEY
-from loadstone.artifact.headers import FLOAT_DTYPES
+from loadstone.artifact.headers import DTYPE_BITS, FLOAT_DTYPES
 from loadstone.artifact.torchao_tensors import part_name
 from loadstone.errors import ArtifactError
+from loadstone.memo import Memo
 from loadstone.quantization import MixedRecipe, Recipe, Scheme
+from loadstone.quantization.flatten import SAFETENSORS_DTYPES
 
 if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedModel
-
     from loadstone.loading.meta import Destination
+    from loadstone.quantization.model_facts import ModelFacts
     from loadstone.quantization.rules import Decision
 
 COPY, CAST, QUANTIZE = "copy", "cast", "quantize"
@@ -50,11 +52,11 @@ class Step:
 
     @property
     def source_bytes(self) -> int:
-        return sum(s.nbytes for s in self.sources)
+        return _total(self.sources)
 
     @property
     def nbytes(self) -> int:
-        return sum(o.nbytes for o in self.outputs)
+        return _total(self.outputs)
 
 
 @dataclass(frozen=True)
@@ -68,16 +70,16 @@ class FinalizePlan:
     config: dict[str, Any] = field(repr=False)
     dropped: tuple[str, ...] = ()
 
-    @property
+    @cached_property
     def steps(self) -> list[Step]:
         return [step for shard in self.shards for step in shard]
 
-    @property
+    @cached_property
     def bytes_before(self) -> int:
         """Bytes of the source tensors; of a tensor that several steps read, once."""
-        return sum({info.name: info.nbytes for step in self.steps for info in step.sources}.values())
+        return _total({info.name: info for step in self.steps for info in step.sources}.values())
 
-    @property
+    @cached_property
     def bytes_after(self) -> int:
         return sum(step.nbytes for step in self.steps)
 
@@ -96,65 +98,68 @@ def make_plan(
     skip: list[str] | None = None,
     max_shard_bytes: int = 5 * 10**9,
     trust_remote_code: bool = False,
+    memo: Memo | None = None,
 ) -> FinalizePlan:
     """Plan a finalize from headers and the model on the meta device.
 
     ``dtype``: floating type that plain tensors (and weights before quantization) are cast to, ``auto`` keeps the
     stored one. ``skip``: module name patterns left unquantized. A checkpoint that records its QAT recipe takes that
-    one. Raises `ArtifactError` when the source is quantized already or does not match its config, `UsageError` for a
+    one. ``memo``: where answers of transformers and torchao are kept for the next plan. Raises `ArtifactError` when the
+    source is quantized already or does not match its config, `UsageError` for a
     recipe that the model or its record contradicts.
     """
-    from loadstone.loading.meta import destinations, meta_model
+    from loadstone.loading.meta import model_map
     from loadstone.quantization.qat import recorded_recipe
     from loadstone.quantization.rules import decide
 
+    memo = memo or Memo()
     refuse_quantized(artifact)
     recipe = recorded_recipe(artifact, recipe)
-    model = meta_model(artifact, trust_remote_code)
-    sources = source_tensors(artifact, model)
-    where = destinations(model, list(sources))
-    ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    found = stored_tensors(artifact)
+    mapped = model_map(artifact, list(found), trust_remote_code, memo)
+    model, where = mapped.facts, mapped.places
+    sources = source_tensors(artifact, found, model)
     decisions = decide(model, recipe, skip) if recipe else {}
-    untied = _untied(model, decisions, {place.parameter for place in where.values() if place})
+    present = {place.parameter for key in sources if (place := where[key])}
+    untied = _untied(model, decisions, present)
     fused = _fused(model, sources, where)
-    templates: dict[tuple[Any, ...], FlatTensor] = {}
+    templates = _Templates(device, memo)
     steps: list[Step] = []
     for key, info in sources.items():
         place = where[key]
         if place is not None and place.parameter in untied:
             continue
-        if place is None and not _matches(key, ignored):
+        if place is None and not _matches(key, model.ignored):
             raise ArtifactError(
-                f"{info.file}: tensor '{key}' belongs to no part of {type(model).__name__}",
+                f"{info.file}: tensor '{key}' belongs to no part of {model.model}",
                 "Check that config.json is of these weights",
             )
-        stored = _target_dtype(info, dtype)
+        stored = SAFETENSORS_DTYPES[dtype] if dtype != "auto" and info.dtype in FLOAT_DTYPES else info.dtype
         decision = decisions.get(place.parameter) if place else None
         if recipe and decision and decision.scheme and place and not place.converted:
-            steps.append(_quantize_step((info,), place.parameter, stored, decision, device, templates))
-            steps += _untied_steps(info, place.parameter, stored, decisions, untied, device, templates)
+            steps.append(_quantize_step((info,), place.parameter, stored, decision, templates))
+            steps += _untied_steps(info, place.parameter, stored, decisions, untied, templates)
             continue
         if recipe and decision and decision.scheme and place and place.parameter in fused:
             together = fused[place.parameter]
             if info is together[0]:
-                steps.append(
-                    _quantize_step(together, place.parameter, stored, decision, device, templates, model)
-                )
+                shape = next(w.shape for w in model.weights if w.name == place.parameter)
+                steps.append(_quantize_step(together, place.parameter, stored, decision, templates, shape))
             continue
         reason = decision.reason if decision else ("" if recipe is None else "not a matrix weight")
         if decision and decision.scheme:
             reason = "merged with others on load: torchao's tensors cannot be merged"
         action = COPY if stored == info.dtype else CAST
-        output = replace(info, dtype=stored, begin=0, end=_nbytes(info, stored))
+        output = TensorInfo(info.name, stored, info.shape, info.file, 0, _nbytes(info, stored))
         steps.append(Step((info,), action, key, (output,), reason=reason))
-        if place is not None:
-            steps += _untied_steps(info, place.parameter, stored, decisions, untied, device, templates)
+        if place is not None and untied:
+            steps += _untied_steps(info, place.parameter, stored, decisions, untied, templates)
     if recipe and not any(step.action == QUANTIZE for step in steps):
         raise ArtifactError(
-            f"'{artifact.path}': {type(model).__name__} has no weight that {recipe} can quantize",
+            f"'{artifact.path}': {model.model} has no weight that {recipe} can quantize",
             "Finalize it without --quantize",
         )
-    config = _config(artifact, recipe, dtype, skip, decisions)
+    config = _config(artifact, recipe, dtype, skip, decisions, memo)
     if untied:
         for part in (config, config.get("text_config")):
             if isinstance(part, dict):
@@ -171,11 +176,8 @@ def refuse_quantized(artifact: Artifact) -> None:
         )
 
 
-def source_tensors(artifact: Artifact, model: PreTrainedModel) -> dict[str, TensorInfo]:
-    """Every tensor of the source by name, in name order.
-
-    A state dict in ``.bin`` holds both names of a tied tensor; safetensors holds one, as transformers writes it.
-    """
+def stored_tensors(artifact: Artifact) -> dict[str, TensorInfo]:
+    """Every tensor in the source's files by name, in name order."""
     if artifact.table is not None:
         return dict(sorted(artifact.table.tensors.items()))
     from loadstone.artifact.bin_header import read_bin
@@ -183,15 +185,25 @@ def source_tensors(artifact: Artifact, model: PreTrainedModel) -> dict[str, Tens
     found: dict[str, TensorInfo] = {}
     for file in artifact.weights.files:
         found.update(read_bin(artifact.path / file).tensors)
-    for target, source in model.all_tied_weights_keys.items():
-        if source in found:
-            found.pop(target, None)
     return dict(sorted(found.items()))
 
 
-def _untied(model: PreTrainedModel, decisions: dict[str, Decision], stored: set[str]) -> dict[str, str]:
+def source_tensors(
+    artifact: Artifact, stored: dict[str, TensorInfo], model: ModelFacts
+) -> dict[str, TensorInfo]:
+    """Those of the ``stored`` tensors that are finalized.
+
+    A state dict in ``.bin`` holds both names of a tied tensor; safetensors holds one, as transformers writes it.
+    """
+    if artifact.table is not None:
+        return stored
+    twice = {target for target, source in model.tied.items() if source in stored}
+    return {name: info for name, info in stored.items() if name not in twice}
+
+
+def _untied(model: ModelFacts, decisions: dict[str, Decision], stored: set[str]) -> dict[str, str]:
     """Tied parameters that must be stored apart, since one of them is quantized: source by target; else empty."""
-    pairs: dict[str, str] = dict(model.all_tied_weights_keys)
+    pairs = model.tied
     if not any(name in decisions and decisions[name].scheme for pair in pairs.items() for name in pair):
         return {}
     for target, source in pairs.items():
@@ -209,38 +221,56 @@ def _untied_steps(
     stored: str,
     decisions: dict[str, Decision],
     untied: dict[str, str],
-    device: str,
-    templates: dict[tuple[Any, ...], FlatTensor],
+    templates: _Templates,
 ) -> list[Step]:
     """What else is made of a tensor that was tied to others: their own copies, each by its own decision."""
     steps = []
     for target in (t for t, source in untied.items() if source == parameter):
         decision = decisions.get(target)
         if decision and decision.scheme:
-            steps.append(_quantize_step((info,), target, stored, decision, device, templates))
+            steps.append(_quantize_step((info,), target, stored, decision, templates))
         else:
-            output = replace(info, name=target, dtype=stored, begin=0, end=_nbytes(info, stored))
+            output = info._replace(name=target, dtype=stored, begin=0, end=_nbytes(info, stored))
             action = COPY if stored == info.dtype else CAST
             steps.append(Step((info,), action, target, (output,), reason=f"no longer tied to {parameter}"))
     return steps
 
 
 def _fused(
-    model: PreTrainedModel, sources: dict[str, TensorInfo], where: dict[str, Destination | None]
+    model: ModelFacts, sources: dict[str, TensorInfo], where: dict[str, Destination | None]
 ) -> dict[str, tuple[TensorInfo, ...]]:
     """For each parameter that is its source tensors' rows in a row: these, in that order."""
     parts: dict[str, list[tuple[tuple[int, int], TensorInfo]]] = {}
-    for key, place in where.items():
+    for key, info in sources.items():
+        place = where[key]
         if place is not None and place.place is not None:
-            parts.setdefault(place.parameter, []).append((place.place, sources[key]))
+            parts.setdefault(place.parameter, []).append((place.place, info))
+    shapes = {weight.name: weight.shape for weight in model.weights}
     found = {}
     for name, members in parts.items():
         rows = tuple(info for _, info in sorted(members, key=lambda member: member[0]))
-        shape = tuple(model.get_parameter(name).shape)
+        shape = shapes.get(name, (0,))
         same = len({(info.shape[-1], info.dtype, len(info.shape)) for info in rows}) == 1
         if same and sum(info.numel for info in rows) == prod(shape) and rows[0].shape[-1] == shape[-1]:
             found[name] = rows
     return found
+
+
+class _Templates:
+    """What quantizing stores, asked of torchao once for each scheme, shape and dtype."""
+
+    def __init__(self, device: str, memo: Memo) -> None:
+        self._device = device
+        self._memo = memo
+        self._known: dict[tuple[Scheme, tuple[int, ...], str], FlatTensor] = {}
+
+    def of(self, scheme: Scheme, shape: tuple[int, ...], dtype: str) -> FlatTensor:
+        from loadstone.quantization.quantize import template
+
+        key = (scheme, shape, dtype)
+        if key not in self._known:
+            self._known[key] = template(*key, self._device, self._memo)
+        return self._known[key]
 
 
 def _quantize_step(
@@ -248,21 +278,13 @@ def _quantize_step(
     parameter: str,
     stored: str,
     decision: Decision,
-    device: str,
-    templates: dict[tuple[Any, ...], FlatTensor],
-    model: PreTrainedModel | None = None,
+    templates: _Templates,
+    shape: tuple[int, ...] | None = None,
 ) -> Step:
-    """``model``: gives the shape where it is not that of the one source tensor."""
-    from loadstone.quantization.flatten import torch_dtype
-    from loadstone.quantization.quantize import template
-
+    """``shape``: of the parameter, where it is not that of the one source tensor."""
     assert decision.scheme is not None
-    shape = tuple(model.get_parameter(parameter).shape) if model else sources[0].shape
-    key = (decision.scheme, shape, stored)
-    if key not in templates:
-        templates[key] = template(decision.scheme, shape, torch_dtype(stored), device)
-    flat = templates[key]
-    outputs = tuple(replace(part, name=part_name(parameter, n)) for n, part in flat.parts.items())
+    flat = templates.of(decision.scheme, shape or sources[0].shape, stored)
+    outputs = tuple(part._replace(name=part_name(parameter, n)) for n, part in flat.parts.items())
     return Step(sources, QUANTIZE, parameter, outputs, decision.scheme, decision.reason, flat.metadata)
 
 
@@ -272,6 +294,7 @@ def _config(
     dtype: str,
     skip: list[str] | None,
     decisions: dict[str, Decision],
+    memo: Memo,
 ) -> dict[str, Any]:
     """config.json to write: the source's, its dtype, and the block that every transformers load looks for."""
     config = json.loads(json.dumps(artifact.config))
@@ -282,21 +305,18 @@ def _config(
         config.pop("torch_dtype", None)
         config["dtype"] = dtype
     if recipe is not None:
-        config["quantization_config"] = quantization_block(recipe, skip, decisions)
+        config["quantization_config"] = quantization_block(recipe, skip, decisions, memo)
     return config
 
 
 def quantization_block(
-    recipe: Recipe | MixedRecipe, skip: list[str] | None, decisions: dict[str, Decision]
+    recipe: Recipe | MixedRecipe, skip: list[str] | None, decisions: dict[str, Decision], memo: Memo
 ) -> dict[str, Any]:
     """The ``quantization_config`` that transformers itself would write for this recipe.
 
-    One scheme for all is torchao's own config; several, and fused experts, are its `FqnToConfig`, which names every
-    module (experts: parameter).
+    One scheme for all is torchao's own config of that scheme; several, and fused experts, are its `FqnToConfig`, which
+    names every module (experts: parameter).
     """
-    from transformers import TorchAoConfig
-
-    from loadstone.quantization import to_torchao
     from loadstone.quantization.rules import KEPT
 
     modules = {
@@ -304,39 +324,46 @@ def quantization_block(
         for name, d in decisions.items()
         if d.linear or d.table or (d.fused and d.scheme)
     }
-    left = {name for name, d in modules.items() if d.linear and d.scheme is None}
+    left = sorted(name for name, d in modules.items() if d.linear and d.scheme is None)
     schemes = list(dict.fromkeys(d.scheme for d in modules.values() if d.scheme))
     tables = any(d.table and d.scheme for d in modules.values())
     fused = any(d.fused for d in modules.values())
     if len(schemes) == 1 and not tables and not fused:
         # By default transformers leaves out just the output head. Where more is left out, all of it must be named.
-        named = sorted(left) if skip or any(modules[name].reason != KEPT for name in left) else None
-        block = TorchAoConfig(to_torchao(schemes[0]), modules_to_not_convert=named).to_dict()
-    else:
-        block = _block_by_module(recipe, modules, sorted(left), tables)
-    return json.loads(json.dumps(block))
+        named = left if skip or any(modules[name].reason != KEPT for name in left) else None
+        return dict(memo.ask("block", [repr(schemes[0]), named], lambda: _block(schemes[0], named)))
+    mixed = recipe if isinstance(recipe, MixedRecipe) else MixedRecipe(recipe)
+    chosen = {name: d.scheme for name, d in modules.items() if d.linear or d.scheme}
+    chosen["_default"] = mixed.default.scheme if mixed.default else None
+    key = [[[name, repr(scheme)] for name, scheme in chosen.items()], left, tables]
+    return dict(memo.ask("block by module", key, lambda: _block_by_module(chosen, left, tables)))
 
 
-def _block_by_module(
-    recipe: Recipe | MixedRecipe, modules: dict[str, Decision], left: list[str], tables: bool
-) -> dict[str, Any]:
+def _block(scheme: Scheme, named: list[str] | None) -> dict[str, Any]:
+    from transformers import TorchAoConfig
+
+    from loadstone.quantization import to_torchao
+
+    block = TorchAoConfig(to_torchao(scheme), modules_to_not_convert=named).to_dict()
+    return dict(json.loads(json.dumps(block)))
+
+
+def _block_by_module(chosen: dict[str, Scheme | None], left: list[str], tables: bool) -> dict[str, Any]:
     from torchao.quantization import FqnToConfig
     from transformers import TorchAoConfig
 
     from loadstone.quantization import to_torchao
 
-    default = recipe.default if isinstance(recipe, MixedRecipe) else recipe
-    chosen = {name: d.scheme for name, d in modules.items() if d.linear or d.scheme}
-    table: dict[str, Any] = {name: to_torchao(s) if s else None for name, s in chosen.items()}
-    table["_default"] = to_torchao(default.scheme) if default else None
+    table: OrderedDict[str, Any] = OrderedDict(
+        (name, to_torchao(scheme) if scheme else None) for name, scheme in chosen.items()
+    )
     with warnings.catch_warnings():
         # Readers fall back on `_default` for modules that they name otherwise: deprecated, and still what they know.
         warnings.simplefilter("ignore")
-        return TorchAoConfig(
-            FqnToConfig(OrderedDict(table)),
-            modules_to_not_convert=left,
-            include_input_output_embeddings=tables,
-        ).to_dict()
+        config = TorchAoConfig(
+            FqnToConfig(table), modules_to_not_convert=left, include_input_output_embeddings=tables
+        )
+        return dict(json.loads(json.dumps(config.to_dict())))
 
 
 def _shards(steps: list[Step], max_bytes: int) -> tuple[tuple[Step, ...], ...]:
@@ -344,32 +371,40 @@ def _shards(steps: list[Step], max_bytes: int) -> tuple[tuple[Step, ...], ...]:
     shards: list[list[Step]] = [[]]
     size = 0
     for step in steps:
-        if shards[-1] and size + step.nbytes > max_bytes:
+        nbytes = step.nbytes
+        if shards[-1] and size + nbytes > max_bytes:
             shards.append([])
             size = 0
         shards[-1].append(step)
-        size += step.nbytes
+        size += nbytes
     return tuple(tuple(shard) for shard in shards)
 
 
-def weight_dtype(artifact: Artifact, dtype: str) -> torch.dtype:
-    """The floating dtype that weights have when they are quantized: as asked, else as most bytes are stored."""
-    import torch
+def weight_dtype(artifact: Artifact, dtype: str, memo: Memo | None = None) -> str:
+    """The floating dtype (``bfloat16``) that weights have when they are quantized: as asked, else as the config says,
+    else as most bytes are stored."""
+    if dtype != "auto":
+        return dtype
 
-    from loadstone.loading.native import load_config, stored_dtype
+    def ask() -> str:
+        from loadstone.loading.native import load_config, stored_dtype
 
-    return getattr(torch, dtype) if dtype != "auto" else stored_dtype(artifact, load_config(artifact))
+        return str(stored_dtype(artifact, load_config(artifact))).removeprefix("torch.")
+
+    tables = [artifact.table] if artifact.table else artifact.bins
+    sizes: dict[str, int] = {}
+    for table in tables:
+        for info in table.tensors.values():
+            sizes[info.dtype] = sizes.get(info.dtype, 0) + info.end - info.begin
+    memo = memo if memo and not artifact.needs_remote_code else Memo()
+    return str(memo.ask("weight dtype", [artifact.config, sorted(sizes.items())], ask))
 
 
-def _target_dtype(info: TensorInfo, dtype: str) -> str:
-    from loadstone.quantization.flatten import SAFETENSORS_DTYPES
-
-    return SAFETENSORS_DTYPES[dtype] if dtype != "auto" and info.dtype in FLOAT_DTYPES else info.dtype
+def _total(tensors: Iterable[TensorInfo]) -> int:
+    return sum([t.end - t.begin for t in tensors])
 
 
 def _nbytes(info: TensorInfo, dtype: str) -> int:
-    from loadstone.artifact.headers import DTYPE_BITS
-
     return info.numel * DTYPE_BITS[dtype] // 8 if dtype != info.dtype else info.nbytes
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import sys
+from pathlib import Path
 from typing import Any
 
 from loadstone.artifact import Artifact
@@ -87,8 +89,16 @@ def weight_bytes(artifact: Artifact) -> int:
 
 def quantize_device(device: str) -> str:
     """The one device that weights are quantized on: ``auto`` is the first GPU, else the CPU."""
+    if device == CPU or (device == "auto" and _certainly_no_gpu()):
+        return CPU
+    if device != "auto":
+        return str(_cuda_map(device)[""])
     import torch
 
-    if device == "auto":
-        return "cuda:0" if torch.cuda.is_available() else CPU
-    return CPU if device == CPU else str(_cuda_map(device)[""])
+    return "cuda:0" if torch.cuda.is_available() else CPU
+
+
+def _certainly_no_gpu() -> bool:
+    """Whether no GPU's driver shows on this machine, which is told without importing torch."""
+    drivers = ("nvidia*", "nvhost*", "nvgpu*", "dxg", "kfd")
+    return sys.platform == "linux" and not any(any(Path("/dev").glob(pattern)) for pattern in drivers)

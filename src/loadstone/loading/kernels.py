@@ -39,11 +39,9 @@ def check_kernels(artifact: Artifact, device_map: Any) -> None:
             f"'{artifact.root}' is {recipe.name}, which needs {recipe.needs}", "Use --device cuda there"
         )
     elif recipe.needs and "cpu" not in kinds:
-        import torch
-
         from loadstone.quantization.quantize import check_runs
 
-        check_runs(recipe, "cuda:0", torch.bfloat16)
+        check_runs(recipe, "cuda:0", "bfloat16")
 
 
 def _kind(device: Any) -> str:

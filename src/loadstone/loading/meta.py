@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from loadstone.artifact import Artifact
 from loadstone.errors import ArtifactError
 from loadstone.loading.native import load_config, model_class_of
+from loadstone.memo import Memo
+from loadstone.quantization.model_facts import ModelFacts, facts_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -31,6 +33,37 @@ def meta_model(artifact: Artifact, trust_remote_code: bool = False) -> PreTraine
         ) from None
 
 
+@dataclass(frozen=True)
+class ModelMap:
+    """What planning asks of a model: its facts, and where each tensor of the checkpoint goes (None: nowhere)."""
+
+    facts: ModelFacts
+    places: dict[str, Destination | None]
+
+
+def model_map(
+    artifact: Artifact, keys: list[str], trust_remote_code: bool = False, memo: Memo | None = None
+) -> ModelMap:
+    """The map for an artifact whose files hold ``keys``, out of ``memo`` where it is known there.
+
+    Code that came with the model may change at any time: its answers are never kept.
+    """
+    memo = memo if memo and not artifact.needs_remote_code else Memo()
+
+    def ask() -> Any:
+        model = meta_model(artifact, trust_remote_code)
+        places = destinations(model, keys)
+        names = {place.parameter: None for place in places.values() if place}
+        number = {name: n for n, name in enumerate(names)}
+        encoded = [p and [number[p.parameter], p.converted, p.place] for p in places.values()]
+        return {"facts": facts_of(model).as_json(), "parameters": list(names), "places": encoded}
+
+    answer = memo.ask("model map", [artifact.config, keys], ask)
+    names, places = answer["parameters"], answer["places"]
+    made = [p and Destination(names[p[0]], p[1], tuple(p[2]) if p[2] else None) for p in places]
+    return ModelMap(ModelFacts.from_json(answer["facts"]), dict(zip(keys, made, strict=True)))
+
+
 def layer_stack(model: Any) -> str | None:
     """Name of the list of decoder layers: the outermost list of modules of one type; None if there is none."""
     from torch import nn
@@ -41,8 +74,7 @@ def layer_stack(model: Any) -> str | None:
     return None
 
 
-@dataclass(frozen=True)
-class Destination:
+class Destination(NamedTuple):
     """Where a checkpoint tensor goes: ``parameter`` in the model; ``converted`` when it is merged or reshaped there.
 
     ``place`` sorts the tensors of a parameter that is their rows in a row (fused experts: expert by expert, within one

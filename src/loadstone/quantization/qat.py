@@ -51,11 +51,12 @@ def prepare(model: PreTrainedModel, recipe: Recipe | str) -> PreTrainedModel:
     from torchao.quantization import quantize_
     from torchao.quantization.qat import QATConfig
 
+    from loadstone.quantization.model_facts import facts_of
     from loadstone.quantization.rules import decide
     from loadstone.quantization.torchao_config import to_torchao
 
     recipe = check_qat(parse_recipe(recipe) if isinstance(recipe, str) else recipe)
-    chosen = {name.removesuffix(".weight") for name, d in decide(model, recipe).items() if d.scheme}
+    chosen = {name.removesuffix(".weight") for name, d in decide(facts_of(model), recipe).items() if d.scheme}
     quantize_(
         model,
         QATConfig(to_torchao(recipe.scheme), step="prepare"),

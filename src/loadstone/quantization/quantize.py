@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import json
+from typing import TYPE_CHECKING, Any
 
+from loadstone.artifact import FlatTensor, TensorInfo
 from loadstone.errors import MissingError
-from loadstone.quantization.flatten import flatten
+from loadstone.memo import Memo
+from loadstone.quantization.flatten import flatten, torch_dtype
 from loadstone.quantization.rounding import least_squares_weight, plain_weight
 from loadstone.quantization.schemes import (
     Float8DynActFloat8Weight,
@@ -24,8 +27,6 @@ from loadstone.quantization.torchao_config import to_torchao
 
 if TYPE_CHECKING:
     import torch
-
-    from loadstone.artifact import FlatTensor
 
 
 def quantize_weight(weight: torch.Tensor, scheme: Scheme) -> torch.Tensor:
@@ -90,50 +91,70 @@ def row_block(scheme: Scheme, shape: tuple[int, ...], elements: int) -> int:
     return max(elements // (shape[1] * tile), 1) * tile
 
 
-def template(scheme: Scheme, shape: tuple[int, ...], dtype: torch.dtype, device: str) -> FlatTensor:
-    """What quantizing a weight of this shape will store: class, attributes, dtypes and shapes of its parts."""
-    import torch
+def template(
+    scheme: Scheme, shape: tuple[int, ...], dtype: str, device: str, memo: Memo | None = None
+) -> FlatTensor:
+    """What quantizing a weight of this shape will store: class, attributes, dtypes and shapes of its parts.
+
+    ``dtype`` in safetensors' spelling. Answers are kept for the CPU alone: what a GPU packs depends on the card.
+    """
 
     def made(where: str) -> FlatTensor:
-        weight = torch.zeros(shape, dtype=dtype, device=where)
+        import torch
+
+        weight = torch.zeros(shape, dtype=torch_dtype(dtype), device=where)
         if scales_inputs(scheme):
-            ones = torch.ones(shape[-1], dtype=dtype, device=where)
+            ones = torch.ones(shape[-1], dtype=weight.dtype, device=where)
             return flatten("template.weight", quantize_scaled(weight, scheme, ones))[0]
         return flatten("template.weight", quantize_weight(weight, scheme))[0]
 
-    try:
-        return made("meta")
-    except Exception:
-        # Packing kernels have no meta version: the real thing on zeros tells the same.
-        return made(device)
+    def ask() -> list[Any]:
+        try:
+            flat = made("meta")
+        except Exception:
+            # Packing kernels have no meta version: the real thing on zeros tells the same.
+            flat = made(device)
+        return [flat.type, flat.metadata, [[n, p.dtype, p.shape, p.nbytes] for n, p in flat.parts.items()]]
+
+    memo = memo if memo and device == "cpu" else Memo()
+    kind, metadata, parts = memo.ask("template", [repr(scheme), shape, dtype], ask)
+    infos = {
+        name: TensorInfo(name, spelled, tuple(sides), "", 0, size) for name, spelled, sides, size in parts
+    }
+    return FlatTensor("template.weight", kind, json.loads(metadata)["_data"], infos, metadata)
 
 
-def check_runs(recipe: Recipe, device: str, dtype: torch.dtype) -> None:
-    """Quantize, flatten and run one small Linear; raises `MissingError` with the reason and what to use instead.
+def check_runs(recipe: Recipe, device: str, dtype: str, memo: Memo | None = None) -> None:
+    """Quantize, flatten and run one small Linear of ``dtype`` (``bfloat16``); raises `MissingError` with the reason
+    and what to use instead.
 
     A probe, not a table: what runs depends on the card, the packages and their versions.
     """
-    import torch
-
     kind = device.partition(":")[0]
     instead = f"Use {recipe.instead}" if recipe.instead else "Choose another recipe (--list-recipes)"
     if kind not in recipe.devices:
         raise MissingError(f"recipe '{recipe}' does not run on {kind}: it needs {recipe.needs}", instead)
-    problem = _probe(recipe.scheme, device, dtype)
-    if problem and dtype != torch.bfloat16 and not _probe(recipe.scheme, device, torch.bfloat16):
+    memo = memo if memo and kind == "cpu" else Memo()
+
+    def problem_in(dtype: str) -> str:
+        key = [repr(recipe.scheme), dtype]
+        return str(memo.ask("probe", key, lambda: _probe(recipe.scheme, device, dtype)))
+
+    problem = problem_in(dtype)
+    if problem and dtype != "bfloat16" and not problem_in("bfloat16"):
         instead = "Pass --dtype bfloat16"
     if problem:
         needs = f"; it needs {recipe.needs}" if recipe.needs else ""
-        kept = str(dtype).removeprefix("torch.")
         raise MissingError(
-            f"recipe '{recipe}' does not run here on {device} in {kept} ({problem}){needs}", instead
+            f"recipe '{recipe}' does not run here on {device} in {dtype} ({problem}){needs}", instead
         )
 
 
-def _probe(scheme: Scheme, device: str, dtype: torch.dtype) -> str:
+def _probe(scheme: Scheme, device: str, dtype_name: str) -> str:
     """Why one small Linear cannot be quantized, flattened and run; empty when it can."""
     import torch
 
+    dtype = getattr(torch, dtype_name)
     try:
         linear = torch.nn.Linear(1024, 256, bias=False, dtype=dtype, device=device)
         linear.weight = torch.nn.Parameter(

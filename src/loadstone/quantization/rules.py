@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING
 
 from loadstone.errors import UsageError
+from loadstone.quantization.model_facts import EMBEDDING, FUSED, LINEAR, ModelFacts, Weight
 from loadstone.quantization.recipe_file import MixedRecipe, Rule
 from loadstone.quantization.schemes import (
     Float8DynActFloat8Weight,
@@ -25,13 +25,8 @@ from loadstone.quantization.schemes import (
     Scheme,
 )
 
-if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedModel
-
-
 KEPT = "output head or kept in float32"
-FUSED = "fused experts"
+FUSED_EXPERTS = "fused experts"
 
 
 @dataclass(frozen=True)
@@ -51,83 +46,62 @@ class Decision:
 
 
 def decide(
-    model: PreTrainedModel, recipe: Recipe | MixedRecipe, skip: list[str] | None = None
+    model: ModelFacts, recipe: Recipe | MixedRecipe, skip: list[str] | None = None
 ) -> dict[str, Decision]:
-    """A decision for each matrix weight of ``model`` (on the meta device).
+    """A decision for each matrix weight of ``model``.
 
     A plain recipe quantizes the weights of `nn.Linear`, and fused experts where torchao can (see `fused_misfit`),
     except the output head, modules kept in float32, and modules that a ``skip`` pattern matches (see `matches`). A
     mixed one chooses by its rules, and may name embeddings and head. Raises `UsageError` for a pattern or rule that
     matches no Linear and no experts.
     """
-    import torch
-
     mixed = recipe if isinstance(recipe, MixedRecipe) else MixedRecipe(recipe)
-    head, table = model.get_output_embeddings(), model.get_input_embeddings()
-    never = _never(model, head if mixed.lm_head else None)
     used: set[str | Rule] = set()
     decisions: dict[str, Decision] = {}
-    for module_name, module in model.named_modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            full = f"{module_name}.{name}" if module_name else name
-            if isinstance(module, torch.nn.Linear) and name == "weight":
-                shape = tuple(parameter.shape)
-                decisions[full] = _decide_linear(
-                    module_name, shape, mixed, skip or [], never, module is head, used
-                )
-            elif parameter.dim() == 3:
-                decisions[full] = _decide_fused(full, module, mixed, skip or [], never, used)
-            elif isinstance(module, torch.nn.Embedding):
-                chosen = mixed.embeddings if module is table else None
-                decisions[full] = _fitting(chosen, tuple(parameter.shape), "embedding", table=module is table)
-            elif parameter.dim() == 2:
-                decisions[full] = Decision(None, f"weight of a {type(module).__name__}, not a Linear")
+    for weight in model.weights:
+        if weight.kind == LINEAR:
+            decision = _decide_linear(weight, mixed, skip or [], used)
+        elif weight.kind == FUSED:
+            decision = _decide_fused(weight, mixed, skip or [], used)
+        elif weight.kind == EMBEDDING:
+            chosen = mixed.embeddings if weight.table else None
+            decision = _fitting(chosen, weight.shape, "embedding", table=weight.table)
+        else:
+            decision = Decision(None, f"weight of a {weight.owner}, not a Linear")
+        decisions[weight.name] = decision
     _check_used(model, mixed, skip or [], used)
     return decisions
 
 
-def _decide_linear(
-    module: str,
-    shape: tuple[int, ...],
-    mixed: MixedRecipe,
-    skip: list[str],
-    never: list[str],
-    is_head: bool,
-    used: set[str | Rule],
-) -> Decision:
-    from transformers.quantizers.quantizers_utils import should_convert_module
-
-    hit = [pattern for pattern in skip if matches(pattern, module)]
+def _decide_linear(weight: Weight, mixed: MixedRecipe, skip: list[str], used: set[str | Rule]) -> Decision:
+    hit = [pattern for pattern in skip if matches(pattern, weight.module)]
     used.update(hit)
     # The head is named by the key lm_head alone: `re:.*` should not untie it by accident.
-    rules = [] if is_head else [rule for rule in mixed.rules if matches(rule.modules, module)]
+    rules = [] if weight.head else [rule for rule in mixed.rules if matches(rule.modules, weight.module)]
     # A rule that an earlier one always forestalls matches all the same: only a pattern that names nothing is wrong.
     used.update(rules)
     if hit:
-        return Decision(None, "skipped as asked", linear=True, table=is_head)
-    if not should_convert_module(f"{module}.weight", never):
-        return Decision(None, KEPT, linear=True, table=is_head)
-    if is_head:
-        return _fitting(mixed.lm_head, shape, "output head", linear=True, table=True)
+        return Decision(None, "skipped as asked", linear=True, table=weight.head)
+    if _kept(weight, mixed):
+        return Decision(None, KEPT, linear=True, table=weight.head)
+    if weight.head:
+        return _fitting(mixed.lm_head, weight.shape, "output head", linear=True, table=True)
     recipe = rules[0].recipe if rules else mixed.default
     if recipe is None:
         return Decision(None, "skipped as asked", linear=True)
-    return _fitting(recipe, shape, "linear weight", linear=True)
+    return _fitting(recipe, weight.shape, "linear weight", linear=True)
 
 
-def _decide_fused(
-    name: str,
-    module: torch.nn.Module,
-    mixed: MixedRecipe,
-    skip: list[str],
-    never: list[str],
-    used: set[str | Rule],
-) -> Decision:
+def _kept(weight: Weight, mixed: MixedRecipe) -> bool:
+    """Whether transformers never quantizes it: what stays float32, and the output head unless it is asked for."""
+    return weight.kept_float32 if mixed.lm_head else weight.kept
+
+
+def _decide_fused(weight: Weight, mixed: MixedRecipe, skip: list[str], used: set[str | Rule]) -> Decision:
     """A 3-D parameter: experts of transformers' own kind, (experts, out, in), are quantized row by row."""
-    from transformers.quantizers.quantizers_utils import should_convert_module
 
     def named(pattern: str) -> bool:
-        return matches(pattern, name) or matches(pattern, name.rpartition(".")[0])
+        return matches(pattern, weight.name) or matches(pattern, weight.module)
 
     hit = [pattern for pattern in skip if named(pattern)]
     used.update(hit)
@@ -136,18 +110,19 @@ def _decide_fused(
     recipe = rules[0].recipe if rules else mixed.default
     if hit or recipe is None:
         return Decision(None, "skipped as asked", fused=True)
-    if not should_convert_module(name, never):
+    if _kept(weight, mixed):
         return Decision(None, KEPT, fused=True)
-    transposed = getattr(module, "is_transposed", None)
-    if transposed is None:
+    if weight.transposed is None:
+        return Decision(None, f"3-D weight of a {weight.owner}, whose products are its own", fused=True)
+    if weight.transposed:
         return Decision(
-            None, f"3-D weight of a {type(module).__name__}, whose products are its own", fused=True
+            None, f"{FUSED_EXPERTS}: stored (in, out), and torchao multiplies (out, in)", fused=True
         )
-    if transposed:
-        return Decision(None, f"{FUSED}: stored (in, out), and torchao multiplies (out, in)", fused=True)
     problem = fused_misfit(recipe.scheme)
     return Decision(
-        None if problem else recipe.scheme, f"{FUSED}: {problem}" if problem else FUSED, fused=True
+        None if problem else recipe.scheme,
+        f"{FUSED_EXPERTS}: {problem}" if problem else FUSED_EXPERTS,
+        fused=True,
     )
 
 
@@ -183,44 +158,29 @@ def _fitting(
     return Decision(recipe.scheme if recipe else None, what, linear, table=table)
 
 
-def _never(model: PreTrainedModel, wanted: torch.nn.Module | None) -> list[str]:
-    """transformers' names of what is never quantized: the output head, unless ``wanted``, and what stays float32."""
-    from transformers.quantizers.base import HfQuantizer
-
-    kept = model._keep_in_fp32_modules
-    if wanted is None:
-        return HfQuantizer.get_modules_to_not_convert(model, None, kept)
-    return list(kept or ())
-
-
-def _check_used(model: PreTrainedModel, mixed: MixedRecipe, skip: list[str], used: set[str | Rule]) -> None:
+def _check_used(model: ModelFacts, mixed: MixedRecipe, skip: list[str], used: set[str | Rule]) -> None:
     patterns = "Patterns: a module name or part of it (mlp, layers.0, down_proj), a glob, or re:REGEX"
     for rule in mixed.rules:
-        if rule not in used and any(
-            matches(rule.modules, name)
-            for name, m in model.named_modules()
-            if m is model.get_output_embeddings()
-        ):
+        if rule not in used and model.head is not None and matches(rule.modules, model.head):
             raise UsageError(
                 f"{mixed.where(rule)}: '{rule.modules}' is the output head, which rules leave alone",
                 "Name its recipe under lm_head:",
             )
         if rule not in used:
             raise UsageError(
-                f"{mixed.where(rule)}: '{rule.modules}' matches no Linear of {type(model).__name__}", patterns
+                f"{mixed.where(rule)}: '{rule.modules}' matches no Linear of {model.model}", patterns
             )
     for pattern in sorted(set(skip) - used):
-        raise UsageError(f"--skip {pattern} matches no Linear of {type(model).__name__}", patterns)
-    table = model.get_input_embeddings()
-    if mixed.embeddings and table is not None and any(True for _ in table.buffers()):
+        raise UsageError(f"--skip {pattern} matches no Linear of {model.model}", patterns)
+    if mixed.embeddings and model.table_has_buffers:
         # transformers marks a module with a deserialised weight as initialised, and never fills its buffers.
         raise UsageError(
-            f"{mixed.file}: embeddings of {type(model).__name__} cannot be quantized: transformers would lose the "
-            f"scale that {type(table).__name__} keeps beside them",
+            f"{mixed.file}: embeddings of {model.model} cannot be quantized: transformers would lose the "
+            f"scale that {model.table} keeps beside them",
             "Remove embeddings",
         )
-    if mixed.lm_head and model.get_output_embeddings() is None:
-        raise UsageError(f"{mixed.file}: {type(model).__name__} has no output head", "Remove lm_head")
+    if mixed.lm_head and model.head is None:
+        raise UsageError(f"{mixed.file}: {model.model} has no output head", "Remove lm_head")
 
 
 def matches(pattern: str, module: str) -> bool:

@@ -1,0 +1,105 @@
+"""What decides which parameters of a model are quantized, as data: asked of transformers once, and then no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+LINEAR, FUSED, EMBEDDING, MATRIX = "linear", "fused", "embedding", "matrix"
+
+
+class Weight(NamedTuple):
+    """One matrix parameter. ``kind``: the weight of a Linear, a 3-D weight (fused experts), a table, another matrix.
+
+    ``owner`` is its module's class. ``head``, ``table``: of the output head, of the input embeddings. ``kept``: left
+    out by transformers' default, ``kept_float32``: left out also when the output head is wanted. ``transposed``: what
+    transformers' fused experts say about their layout, None for others.
+    """
+
+    name: str
+    module: str
+    owner: str
+    kind: str
+    shape: tuple[int, ...]
+    head: bool
+    table: bool
+    kept: bool
+    kept_float32: bool
+    transposed: bool | None
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """A model's matrix weights and what else planning asks about it.
+
+    ``tied``: transformers' `all_tied_weights_keys` (target to source). ``ignored``: patterns of checkpoint keys that
+    belong to no parameter. ``head`` is the output head's module name, ``table`` the class of the input embeddings,
+    ``table_has_buffers`` whether they keep a scale beside the weight.
+    """
+
+    model: str
+    weights: tuple[Weight, ...]
+    tied: dict[str, str]
+    ignored: tuple[str, ...]
+    head: str | None
+    table: str | None
+    table_has_buffers: bool
+
+    def as_json(self) -> dict[str, Any]:
+        return self.__dict__ | {"weights": [list(w) for w in self.weights], "ignored": list(self.ignored)}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> ModelFacts:
+        weights = tuple(Weight._make((*w[:4], tuple(w[4]), *w[5:])) for w in data["weights"])
+        return cls(**data | {"weights": weights, "ignored": tuple(data["ignored"])})
+
+
+def facts_of(model: PreTrainedModel) -> ModelFacts:
+    """The facts of a live model, or of one on the meta device."""
+    from transformers.quantizers.base import HfQuantizer
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    head, table = model.get_output_embeddings(), model.get_input_embeddings()
+    float32 = list(model._keep_in_fp32_modules or ())
+    default = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
+    weights = []
+    for module_name, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            kind = _kind(module, name, parameter)
+            if not kind:
+                continue
+            full = f"{module_name}.{name}" if module_name else name
+            weights.append(
+                Weight(
+                    full, module_name, type(module).__name__, kind, tuple(parameter.shape), module is head,
+                    module is table, not should_convert_module(full, default),
+                    not should_convert_module(full, float32), getattr(module, "is_transposed", None),
+                )
+            )  # fmt: skip
+    return ModelFacts(
+        type(model).__name__,
+        tuple(weights),
+        dict(model.all_tied_weights_keys),
+        tuple(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()),
+        next((name for name, module in model.named_modules() if module is head), "")
+        if head is not None
+        else None,
+        type(table).__name__ if table is not None else None,
+        table is not None and any(True for _ in table.buffers()),
+    )
+
+
+def _kind(module: torch.nn.Module, name: str, parameter: torch.nn.Parameter) -> str:
+    import torch
+
+    if isinstance(module, torch.nn.Linear) and name == "weight":
+        return LINEAR
+    if parameter.dim() == 3:
+        return FUSED
+    if isinstance(module, torch.nn.Embedding):
+        return EMBEDDING
+    return MATRIX if parameter.dim() == 2 else ""
