@@ -47,8 +47,8 @@ def test_what_is_held_is_bounded(tiny: Path, monkeypatch: pytest.MonkeyPatch, re
     lock, held, most, at_work, together = threading.Lock(), [0], [0], [0], [0]
     span, quantize = SourceReader.span, pieces.quantize_weight
 
-    def counted(self: SourceReader, info: object, start: int, stop: int) -> torch.Tensor:
-        values = span(self, info, start, stop)  # type: ignore[arg-type]
+    def counted(self: SourceReader, info: object, start: int, stop: int, **how: bool) -> torch.Tensor:
+        values = span(self, info, start, stop, **how)  # type: ignore[arg-type]
         with lock:
             held[0] += values.nbytes
             most[0] = max(most[0], held[0])

@@ -25,7 +25,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-COMMANDS = ("finalize", "evaluate", "predict", "inspect", "export_fakequant")
+# Each command's module.
+COMMANDS = {
+    "finalize": "finalize",
+    "eval": "evaluate",
+    "predict": "predict",
+    "inspect": "inspect",
+    "export-fakequant": "export_fakequant",
+}
 GLOBAL_FLAGS = ("-q", "--quiet", "-v", "--verbose", "--debug")
 log = logging.getLogger("loadstone")
 
@@ -67,9 +74,11 @@ class _Formatter(logging.Formatter):
         return f"loadstone: {label}{record.getMessage()}"
 
 
-def _register() -> None:
-    for name in COMMANDS:
-        import_module(f"loadstone.cli.{name}").register(app)
+def _register(args: list[str]) -> None:
+    """Add the command that is asked for, so that no other's options take time; all of them when none is."""
+    first = next((a for a in args if not a.startswith("-")), "")
+    for module in [COMMANDS[first]] if first in COMMANDS else COMMANDS.values():
+        import_module(f"loadstone.cli.{module}").register(app)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -82,7 +91,7 @@ def main(argv: list[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, _terminate)
     # The libraries' imports make a million objects that stay: looking for garbage among them takes a third of the time.
     gc.set_threshold(200_000, 20, 100)
-    _register()
+    _register(args)
     try:
         code: Any = app(args=args, standalone_mode=True, prog_name="loadstone")
     except LoadstoneError as error:

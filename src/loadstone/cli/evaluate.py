@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from loadstone.artifact.context_file import PREFIX, context_kind
 from loadstone.errors import GateFailed, UsageError
 
 if TYPE_CHECKING:
@@ -253,6 +252,8 @@ def evaluate(
     """Measure models on text: loss, perplexity and bits per byte with standard errors, and the paired
     difference to a baseline on the same tokens. Any directory is loaded the one way that is right for it;
     no flag says how."""
+    from loadstone.artifact.context_file import PREFIX, context_kind
+
     kinds = [context_kind(Path(model)) for model in models]
     if any(kind is not None and kind != PREFIX for kind in kinds):
         from loadstone.cli import contexts

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from loadstone.artifact.context_file import is_context
 from loadstone.cli import render
 from loadstone.errors import ArtifactError, LoadstoneError
 
@@ -54,6 +53,8 @@ def command(
 
     Example: [bold]loadstone inspect tiny-w4[/]
     """
+    from loadstone.artifact.context_file import is_context
+
     if is_context(directory):
         from loadstone.cli import context_facts
 

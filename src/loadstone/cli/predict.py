@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from loadstone.artifact.context_file import TABLE_KINDS, require_kind
 from loadstone.cli import render
 from loadstone.errors import UsageError
 
@@ -70,6 +69,8 @@ def command(
         raise UsageError(f"the output '{out}' exists", "Choose another, or pass --overwrite to replace it")
     if out is not None and not out.resolve().parent.is_dir():
         raise UsageError(f"cannot write '{out}': its directory does not exist", "Make it first")
+
+    from loadstone.artifact.context_file import TABLE_KINDS, require_kind
 
     require_kind(Path(model), *TABLE_KINDS, by="predict")
     from loadstone.cli.contexts import open_table
