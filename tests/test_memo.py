@@ -28,7 +28,7 @@ def test_asked_once(tmp_path: Path) -> None:
     assert not asked(Memo(tmp_path, lambda: prepared.append(2)))
     assert prepared == [1]
     assert asked(Memo(tmp_path), key=2) and asked(Memo(tmp_path), what="product")
-    assert all(asked(Memo()) for _ in range(2))
+    assert all(asked(Memo()) for _ in range(2)) and all(asked(Memo(tmp_path).unkept()) for _ in range(2))
     assert not [p for p in tmp_path.iterdir() if p.suffix != ".json"]
 
 

@@ -33,7 +33,8 @@ class Memo:
 
     def __init__(self, directory: Path | None = None, prepare: Callable[[], None] = lambda: None) -> None:
         self._directory = directory
-        self._prepare: Callable[[], None] | None = prepare
+        self._prepare = prepare
+        self._prepared = False
         self._environment: list[Any] | None = None
 
     def ask(self, what: str, key: Any, make: Callable[[], Any]) -> Any:
@@ -41,13 +42,17 @@ class Memo:
         path = self._path(what, key)
         if path is not None and (found := _read(path, what)) is not None:
             return found[0]
-        if self._prepare is not None:
+        if not self._prepared:
             self._prepare()
-            self._prepare = None
+            self._prepared = True
         answer = make()
         if path is not None:
             _write(path, what, answer)
         return answer
+
+    def unkept(self) -> Memo:
+        """The same for questions whose answers may change: each is asked anew."""
+        return Memo(None, self._prepare)
 
     def _path(self, what: str, key: Any) -> Path | None:
         if self._directory is None:

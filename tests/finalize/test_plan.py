@@ -122,3 +122,13 @@ finally:
     assert imported == "['torch', 'torchao', 'transformers']"
     again, imported = run(str(tmp_path / "cache"))
     assert again == first and imported == "[]"
+
+
+def test_code_that_came_with_the_model_is_asked_anew(
+    make_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    artifact = loadstone.detect(make_model("llama-tied"))
+    monkeypatch.setattr(type(artifact), "needs_remote_code", True)
+    make_plan(artifact, None, memo=Memo(tmp_path))
+    assert weight_dtype(artifact, "auto", Memo(tmp_path)) == "bfloat16"
+    assert not list(tmp_path.iterdir())

@@ -54,3 +54,26 @@ def test_unpack_int4_tiles() -> None:
                     word |= sum(low << (16 + 4 * i) for i, (_, low) in enumerate(v))
                     packed[n_tile, k_outer, lane, pair] = word
     assert torch.equal(unpack_int4_tiles(packed.to(torch.int32)), values)
+
+
+def test_no_driver_no_gpu_and_no_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from loadstone.loading import devices
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(devices, "_certainly_no_gpu", lambda: True)
+    assert devices.quantize_device("auto") == "cpu"
+    monkeypatch.setattr(devices, "_certainly_no_gpu", lambda: False)
+    assert devices.quantize_device("auto") == "cuda:0" and devices.quantize_device("cpu") == "cpu"
+
+
+@pytest.mark.parametrize("driver", ["nvidiactl", "dxg", "kfd", "nvhost-gpu"])
+def test_a_gpu_shows_by_its_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, driver: str) -> None:
+    from loadstone.loading import devices
+
+    monkeypatch.setattr(devices, "Path", lambda folder: tmp_path)
+    monkeypatch.setattr(devices.sys, "platform", "linux")
+    assert devices._certainly_no_gpu()
+    (tmp_path / driver).touch()
+    assert not devices._certainly_no_gpu()

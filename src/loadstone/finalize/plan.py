@@ -396,7 +396,8 @@ def weight_dtype(artifact: Artifact, dtype: str, memo: Memo | None = None) -> st
     for table in tables:
         for info in table.tensors.values():
             sizes[info.dtype] = sizes.get(info.dtype, 0) + info.end - info.begin
-    memo = memo if memo and not artifact.needs_remote_code else Memo()
+    memo = memo or Memo()
+    memo = memo.unkept() if artifact.needs_remote_code else memo
     return str(memo.ask("weight dtype", [artifact.config, sorted(sizes.items())], ask))
 
 

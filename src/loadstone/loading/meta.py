@@ -48,7 +48,8 @@ def model_map(
 
     Code that came with the model may change at any time: its answers are never kept.
     """
-    memo = memo if memo and not artifact.needs_remote_code else Memo()
+    memo = memo or Memo()
+    memo = memo.unkept() if artifact.needs_remote_code else memo
 
     def ask() -> Any:
         model = meta_model(artifact, trust_remote_code)

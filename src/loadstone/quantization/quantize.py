@@ -116,7 +116,8 @@ def template(
             flat = made(device)
         return [flat.type, flat.metadata, [[n, p.dtype, p.shape, p.nbytes] for n, p in flat.parts.items()]]
 
-    memo = memo if memo and device == "cpu" else Memo()
+    memo = memo or Memo()
+    memo = memo if device == "cpu" else memo.unkept()
     kind, metadata, parts = memo.ask("template", [repr(scheme), shape, dtype], ask)
     infos = {
         name: TensorInfo(name, spelled, tuple(sides), "", 0, size) for name, spelled, sides, size in parts
@@ -134,7 +135,8 @@ def check_runs(recipe: Recipe, device: str, dtype: str, memo: Memo | None = None
     instead = f"Use {recipe.instead}" if recipe.instead else "Choose another recipe (--list-recipes)"
     if kind not in recipe.devices:
         raise MissingError(f"recipe '{recipe}' does not run on {kind}: it needs {recipe.needs}", instead)
-    memo = memo if memo and kind == "cpu" else Memo()
+    memo = memo or Memo()
+    memo = memo if kind == "cpu" else memo.unkept()
 
     def problem_in(dtype: str) -> str:
         key = [repr(recipe.scheme), dtype]
