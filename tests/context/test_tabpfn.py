@@ -26,13 +26,14 @@ from loadstone.artifact.context_errors import (
     KindMismatch,
     UnsafeContent,
 )
-from loadstone.artifact.context_file import digest
 from loadstone.context import tabpfn as contexts
+from loadstone.context.fingerprint import tensor_bytes
 from loadstone.context.object_tree import Decoder, Encoder, resolve
 from loadstone.context.tabpfn_classes import ALLOWED
 from loadstone.errors import MissingError, UsageError
 
 sys.path.insert(0, str(Path(__file__).parent))
+from packed_contexts import rewrite, rewrite_description
 from tabpfn_checkpoints import SIZES, estimator, table, write_checkpoint
 
 TASKS = ("classification", "regression")
@@ -65,6 +66,13 @@ def fitted(checkpoint: Callable[..., Path]) -> Callable[..., Any]:
     return make
 
 
+@pytest.fixture(scope="module")
+def wide(checkpoint: Callable[..., Path]) -> Any:
+    """A fitted estimator with caches large enough to be packed one by one."""
+    x = np.random.default_rng(0).normal(size=(4000, 3))
+    return estimator(checkpoint(task="regression"), "regression").fit(x, x[:, 0])
+
+
 def predict(model: Any) -> np.ndarray:
     task = "classification" if hasattr(model, "predict_proba") else "regression"
     _, _, new = table(task)
@@ -86,10 +94,11 @@ def test_predictions_are_the_same_after_one_round_trip_and_two(
     contexts.save(one, tmp_path / "two")
     two = loadstone.load_context(tmp_path / "two", device="cpu")
     assert np.array_equal(predict(two), expected)
-    # The same estimator gives the same bytes.
-    assert (tmp_path / "one" / "context.safetensors").read_bytes() == (
-        tmp_path / "two" / "context.safetensors"
-    ).read_bytes()
+    # Nothing was lost on the way: the same tensors in every bit.
+    before, after = tensors_of(model), tensors_of(two)
+    assert before.keys() == after.keys()
+    for key, tensor in before.items():
+        assert tensor.dtype == after[key].dtype and tensor_bytes(tensor) == tensor_bytes(after[key]), key
     if task == "classification":
         assert list(one.classes_) == list(model.classes_)
         _, _, new = table(task)
@@ -190,13 +199,39 @@ def test_size_is_the_predicted_one(checkpoint: Callable[..., Path], task: str, t
     size = (tmp_path / "context" / "context.safetensors").stat().st_size
     assert abs(size - contexts.predicted_bytes(model)) <= 0.01 * size
     # What the package says of keys, values and their like before any fit, given the columns that the model sees.
-    layers = sum(t.nbytes for name, t in tensors_of(model).items() if name.startswith("layers."))
+    facts = json.loads((tmp_path / "context" / "context.json").read_text())
+    tensors = tensors_of(model)
+    layers = sum(t.nbytes for name, t in tensors.items() if name.startswith("layers."))
     columns = model.executor_.kv_caches[0].scaler_cache["mean"].shape[-1]
     one = get_cache_size(
         n_train=3000, n_features=columns, model_config=model.configs_[0], base_dtype="autocast",
         task_type="multiclass" if task == "classification" else "regression",
     )  # fmt: skip
     assert abs(layers - 2 * one) <= 0.01 * layers
+    assert (
+        facts["cache"]["bytes"]
+        == layers
+        < facts["packed"]["tensors"]
+        <= sum(t.nbytes for t in tensors.values())
+    )
+    assert size < facts["packed"]["tensors"]
+
+
+@pytest.mark.parametrize("members", [2, 8])
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("name", sorted(SIZES))
+def test_files_are_no_larger_than_the_packages(
+    fitted: Callable[..., Any], name: str, task: str, members: int, tmp_path: Path
+) -> None:
+    """Of 60 rows, where what is around the cache weighs most. The base's digests are what the package does without."""
+    from tabpfn.model_loading import save_fitted_tabpfn_model
+
+    model = fitted(name, task, n_estimators=members)
+    contexts.save(model, tmp_path / "ours")
+    save_fitted_tabpfn_model(model, tmp_path / "theirs.tabpfn_fit")
+    ours = sum(path.stat().st_size for path in (tmp_path / "ours").iterdir())
+    digests = 32 * len(contexts.base_state(model))
+    assert ours <= (tmp_path / "theirs.tabpfn_fit").stat().st_size + digests
 
 
 def tensors_of(model: Any) -> dict[str, torch.Tensor]:
@@ -298,15 +333,8 @@ def test_models_made_in_memory(checkpoint: Callable[..., Path], tmp_path: Path) 
 # What must not be loaded.
 
 
-def rewrite(directory: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    facts = json.loads((directory / "context.json").read_text())
-    change(facts)
-    facts["digest"] = digest(facts)
-    (directory / "context.json").write_text(json.dumps(facts))
-
-
-def _plant(facts: dict[str, Any], value: Any) -> None:
-    facts["estimator"]["fitted"]["v"].append(["planted_", value])
+def _plant(described: dict[str, Any], value: Any) -> None:
+    described["estimator"]["fitted"]["v"].append(["planted_", value])
 
 
 MARKER = "import pathlib; pathlib.Path('planted').touch()"
@@ -338,7 +366,7 @@ def test_crafted_objects_are_refused(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     contexts.save(fitted(), tmp_path / "context")
-    rewrite(tmp_path / "context", lambda facts: _plant(facts, value))
+    rewrite_description(tmp_path / "context", lambda described: _plant(described, value))
     with pytest.raises(error):
         contexts.load(tmp_path / "context", device="cpu")
     assert not (tmp_path / "planted").exists()
@@ -385,11 +413,12 @@ def test_a_file_that_runs_code_in_the_package_is_refused_here(
 @pytest.mark.parametrize("change, error", [
     (lambda f: f["packages"].update(tabpfn="8.1.0"), FormatUnsupported),
     (lambda f: f.pop("packages"), CorruptContext),
-    (lambda f: f["estimator"].update({"class": "Other"}), CorruptContext),
-    (lambda f: f["estimator"]["fitted"]["v"].pop(), CorruptContext),
+    (lambda f: f.pop("packed"), CorruptContext),
+    (lambda f: f["base"].update(tensors={}), CorruptContext),
     (lambda f: f.update(format_version=99), FormatUnsupported),
+    (lambda f: f.update(format_version=1), FormatUnsupported),
 ])  # fmt: skip
-def test_changed_descriptions(
+def test_changed_facts(
     fitted: Callable[..., Any],
     change: Callable[[dict[str, Any]], Any],
     error: type[Exception],
@@ -401,14 +430,37 @@ def test_changed_descriptions(
         contexts.load(tmp_path / "context", device="cpu")
 
 
-def test_damage_is_found(fitted: Callable[..., Any], tmp_path: Path) -> None:
-    contexts.save(fitted(), tmp_path / "context")
-    file = tmp_path / "context" / "context.safetensors"
-    raw = bytearray(file.read_bytes())
-    raw[-9] ^= 4
-    file.write_bytes(raw)
-    with pytest.raises(CorruptContext, match="sha256"):
+@pytest.mark.parametrize("change", [
+    lambda d: d.pop("estimator"),
+    lambda d: d["estimator"].update({"class": "Other"}),
+    lambda d: d["estimator"].update({"class": ["TabPFNClassifier"]}),
+    lambda d: d["estimator"].pop("params"),
+    lambda d: d["estimator"].update(engine=None),
+    lambda d: d["estimator"].update(engine=[1]),
+    lambda d: d["estimator"].update(caches=7),
+    lambda d: d["estimator"]["fitted"]["v"].pop(),
+    lambda d: d.pop("base"),
+    lambda d: d.update(base={"x": 1}),
+    lambda d: d["packed"].clear(),
+    lambda d: d["small"].popitem(),
+    lambda d: [entry[4].append(1) for entry in d["packed"].values()],
+])  # fmt: skip
+def test_changed_descriptions(wide: Any, change: Callable[[dict[str, Any]], Any], tmp_path: Path) -> None:
+    contexts.save(wide, tmp_path / "context")
+    rewrite_description(tmp_path / "context", lambda d: change(d))
+    with pytest.raises((CorruptContext, BaseMismatch)):
         contexts.load(tmp_path / "context", device="cpu")
+
+
+def test_damage_is_found(wide: Any, tmp_path: Path) -> None:
+    contexts.save(wide, tmp_path / "context")
+    file = tmp_path / "context" / "context.safetensors"
+    raw = file.read_bytes()
+    # In the packed caches, where deflate itself may not mind, and in the description.
+    for at in (*range(len(raw) // 5, len(raw), len(raw) // 5), len(raw) - 9):
+        file.write_bytes(raw[:at] + bytes([raw[at] ^ 4]) + raw[at + 1 :])
+        with pytest.raises(CorruptContext, match="sha256"):
+            contexts.load(tmp_path / "context", device="cpu")
     file.write_bytes(raw[:-5])
     with pytest.raises(CorruptContext):
         contexts.load(tmp_path / "context", device="cpu")

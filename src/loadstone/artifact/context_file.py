@@ -21,8 +21,9 @@ from loadstone.errors import ArtifactError
 
 CONTEXT_JSON = "context.json"
 CONTEXT_TENSORS = "context.safetensors"
-FORMAT_VERSION = 1
 PFN, TABPFN, PREFIX = "pfn", "tabpfn", "llm-prefix"
+# The newest version of each kind. A TabPFN estimator of version 1 was not packed.
+FORMAT_VERSIONS = {PFN: 1, TABPFN: 2, PREFIX: 1}
 KINDS = (PFN, TABPFN, PREFIX)
 # Those that predict a column of a table.
 TABLE_KINDS = (PFN, TABPFN)
@@ -64,7 +65,10 @@ class ContextFile:
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes of keys and values with their scales."""
+        """Bytes of keys and values with their scales, in memory."""
+        packed = self.facts["cache"].get("bytes")
+        if isinstance(packed, int):
+            return packed
         return sum(t.nbytes for name, t in self.tensors.items() if name.startswith("layers."))
 
 
@@ -123,11 +127,18 @@ def read_context(directory: Path, *, verify: bool = False) -> ContextFile:
         raise CorruptContext(
             f"{CONTEXT_TENSORS}: {header.file_bytes} bytes, {expected['bytes']} were written", _RECOPY
         )
-    if verify and sha256_file(path) != expected["sha256"]:
+    file = ContextFile(directory, facts, header.tensors, header.file_bytes)
+    if verify:
+        check_content(file)
+    return file
+
+
+def check_content(file: ContextFile) -> None:
+    """Raise `CorruptContext` unless the tensors' bytes are those that were written."""
+    if sha256_file(file.path / CONTEXT_TENSORS) != file.facts["files"][CONTEXT_TENSORS]["sha256"]:
         raise CorruptContext(
             f"{CONTEXT_TENSORS}: its bytes are not those that were written (sha256 differs)", _RECOPY
         )
-    return ContextFile(directory, facts, header.tensors, header.file_bytes)
 
 
 def digest(facts: dict[str, Any]) -> str:
@@ -140,16 +151,20 @@ def _check_version(facts: dict[str, Any]) -> None:
     version = facts.get("format_version")
     if facts.get("format") != "loadstone-context" or type(version) is not int:
         raise CorruptContext(f"{CONTEXT_JSON} is no fitted context's", "Fit the context again")
-    if not 1 <= version <= FORMAT_VERSION:
+    kind = facts.get("kind")
+    if kind not in KINDS:
         raise FormatUnsupported(
-            f"{CONTEXT_JSON}: format version {version}, this loadstone reads up to {FORMAT_VERSION}",
+            f"{CONTEXT_JSON}: a context of kind {str(kind)[:40]!a}, this loadstone reads {', '.join(KINDS)}",
+            "Update loadstone",
+        )
+    if not 1 <= version <= FORMAT_VERSIONS[kind]:
+        raise FormatUnsupported(
+            f"{CONTEXT_JSON}: format version {version}, this loadstone reads up to {FORMAT_VERSIONS[kind]}",
             "Update loadstone, or fit the context again",
         )
-    if facts.get("kind") not in KINDS:
+    if kind == TABPFN and version == 1:
         raise FormatUnsupported(
-            f"{CONTEXT_JSON}: a context of kind {str(facts.get('kind'))[:40]!a}, this loadstone reads "
-            f"{', '.join(KINDS)}",
-            "Update loadstone",
+            f"{CONTEXT_JSON}: TabPFN contexts of format version 1 are no longer read", "Fit it again"
         )
 
 
@@ -172,9 +187,13 @@ def _check_shape(facts: dict[str, Any]) -> None:
     ):
         raise CorruptContext(f"{CONTEXT_JSON}: 'files' does not describe {CONTEXT_TENSORS}", _RECOPY)
     tensors = base.get("tensors")
-    well_formed = isinstance(tensors, dict) and all(
-        isinstance(t, list) and len(t) == 3 and isinstance(t[1], list) for t in tensors.values()
-    )
+    if facts["kind"] == TABPFN:
+        # Their digests are packed with the rest; here is how many there are.
+        well_formed = type(tensors) is int
+    else:
+        well_formed = isinstance(tensors, dict) and all(
+            isinstance(t, list) and len(t) == 3 and isinstance(t[1], list) for t in tensors.values()
+        )
     if (
         not well_formed
         or not isinstance(base.get("architecture"), dict)
@@ -199,7 +218,7 @@ _TABLE_KEYS: dict[str, type] = {
 }  # fmt: skip
 _KIND_KEYS: dict[str, dict[str, type]] = {
     PFN: _TABLE_KEYS,
-    TABPFN: _TABLE_KEYS | {"packages": dict, "estimator": dict},
+    TABPFN: _TABLE_KEYS | {"packages": dict, "packed": dict},
     PREFIX: {"prompt": dict, "tokenizer": dict, "layers": list, "contains_prompt": bool},
 }  # fmt: skip
 _RECOPY = "Copy the directory again, or fit the context again"

@@ -114,6 +114,7 @@ def _fit_tabpfn(request: FitRequest) -> None:
     estimator = tabpfn_table.fit_table(plan, device=request.device)
     tabpfn_table.save_table(plan, estimator, request.out, overwrite=request.overwrite)
     from loadstone.artifact.context_file import read_context
+    from loadstone.cli.context_facts import unpacked_bytes
 
     file = read_context(request.out)
     summary |= {
@@ -121,7 +122,7 @@ def _fit_tabpfn(request: FitRequest) -> None:
         "members": file.facts["cache"]["members"],
         "cache_dtype": file.facts["cache"]["dtype"],
         "cache_bytes": file.cache_bytes,
-        "bytes": sum(tensor.nbytes for tensor in file.tensors.values()),
+        "bytes": unpacked_bytes(file),
         "file_bytes": sum(path.stat().st_size for path in request.out.iterdir()),
         "seconds": round(time.monotonic() - started, 3),
     }

@@ -39,7 +39,7 @@ from loadstone.context.language_base import (
 from loadstone.context.prefix_cache import EMPTY, FULL, LINEAR, SLIDING, LayerState, Prefix, PrefixCache
 from loadstone.context.prefix_fit import compute_dtype, share_attention
 from loadstone.context.stored_states import CACHE_KINDS, Stored, check_kind
-from loadstone.context.writer import finished, write_context
+from loadstone.context.writer import finished, plain_parts, write_context
 from loadstone.errors import ArtifactError, LoadstoneError, MissingError
 from loadstone.loading.values import check_values
 
@@ -69,7 +69,9 @@ def save_prefix(
         "state.logits": prefix.logits,
         "probe.logits": probe(cache),
     }
-    return write_context(path, tensors, lambda file: describe(prefix, source, file), overwrite=overwrite)
+    return write_context(
+        path, plain_parts(tensors), lambda file: describe(prefix, source, file), overwrite=overwrite
+    )
 
 
 def probe(cache: PrefixCache) -> Tensor:

@@ -30,7 +30,7 @@ from loadstone.context.layer_cache import CACHE_DTYPES, LayerCache
 from loadstone.context.layout import CACHE_DTYPE_NAMES, PROBE_ROWS, context_tensors
 from loadstone.context.model import PFN, REGRESSION, TASKS, PFNConfig
 from loadstone.context.training_context import TrainingContext
-from loadstone.context.writer import finished, write_context
+from loadstone.context.writer import finished, plain_parts, write_context
 from loadstone.errors import ArtifactError, LoadstoneError, UsageError
 from loadstone.loading.values import check_values
 
@@ -47,7 +47,10 @@ def save_context(context: TrainingContext, path: Path, *, overwrite: bool = Fals
     if context.layers[0].keys.requires_grad:
         raise UsageError("a context with gradients cannot be saved", "Fit it without grad_context")
     return write_context(
-        path, context.tensors() | probe(context), lambda file: describe(context, file), overwrite=overwrite
+        path,
+        plain_parts(context.tensors() | probe(context)),
+        lambda file: describe(context, file),
+        overwrite=overwrite,
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -23,7 +24,6 @@ from loadstone.artifact.context_errors import (
 )
 from loadstone.artifact.context_file import (
     CONTEXT_JSON,
-    CONTEXT_TENSORS,
     TABPFN,
     ContextFile,
     is_context,
@@ -32,6 +32,8 @@ from loadstone.artifact.context_file import (
 )
 from loadstone.context.fingerprint import Fingerprint, check_same, fingerprint_of, tensor_sha256
 from loadstone.context.object_tree import Decoder, Encoder
+from loadstone.context.packed_file import PackedFile, packed_bytes, packed_parts
+from loadstone.context.packing import WORKERS
 from loadstone.context.tabpfn_classes import ALLOWED, TESTED
 from loadstone.context.writer import finished, write_context
 from loadstone.errors import LoadstoneError, MissingError, UsageError
@@ -67,20 +69,19 @@ def save(
         raise UsageError("the estimator is not fitted", "Call fit first")
     state = base_state(estimator)
     base = fingerprint_of(state)
-    encoder = Encoder(ALLOWED, _lookup(base))
-    tree = _tree(estimator, encoder)
+    description, tensors = _described(estimator, base)
+    with ThreadPoolExecutor(WORKERS) as pool:
+        parts, written = packed_parts(pool, description, tensors)
 
-    def describe(tensors: Path) -> dict[str, Any]:
-        return finished(_facts(estimator, base, schema, tree), tensors)
+        def describe(file: Path) -> dict[str, Any]:
+            return finished(_facts(estimator, base, schema, tensors) | {"packed": written()}, file)
 
-    return write_context(Path(path), encoder.tensors, describe, overwrite=overwrite)
+        return write_context(Path(path), parts, describe, overwrite=overwrite)
 
 
 def predicted_bytes(estimator: Any) -> int:
-    """Bytes that `save` will write for a fitted estimator's tensors; nothing is copied."""
-    encoder = Encoder(ALLOWED, _lookup(fingerprint_of(base_state(estimator))))
-    _tree(estimator, encoder)
-    return sum(tensor.nbytes for tensor in encoder.tensors.values())
+    """Bytes of the tensor file that `save` will write, its header of a few hundred aside: exact, so it packs."""
+    return packed_bytes(*_described(estimator, fingerprint_of(base_state(estimator))))
 
 
 def base_state(estimator: Any) -> dict[str, Tensor]:
@@ -110,32 +111,40 @@ def load(path: str | Path, *, base: Any = None, device: Any = "auto") -> Any:
         raise UsageError(f"'{directory}' is no fitted context", f"Name a directory with a {CONTEXT_JSON}")
     require_kind(directory, TABPFN, by="this loader")
     _check_package()
-    file = read_context(directory, verify=True)
-    facts = file.facts
-    _check_versions(facts)
-    tree = facts["estimator"]
-    if tree.get("class") not in _KINDS:
-        raise CorruptContext(
-            f"{CONTEXT_JSON}: no TabPFN estimator is called {tree.get('class')!a}", "Save it again"
-        )
-    tensors = _Tensors(file)
+    file = read_context(directory)
+    _check_versions(file.facts)
+    stored = PackedFile(file)
+    try:
+        return _loaded(file, stored, base, device)
+    finally:
+        stored.close()
+
+
+def _loaded(file: ContextFile, stored: PackedFile, base: Any, device: Any) -> Any:
+    name, tree, digests = _parts(file, stored.description)
     fresh: dict[str, Tensor] = {}
-    decoder = Decoder(ALLOWED, tensors.take, lambda name: fresh[name].detach().to("cpu", copy=True))
-    params = dict(decoder.decode(tree["params"]))
-    params |= {"model_path": _model_path(facts["base"], base, directory), "device": device}
-    estimator = _made(tree["class"], params, directory)
+    decoder = Decoder(ALLOWED, stored.take, lambda name: fresh[name].detach().to("cpu", copy=True))
+    params = decoder.decode(tree["params"])
+    if not isinstance(params, dict):
+        raise _malformed(file)
+    params |= {"model_path": _model_path(file.facts["base"], base, file.path), "device": device}
+    # What is large is unpacked meanwhile.
+    estimator = _made(name, params, file.path)
     fresh |= base_state(estimator)
     check_same(
-        Fingerprint.from_json(facts["base"]["tensors"]),
-        _fingerprint(estimator, fresh, facts["base"]["tensors"]),
-        str(params["model_path"]),
+        Fingerprint.from_json(digests), _fingerprint(estimator, fresh, digests), str(params["model_path"])
     )
+    stored.finish()
     fitted = decoder.decode(tree["fitted"])
     engine = decoder.decode(tree["engine"])
     caches = decoder.decode(tree["caches"])
-    tensors.check_all_taken()
-    if engine is None:
-        raise CorruptContext(f"{CONTEXT_JSON}: the estimator has no engine", "Save it again")
+    stored.check_all_taken()
+    if (
+        not isinstance(fitted, dict)
+        or not hasattr(engine, "_set_models")
+        or not isinstance(caches, list | None)
+    ):
+        raise _malformed(file)
     for name, value in fitted.items():
         setattr(estimator, name, value)
     engine._speed_metrics = {}
@@ -148,6 +157,30 @@ def load(path: str | Path, *, base: Any = None, device: Any = "auto") -> Any:
     if caches is not None:
         engine.kv_caches = caches
     return estimator
+
+
+def _parts(
+    file: ContextFile, description: dict[str, Any]
+) -> tuple[str, dict[str, Any], dict[str, list[Any]]]:
+    """The estimator's class, its tree, and the digests of its base; raises CorruptContext for anything else."""
+    tree, digests = description.get("estimator"), description.get("base")
+    if not isinstance(tree, dict) or not tree.keys() >= {"class", "params", "caches", "fitted", "engine"}:
+        raise _malformed(file)
+    if not isinstance(tree["class"], str) or tree["class"] not in _KINDS or not isinstance(digests, dict):
+        raise _malformed(file)
+    if not all(isinstance(d, list) and len(d) == 3 and isinstance(d[1], list) for d in digests.values()):
+        raise _malformed(file)
+    return tree["class"], tree, digests
+
+
+def _malformed(file: ContextFile) -> CorruptContext:
+    return CorruptContext(f"'{file.path}' describes no fitted TabPFN estimator", "Save it again")
+
+
+def _described(estimator: Any, base: Fingerprint) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What is stored of a fitted estimator: its description, and its tensors by name."""
+    encoder = Encoder(ALLOWED, _lookup(base))
+    return {"estimator": _tree(estimator, encoder), "base": base.to_json()}, encoder.tensors
 
 
 def _tree(estimator: Any, encoder: Encoder) -> dict[str, Any]:
@@ -174,7 +207,7 @@ def _tree(estimator: Any, encoder: Encoder) -> dict[str, Any]:
 
 
 def _facts(
-    estimator: Any, base: Fingerprint, schema: dict[str, Any] | None, tree: dict[str, Any]
+    estimator: Any, base: Fingerprint, schema: dict[str, Any] | None, tensors: dict[str, Tensor]
 ) -> dict[str, Any]:
     names = getattr(estimator, "feature_names_in_", None)
     labels = [] if not hasattr(estimator, "classes_") else [_label(c) for c in estimator.classes_]
@@ -193,13 +226,14 @@ def _facts(
             "sources": _sources(estimator),
             "fingerprint": base.digest,
             "architecture": configs[0] if len(configs) == 1 else {"models": configs},
-            "tensors": base.to_json(),
+            "tensors": len(base.tensors),
         },
         "cache": {
             "dtype": str(entries[0].key.dtype).removeprefix("torch.") if entries else "none",
             "layers": len(caches[0].kv) if caches else 0,
             "members": int(estimator.n_estimators_),
             "groups": len(caches),
+            "bytes": sum(t.nbytes for name, t in tensors.items() if name.startswith(f"{_CACHE}.")),
             "layout": "members, rows, heads, head size",
             "extendable": False,
         },
@@ -211,7 +245,6 @@ def _facts(
         },
         "packages": {name: version(name) for name in _PACKAGES},
         "contains_training_labels": True,
-        "estimator": tree,
     }
 
 
@@ -308,32 +341,6 @@ def _lookup(base: Fingerprint) -> Any:
     return in_base
 
 
-class _Tensors:
-    """The tensors of a context's file, each read once, onto the CPU."""
-
-    def __init__(self, file: ContextFile) -> None:
-        from safetensors import safe_open
-
-        self._handle = safe_open(file.path / CONTEXT_TENSORS, framework="pt", device="cpu")
-        self._left = set(file.tensors)
-
-    def take(self, name: str) -> Tensor:
-        if name not in self._left:
-            raise CorruptContext(
-                f"{CONTEXT_TENSORS}: tensor '{name}' is missing or used twice", "Save it again"
-            )
-        self._left.discard(name)
-        # A copy: a mapped tensor would change with the file under it.
-        found: Tensor = self._handle.get_tensor(name).clone()
-        return found
-
-    def check_all_taken(self) -> None:
-        if self._left:
-            raise CorruptContext(
-                f"{CONTEXT_TENSORS}: tensor '{min(self._left)}' does not belong", "Save it again"
-            )
-
-
 def _check_package() -> None:
     try:
         found = version("tabpfn")
@@ -349,8 +356,8 @@ def _check_package() -> None:
 def _check_versions(facts: dict[str, Any]) -> None:
     """Fitted objects are a package's own: tabpfn's must be the same, scikit-learn's only say so."""
     packages = facts.get("packages")
-    if not isinstance(packages, dict) or not isinstance(facts.get("estimator"), dict):
-        raise CorruptContext(f"{CONTEXT_JSON}: 'packages' or 'estimator' is missing", "Save it again")
+    if not isinstance(packages, dict):
+        raise CorruptContext(f"{CONTEXT_JSON}: 'packages' is missing", "Save it again")
     made = str(packages.get("tabpfn"))
     if _minor(made) != _minor(version("tabpfn")):
         raise FormatUnsupported(
