@@ -1,5 +1,6 @@
 """Placement without a GPU: CPU and disk offload through accelerate, and int4 weights packed for CUDA."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -35,6 +36,24 @@ def test_quantized_is_refused_on_disk(tiny: Path, quantize_to: Callable[..., Pat
     artifact = loadstone.detect(quantize_to(tiny, W4))
     with pytest.raises(MissingError, match="cannot be offloaded to disk"):
         split_map(artifact, {"cpu": 60_000})
+
+
+def test_a_checkpoint_on_disk_whose_config_lies_in_its_run(tiny: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny, tmp_path / "run", ignore=shutil.ignore_patterns("*.safetensors"))
+    (tmp_path / "run" / "checkpoint-1").mkdir()
+    shutil.copy(tiny / "model.safetensors", tmp_path / "run" / "checkpoint-1")
+    artifact = loadstone.detect(tmp_path / "run")
+    model = load_native(loadstone.plan(artifact), split_map(artifact, {"cpu": 150_000}))
+    assert torch.equal(logits(model), logits(loadstone.load(tiny)))
+
+
+def test_a_runs_own_format_is_refused_on_disk(tiny: Path, tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    shutil.copytree(tiny, path, ignore=shutil.ignore_patterns("*.safetensors"))
+    state = {k: v for k, v in loadstone.load(tiny).state_dict().items() if k != "lm_head.weight"}
+    torch.save(state, path / "pytorch_model_fsdp.bin")
+    with pytest.raises(MissingError, match=r"cannot be mapped from disk. Finalize it"):
+        split_map(loadstone.detect(path), {"cpu": 150_000})
 
 
 def test_unpack_int4_tiles() -> None:

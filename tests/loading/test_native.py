@@ -125,6 +125,64 @@ def test_bin_with_torchao_tensors(tiny: Path, tmp_path: Path) -> None:
     assert loadstone.load(path, dtype="float32").dtype == torch.float32
 
 
+def bin_directory(source: Path, path: Path, state: dict[str, torch.Tensor]) -> Path:
+    shutil.copytree(source, path, ignore=shutil.ignore_patterns("*.safetensors"))
+    torch.save(state, path / "pytorch_model.bin")
+    return path
+
+
+@pytest.mark.parametrize("saved_as", [torch.Tensor.clone, torch.nn.Parameter], ids=["tensor", "parameter"])
+def test_a_value_of_a_bin_that_is_not_finite_is_named(tiny: Path, tmp_path: Path, saved_as: Callable) -> None:
+    state = {k: v for k, v in stock(tiny).state_dict().items() if k != "lm_head.weight"}
+    state["model.norm.weight"][3] = float("nan")
+    path = bin_directory(tiny, tmp_path / "bin", {k: saved_as(v) for k, v in state.items()})
+    with pytest.raises(ArtifactError, match=r"pytorch_model.bin: tensor 'model.norm.weight' holds NaN"):
+        loadstone.load(path)
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "says"),
+    [
+        ("scale", float("nan"), "_weight_scale' holds NaN"),
+        ("scale", 0.0, "_weight_scale' holds a scale that is not above zero"),
+        ("qdata", 99, "_weight_qdata' holds values outside -8 to 7"),
+    ],
+)
+def test_a_torchao_tensor_of_a_bin_is_held_to_its_limits(
+    tiny: Path, tmp_path: Path, part: str, value: float, says: str
+) -> None:
+    from torchao.quantization import quantize_
+
+    from loadstone.quantization import to_torchao
+
+    model = loadstone.load(tiny)
+    quantize_(model.model, to_torchao(RECIPES[W4].scheme))
+    state = {k: v for k, v in model.state_dict().items() if k != "lm_head.weight"}
+    getattr(state["model.layers.1.mlp.up_proj.weight"], part)[0, 0] = value
+    with pytest.raises(ArtifactError, match=rf"pytorch_model.bin: tensor 'model.layers.1.mlp.up_proj.{says}"):
+        loadstone.load(bin_directory(tiny, tmp_path / "bin", state))
+
+
+def test_the_scheme_of_a_bin_is_that_of_most_of_its_tensors(tiny: Path, tmp_path: Path) -> None:
+    from torchao.quantization import quantize_
+
+    from loadstone.loading.quantizer import recovered_scheme
+    from loadstone.quantization import parse_recipe, to_torchao
+
+    model, usual = loadstone.load(tiny), parse_recipe(f"{W4}:mapping=asymmetric").scheme
+    first = model.model.layers[0].self_attn.q_proj
+    quantize_(first, to_torchao(RECIPES["int8-weight-only"].scheme))
+    quantize_(
+        model.model,
+        to_torchao(usual),
+        filter_fn=lambda m, _: isinstance(m, torch.nn.Linear) and m is not first,
+    )
+    state = {k: v for k, v in model.state_dict().items() if k != "lm_head.weight"}
+    path = bin_directory(tiny, tmp_path / "bin", state)
+    assert recovered_scheme(loadstone.detect(path)) == usual
+    assert torch.equal(logits(loadstone.load(path)), logits(model))
+
+
 def test_plain_bin(tiny: Path, tmp_path: Path) -> None:
     path = tmp_path / "bin"
     shutil.copytree(tiny, path, ignore=shutil.ignore_patterns("*.safetensors"))
@@ -201,7 +259,7 @@ def test_an_interrupted_load_leaves_nothing(tiny: Path, monkeypatch: pytest.Monk
         raise KeyboardInterrupt
 
     before = sorted(p.name for p in tiny.iterdir())
-    monkeypatch.setattr(native, "_check_complete", stop)
+    monkeypatch.setattr(native, "check_complete", stop)
     with pytest.raises(KeyboardInterrupt):
         loadstone.load(tiny)
     monkeypatch.undo()

@@ -6,7 +6,7 @@ import pytest
 
 import loadstone
 from loadstone.errors import ArtifactError, MissingError, UsageError
-from loadstone.loading.devices import resolve_device
+from loadstone.loading.devices import resolve_device, weight_bytes
 from loadstone.loading.plan import QUANTIZER_PACKAGES
 
 from .test_native import W4, edit_config, logits, stock
@@ -84,6 +84,86 @@ def test_remote_code_is_off_until_asked_for(tiny: Path, tmp_path: Path) -> None:
         loadstone.load(path)
 
 
+@pytest.fixture
+def remote(tiny: Path, tmp_path: Path) -> Path:
+    """A model whose class is code in its directory, and of a type that transformers does not have."""
+    path = Path(shutil.copytree(tiny, tmp_path / "remote"))
+    auto_map = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnModel"}
+    edit_config(path, auto_map=auto_map, model_type="own", architectures=["OwnModel"])
+    (path / "configuration_own.py").write_text(
+        # transformers keeps the first model class that it saw for a config of the same text.
+        f"# {tmp_path}\nfrom transformers import LlamaConfig\n"
+        "class OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
+    )
+    (path / "modeling_own.py").write_text(
+        "from transformers import LlamaForCausalLM\nfrom .configuration_own import OwnConfig\n"
+        "class OwnModel(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    return path
+
+
+def test_trusted_code_is_the_models_class(remote: Path, tiny: Path, tmp_path: Path) -> None:
+    import torch
+
+    from loadstone.fakequant import export_fakequant
+    from loadstone.finalize import finalize, make_plan
+    from loadstone.loading.meta import meta_model
+
+    artifact = loadstone.detect(remote)
+    with pytest.raises(ArtifactError, match=r"auto_map.*--trust-remote-code"):
+        meta_model(artifact)
+    assert type(meta_model(artifact, trust_remote_code=True)).__name__ == "OwnModel"
+    export_fakequant(
+        artifact, tmp_path / "folded", format="fp8", trust_remote_code=True, calibrate=["Some text."]
+    )
+    finalize(make_plan(artifact, None, trust_remote_code=True), tmp_path / "out")
+    model = loadstone.load(tmp_path / "out", trust_remote_code=True)
+    assert type(model).__name__ == "OwnModel" and torch.equal(logits(model), logits(stock(tiny)))
+
+
+def test_trusted_code_reaches_the_tokenizer(remote: Path) -> None:
+    assert loadstone.loading.load_tokenizer(remote, trust_remote_code=True)("a").input_ids
+    plan = loadstone.plan(remote, trust_remote_code=True)
+    assert loadstone.loading.load_tokenizer(plan)("a").input_ids
+
+
+@pytest.mark.parametrize(
+    ("line", "error", "says"),
+    [
+        ("import no_such_package_xyz", MissingError, "no_such_package_xyz"),
+        ("raise KeyError('broken')", ArtifactError, "KeyError: 'broken'"),
+    ],
+)
+def test_code_of_the_directory_that_fails_is_said_so(remote: Path, line: str, error: type, says: str) -> None:
+    (remote / "modeling_own.py").write_text(line)
+    with pytest.raises(error, match=f"its own code .*{says}"):
+        loadstone.load(remote, trust_remote_code=True)
+
+
+def test_remote_code_and_values_that_are_not_finite(remote: Path) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(remote / "model.safetensors")
+    tensors["model.norm.weight"] = torch.full_like(tensors["model.norm.weight"], float("inf"))
+    save_file(tensors, remote / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ArtifactError, match=r"model.norm.weight' holds NaN or infinity"):
+        loadstone.load(remote, trust_remote_code=True)
+
+
+def test_a_directory_with_a_tokenizer_only(tiny: Path, tmp_path: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tiny / name, tmp_path)
+    assert loadstone.loading.load_tokenizer(tmp_path)("a").input_ids
+
+
+def test_options_that_come_too_late(tiny: Path) -> None:
+    with pytest.raises(UsageError, match="device: a plan is loaded as it is"):
+        loadstone.load(loadstone.plan(tiny), device="cpu")
+    with pytest.raises(UsageError, match="a checkpoint is chosen by detect"):
+        loadstone.load(loadstone.detect(tiny), checkpoint="1")
+
+
 @pytest.mark.parametrize("method", ["gptq", "awq", "compressed-tensors", "bitsandbytes"])
 def test_other_quantizers_name_their_package(tiny: Path, tmp_path: Path, method: str) -> None:
     path = Path(shutil.copytree(tiny, tmp_path / "copy"))
@@ -98,6 +178,27 @@ def test_devices(tiny: Path) -> None:
     assert resolve_device("cpu", artifact) is None
     with pytest.raises(UsageError, match="One of auto, cpu"):
         resolve_device("tpu", artifact)
+
+
+def test_auto_counts_the_dtype_that_is_asked_for(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import accelerate.utils
+
+    artifact = loadstone.detect(tiny)
+    free = {0: int(weight_bytes(artifact) * 1.5), "cpu": 10**9}
+    monkeypatch.setattr(accelerate.utils, "get_max_memory", lambda: free)
+    assert weight_bytes(artifact, "float32") == 2 * weight_bytes(artifact)
+    assert resolve_device("auto", artifact) == {"": "cuda:0"}
+    spread = resolve_device("auto", artifact, "float32")
+    assert set(spread.values()) == {0, "cpu"}
+
+
+def test_auto_leaves_what_only_transformers_knows_to_it(
+    remote: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import accelerate.utils
+
+    monkeypatch.setattr(accelerate.utils, "get_max_memory", lambda: {0: 10_000, "cpu": 10**9})
+    assert resolve_device("auto", loadstone.detect(remote)) == "auto"
 
 
 def test_cuda_that_is_not_there(tiny: Path) -> None:

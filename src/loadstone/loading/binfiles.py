@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loadstone.artifact import Artifact
-from loadstone.artifact.torchao_tensors import unknown_class_hint
+from loadstone.artifact.torchao_tensors import part_name, unknown_class_hint
 from loadstone.errors import ArtifactError
+from loadstone.loading.values import check_tensor, limits_of
 from loadstone.quantization.flatten import flatten
 
 if TYPE_CHECKING:
@@ -15,40 +17,42 @@ if TYPE_CHECKING:
 
 
 def read_bins(artifact: Artifact, dtype: torch.dtype | None) -> dict[str, Any]:
-    """All tensors of the ``.bin`` shards by name, memory-mapped; quantized ones brought to ``dtype`` if given."""
+    """All tensors of the ``.bin`` shards by name, memory-mapped; quantized ones brought to ``dtype`` if given.
+
+    Raises `ArtifactError` for a file that holds more than tensors and for values that no sound tensor has.
+    """
     import torch
 
-    if artifact.is_torchao:
-        # Importing torchao registers its tensor classes as safe globals; nothing else is allowed in.
-        import torchao.prototype.mx_formats
-        import torchao.quantization  # noqa: F401
     state: dict[str, Any] = {}
-    for file in artifact.weights.files:
-        for name, tensor in read_bin_file(artifact.path / file).items():
-            if name in state:
-                raise ArtifactError(
-                    f"{file}: tensor '{name}' is in an earlier shard too", "Remove the stale shard"
-                )
-            if tensor.is_floating_point() and type(tensor) is torch.Tensor and not tensor.isfinite().all():
-                raise ArtifactError(
-                    f"{file}: tensor '{name}' holds NaN or infinity", "Use another checkpoint"
-                )
-            state[name] = (
-                tensor if type(tensor) in (torch.Tensor, torch.nn.Parameter) else _lazy(name, tensor, dtype)
-            )
+    for contents in artifact.bins:
+        for name, tensor in read_bin_file(artifact.path / contents.file).items():
+            if type(tensor) in (torch.Tensor, torch.nn.Parameter):
+                check_tensor(tensor, contents.tensors[name])
+                state[name] = tensor
+            else:
+                state[name] = _lazy(contents.file, name, tensor, dtype)
     return state
 
 
-def _lazy(name: str, tensor: torch.Tensor, dtype: torch.dtype | None) -> Any:
+def _lazy(file: str, name: str, tensor: torch.Tensor, dtype: torch.dtype | None) -> Any:
     from loadstone.loading.lazy import LazyQuantized
 
     flat, parts = flatten(name, tensor)
+    # Named and limited as the parts that the same tensor has in safetensors.
+    named = {key: replace(info, name=part_name(name, key), file=file) for key, info in flat.parts.items()}
+    limits = limits_of([replace(flat, parts=named)])
+    for key, part in parts.items():
+        check_tensor(part, named[key], limits)
     return LazyQuantized(flat, dict(parts), dtype)
 
 
 def read_bin_file(path: Path) -> dict[str, torch.Tensor]:
     """The state dict of one ``.bin``, memory-mapped; raises `ArtifactError` when it holds more than tensors."""
     import torch
+
+    # Importing torchao registers its tensor classes as safe globals; nothing else is allowed in.
+    import torchao.prototype.mx_formats
+    import torchao.quantization  # noqa: F401
 
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)

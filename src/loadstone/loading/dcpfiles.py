@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from loadstone.artifact import Artifact
 from loadstone.errors import ArtifactError
+from loadstone.loading.values import check_tensor
+from loadstone.quantization.flatten import torch_dtype
 
 if TYPE_CHECKING:
     import torch
@@ -27,11 +29,9 @@ def read_dcp_tensor(artifact: Artifact, name: str) -> torch.Tensor:
     """One whole tensor on the CPU; raises `ArtifactError` when a slice is damaged or holds NaN or infinity."""
     import torch
 
-    from loadstone.quantization.flatten import TORCH_DTYPES
-
     assert artifact.dcp is not None
     info = artifact.dcp.tensors[name]
-    whole = torch.empty(info.shape, dtype=getattr(torch, TORCH_DTYPES[info.dtype]))
+    whole = torch.empty(info.shape, dtype=torch_dtype(info.dtype))
     for chunk in artifact.dcp.chunks[name]:
         with (artifact.path / chunk.file).open("rb") as file:
             file.seek(chunk.begin)
@@ -50,6 +50,5 @@ def read_dcp_tensor(artifact: Artifact, name: str) -> torch.Tensor:
                 f"{chunk.file}: the slice of '{name}' at {list(chunk.offsets)} cannot be read ({reason})",
                 "Copy the checkpoint again",
             ) from None
-    if whole.is_floating_point() and not whole.isfinite().all():
-        raise ArtifactError(f"{info.file}: tensor '{name}' holds NaN or infinity", "Use another checkpoint")
+    check_tensor(whole, info)
     return whole

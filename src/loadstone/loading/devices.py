@@ -8,17 +8,20 @@ from pathlib import Path
 from typing import Any
 
 from loadstone.artifact import Artifact
+from loadstone.artifact.detect import OTHER_QUANTIZER
+from loadstone.artifact.headers import FLOAT_DTYPES
+from loadstone.artifact.weights import FSDP_BIN
 from loadstone.errors import MissingError, UsageError
 
 CPU, DISK = "cpu", "disk"
 
 
-def resolve_device(device: str, artifact: Artifact) -> Any:
+def resolve_device(device: str, artifact: Artifact, dtype: str = "auto") -> Any:
     """The ``device_map`` for `from_pretrained`: None for the CPU, ``{"": "cuda:0"}``, or a module-to-device map.
 
-    ``auto`` is the first GPU when the weights fit its free memory with a tenth to spare, the CPU when there is no
-    GPU and they fit there, and accelerate's split over GPUs, CPU and disk otherwise. Raises `MissingError` for CUDA
-    that is not there.
+    ``auto`` is the first GPU when the weights, in ``dtype``, fit its free memory with a tenth to spare, the CPU when
+    there is no GPU and they fit there, and accelerate's split over GPUs, CPU and disk otherwise (``"auto"`` where
+    only transformers' own loader knows the model's parts). Raises `MissingError` for CUDA that is not there.
     """
     if device == CPU:
         return None
@@ -27,19 +30,21 @@ def resolve_device(device: str, artifact: Artifact) -> Any:
     from accelerate.utils import get_max_memory
 
     free: dict[Any, int] = get_max_memory()
-    need = weight_bytes(artifact) * 1.1
+    need = weight_bytes(artifact, dtype) * 1.1
     if 0 in free and need < free[0]:
         return {"": "cuda:0"}
     if 0 not in free and need < free[CPU]:
         return None
-    return split_map(artifact, free)
+    if artifact.kind == OTHER_QUANTIZER or artifact.needs_remote_code:
+        return "auto"
+    return split_map(artifact, free, dtype)
 
 
-def split_map(artifact: Artifact, max_memory: dict[Any, int]) -> dict[str, Any]:
+def split_map(artifact: Artifact, max_memory: dict[Any, int], dtype: str = "auto") -> dict[str, Any]:
     """accelerate's device map under ``max_memory`` (bytes by GPU number, ``cpu``); raises when it cannot be kept.
 
     Quantized weights are sized as one byte a value. They can be moved between GPU and CPU and cannot be mapped from
-    disk, so an artifact that would need the disk is refused.
+    disk, and neither can distributed checkpoints: an artifact that would need the disk is then refused.
     """
     import torch
     from accelerate import infer_auto_device_map
@@ -53,17 +58,28 @@ def split_map(artifact: Artifact, max_memory: dict[Any, int]) -> dict[str, Any]:
         model,
         max_memory=max_memory,
         no_split_module_classes=sorted(model._no_split_modules or ()),
-        dtype=stored_dtype(artifact, load_config(artifact)),
+        dtype=stored_dtype(artifact, load_config(artifact)) if dtype == "auto" else getattr(torch, dtype),
         special_dtypes=dict.fromkeys(artifact.quantized, torch.int8),
     )
-    if DISK in device_map.values() and artifact.is_torchao:
-        have = ", ".join(f"{k}: {v / 1e9:.1f} GB" for k, v in max_memory.items())
+    if DISK in device_map.values():
+        _check_mappable(artifact, max_memory)
+    return device_map
+
+
+def _check_mappable(artifact: Artifact, max_memory: dict[Any, int]) -> None:
+    """Raise `MissingError` for weights that accelerate cannot map from the disk."""
+    have = ", ".join(f"{k}: {v / 1e9:.1f} GB" for k, v in max_memory.items())
+    size = f"'{artifact.root}' ({weight_bytes(artifact) / 1e9:.1f} GB) does not fit here ({have})"
+    if artifact.is_torchao:
         raise MissingError(
-            f"'{artifact.root}' ({weight_bytes(artifact) / 1e9:.1f} GB) does not fit here ({have}), and quantized "
-            "tensors cannot be offloaded to disk",
+            f"{size}, and quantized tensors cannot be offloaded to disk",
             "Use a machine with more memory, or the unquantized source",
         )
-    return device_map
+    if artifact.dcp is not None or artifact.weights.files == (FSDP_BIN,):
+        raise MissingError(
+            f"{size}, and a training run's own checkpoint format cannot be mapped from disk",
+            "Finalize it without --quantize, which needs little memory, and load the result",
+        )
 
 
 def _cuda_map(device: str) -> dict[str, str]:
@@ -81,10 +97,17 @@ def _cuda_map(device: str) -> dict[str, str]:
     return {"": f"cuda:{index}"}
 
 
-def weight_bytes(artifact: Artifact) -> int:
-    """Bytes of all weight files."""
-    files = artifact.dcp.files if artifact.dcp else artifact.weights.files
-    return sum((artifact.path / file).stat().st_size for file in files)
+def weight_bytes(artifact: Artifact, dtype: str = "auto") -> int:
+    """Bytes of all weights once loaded: plain ones in ``dtype`` (auto: as stored), quantized ones as stored."""
+    flats = [artifact.quantized, *(contents.quantized for contents in artifact.bins)]
+    parts = [part for table in flats for flat in table.values() for part in flat.parts.values()]
+    quantized = {part.name for part in parts}
+    tables = [artifact.table.tensors] if artifact.table else [contents.tensors for contents in artifact.bins]
+    width = {"float32": 32, "bfloat16": 16, "float16": 16}.get(dtype)
+    plain = [info for table in tables for info in table.values() if info.name not in quantized]
+    return sum(part.nbytes for part in parts) + sum(
+        info.numel * width // 8 if width and info.dtype in FLOAT_DTYPES else info.nbytes for info in plain
+    )
 
 
 def quantize_device(device: str) -> str:

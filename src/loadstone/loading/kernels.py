@@ -22,7 +22,8 @@ def check_kernels(artifact: Artifact, device_map: Any) -> None:
         return
     recipe = recipe_for(recovered_scheme(artifact))
     kinds = {"cpu"} if device_map is None else {_kind(device) for device in device_map.values()}
-    fixed = sorted({t.type for t in artifact.quantized.values()} - _MOVABLE)
+    stored = [artifact.quantized, *(contents.quantized for contents in artifact.bins)]
+    fixed = sorted({t.type for table in stored for t in table.values()} - _MOVABLE)
     if len(kinds) > 1 and fixed:
         raise MissingError(
             f"'{artifact.root}' does not fit the GPU, and accelerate cannot move a {fixed[0]} between CPU and GPU",

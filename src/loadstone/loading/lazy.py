@@ -53,7 +53,7 @@ def rebuild(
     """One torchao tensor from its parts (by torchao's data names) and its own metadata.
 
     ``dtype`` (None: as stored) is the floating type that the tensor stands for and computes in. Raises
-    `ArtifactError`, naming the tensor, when the parts do not make one or hold a non-finite scale.
+    `ArtifactError`, naming the tensor, when the parts do not make one.
     """
     from torchao.prototype.safetensors.safetensors_utils import object_from_dict
 

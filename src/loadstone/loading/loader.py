@@ -7,8 +7,8 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loadstone.artifact import Artifact
-from loadstone.errors import ArtifactError
+from loadstone.artifact import Artifact, detect
+from loadstone.errors import ArtifactError, UsageError
 from loadstone.loading.plan import FROM_PRETRAINED, IN_CONTEXT, LoadPlan, plan
 
 if TYPE_CHECKING:
@@ -22,23 +22,26 @@ def load(target: str | Path | Artifact | LoadPlan, **options: Any) -> PreTrained
 
     ``target``: a directory, or a plan that `plan` made. ``options`` are `plan`'s: ``device`` (auto, cpu, cuda,
     cuda:N), ``dtype`` (auto, float32, bfloat16, float16), ``checkpoint``, ``trust_remote_code``. Raises
-    `ArtifactError` (damaged, or cannot be loaded here), `MissingError` (package or GPU) or `UsageError`.
+    `ArtifactError` (damaged, or cannot be loaded here), `MissingError` (package or GPU) or `UsageError` (also for
+    options beside a plan, which has its own).
     """
     import torch
 
     from loadstone.loading.devices import resolve_device
 
+    if isinstance(target, LoadPlan) and options:
+        raise UsageError(f"{', '.join(options)}: a plan is loaded as it is", "Give options to plan()")
     chosen = target if isinstance(target, LoadPlan) else plan(target, **options)
+    device_map = resolve_device(chosen.device, chosen.artifact, chosen.dtype)
     if chosen.load_path == IN_CONTEXT:
         from loadstone.loading.own import load_own
 
         with torch.inference_mode(False):
-            return load_own(chosen, resolve_device(chosen.device, chosen.artifact)).eval()
+            return load_own(chosen, device_map).eval()
     from loadstone.loading.native import load_native
     from loadstone.loading.pretrained import load_pretrained
 
     import_libraries()
-    device_map = resolve_device(chosen.device, chosen.artifact)
     loader = load_pretrained if chosen.load_path == FROM_PRETRAINED else load_native
     # torchao's tensors cannot be made from inference tensors, so a caller's inference mode ends here.
     with torch.inference_mode(False):
@@ -46,16 +49,25 @@ def load(target: str | Path | Artifact | LoadPlan, **options: Any) -> PreTrained
 
 
 def load_tokenizer(target: str | Path | Artifact | LoadPlan, *, trust_remote_code: bool = False) -> Any:
-    """The artifact's tokenizer; a checkpoint without one takes that of its training run."""
+    """The artifact's tokenizer; a checkpoint without one takes that of its training run.
+
+    A directory with a tokenizer and no model will do. Raises `UsageError` or `ArtifactError`.
+    """
     import_libraries()
     from transformers import AutoTokenizer
 
     if isinstance(target, LoadPlan):
+        trust_remote_code = trust_remote_code or target.trust_remote_code
         target = target.artifact
-    if not isinstance(target, Artifact):
-        target = plan(target).artifact
-    for directory in target.sidecar_dirs:
-        if any((directory / name).is_file() for name in TOKENIZER_FILES):
+    if isinstance(target, Artifact):
+        root, directories = target.root, target.sidecar_dirs
+    elif _has_tokenizer(Path(target)) and not (Path(target) / "config.json").is_file():
+        root, directories = Path(target), (Path(target),)
+    else:
+        artifact = detect(target)
+        root, directories = artifact.root, artifact.sidecar_dirs
+    for directory in directories:
+        if _has_tokenizer(directory):
             try:
                 return AutoTokenizer.from_pretrained(
                     directory, local_files_only=True, trust_remote_code=trust_remote_code
@@ -65,9 +77,11 @@ def load_tokenizer(target: str | Path | Artifact | LoadPlan, *, trust_remote_cod
                 raise ArtifactError(
                     f"'{directory}': the tokenizer cannot be loaded ({reason})", _TOKENIZER
                 ) from None
-    raise ArtifactError(
-        f"'{target.root}' has no tokenizer (none of {', '.join(TOKENIZER_FILES)})", _TOKENIZER
-    )
+    raise ArtifactError(f"'{root}' has no tokenizer (none of {', '.join(TOKENIZER_FILES)})", _TOKENIZER)
+
+
+def _has_tokenizer(directory: Path) -> bool:
+    return any((directory / name).is_file() for name in TOKENIZER_FILES)
 
 
 def import_libraries() -> None:

@@ -21,7 +21,7 @@ def meta_model(artifact: Artifact, trust_remote_code: bool = False) -> PreTraine
     from transformers.initialization import no_init_weights
 
     config = load_config(artifact, trust_remote_code)
-    model_class = model_class_of(config, artifact)
+    model_class = model_class_of(config, artifact, trust_remote_code)
     try:
         with torch.device("meta"), no_init_weights():
             return model_class(config)

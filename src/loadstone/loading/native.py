@@ -11,17 +11,16 @@ import atexit
 import logging
 import shutil
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loadstone.artifact import Artifact
-from loadstone.errors import ArtifactError
+from loadstone.errors import ArtifactError, LoadstoneError, MissingError
 from loadstone.loading.devices import CPU, DISK
 from loadstone.loading.kernels import check_kernels
 from loadstone.loading.lazy import lazy_state_dict
-from loadstone.loading.plan import LoadPlan
-from loadstone.loading.values import check_values, limits_of
+from loadstone.loading.plan import LoadPlan, remote_code_refused
+from loadstone.loading.values import values_checked
 
 if TYPE_CHECKING:
     import torch
@@ -41,32 +40,33 @@ def load_native(plan: LoadPlan, device_map: Any) -> PreTrainedModel:
     quantized_dtype = None if plan.dtype == "auto" else dtype
     check_kernels(artifact, device_map)
     options: dict[str, Any] = {"dtype": dtype, "device_map": device_map}
-    with ThreadPoolExecutor(1) as pool:
-        # The scan reads the same bytes as the load, on the other core, through a small buffer.
-        files = artifact.weights.format == "safetensors" and artifact.table
-        stored = files.tensors.values() if files else ()
-        scan = pool.submit(check_values, artifact.path, stored, limits_of(artifact.quantized.values()))
-        with lazy_state_dict(artifact, quantized_dtype) as state, _quiet_transformers():
+    with values_checked(artifact):
+        with lazy_state_dict(artifact, quantized_dtype) as state, quiet_transformers():
             model, info = model_class.from_pretrained(
-                *_source(artifact, state, options),
+                *_source(artifact, config, state, options),
                 config=config,
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
                 **options,
             )
-        _check_complete(artifact, model, info)
-        scan.result()
+        check_complete(artifact, model, info)
     _finish(artifact, model)
     return model
 
 
-def _source(artifact: Artifact, state: dict[str, Any], options: dict[str, Any]) -> tuple[Path | None]:
+def _source(
+    artifact: Artifact, config: Any, state: dict[str, Any], options: dict[str, Any]
+) -> tuple[Path | None]:
     """Where `from_pretrained` takes tensors from: our lazy state dict, or the files, for what stays on disk."""
     if isinstance(options["device_map"], dict) and DISK in options["device_map"].values():
+        from transformers import GenerationConfig
+
         # Offloaded tensors are mapped from the checkpoint itself; the folder takes those that are converted on load.
         folder = tempfile.mkdtemp(prefix="loadstone-offload-")
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
         options["offload_folder"] = folder
+        # Or it would look for one beside the weights, where a checkpoint may have neither; `_finish` reads ours.
+        options["generation_config"] = GenerationConfig.from_model_config(config)
         return (artifact.path,)
     options["state_dict"] = state
     return (None,)
@@ -78,9 +78,11 @@ def load_config(artifact: Artifact, trust_remote_code: bool = False) -> Any:
 
     try:
         config = AutoConfig.from_pretrained(
-            beside(artifact, "config.json"), trust_remote_code=trust_remote_code, local_files_only=True
+            artifact.config_dir, trust_remote_code=trust_remote_code, local_files_only=True
         )
     except (ValueError, KeyError, TypeError, OSError) as error:
+        if artifact.needs_remote_code and not trust_remote_code:
+            raise remote_code_refused(artifact) from None
         reason = " ".join(str(error).split())[:300]
         raise ArtifactError(
             f"{artifact.path}/config.json: transformers refuses it ({reason})", _UPDATE
@@ -95,11 +97,22 @@ def beside(artifact: Artifact, name: str) -> Path | None:
     return next((folder for folder in artifact.sidecar_dirs if (folder / name).is_file()), None)
 
 
-def model_class_of(config: Any, artifact: Artifact) -> Any:
-    """The class that ``architectures`` names, else transformers' causal language model for this config."""
+def model_class_of(config: Any, artifact: Artifact, trust_remote_code: bool = False) -> Any:
+    """The class that ``architectures`` names, else transformers' causal language model for this config.
+
+    With ``trust_remote_code`` the causal language model of the directory's own code comes first, as it does in
+    `from_pretrained`.
+    """
     import transformers
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
+    reference = (getattr(config, "auto_map", None) or {}).get("AutoModelForCausalLM")
+    if trust_remote_code and reference:
+        try:
+            return get_class_from_dynamic_module(reference, artifact.config_dir, local_files_only=True)
+        except Exception as error:
+            raise remote_code_failed(artifact, error) from None
     for name in config.architectures or ():
         found = getattr(transformers, name, None)
         if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
@@ -108,6 +121,17 @@ def model_class_of(config: Any, artifact: Artifact) -> Any:
         if type(config) in mapping:
             return mapping[type(config)]
     raise ArtifactError(f"{artifact.path}/config.json: no model class for '{config.model_type}'", _UPDATE)
+
+
+def remote_code_failed(artifact: Artifact, error: Exception) -> LoadstoneError:
+    """The error for code of a model's directory that failed: a package that it imports is missing, or it is broken."""
+    reason = " ".join(str(error).split())[:300] or type(error).__name__
+    if isinstance(error, ImportError):
+        return MissingError(f"'{artifact.root}': its own code imports what is not here ({reason})")
+    return ArtifactError(
+        f"'{artifact.root}': its own code fails ({type(error).__name__}: {reason})",
+        "Ask whoever wrote it, or try another version of transformers",
+    )
 
 
 def stored_dtype(artifact: Artifact, config: Any) -> torch.dtype:
@@ -126,7 +150,8 @@ def stored_dtype(artifact: Artifact, config: Any) -> torch.dtype:
     return names[max(sizes, key=lambda k: sizes[k])] if sizes else torch.float32
 
 
-def _check_complete(artifact: Artifact, model: PreTrainedModel, info: dict[str, Any]) -> None:
+def check_complete(artifact: Artifact, model: PreTrainedModel, info: dict[str, Any]) -> None:
+    """Raise `ArtifactError` for what `from_pretrained` only reports in its loading info, or not at all."""
     where = artifact.weights.index or artifact.weights.files[0]
     for key, problem, remedy in (
         ("missing_keys", "is missing: it would be initialised at random", "Finalize or copy the model again"),
@@ -167,7 +192,7 @@ def _finish(artifact: Artifact, model: PreTrainedModel) -> None:
         attach_quantizer(artifact, model)
 
 
-class _quiet_transformers:
+class quiet_transformers:
     """Its load report speaks of warnings; here each of them is an error of ours, said once."""
 
     def __enter__(self) -> None:

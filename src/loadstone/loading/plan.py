@@ -81,12 +81,9 @@ def plan(
     messages: list[str] = []
     artifact = _choose(target, checkpoint, no_checkpoint, messages)
     load_path, reason = _load_path(artifact)
-    if artifact.config.get("auto_map"):
+    if artifact.needs_remote_code:
         if not trust_remote_code:
-            raise ArtifactError(
-                f"{artifact.path}/config.json: auto_map asks to run Python code that came with the model",
-                "Read that code, then pass --trust-remote-code if you trust it",
-            )
+            raise remote_code_refused(artifact)
         load_path, reason = FROM_PRETRAINED, f"{reason}; its model class is code in the directory"
     messages += artifact.notes
     log.info("%s: %s; load path: %s (%s)", artifact.root, artifact.kind, load_path, reason)
@@ -95,10 +92,22 @@ def plan(
     return LoadPlan(artifact, load_path, reason, device, dtype, trust_remote_code, tuple(messages))
 
 
+def remote_code_refused(artifact: Artifact) -> ArtifactError:
+    """The error for a model whose class is code in its directory, which nobody asked to run."""
+    return ArtifactError(
+        f"{artifact.config_dir}/config.json: auto_map asks to run Python code that came with the model",
+        "Read that code, then pass --trust-remote-code if you trust it",
+    )
+
+
 def _choose(
     target: str | Path | Artifact, checkpoint: str | None, no_checkpoint: bool, messages: list[str]
 ) -> Artifact:
     if isinstance(target, Artifact):
+        if checkpoint is not None or no_checkpoint:
+            raise UsageError(
+                "a checkpoint is chosen by detect()", "Give the directory, or detect(checkpoint=...)"
+            )
         return target
     if checkpoint is None and not no_checkpoint:
         return detect(target)

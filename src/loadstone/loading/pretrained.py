@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from loadstone.artifact.detect import OTHER_QUANTIZER
 from loadstone.errors import ArtifactError, MissingError
+from loadstone.loading.native import check_complete, quiet_transformers, remote_code_failed
 from loadstone.loading.plan import QUANTIZER_PACKAGES, LoadPlan
+from loadstone.loading.values import values_checked
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -16,35 +18,39 @@ if TYPE_CHECKING:
 def load_pretrained(plan: LoadPlan, device_map: Any) -> PreTrainedModel:
     """`AutoModelForCausalLM.from_pretrained`, with its silent failures made errors.
 
-    Raises `MissingError` naming the package that the quantizer needs, `ArtifactError` for tensors that do not fit.
+    Raises `MissingError` naming the package that the quantizer needs, `ArtifactError` for tensors that do not fit or
+    are not finite.
     """
     from transformers import AutoModelForCausalLM
 
     artifact = plan.artifact
     if artifact.kind == OTHER_QUANTIZER:
         check_package(str(artifact.quant_method))
-    try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            artifact.path,
-            dtype=plan.dtype,
-            device_map=device_map,
-            trust_remote_code=plan.trust_remote_code,
-            local_files_only=True,
-            output_loading_info=True,
-        )
-    except ImportError as error:
-        reason = " ".join(str(error).split())
-        raise MissingError(
-            f"loading {artifact.quant_method} needs a package that is not here: {reason}"
-        ) from None
-    except (ValueError, RuntimeError, OSError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ArtifactError(f"'{artifact.path}': transformers cannot load it here ({reason})") from None
-    for key in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if info[key]:
-            raise ArtifactError(
-                f"'{artifact.path}': {key.replace('_', ' ')}: {sorted(info[key])[0]}", "Copy it again"
+    with values_checked(artifact), quiet_transformers():
+        try:
+            model, info = AutoModelForCausalLM.from_pretrained(
+                artifact.path,
+                dtype=plan.dtype,
+                device_map=device_map,
+                trust_remote_code=plan.trust_remote_code,
+                local_files_only=True,
+                output_loading_info=True,
             )
+        except ImportError as error:
+            if artifact.kind != OTHER_QUANTIZER:
+                raise remote_code_failed(artifact, error) from None
+            reason = " ".join(str(error).split())
+            raise MissingError(
+                f"loading {artifact.quant_method} needs a package that is not here: {reason}"
+            ) from None
+        except (ValueError, RuntimeError, OSError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise ArtifactError(f"'{artifact.path}': transformers cannot load it here ({reason})") from None
+        except Exception as error:
+            if not artifact.needs_remote_code:
+                raise
+            raise remote_code_failed(artifact, error) from None
+        check_complete(artifact, model, info)
     return model
 
 

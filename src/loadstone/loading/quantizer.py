@@ -42,12 +42,18 @@ def recovered_scheme(artifact: Artifact) -> Scheme:
             by_scheme.setdefault(scheme_of(tensor), []).append(tensor)
         first = max(by_scheme.values(), key=len)[0]
         return scheme_of(first, has_zero_points=has_zero_points(artifact, first))
-    from loadstone.loading.binfiles import read_bins
-    from loadstone.loading.lazy import LazyQuantized
+    from loadstone.loading.binfiles import read_bin_file
+    from loadstone.quantization.flatten import flatten
 
-    lazy = next(v for v in read_bins(artifact, None).values() if isinstance(v, LazyQuantized))
-    zero_point = lazy.parts.get("zero_point")
-    return scheme_of(lazy.flat, has_zero_points=zero_point is not None and bool(zero_point.any()))
+    # A pickle's header tells classes; the scheme itself is told from one tensor of the usual class, read whole.
+    kinds: dict[tuple[Any, ...], list[tuple[str, str]]] = {}
+    for contents in artifact.bins:
+        for name, found in contents.quantized.items():
+            kind = (found.type, found.nominal_bits, found.quantizes_activations)
+            kinds.setdefault(kind, []).append((contents.file, name))
+    file, name = max(kinds.values(), key=len)[0]
+    flat, parts = flatten(name, read_bin_file(artifact.path / file)[name])
+    return scheme_of(flat, has_zero_points="zero_point" in parts and bool(parts["zero_point"].any()))
 
 
 def has_zero_points(artifact: Artifact, tensor: FlatTensor) -> bool:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +15,9 @@ from loadstone.errors import ArtifactError
 from loadstone.loading.lazy import lazy_state_dict
 from loadstone.loading.loader import import_libraries
 from loadstone.loading.meta import destinations, layer_stack
-from loadstone.loading.native import _quiet_transformers, load_config, model_class_of, stored_dtype
+from loadstone.loading.native import load_config, model_class_of, quiet_transformers, stored_dtype
 from loadstone.loading.plan import LoadPlan
-from loadstone.loading.values import check_values, limits_of
+from loadstone.loading.values import values_checked
 
 if TYPE_CHECKING:
     import torch
@@ -96,7 +95,7 @@ class StreamedModel:
     def _fill(self, part: int | None) -> None:
         from transformers.core_model_loading import convert_and_load_state_dict_in_model
 
-        with _quiet_transformers():
+        with quiet_transformers():
             info, _ = convert_and_load_state_dict_in_model(
                 model=self.model, state_dict=self._parts.get(part, {}), load_config=self._options
             )
@@ -122,13 +121,12 @@ def streamed(plan: LoadPlan, device: torch.device) -> Iterator[StreamedModel]:
     import_libraries()
     artifact = plan.artifact
     quantized_dtype = None if plan.dtype == "auto" else getattr(torch, plan.dtype)
-    files = artifact.weights.format == "safetensors" and artifact.table
-    stored = files.tensors.values() if files else ()
-    with ThreadPoolExecutor(1) as pool, torch.inference_mode(False):
-        scan = pool.submit(check_values, artifact.path, stored, limits_of(artifact.quantized.values()))
-        with lazy_state_dict(artifact, quantized_dtype) as state:
-            yield StreamedModel(plan, device, state)
-            scan.result()
+    with (
+        torch.inference_mode(False),
+        lazy_state_dict(artifact, quantized_dtype) as state,
+        values_checked(artifact),
+    ):
+        yield StreamedModel(plan, device, state)
 
 
 def _skeleton(model_class: Any, config: Any, dtype: torch.dtype) -> PreTrainedModel:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from loadstone.errors import ArtifactError
@@ -12,8 +14,11 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import numpy
+    import torch
 
-    from loadstone.artifact import FlatTensor, TensorInfo
+    from loadstone.artifact import Artifact, FlatTensor, TensorInfo
+
+Limits = dict[str, tuple[str, int, int]]
 
 _CHUNK = 4 << 20
 
@@ -34,9 +39,24 @@ _POSITIVE = {"BF16": ("uint16", 1, 0x7F7F), "F16": ("uint16", 1, 0x7BFF), "F32":
 _POSITIVE_SCALES = ("IntxUnpackedToInt8Tensor", "Int8Tensor", "Float8Tensor")
 
 
-def limits_of(quantized: Iterable[FlatTensor]) -> dict[str, tuple[str, int, int]]:
+@contextmanager
+def values_checked(artifact: Artifact) -> Iterator[None]:
+    """Scan the artifact's safetensors on another core during the block, which reads the same bytes.
+
+    Raises `ArtifactError` at its end as `check_values` does. Other formats are checked tensor by tensor while they
+    are read.
+    """
+    files = artifact.weights.format == "safetensors" and artifact.table
+    stored = files.tensors.values() if files else ()
+    with ThreadPoolExecutor(1) as pool:
+        scan = pool.submit(check_values, artifact.path, stored, limits_of(artifact.quantized.values()))
+        yield
+        scan.result()
+
+
+def limits_of(quantized: Iterable[FlatTensor]) -> Limits:
     """What the parts of quantized tensors may hold: scales above zero, intx values within their bits."""
-    limits: dict[str, tuple[str, int, int]] = {}
+    limits: Limits = {}
     for tensor in quantized:
         scale = tensor.parts.get("scale")
         if tensor.type in _POSITIVE_SCALES and scale is not None and scale.dtype in _POSITIVE:
@@ -47,9 +67,7 @@ def limits_of(quantized: Iterable[FlatTensor]) -> dict[str, tuple[str, int, int]
     return limits
 
 
-def check_values(
-    directory: Path, tensors: Iterable[TensorInfo], limits: dict[str, tuple[str, int, int]] | None = None
-) -> None:
+def check_values(directory: Path, tensors: Iterable[TensorInfo], limits: Limits | None = None) -> None:
     """Raise `ArtifactError` naming the first stored tensor that holds NaN, infinity or a value outside its limits.
 
     Reads through a 4 MiB buffer: resident memory does not grow with the model, unlike a scan of mapped tensors.
@@ -73,14 +91,29 @@ def check_values(
                         raise ArtifactError(
                             f"{file}: truncated inside tensor '{tensor.name}'", "Copy the file again"
                         )
-                    problem = _problem(raw[:count], tensor, (limits or {}).get(tensor.name))
-                    if problem:
-                        raise ArtifactError(
-                            f"{file}: tensor '{tensor.name}' holds {problem}",
-                            "The file is damaged or the training diverged: copy it again or use another checkpoint",
-                        )
+                    _check(raw[:count], tensor, (limits or {}).get(tensor.name))
         finally:
             os.close(descriptor)
+
+
+def check_tensor(tensor: torch.Tensor, info: TensorInfo, limits: Limits | None = None) -> None:
+    """`check_values` for a tensor in memory (on the CPU), described by ``info``."""
+    import torch
+
+    if info.dtype in _PATTERNS or info.name in (limits or {}):
+        raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+        for position in range(0, len(raw), _CHUNK):
+            # A copy: the check writes over what it looks at.
+            _check(raw[position : position + _CHUNK].copy(), info, (limits or {}).get(info.name))
+
+
+def _check(raw: numpy.ndarray, tensor: TensorInfo, limit: tuple[str, int, int] | None) -> None:
+    problem = _problem(raw, tensor, limit)
+    if problem:
+        raise ArtifactError(
+            f"{tensor.file}: tensor '{tensor.name}' holds {problem}",
+            "The file is damaged or the training diverged: copy it again or use another checkpoint",
+        )
 
 
 def _problem(raw: numpy.ndarray, tensor: TensorInfo, limit: tuple[str, int, int] | None) -> str:
