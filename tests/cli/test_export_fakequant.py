@@ -65,7 +65,7 @@ def test_dry_run_writes_nothing(tiny: Path, tmp_path: Path, capsys: pytest.Captu
         (["--format", "fp8"], 2, "needs -o OUT"),
         (["--format", "fp8", "-o", "{tmp}"], 2, "exists"),
         (["--format", "fp8", "-o", "{tiny}/o"], 2, "overlap"),
-        (["--format", "fp8", "-o", "{tmp}/o", "--rules", "{tmp}/none.yaml"], 2, "cannot be read"),
+        (["--format", "fp8", "-o", "{tmp}/o", "--rules", "{tmp}/none.yaml"], 2, "there is no rules file"),
         (["--format", "fp8", "-o", "{tmp}/o", "--activations"], 2, "--calibrate FILE"),
         (["--format", "fp8", "-o", "{tmp}/o", "--remote-code", "run"], 2, "strip, copy"),
         (["--format", "fp8", "-o", "{tmp}/o", "-M", "{tmp}"], 3, "is no model directory"),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import shutil
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -292,7 +295,9 @@ def test_wrong_use(options: dict[str, Any], says: str, tiny: Path, tmp_path: Pat
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("fault", ["nan", "negative", "missing", "file", "schema", "stranger"])
+@pytest.mark.parametrize(
+    "fault", ["nan", "negative", "vector", "missing", "file", "truncated", "schema", "format", "stranger"]
+)
 def test_a_state_that_is_damaged_is_refused(fault: str, tiny: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     export_fakequant(tiny, out, format="fp8", calibrate=BATCHES)
@@ -301,6 +306,10 @@ def test_a_state_that_is_damaged_is_refused(fault: str, tiny: Path, tmp_path: Pa
     facts = (out / "fakequant_manifest.json").read_text()
     if fault in ("nan", "negative"):
         state[f"{name}.amax"] = torch.tensor(float("nan") if fault == "nan" else -1.0)
+    elif fault == "vector":
+        state[f"{name}.amax"] = torch.ones(3)
+    elif fault == "format":
+        facts = facts.replace(f'"{name}": "fp8"', f'"{name}": "fp9"')
     elif fault == "missing":
         del state[f"{name}.amax"]
     elif fault == "schema":
@@ -311,14 +320,50 @@ def test_a_state_that_is_damaged_is_refused(fault: str, tiny: Path, tmp_path: Pa
     path.unlink()
     if fault != "file":
         save_file(state, path)
+    if fault == "truncated":
+        path.write_bytes(path.read_bytes()[:-3])
     (out / "fakequant_manifest.json").write_text(facts)
     says = {
         "schema": "schema 9",
         "file": "has quantizers and no",
+        "truncated": "fakequant_state.safetensors: truncated",
+        "format": "unknown format 'fp9'",
         "stranger": "no_proj.input_quantizer' belongs to no",
     }
     with pytest.raises(ArtifactError, match=says.get(fault, name)):
         apply_export(load(out), loadstone.detect(out))
+
+
+def test_a_model_whose_keys_were_measured_is_not_kept_in_memory(tiny: Path, tmp_path: Path) -> None:
+    model = load(tiny)
+    alive = weakref.ref(model)
+    export_fakequant(model, tmp_path / "out", format="fp8", kv_cache="fp8", calibrate=BATCHES)
+    del model
+    gc.collect()
+    assert alive() is None
+
+
+def test_the_tokenizer_may_lie_alone(tiny: Path, tmp_path: Path) -> None:
+    model = load(tiny)
+    model.name_or_path = ""
+    (tmp_path / "tokenizer").mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tiny / name, tmp_path / "tokenizer")
+    export_fakequant(model, tmp_path / "out", format="fp8", calibrate=TEXTS, sidecars=tmp_path / "tokenizer")
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
+
+
+def test_calibration_runs_where_it_was_asked_for(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    real = loadstone.loading.plan
+    monkeypatch.setattr(
+        "loadstone.loading.plan", lambda *args, **options: asked.append(options) or real(*args, **options)
+    )
+    monkeypatch.setattr("accelerate.utils.get_max_memory", lambda *args: {"cpu": 130_000})
+    export_fakequant(tiny, tmp_path / "out", format="fp8", calibrate=BATCHES, device="cpu")
+    assert asked[-1]["device"] == "cpu"
 
 
 def test_infinite_activations_name_the_layer(tiny: Path, tmp_path: Path) -> None:

@@ -391,3 +391,17 @@ def test_an_enabled_quantizer_folds_its_weight_once() -> None:
     own.check_done()
     with pytest.raises(ArtifactError, match=r"'a\.weight' came to its quantizer twice"):
         own.folded("a.weight", torch.ones(2, 2))
+
+
+def test_quantizers_of_the_models_own_are_found_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A pattern for each of a mixture's ten thousand experts would be tried on every one of them.
+    from loadstone.fakequant import rules
+    from loadstone.fakequant.formats.spec import Format, Own
+
+    monkeypatch.setattr(rules, "matches", lambda *args: pytest.fail("a pattern was tried"))
+    own = Format("TensorQuantizer", Own("TensorQuantizer"))
+    names = [f"model.layers.{i}.mlp.up_proj.weight" for i in range(3)]
+    roles = {name: (rules.Role(eligible=False), (64, 64)) for name in names}
+    decisions = rules.decide(rules.RuleSet(None, own=dict.fromkeys(names[:2], own)), roles)
+    assert [d.format for d in decisions.values()] == [own, own, None]
+    assert str(decisions[names[0]].rule) == "model.layers.0.mlp.up_proj: TensorQuantizer"

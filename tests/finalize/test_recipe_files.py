@@ -112,6 +112,16 @@ def test_what_is_wrong_is_said_with_its_line(tmp_path: Path, text: str, says: st
     assert error.value.message.startswith(str(file)) and error.value.exit_code == 2
 
 
+def test_patterns_that_are_no_regular_expression(tiny: Path) -> None:
+    from loadstone.quantization import MixedRecipe, Rule, parse_recipe
+
+    recipe, artifact = parse_recipe("int8-weight-only"), loadstone.detect(tiny)
+    with pytest.raises(UsageError, match=r"--skip: 're:\(' is no regular expression"):
+        make_plan(artifact, recipe, skip=["re:("])
+    with pytest.raises(UsageError, match=r"rule 're:\(': 're:\(' is no regular expression"):
+        make_plan(artifact, MixedRecipe(recipe, (Rule("re:(", None),)))
+
+
 def test_a_rule_that_names_nothing_is_an_error(tiny: Path, tmp_path: Path) -> None:
     for pattern, says in (("up_prj", ":3: 'up_prj' matches no Linear"), ("lm_head", "rules leave alone")):
         text = f"default: int8-weight-only\nrules:\n- {{modules: {pattern}, scheme: skip}}\n"

@@ -28,6 +28,8 @@ def test_options_follow_a_colon() -> None:
         ("nf4", "--list-recipes"),
         ("intx4-weight-only:groups=3", "group_size"),
         ("intx4-weight-only:group_size=many", "whole number"),
+        ("intx4-weight-only:group_size=\u00b2", "whole number"),
+        (f"intx4-weight-only:group_size={'9' * 5000}", "whole number"),
         ("intx4-weight-only:bits=9", "1 to 8"),
         ("intx4-weight-only:mapping=odd", "symmetric"),
         ("int4-weight-only:group_size=48", "32"),

@@ -28,7 +28,9 @@ def calibrate_directory(artifact: Artifact, plan: ExportPlan, options: Options) 
     if not options.calibrates:
         return QuantizerState(input_specs(plan) if options.activations else {})
     model = _loaded(artifact, options)
-    batches = token_batches(options.calibrate or (), artifact.root, model.config)
+    batches = token_batches(
+        options.calibrate or (), artifact, model.config, trust_remote_code=options.trust_remote_code
+    )
     return calibrate(model, plan, options, batches)
 
 
@@ -94,21 +96,26 @@ def _resident(model: Any) -> bool:
     return model.get_input_embeddings().weight.device.type != "meta"
 
 
-def token_batches(documents: Sequence[Any], folder: Path | None, config: Any) -> list[torch.Tensor]:
-    """``documents`` (texts, or int64 token tensors) as batches of one, cut to what the model takes."""
+def token_batches(
+    documents: Sequence[Any], source: Artifact | Path | None, config: Any, *, trust_remote_code: bool = False
+) -> list[torch.Tensor]:
+    """``documents`` (texts, or int64 token tensors) as batches of one, cut to what the model takes.
+
+    ``source``: what has the tokenizer. Raises `UsageError` without one, and when no document holds a token.
+    """
     import torch
 
     limit = min(_CONTEXT, getattr(config.get_text_config(), "max_position_embeddings", None) or _CONTEXT)
     texts = [d for d in documents if isinstance(d, str)]
     tokenizer = None
     if texts:
-        if folder is None:
+        if source is None:
             raise UsageError(
                 "calibration text needs the model's tokenizer", "Pass sidecars=DIR, or token tensors"
             )
         from loadstone.loading import load_tokenizer
 
-        tokenizer = load_tokenizer(folder)
+        tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     batches = []
     for document in documents:
         if isinstance(document, str):
@@ -124,7 +131,7 @@ def token_batches(documents: Sequence[Any], folder: Path | None, config: Any) ->
 
 
 def _loaded(artifact: Artifact, options: Options) -> Any:
-    """The model, under accelerate's offload when it is larger than the memory that is free."""
+    """The model where it was asked for; with ``auto`` under accelerate's offload when it does not fit."""
     import torch
     from accelerate.utils import get_max_memory
 
@@ -135,7 +142,8 @@ def _loaded(artifact: Artifact, options: Options) -> Any:
     dtype = "auto"
     if options.device == "cpu" or not torch.cuda.is_available():
         # A CPU emulates bfloat16 products, several times slower: float32 where it fits.
-        dtype = "float32" if weight_bytes(artifact) * 3 < get_max_memory()["cpu"] else "auto"
-    device = "auto" if dtype == "auto" else options.device
-    plan = load_plan(artifact, device=device, dtype=dtype, trust_remote_code=options.trust_remote_code)
+        dtype = "float32" if weight_bytes(artifact, "float32") * 1.5 < get_max_memory()["cpu"] else "auto"
+    plan = load_plan(
+        artifact, device=options.device, dtype=dtype, trust_remote_code=options.trust_remote_code
+    )
     return load(plan)

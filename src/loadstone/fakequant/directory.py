@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 from loadstone.artifact import Artifact, TensorInfo
 from loadstone.artifact.detect import DENSE, FAKEQUANT, QAT
 from loadstone.artifact.publish import check_output
+from loadstone.artifact.sidecars import sidecars_in
 from loadstone.errors import ArtifactError
 from loadstone.fakequant.export import Beside, Exported, resolve_device, write_export
-from loadstone.fakequant.package import COPY, STRIP, code_files, sidecar_files, without_auto_map
+from loadstone.fakequant.package import COPY, STRIP, code_files, without_auto_map
 from loadstone.fakequant.plan import SHARD_BYTES, ExportPlan, file_name, in_shards, make_plan
 from loadstone.fakequant.roles import roles_by_name, roles_in
 from loadstone.fakequant.rules import RuleSet
@@ -112,7 +113,7 @@ def export_directory(
     leaves no output."""
     check_output(artifact.root, out, overwrite)
     where = resolve_device(device, plan)
-    copies = sidecar_files(*reversed(artifact.sidecar_dirs))
+    copies = sidecars_in(tuple(reversed(artifact.sidecar_dirs)))
     if remote_code == COPY:
         copies |= code_files(artifact.path, artifact.config)
     # Hashed on the other core while tensors are folded on this one.

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 from loadstone.artifact.kinds import FAKEQUANT
 from loadstone.errors import ArtifactError
@@ -106,7 +107,8 @@ def switch_attention(model: Any, change: Callable[[str, torch.Tensor], torch.Ten
     before = str(model.config._attn_implementation)
     base = before if before in ALL_ATTENTION_FUNCTIONS else "sdpa"
     compute = ALL_ATTENTION_FUNCTIONS[base]
-    names = {module: name for name, module in model.named_modules()}
+    # Weakly: transformers keeps the function for good, and must not keep the model with it.
+    names = WeakKeyDictionary({module: name for name, module in model.named_modules()})
 
     def attention(module: Any, query: Any, key: Any, value: Any, *args: Any, **options: Any) -> Any:
         name = names[module]

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from loadstone.artifact import TensorInfo
 from loadstone.artifact.publish import check_output
+from loadstone.artifact.sidecars import sidecars_in
 from loadstone.errors import ArtifactError, UsageError
 from loadstone.fakequant.calibrate import calibrate, token_batches
 from loadstone.fakequant.export import Beside, Exported, resolve_device, write_export
 from loadstone.fakequant.offload import data_of, return_memory
 from loadstone.fakequant.options import Options
-from loadstone.fakequant.package import COPY, code_files, sidecar_files, without_auto_map
+from loadstone.fakequant.package import COPY, code_files, without_auto_map
 from loadstone.fakequant.plan import SHARD_BYTES, ExportPlan, in_shards, make_plan
 from loadstone.fakequant.quantizers import OwnQuantizers, find_quantizers, kind_of
 from loadstone.fakequant.roles import roles_in
@@ -179,12 +180,14 @@ def export_model(
     plan = plan_model(live, options, max_shard_size)
     where = resolve_device(options.device, plan)
     if options.calibrates:
-        batches = token_batches(options.calibrate or (), folder, model.config)
+        batches = token_batches(
+            options.calibrate or (), folder, model.config, trust_remote_code=options.trust_remote_code
+        )
         state = calibrate(model, plan, options, batches)
     else:
         state = QuantizerState(input_specs(plan) if options.activations else {})
     state = live.quantizers.added_to(state)
-    copies = sidecar_files(folder) if folder else {}
+    copies = sidecars_in((folder,)) if folder else {}
     if options.remote_code == COPY and folder:
         copies |= code_files(folder, plan.config)
     texts = {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ def make_options(
     """`Options` from what a user gives; `UsageError` for what does not exist or does not fit together."""
     chosen = parse_format(format) if isinstance(format, str) else format
     if isinstance(rules, RuleSet):
-        rule_set = RuleSet(chosen or rules.default, rules.rules)
+        rule_set = replace(rules, default=chosen or rules.default)
     else:
         rule_set = read_rules(Path(rules), chosen) if rules is not None else RuleSet(chosen)
     if remote_code not in ("strip", "copy"):

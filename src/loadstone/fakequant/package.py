@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from loadstone.artifact.files import check_inside, is_file
-from loadstone.artifact.sidecars import sidecars_in
 from loadstone.errors import ArtifactError
 
 STRIP, COPY = "strip", "copy"
@@ -32,11 +31,6 @@ def without_auto_map(value: Any) -> Any:
 def config_text(config: dict[str, Any]) -> str:
     """config.json as transformers writes it."""
     return json.dumps(config, indent=2, sort_keys=True) + "\n"
-
-
-def sidecar_files(*directories: Path) -> dict[str, Path]:
-    """Tokenizer, chat template, generation config, processors and the like, by relative name; no code."""
-    return sidecars_in(directories)
 
 
 def code_files(folder: Path, config: dict[str, Any]) -> dict[str, Path]:

@@ -14,7 +14,7 @@ from loadstone.errors import ArtifactError
 from loadstone.fakequant.formats.spec import Format, Own
 from loadstone.fakequant.inputs import KEYS, VALUES
 from loadstone.fakequant.offload import data_of
-from loadstone.fakequant.rules import Role, Rule, RuleSet, module_of
+from loadstone.fakequant.rules import Role, RuleSet, module_of
 from loadstone.fakequant.state import EXPERT_WEIGHTS, INPUT, QuantizerState
 
 if TYPE_CHECKING:
@@ -96,13 +96,13 @@ class OwnQuantizers:
         return {k: replace(r, eligible=False) for k, r in roles.items()} if self.weights else roles
 
     def rules(self, rules: RuleSet, saved: Mapping[str, Sequence[str]]) -> RuleSet:
-        """The rules that say of each weight what its own quantizer does to it; ``saved``: names it is saved as."""
-        own = tuple(
-            Rule(f"re:{re.escape(module_of(key))}", Format(kind_of(q), Own(kind_of(q))))
+        """``rules``, and of each weight what its own quantizer does to it; ``saved``: names it is saved as."""
+        own = {
+            key: Format(kind_of(q), Own(kind_of(q)))
             for name, q in self.weights.items()
             for key in saved[name]
-        )
-        return RuleSet(rules.default, (*own, *rules.rules))
+        }
+        return replace(rules, own=own)
 
     def check_done(self) -> None:
         """Raise `ArtifactError` when an enabled quantizer's weight was never folded."""

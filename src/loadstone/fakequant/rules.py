@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from loadstone.errors import UsageError
 from loadstone.fakequant.formats.spec import Format, misfit, parse_format
 from loadstone.quantization.rules import matches
+from loadstone.quantization.yaml_file import mapping, pattern, place, read_yaml, rules_in, text
 
 NONE = "none"
 
@@ -29,10 +31,11 @@ class Rule:
 @dataclass(frozen=True)
 class RuleSet:
     """``default`` goes to every Linear and expert but the output head; the first rule that matches goes
-    before it."""
+    before it, and before both what ``own`` says of a stored name (the model's own quantizers)."""
 
     default: Format | None
     rules: tuple[Rule, ...] = ()
+    own: Mapping[str, Format] = field(default_factory=dict, repr=False)
 
     @property
     def formats(self) -> tuple[Format, ...]:
@@ -40,7 +43,8 @@ class RuleSet:
         return tuple(dict.fromkeys(f for f in found if f is not None))
 
     def __str__(self) -> str:
-        return str(self.default or NONE) + (f" with {len(self.rules)} rules" if self.rules else "")
+        count = len(self.rules) + len(self.own)
+        return str(self.default or NONE) + (f" with {count} rules" if count else "")
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,10 @@ def decide(rules: RuleSet, roles: dict[str, tuple[Role, tuple[int, ...]]]) -> di
     unused = dict.fromkeys(rules.rules)
     decisions: dict[str, Decision] = {}
     for key, (role, shape) in roles.items():
+        if key in rules.own:
+            found = rules.own[key]
+            decisions[key] = Decision(found, rule=Rule(module_of(key), found, "quantizer"))
+            continue
         if not role.matrix:
             decisions[key] = Decision(None, role.reason)
             continue
@@ -113,48 +121,26 @@ def _laid(shape: tuple[int, ...], role: Role) -> tuple[int, ...]:
 def read_rules(path: Path, default: Format | None = None) -> RuleSet:
     """Rules from a YAML file: ``format:`` (the default, which ``default`` overrides) and ``rules:``, a list
     of ``match`` and ``format`` pairs. Raises `UsageError` with the line of what is wrong."""
-    import yaml
-
-    try:
-        text = path.read_text()
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        content = yaml.safe_load(text)
-    except OSError as error:
-        raise UsageError(f"--rules {path}: cannot be read ({error.strerror})", "Check the path") from None
-    except (yaml.YAMLError, ValueError) as error:
-        raise UsageError(f"{path}: not valid YAML ({' '.join(str(error).split())[:200]})") from None
-    if not isinstance(content, dict) or set(content) - {"format", "rules"}:
-        raise UsageError(f"{path}: a rules file holds 'format' and 'rules' only", _EXAMPLE)
-    lines = _rule_lines(node)
-    entries = content.get("rules") or []
-    if not isinstance(entries, list):
-        raise UsageError(f"{path}: 'rules' is no list", _EXAMPLE)
-    rules = []
-    for number, entry in enumerate(entries):
-        where = f"{path}:{lines[number]}"
-        if not isinstance(entry, dict) or set(entry) != {"match", "format"}:
-            raise UsageError(f"{where}: a rule holds 'match' and 'format'", _EXAMPLE)
-        rules.append(Rule(str(entry["match"]), _format(entry["format"], where), where))
-    chosen = default or _format(content.get("format", NONE), str(path))
-    if chosen is None and not any(rule.format for rule in rules):
+    root = read_yaml(path, "rules file", _EXAMPLE)
+    values = mapping(path, root, ("format", "rules"), "a rules file") if root is not None else {}
+    rules = tuple(
+        Rule(pattern(path, match, "match"), _format(path, chosen), place(path, rule))
+        for rule, match, chosen in rules_in(path, values.get("rules"), ("match", "format"))
+    )
+    own = _format(path, values["format"]) if "format" in values else None
+    if (default or own) is None and not any(rule.format for rule in rules):
         raise UsageError(f"{path}: no format is named, so nothing would be folded", _EXAMPLE)
-    return RuleSet(chosen, tuple(rules))
+    return RuleSet(default or own, rules)
 
 
-def _format(value: Any, where: str) -> Format | None:
-    if value is None or value == NONE:
+def _format(path: Path, node: Any) -> Format | None:
+    name = text(path, node, "a format", f"a format, or {NONE}")
+    if name == NONE:
         return None
     try:
-        return parse_format(str(value))
+        return parse_format(name)
     except UsageError as error:
-        raise UsageError(f"{where}: {error.message}", error.remedy) from None
-
-
-def _rule_lines(node: Any) -> list[int]:
-    for key, value in node.value:
-        if key.value == "rules":
-            return [item.start_mark.line + 1 for item in value.value if hasattr(item, "start_mark")]
-    return []
+        raise UsageError(f"{place(path, node)}: {error.message}", error.remedy) from None
 
 
 _EXAMPLE = (

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from loadstone.artifact.files import check_inside, is_file, read_json
+from loadstone.artifact.headers import read_header
 from loadstone.artifact.manifest import FORMAT_VERSION, MANIFEST, sha256_file, versions
 from loadstone.errors import ArtifactError, UsageError
+from loadstone.fakequant.formats.spec import CALIBRATED, InputSpec
 from loadstone.fakequant.plan import ExportPlan, Step
 from loadstone.fakequant.rules import Rule, module_of
 
@@ -68,8 +70,14 @@ def read_state(directory: Path) -> QuantizerState:
             f"{FAKEQUANT_MANIFEST}: schema {manifest.get('schema')!r} is not known", "Update loadstone"
         )
     specs = manifest.get("quantizers")
-    if not isinstance(specs, dict) or not all(isinstance(v, str) for v in specs.values()):
+    if not isinstance(specs, dict):
         raise ArtifactError(f"{FAKEQUANT_MANIFEST}: 'quantizers' is malformed", "Export again")
+    for name, spec in specs.items():
+        if spec not in get_args(InputSpec):
+            raise ArtifactError(
+                f"{FAKEQUANT_MANIFEST}: the quantizer '{name}' is of the unknown format {spec!r:.80}",
+                "Export again, or update loadstone",
+            )
     if not specs:
         return QuantizerState()
     from safetensors.torch import load_file
@@ -78,13 +86,19 @@ def read_state(directory: Path) -> QuantizerState:
         raise ArtifactError(
             f"'{directory}' has quantizers and no {STATE_FILE}", "Copy the file, or export again"
         )
-    state = QuantizerState(specs, load_file(check_inside(directory, STATE_FILE)))
+    path = check_inside(directory, STATE_FILE)
+    # The reader of headers says what is damaged; safetensors' own only that something is.
+    read_header(path)
+    state = QuantizerState(specs, load_file(path))
     check_state(state)
-    from loadstone.fakequant.formats.spec import CALIBRATED
-
     for name, spec in specs.items():
-        if spec in CALIBRATED and state.amax(name) is None:
+        amax = state.amax(name)
+        if spec in CALIBRATED and amax is None:
             raise ArtifactError(f"{STATE_FILE}: '{name}.amax' is missing", "Export again")
+        if amax is not None and amax.numel() != 1:
+            raise ArtifactError(
+                f"{STATE_FILE}: '{name}.amax' has shape {list(amax.shape)}, and is one value", "Export again"
+            )
     return state
 
 

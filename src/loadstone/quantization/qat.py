@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from loadstone.artifact import Artifact
 from loadstone.artifact.detect import CONFIG, QAT, QAT_KEY
+from loadstone.artifact.files import read_json
 from loadstone.errors import ArtifactError, UsageError
 from loadstone.quantization.recipe_file import MixedRecipe
 from loadstone.quantization.schemes import RECIPES, Int8DynActIntxWeight, IntxWeightOnly, Recipe, parse_recipe
@@ -68,7 +69,8 @@ def prepare(model: PreTrainedModel, recipe: Recipe | str) -> PreTrainedModel:
 def record(target: str | Path | Any, recipe: Recipe | str) -> None:
     """Write the recipe down: in a checkpoint directory's config.json, or in a transformers config before saving.
 
-    With ``model.config`` every checkpoint that a Trainer saves afterwards carries the record.
+    With ``model.config`` every checkpoint that a Trainer saves afterwards carries the record. Raises `UsageError` for a
+    recipe without exact fake quantization and a directory without config.json, `ArtifactError` for one that is damaged.
     """
     recipe = check_qat(parse_recipe(recipe) if isinstance(recipe, str) else recipe)
     entry = {"recipe": str(recipe)}
@@ -78,8 +80,7 @@ def record(target: str | Path | Any, recipe: Recipe | str) -> None:
     file = Path(target) / CONFIG
     if not file.is_file():
         raise UsageError(f"'{target}' has no {CONFIG}", "Save the model there first")
-    config = json.loads(file.read_text(encoding="utf-8"))
-    config[QAT_KEY] = entry
+    config = read_json(file) | {QAT_KEY: entry}
     work = file.with_name(f".{CONFIG}.partial")
     work.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     work.replace(file)

@@ -24,6 +24,7 @@ from loadstone.quantization.schemes import (
     Recipe,
     Scheme,
 )
+from loadstone.quantization.yaml_file import check_pattern
 
 KEPT = "output head or kept in float32"
 FUSED_EXPERTS = "fused experts"
@@ -56,6 +57,10 @@ def decide(
     matches no Linear and no experts.
     """
     mixed = recipe if isinstance(recipe, MixedRecipe) else MixedRecipe(recipe)
+    for pattern in skip or ():
+        check_pattern(pattern, "--skip")
+    for rule in mixed.rules:
+        check_pattern(rule.modules, mixed.where(rule))
     used: set[str | Rule] = set()
     decisions: dict[str, Decision] = {}
     for weight in model.weights:

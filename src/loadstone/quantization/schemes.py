@@ -295,7 +295,8 @@ def _option(name: str, key: str, value: str, hint: object) -> object:
         raise UsageError(
             f"recipe '{name}': {key}='{value}' is not possible", f"One of {', '.join(map(str, choices))}"
         )
-    if not value.isdigit():
+    # Nine digits are beyond any model; Python refuses to read thousands of them.
+    if not value.isdecimal() or len(value) > 9:
         raise UsageError(f"recipe '{name}': {key}='{value}' is no whole number", "Example: group_size=64")
     number = int(value)
     if key == "bits" and not 1 <= number <= 8:
