@@ -1,5 +1,6 @@
 """The native loader against stock `from_pretrained`: same bits where stock is right, an error where it is silent."""
 
+import contextlib
 import json
 import shutil
 from collections.abc import Callable
@@ -11,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import loadstone
-from loadstone.errors import ArtifactError
+from loadstone.errors import ArtifactError, MissingError
 from loadstone.quantization import RECIPES
 
 ON_CPU = [name for name, recipe in RECIPES.items() if "cpu" in recipe.devices]
@@ -211,6 +212,39 @@ def test_what_stock_passes_over_is_an_error(tiny: Path, tmp_path: Path, change: 
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ArtifactError, match=says):
         loadstone.load(path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("vocab_size", "many"), ("vocab_size", -1), ("vocab_size", 0), ("use_cache", []), ("hidden_act", 3)],
+)
+def test_a_config_that_makes_no_model_is_an_error_at_every_door(
+    tiny: Path, tmp_path: Path, key: str, value: object
+) -> None:
+    from loadstone.loading.meta import meta_model
+    from loadstone.loading.streamed import streamed
+
+    path = copy(tiny, tmp_path)
+    edit_config(path, **{key: value})
+    with pytest.raises(ArtifactError, match=r"config\.json: "):
+        loadstone.load(path)
+    with (
+        pytest.raises(ArtifactError, match=r"config\.json: "),
+        streamed(loadstone.plan(path), torch.device("cpu")),
+    ):
+        pass
+    with contextlib.suppress(ArtifactError):  # a meta tensor may have rows that a real one cannot
+        meta_model(loadstone.detect(path))
+
+
+def test_a_gpu_that_is_full_says_what_to_do(tiny: Path) -> None:
+    from loadstone.loading.native import construction
+
+    with (
+        pytest.raises(MissingError, match=r"does not fit the GPU \(CUDA out of memory.*--device auto"),
+        construction(loadstone.detect(tiny), torch.nn.Linear),
+    ):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
 
 
 def test_non_finite_scale_is_named(tiny: Path, quantize_to: Callable[..., Path], tmp_path: Path) -> None:

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from loadstone.artifact import Artifact
-from loadstone.errors import ArtifactError
-from loadstone.loading.native import load_config, model_class_of
+from loadstone.loading.native import construction, load_config, model_class_of
 from loadstone.memo import Memo
 from loadstone.quantization.model_facts import ModelFacts, facts_of
 
@@ -22,15 +21,9 @@ def meta_model(artifact: Artifact, trust_remote_code: bool = False) -> PreTraine
 
     config = load_config(artifact, trust_remote_code)
     model_class = model_class_of(config, artifact, trust_remote_code)
-    try:
-        with torch.device("meta"), no_init_weights():
-            return model_class(config)
-    except (ValueError, TypeError, AttributeError, RuntimeError, ZeroDivisionError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ArtifactError(
-            f"{artifact.path}/config.json: {model_class.__name__} cannot be built from it ({reason})",
-            "Restore config.json from the source",
-        ) from None
+    with construction(artifact, model_class), torch.device("meta"), no_init_weights():
+        model: PreTrainedModel = model_class(config)
+    return model
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,8 @@ import atexit
 import logging
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +43,11 @@ def load_native(plan: LoadPlan, device_map: Any) -> PreTrainedModel:
     check_kernels(artifact, device_map)
     options: dict[str, Any] = {"dtype": dtype, "device_map": device_map}
     with values_checked(artifact):
-        with lazy_state_dict(artifact, quantized_dtype) as state, quiet_transformers():
+        with (
+            lazy_state_dict(artifact, quantized_dtype) as state,
+            quiet_transformers(),
+            construction(artifact, model_class),
+        ):
             model, info = model_class.from_pretrained(
                 *_source(artifact, config, state, options),
                 config=config,
@@ -80,7 +86,7 @@ def load_config(artifact: Artifact, trust_remote_code: bool = False) -> Any:
         config = AutoConfig.from_pretrained(
             artifact.config_dir, trust_remote_code=trust_remote_code, local_files_only=True
         )
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except Exception as error:  # of many kinds: each config class checks its own fields
         if artifact.needs_remote_code and not trust_remote_code:
             raise remote_code_refused(artifact) from None
         reason = " ".join(str(error).split())[:300]
@@ -95,6 +101,28 @@ def load_config(artifact: Artifact, trust_remote_code: bool = False) -> Any:
 def beside(artifact: Artifact, name: str) -> Path | None:
     """The directory that holds a sidecar file: the weights' own, else the training run's."""
     return next((folder for folder in artifact.sidecar_dirs if (folder / name).is_file()), None)
+
+
+@contextmanager
+def construction(artifact: Artifact, model_class: Any) -> Iterator[None]:
+    """Turn what fails while a model is built and filled into `ArtifactError`, and a full GPU into `MissingError`."""
+    import torch
+
+    try:
+        yield
+    except LoadstoneError:
+        raise
+    except torch.OutOfMemoryError as error:
+        raise MissingError(
+            f"'{artifact.root}' does not fit the GPU ({' '.join(str(error).split())[:200]})",
+            "Use --device auto, which spreads it, or free the GPU",
+        ) from error
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ArtifactError(
+            f"{artifact.config_dir}/config.json: {model_class.__name__} cannot be built from it ({reason})",
+            "Restore config.json from the source",
+        ) from error
 
 
 def model_class_of(config: Any, artifact: Artifact, trust_remote_code: bool = False) -> Any:

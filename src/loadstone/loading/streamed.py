@@ -15,7 +15,13 @@ from loadstone.errors import ArtifactError
 from loadstone.loading.lazy import lazy_state_dict
 from loadstone.loading.loader import import_libraries
 from loadstone.loading.meta import destinations, layer_stack
-from loadstone.loading.native import load_config, model_class_of, quiet_transformers, stored_dtype
+from loadstone.loading.native import (
+    construction,
+    load_config,
+    model_class_of,
+    quiet_transformers,
+    stored_dtype,
+)
 from loadstone.loading.plan import LoadPlan
 from loadstone.loading.values import values_checked
 
@@ -37,7 +43,9 @@ class StreamedModel:
         config = load_config(artifact, plan.trust_remote_code)
         dtype = stored_dtype(artifact, config) if plan.dtype == "auto" else getattr(torch, plan.dtype)
         self.device = device
-        self.model = _skeleton(model_class_of(config, artifact), config, dtype).eval()
+        model_class = model_class_of(config, artifact)
+        with construction(artifact, model_class):
+            self.model = _skeleton(model_class, config, dtype).eval()
         self._where = artifact.weights.index or artifact.weights.files[0]
         self._options = _load_options(self.model, device, dtype)
         stack = layer_stack(self.model)
