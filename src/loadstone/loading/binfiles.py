@@ -39,7 +39,7 @@ def _lazy(file: str, name: str, tensor: torch.Tensor, dtype: torch.dtype | None)
 
     flat, parts = flatten(name, tensor)
     # Named and limited as the parts that the same tensor has in safetensors.
-    named = {key: replace(info, name=part_name(name, key), file=file) for key, info in flat.parts.items()}
+    named = {key: info._replace(name=part_name(name, key), file=file) for key, info in flat.parts.items()}
     limits = limits_of([replace(flat, parts=named)])
     for key, part in parts.items():
         check_tensor(part, named[key], limits)
