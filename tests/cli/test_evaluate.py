@@ -122,6 +122,9 @@ def test_gate_failure_exits_4_and_says_by_how_much(
         (["--batch-size", "0"], 2, "neither a positive number nor auto"),
         (["--protocol", "odd"], 2, "none of packed, strided, rolling"),
         (["--json", "/nowhere/at/all.json"], 2, "directory does not exist"),
+        (["--json", "/tmp"], 2, "--json /tmp is a directory"),
+        (["--report", __file__], 2, "is a file"),
+        (["--context-length", "0"], 2, "must be at least 2, not 0"),
         (["--dtype", "int3"], 2, "--dtype"),
         (["--device", "cuda:77"], 5, "cuda:77"),
     ],
@@ -132,6 +135,28 @@ def test_wrong_use(
     got, out, err = call(capsys, "-M", dirs["base"], "--limit", "1", *args)
     assert (got, out) == (code, "") and message in err
     assert len([line for line in err.splitlines() if "error" in line]) == 1
+
+
+def test_a_gate_without_a_figure_fails_and_is_null(
+    dirs: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One segment of text has no spread, so a difference on it has no confidence bound."""
+    (tmp_path / "short.txt").write_text("a few words")
+    file = tmp_path / "r.json"
+    code, _, err = call(
+        capsys, "-M", dirs["noisy"], "--baseline", dirs["base"], "--data", str(tmp_path / "short.txt"),
+        "--fail-if", "dloss>9@95", "--json", str(file),
+    )  # fmt: skip
+    assert code == 4 and "dloss>9@95 failed: it cannot be told (nan)" in err
+    assert json.loads(file.read_text())["gates"][0]["value"] is None
+
+
+def test_a_report_without_matplotlib_is_refused_before_the_work(
+    dirs: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    code, out, err = call(capsys, "-M", dirs["base"], "--report", str(tmp_path / "report"))
+    assert (code, out) == (5, "") and "loadstone[report]" in err and not (tmp_path / "report").exists()
 
 
 def test_models_that_are_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -205,3 +205,12 @@ def test_metrics_are_scikit_learns() -> None:
     y, mean = draw.normal(size=50), draw.normal(size=50)
     found = regression_metrics(mean, np.zeros(50), np.full(50, 0.5), y)
     assert np.isclose(found["r2"], sklearn.r2_score(y, mean)) and found["coverage_50"] == 1
+
+
+def test_json_goes_to_the_named_file(
+    tables: Path, fitted: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "p.json"
+    line = ["predict", "-M", fitted["r"], "--data", tables / "r-new.csv", "--json", "-o", out]
+    code, printed, _ = run(capsys, *line)
+    assert (code, printed) == (0, "") and len(json.loads(out.read_text())["columns"]["mean"]) == 40

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import logging
 import os
 import signal
 import sys
+import traceback
 from importlib import import_module
 from typing import Any
 
 import typer
 
 from loadstone import __version__
-from loadstone.errors import LoadstoneError
+from loadstone.cli.render import printable
+from loadstone.errors import LoadstoneError, MissingError
 
 app = typer.Typer(
     name="loadstone",
@@ -71,7 +74,7 @@ def _globals(
 class _Formatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         label = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
-        return f"loadstone: {label}{record.getMessage()}"
+        return f"loadstone: {label}{printable(record.getMessage())}"
 
 
 def _register(args: list[str]) -> None:
@@ -93,23 +96,29 @@ def main(argv: list[str] | None = None) -> None:
     gc.set_threshold(200_000, 20, 100)
     _register(args)
     try:
-        code: Any = app(args=args, standalone_mode=True, prog_name="loadstone")
-    except LoadstoneError as error:
-        if debug:
-            raise
-        _fail(str(error), error.exit_code)
-    except (KeyboardInterrupt, Terminated) as stop:
-        _fail("interrupted", 143 if isinstance(stop, Terminated) else 130)
-    except BrokenPipeError:
-        # The reader of stdout went away (`| head`): not our error, and nothing more can be said there.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
+        app(args=args, prog_name="loadstone")
+    except SystemExit as stop:
+        # typer has turned Ctrl-C into an exit without a word.
+        if stop.code == 130:
+            _fail("interrupted", 130)
+        raise
+    except Terminated:
+        _fail("interrupted", 143)
     except Exception as error:
         if debug:
-            raise
-        text = " ".join(str(error).split()) or type(error).__name__
-        _fail(f"unexpected {type(error).__name__}: {text[:500]}. Run again with --debug for the traceback", 1)
-    sys.exit(code or 0)
+            traceback.print_exc()
+        _fail(*_outcome(error))
+
+
+def _outcome(error: Exception) -> tuple[str, int]:
+    """What to say about an error, and the exit code that it calls for."""
+    if isinstance(error, LoadstoneError):
+        return str(error), error.exit_code
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"the disk is full ({error}). Free some space and run again", MissingError.exit_code
+    text = " ".join(str(error).split()) or type(error).__name__
+    name = type(error).__name__
+    return f"unexpected {name}: {text[:500]}. Run again with --debug for the traceback", 1
 
 
 class Terminated(BaseException):
@@ -121,5 +130,5 @@ def _terminate(signum: int, frame: Any) -> None:
 
 
 def _fail(message: str, code: int) -> None:
-    print(f"loadstone: error: {message}", file=sys.stderr)
+    print(f"loadstone: error: {printable(message)}", file=sys.stderr)
     sys.exit(code)

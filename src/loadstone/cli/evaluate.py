@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from loadstone.cli import render
 from loadstone.errors import GateFailed, UsageError
 
 if TYPE_CHECKING:
@@ -270,8 +267,12 @@ def evaluate(
         logging.getLogger("loadstone").setLevel(logging.ERROR)
     gates = tuple(parse_gate(g) for g in fail_if or ())
     size = _batch_size(batch_size)
-    if json_to not in (None, "-") and not Path(str(json_to)).resolve().parent.is_dir():
-        raise UsageError(f"--json {json_to}: its directory does not exist")
+    if json_to is not None and json_to != "-":
+        render.check_file("--json", Path(json_to))
+    if report is not None:
+        from loadstone.evaluation.report import check_report
+
+        check_report(report)
 
     from loadstone.evaluation.options import Options
     from loadstone.evaluation.run import evaluate as run
@@ -302,22 +303,20 @@ def evaluate(
             stream=stream,
             cache=cache,
             resume=resume,
-            tasks=tuple(filter(None, (tasks or "").split(","))),
+            tasks=tuple(filter(None, map(str.strip, (tasks or "").split(",")))),
             task_path=task_path,
             speed=speed,
             gates=gates,
         ),
-        bar=_bar,
+        bar=lambda label, total: render.progress(Path(label).name, total),
     )
     if not outcome.first:
         return
-    if json_to is not None:
-        text = json.dumps(outcome.as_json(), indent=2, allow_nan=False)
-        if json_to == "-":
-            print(text)
-        else:
-            Path(json_to).write_text(text + "\n", encoding="utf-8")
-    if json_to != "-":
+    if json_to == "-":
+        render.print_json(outcome.as_json())
+    else:
+        if json_to is not None:
+            render.write_file(Path(json_to), render.to_json(outcome.as_json()))
         _render(outcome)
     if report is not None:
         from loadstone.evaluation.report import write_report
@@ -337,44 +336,27 @@ def _batch_size(text: str) -> int | None:
     return int(text)
 
 
-@contextmanager
-def _bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
-    if not label or not sys.stderr.isatty() or not logging.getLogger("loadstone").isEnabledFor(logging.INFO):
-        yield lambda step: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(Path(label).name, total=total)
-        yield lambda step: progress.advance(task, step)
-
-
 def _render(outcome: Outcome) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
+    from rich.text import Text
 
     from loadstone.evaluation.tables import describe, tables
 
-    # Piped output is for files and greps: never wrapped to a terminal's width.
-    console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 200)
     protocol = outcome.task.protocol
-    console.print(describe(protocol), markup=False)
+    out = render.console()
+
+    def line(*parts: str | tuple[str, str]) -> None:
+        # Never wrapped, and never markup: paths and text of documents may hold anything.
+        out.print(Text.assemble(*parts), soft_wrap=True)
+
+    line(describe(protocol))
     for columns, rows in tables(outcome.records):
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-        for i, column in enumerate(columns):
-            table.add_column(column, justify="left" if i == 0 else "right")
-        for row in rows:
-            table.add_row(*row)
-        console.print(table)
-    console.print(f"± one standard error, by bootstrap over {protocol.resampled}", markup=False)
+        render.print_whole(render.table("", columns, rows, right=tuple(range(1, len(columns)))))
+    line(f"± one standard error, by bootstrap over {protocol.resampled}")
     for record in outcome.records:
         for worst in record.get("worst_documents", ()):
             at = f"document {worst['document']}: KL {worst['kl']:.4f}, Δ loss {worst['delta_loss']:+.4f}"
             peak = f"worst token KL {worst['worst_token_kl']:.2f}: …{worst['before']}[{worst['worst_token']}]"
-            console.print(f"{record['path']}: {at}; {' '.join(peak.split())}", markup=False)
+            line(render.printable(f"{record['path']}: {at}; {' '.join(peak.split())}"))
     for verdict in outcome.verdicts:
-        state = "[red]failed[/]" if verdict.failed else "[green]passed[/]"
-        console.print(f"gate {verdict.gate} {state} for {verdict.model}: {verdict.value:.6g}")
+        state = ("failed", "red") if verdict.failed else ("passed", "green")
+        line(f"gate {verdict.gate} ", state, f" for {verdict.model}: {verdict.value:.6g}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -221,14 +220,14 @@ def _show(
 
     artifact = report.artifact
     parts: list[Any] = [
-        Text.assemble((_clean(str(artifact.root)), "bold"), "  ", (artifact.kind, "bold cyan"))
+        Text.assemble((render.printable(str(artifact.root)), "bold"), "  ", (artifact.kind, "bold cyan"))
     ]
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="dim", no_wrap=True)
     grid.add_column(overflow="fold")
     for label, text in _rows(report, load_plan, mismatches):
         # Text, never markup: names in a model may hold brackets or escape sequences.
-        grid.add_row(label, Text(_clean(text)))
+        grid.add_row(label, Text(render.printable(text)))
     parts += [grid, ""]
     if report.quantized:
         parts.append(_group_table("Quantized", report.quantized, "class", "bits/weight"))
@@ -237,9 +236,9 @@ def _show(
             _group_table("Not quantized" if report.quantized else "Tensors", report.plain, "dtype", "")
         )
     for note in report.notes:
-        parts.append(Text.assemble(("note: ", "yellow"), _clean(note)))
+        parts.append(Text.assemble(("note: ", "yellow"), render.printable(note)))
     for problem in problems:
-        parts.append(Text.assemble(("problem: ", "bold red"), _clean(str(problem))))
+        parts.append(Text.assemble(("problem: ", "bold red"), render.printable(str(problem))))
     if problems:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         parts.append(Text(f"Cannot be loaded: {count}", style="bold red"))
@@ -248,7 +247,7 @@ def _show(
         for part in parts:
             out.print(part, soft_wrap=isinstance(part, Text))
     # rich pads every line to the table's width, which only gets in the way of a pipe.
-    sys.stdout.write("".join(line.rstrip() + "\n" for line in captured.get().splitlines()))
+    render.write("".join(line.rstrip() + "\n" for line in captured.get().splitlines()))
 
 
 def _rows(
@@ -299,32 +298,20 @@ def _bits(report: Report) -> str:
 
 
 def _group_table(title: str, groups: tuple[Group, ...], kind: str, last: str) -> Any:
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, title_style="bold")
-    for name, justify in (
-        ("tensors", "right"),
-        ("", "left"),
-        (kind, "left"),
-        ("weights", "right"),
-        ("stored", "right"),
-    ):
-        table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
-    table.add_column(last, overflow="fold")
-    for group in groups[:_SHOWN]:
-        bits = f"{group.nominal_bits:g} → {group.stored_bits:.2f}" if last else group.note
-        weights = f"{group.parameters:,}"
-        pattern = Text(_clean(group.pattern))
-        table.add_row(str(group.count), pattern, group.type, weights, render.size(group.nbytes), bits)
+    rows = [
+        [
+            str(group.count),
+            render.printable(group.pattern),
+            group.type,
+            f"{group.parameters:,}",
+            render.size(group.nbytes),
+            f"{group.nominal_bits:g} → {group.stored_bits:.2f}" if last else group.note,
+        ]
+        for group in groups[:_SHOWN]
+    ]
     if len(groups) > _SHOWN:
-        table.add_row("", f"… and {len(groups) - _SHOWN} more groups (--json lists all)")
-    return table
-
-
-def _clean(text: str) -> str:
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+        rows.append(["", f"… and {len(groups) - _SHOWN} more groups (--json lists all)"])
+    return render.table(title, ["tensors", "", kind, "weights", "stored", last], rows, right=(0, 3, 4))
 
 
 _SHOWN = 24

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import csv
+import io
 import logging
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -36,7 +36,7 @@ def command(
     out: Annotated[
         Path | None,
         typer.Option(
-            "-o", "--out", metavar="FILE", help="CSV to write; otherwise stdout.", rich_help_panel=_OUTPUT
+            "-o", "--out", metavar="FILE", help="File to write; otherwise stdout.", rich_help_panel=_OUTPUT
         ),
     ] = None,
     base: Annotated[
@@ -54,7 +54,7 @@ def command(
         bool, typer.Option("--overwrite", help="Replace an existing file.", rich_help_panel=_OUTPUT)
     ] = False,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print JSON instead of CSV.", rich_help_panel=_OUTPUT)
+        bool, typer.Option("--json", help="JSON instead of CSV.", rich_help_panel=_OUTPUT)
     ] = False,
 ) -> None:
     """Predict each row of a table with a fitted context.
@@ -67,9 +67,8 @@ def command(
     levels = _levels(quantiles)
     if out is not None and out.exists() and not overwrite:
         raise UsageError(f"the output '{out}' exists", "Choose another, or pass --overwrite to replace it")
-    if out is not None and not out.resolve().parent.is_dir():
-        raise UsageError(f"cannot write '{out}': its directory does not exist", "Make it first")
-
+    if out is not None:
+        render.check_file("-o", out)
     from loadstone.artifact.context_file import TABLE_KINDS, require_kind
 
     require_kind(Path(model), *TABLE_KINDS, by="predict")
@@ -79,25 +78,24 @@ def command(
     predictions = context.predict(data, quantiles=levels, measure=False)
     if as_json:
         columns = {name: column.tolist() for name, column in predictions.columns.items()}
-        render.print_json({"data": str(data), "model": model, "task": context.task, "columns": columns})
-    elif out is None:
-        _write(predictions, sys.stdout)
+        facts = {"data": str(data), "model": model, "task": context.task, "columns": columns}
+        text = render.to_json(facts)
     else:
-        work = out.with_name(f".{out.name}.partial")
-        try:
-            with work.open("w", newline="", encoding="utf-8") as file:
-                _write(predictions, file)
-            work.replace(out)
-        finally:
-            work.unlink(missing_ok=True)
+        text = _csv(predictions)
+    if out is None:
+        render.write(text)
+    else:
+        render.write_file(out, text)
         log.info("%s: %d rows", out, len(next(iter(predictions.columns.values()))))
 
 
-def _write(predictions: Predictions, file: Any) -> None:
-    writer = csv.writer(file, lineterminator="\n")
+def _csv(predictions: Predictions) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
     writer.writerow(predictions.columns)
     for row in zip(*predictions.columns.values(), strict=True):
         writer.writerow([cell if isinstance(cell, str) else f"{cell:.9g}" for cell in row])
+    return text.getvalue()
 
 
 def _levels(text: str) -> tuple[float, ...]:

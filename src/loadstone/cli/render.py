@@ -4,35 +4,115 @@ from __future__ import annotations
 
 import json
 import logging
+import math
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
+
+from loadstone.errors import UsageError
 
 
 def console() -> Any:
     """A rich console on stdout: no colour when piped or under NO_COLOR, never wrapped by a narrow pipe."""
     from rich.console import Console
 
-    return Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+    class Out(Console):
+        def on_broken_pipe(self) -> None:
+            _discard_output()
+
+    return Out(highlight=False, width=None if sys.stdout.isatty() else 160)
+
+
+def write(text: str) -> None:
+    """Text to stdout, as it is."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _discard_output()
+
+
+def _discard_output() -> None:
+    # The reader went away (`| head`). That is no error, and what follows (a gate) still decides the exit code.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def printable(text: str) -> str:
+    """Text with what could move a terminal's cursor spelled out: names in a model are anybody's."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def table(title: str, columns: list[str], rows: list[list[str]], *, right: tuple[int, ...] = ()) -> Any:
-    """A rich table; ``right`` numbers the right-aligned columns."""
+    """A rich table of plain text, never markup; ``right`` numbers the right-aligned columns."""
     from rich import box
     from rich.table import Table
+    from rich.text import Text
 
-    result = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    result = Table(
+        title=Text(title, "bold") if title else None,
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+    )
     for number, name in enumerate(columns):
         result.add_column(name, justify="right" if number in right else "left", overflow="fold")
     for row in rows:
-        result.add_row(*row)
+        result.add_row(*map(Text, row))
     return result
+
+
+def print_whole(rows: Any) -> None:
+    """Print a table of figures: on a terminal too narrow for it lines run over, and no figure is cut."""
+    from rich.measure import Measurement
+
+    out = console()
+    out.width = max(out.width, Measurement.get(out, out.options.update(width=10_000), rows).maximum)
+    out.print(rows)
 
 
 def print_json(value: Any) -> None:
     """One JSON document on stdout, and nothing else there."""
-    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write(to_json(value))
+
+
+def to_json(value: Any) -> str:
+    """JSON text of a result: what is not finite becomes null, for JSON has no NaN."""
+    text = json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    # Bytes of a path that are no UTF-8 have no other form than JSON's own escape.
+    return text.encode(errors="backslashreplace").decode()
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def check_file(option: str, path: Path) -> None:
+    """Raise `UsageError` when a result cannot be written to ``path``: said before the work, not after it."""
+    if path.is_dir():
+        raise UsageError(f"{option} {path} is a directory", "Name a file")
+    if not path.resolve().parent.is_dir():
+        raise UsageError(f"{option} {path}: its directory does not exist", "Make it first")
+
+
+def write_file(path: Path, text: str) -> None:
+    """Write a result's file, whole or not at all; what is no file (a pipe) is written to as it is."""
+    if path.exists() and not path.is_file():
+        path.write_text(text, encoding="utf-8")
+        return
+    path = path.resolve()
+    work = path.with_name(f".{path.name}.partial")
+    try:
+        work.write_text(text, encoding="utf-8", newline="")
+        work.replace(path)
+    finally:
+        work.unlink(missing_ok=True)
 
 
 def size(nbytes: float) -> str:

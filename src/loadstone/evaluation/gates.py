@@ -64,6 +64,8 @@ class Verdict:
     failed: bool
 
     def describe(self) -> str:
+        if not math.isfinite(self.value):
+            return f"{self.model}: {self.gate} failed: it cannot be told ({self.value})"
         by = abs(self.value - self.limit)
         return f"{self.model}: {self.gate} failed by {by:.4g} ({self.value:.6g} against {self.limit:.6g})"
 

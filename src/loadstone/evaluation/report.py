@@ -5,12 +5,13 @@ from __future__ import annotations
 import base64
 import html
 import io
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from loadstone.errors import MissingError
+from loadstone.errors import MissingError, UsageError
 
 if TYPE_CHECKING:
     from loadstone.evaluation.run import Outcome
@@ -28,12 +29,19 @@ td:first-child,th:first-child{text-align:left} th{color:#68718a;font-weight:600}
 """
 
 
+def check_report(directory: Path) -> None:
+    """Raises MissingError without matplotlib, UsageError when ``directory`` is a file: before anything is computed."""
+    if directory.exists() and not directory.is_dir():
+        raise UsageError(f"--report {directory} is a file", "Name a directory")
+    if find_spec("matplotlib") is None:
+        raise MissingError("--report needs matplotlib", "pip install 'loadstone[report]'")
+
+
 def write_report(outcome: Outcome, directory: Path, description: str) -> Path:
-    """Write ``index.html`` and its PNGs; the page's path. Raises MissingError without matplotlib."""
-    try:
-        import matplotlib  # type: ignore[import-not-found]
-    except ImportError:
-        raise MissingError("--report needs matplotlib", "pip install 'loadstone[report]'") from None
+    """Write ``index.html`` and its PNGs; the page's path. Raises as `check_report` does."""
+    check_report(directory)
+    import matplotlib  # type: ignore[import-not-found]
+
     matplotlib.use("Agg")
     matplotlib.rcParams.update(
         {

@@ -214,7 +214,7 @@ def make_protocol(
     """
     if name not in PROTOCOLS:
         raise UsageError(f"--protocol {name!r} is none of {', '.join(PROTOCOLS)}")
-    context = context_length or min(DEFAULT_CONTEXT, longest or DEFAULT_CONTEXT)
+    context = min(DEFAULT_CONTEXT, longest or DEFAULT_CONTEXT) if context_length is None else context_length
     if context < 2:
         raise UsageError(f"--context-length must be at least 2, not {context}")
     if longest is not None and context > longest:

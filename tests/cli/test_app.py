@@ -1,0 +1,99 @@
+"""What `main` makes of errors and signals, and output to a reader that went away."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from loadstone.cli import main, render
+from loadstone.errors import UsageError
+
+
+@pytest.fixture
+def failing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Runs a command that fails with an error; exit code and stderr."""
+
+    def run(error: BaseException, *flags: str) -> tuple[int, str]:
+        def collect(*args: object, **kwargs: object) -> None:
+            raise error
+
+        monkeypatch.setattr("loadstone.artifact.report.collect", collect)
+        with pytest.raises(SystemExit) as stop:
+            main(["inspect", "somewhere", *flags])
+        return int(stop.value.code or 0), capsys.readouterr().err
+
+    return run
+
+
+def test_debug_shows_the_traceback_and_keeps_the_exit_code(failing) -> None:
+    code, err = failing(UsageError("wrong", "Do it right"), "--debug")
+    assert code == 2 and "Traceback" in err and err.endswith("loadstone: error: wrong. Do it right\n")
+    code, err = failing(RuntimeError("deep"), "--debug")
+    assert code == 1 and "Traceback" in err and "unexpected RuntimeError: deep" in err
+    assert "Traceback" not in failing(RuntimeError("deep"))[1]
+
+
+def test_a_full_disk_is_something_missing(failing) -> None:
+    code, err = failing(OSError(errno.ENOSPC, "No space left on device"))
+    assert code == 5 and "the disk is full" in err
+
+
+def test_an_interrupt_says_so(failing) -> None:
+    assert failing(KeyboardInterrupt()) == (130, "loadstone: error: interrupted\n")
+
+
+def test_errors_cannot_write_to_the_terminal(failing) -> None:
+    _, err = failing(UsageError("tensor '\x1b[2J\rX' is odd"))
+    assert err == "loadstone: error: tensor '\\x1b[2J\\rX' is odd\n"
+
+
+def test_a_reader_that_went_away_does_not_decide_the_exit_code() -> None:
+    code = (
+        "import sys; from loadstone.cli import render\n"
+        "render.write('x\\n'); render.console().print('y'); render.print_json({}); sys.exit(4)"
+    )
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run([sys.executable, "-c", code], stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (4, "")
+
+
+def test_cells_are_no_markup_and_figures_are_never_cut(capsys: pytest.CaptureFixture[str]) -> None:
+    path, figures = f"/runs/[bold]{'long/' * 60}[/]", "2.0151 ± 0.0132"
+    render.print_whole(render.table("a [red]title[/]", ["model", "loss"], [[path, figures]], right=(1,)))
+    out = capsys.readouterr().out
+    assert any(path in line and figures in line for line in out.splitlines()) and "a [red]title[/]" in out
+
+
+def test_json_has_no_nan_and_takes_any_path() -> None:
+    value = {"a": [math.nan, (math.inf, 1.5)], "é": "\udcff"}
+    text = render.to_json(value)
+    assert json.loads(text) == {"a": [None, [None, 1.5]], "é": "\udcff"} and "é" in text
+    text.encode()
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "r.json"
+    render.write_file(file, "old")
+    with pytest.raises(UnicodeEncodeError):
+        render.write_file(file, "new \udcff")
+    assert file.read_text() == "old" and list(tmp_path.iterdir()) == [file]
+    (tmp_path / "link").symlink_to(file)
+    render.write_file(tmp_path / "link", "new")
+    assert file.read_text() == "new" and (tmp_path / "link").is_symlink()
+
+
+def test_a_pipe_is_written_to_as_it_is(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with subprocess.Popen(["cat", str(pipe)], stdout=subprocess.PIPE, text=True) as reader:
+        render.write_file(pipe, "text")
+        assert reader.communicate()[0] == "text" and pipe.is_fifo()
