@@ -262,5 +262,8 @@ def test_slices_that_do_not_make_a_tensor(tmp_path: Path) -> None:
         detect(sharded(tmp_path / "outside", (0, 4)))
     with pytest.raises(ArtifactError, match="slices of 'w' hold"):
         detect(sharded(tmp_path / "twice", (0, 0)))
+    # As many elements as the tensor has, one row of them twice and the last row nowhere.
+    with pytest.raises(ArtifactError, match="slices of 'w' hold 20 elements and do not make up its 20"):
+        detect(sharded(tmp_path / "overlapping", (0, 2)))
     with pytest.raises(ArtifactError, match="compressed or encrypted"):
         detect(sharded(tmp_path / "zstd", compress=True))

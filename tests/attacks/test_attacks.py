@@ -266,6 +266,13 @@ def shape_of_ten_thousand_digits(d: Path) -> None:
 
 
 @attack("malformed header entry")
+def shape_of_a_hundred_thousand_dimensions(d: Path) -> None:
+    dense(d)
+    entry = {"a": {"dtype": "F32", "shape": [2**62] * 100_000, "data_offsets": [0, 4]}}
+    write_raw(d / "model.safetensors", json.dumps(entry).encode())
+
+
+@attack("malformed header entry")
 def negative_offsets(d: Path) -> None:
     dense(d)
     edit_header(d / "model.safetensors", lambda h: h[NORM].update(data_offsets=[-128, 0]))
@@ -409,6 +416,52 @@ def bin_with_a_huge_directory(d: Path) -> None:
     raw = bytearray((d / "pytorch_model.bin").read_bytes())
     struct.pack_into("<I", raw, raw.rfind(b"PK\5\6") + 12, 2**31)
     (d / "pytorch_model.bin").write_bytes(raw)
+
+
+@attack("zip directory claims 4294967196 bytes")
+def bin_with_a_huge_directory_behind_a_small_one(d: Path) -> None:
+    """zipfile obeys a zip64 record whatever the end record after it says."""
+    dense(d)
+    (d / "model.safetensors").unlink()
+    size = 2**32
+    record = struct.pack("<4sQHHIIQQQQ", b"PK\6\6", 44, 45, 45, 0, 0, 1, 1, size - 100, 50)
+    locator = struct.pack("<4sIQI", b"PK\6\7", 0, size, 1)
+    with (d / "pytorch_model.bin").open("wb") as file:
+        file.seek(size)
+        file.write(record + locator + struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 1, 1, 100, 0, 0))
+
+
+def text(value: str) -> bytes:
+    return b"X" + struct.pack("<I", len(value)) + value.encode()
+
+
+def wrapper(name: str, state: bytes) -> bytes:
+    """The pickle of one entry of a state dict: a torchao tensor whose attributes are ``state``."""
+    calls = b"ctorch._utils\n_rebuild_wrapper_subclass\nctorchao.quantization\nInt8Tensor\n"
+    return text(name) + b"ctorch._tensor\n_rebuild_from_type_v2\n(" + calls + b"K\1K\2K\3\x87" + state + b"tR"
+
+
+@attack("claims 30000 attributes")
+def attributes_shared_by_many_tensors(d: Path) -> None:
+    shared = b"}(" + b"".join(text(f"k{n}") + b"N" for n in range(30_000)) + b"uq\1"
+    entries = wrapper("w0", shared) + b"".join(wrapper(f"w{n}", b"h\1") for n in range(1, 30_000))
+    bin_file(d, b"\x80\2}(" + entries + b"u.")
+
+
+@attack("lacks the attribute block_size")
+def quantized_tensor_in_a_bin_without_its_parts(d: Path) -> None:
+    bin_file(d, b"\x80\2}(" + wrapper("a", b"}") + b"u.")
+
+
+@attack("lacks the part qdata")
+def attributes_nested_deeper_than_python_recurses(d: Path) -> None:
+    state = b"}" + text("block_size") + b"N" + b"\x85" * 5000 + b"s" + text("dtype") + b"Ns"
+    bin_file(d, b"\x80\2}(" + wrapper("a", state) + b"u.")
+
+
+@attack("unprintable characters")
+def tensor_name_in_a_bin_that_writes_to_the_terminal(d: Path) -> None:
+    bin_file(d, b"\x80\2}(" + text("\x1b[2J") + b"N" + text("a") + b"Nu.")
 
 
 @attack("from before 1.6")

@@ -17,11 +17,14 @@ from typing import Any, BinaryIO
 from loadstone.artifact.files import Sink, file_size, refuse
 from loadstone.artifact.headers import DTYPE_BITS, TensorInfo
 from loadstone.artifact.inert_pickle import Global, MalformedPickle, Node, read_pickle
-from loadstone.artifact.torchao_tensors import FlatTensor, part_name
+from loadstone.artifact.torchao_checks import SUBCLASSES, FlatTensor, check_complete, check_shapes
+from loadstone.artifact.torchao_tensors import part_name
 from loadstone.errors import ArtifactError
 
 MAX_PICKLE_BYTES = 32_000_000
 MAX_DIRECTORY_BYTES = 16_000_000
+# A tensor subclass has a handful of attributes; more is a pickle made to be slow.
+_MAX_ATTRIBUTES = 64
 
 _STORAGES = {
     "DoubleStorage": "F64", "FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16",
@@ -100,10 +103,10 @@ def check_names(file: str, names: frozenset[str]) -> None:
 
 def _read_archive(path: Path) -> tuple[bytes, dict[str, int]]:
     """``data.pkl`` and the size in bytes of each storage."""
-    size = file_size(path)
+    file_size(path)
     try:
         with path.open("rb") as file:
-            _check_directory(path.name, file, size)
+            _check_directory(path.name, file)
             with zipfile.ZipFile(file) as archive:
                 entries = {e.filename: e for e in archive.infolist()}
                 pickles = [n for n in entries if n.endswith("/data.pkl") or n == "data.pkl"]
@@ -133,17 +136,13 @@ def _read_archive(path: Path) -> tuple[bytes, dict[str, int]]:
         raise ArtifactError(f"{path.name}: damaged ({error})", "Copy it again") from None
 
 
-def _check_directory(name: str, file: BinaryIO, size: int) -> None:
+def _check_directory(name: str, file: BinaryIO) -> None:
     """Bound the zip's directory, which zipfile reads whole, by what its end record claims."""
-    file.seek(max(0, size - 65_557))
-    tail = file.read()
-    at = tail.rfind(b"PK\5\6")
-    if at < 0 or len(tail) - at < 22:
+    # zipfile's own reader: a zip64 record hidden from another one would let any size through.
+    record = zipfile._EndRecData(file)  # type: ignore[attr-defined]
+    if record is None:
         raise zipfile.BadZipFile
-    (length,) = struct.unpack_from("<I", tail, at + 12)
-    if length == 0xFFFFFFFF:
-        zip64 = tail.rfind(b"PK\6\6", 0, at)
-        length = struct.unpack_from("<Q", tail, zip64 + 40)[0] if zip64 >= 0 else size
+    length = record[zipfile._ECD_SIZE]  # type: ignore[attr-defined]
     if length > MAX_DIRECTORY_BYTES:
         raise ArtifactError(
             f"{name}: its zip directory claims {length} bytes", "This is no model, or a hostile one"
@@ -172,6 +171,11 @@ class _Reader:
         places: dict[tuple[Any, ...], list[str]] = {}
         for name, value in state.items():
             try:
+                if not name.isprintable():
+                    raise ArtifactError(
+                        f"{self.file}: the tensor name {ascii(name)[:200]} holds unprintable characters",
+                        "Do not trust this file",
+                    )
                 value = self.unwrap(value)
                 if isinstance(value, _Tensor):
                     tensors[name] = self.info(name, value)
@@ -243,6 +247,10 @@ class _Reader:
         kind = path.rpartition(".")[2]
         if not path.startswith("torchao.") or not isinstance(state, Node):
             return kind, None
+        if len(state.items) > _MAX_ATTRIBUTES:
+            raise ArtifactError(
+                f"{self.file}: '{name}' claims {len(state.items)} attributes", "Do not trust this file"
+            )
         parts: dict[str, TensorInfo] = {}
         attributes: dict[str, Any] = {}
         for key, value in state.pairs().items():
@@ -254,13 +262,18 @@ class _Reader:
         if _is_tuple(arguments, 3) and _dtype_name(arguments[1]):
             attributes.setdefault("dtype", _json_form(arguments[1], _Budget()))
             attributes.setdefault("shape", _json_form(arguments[2], _Budget()))
-        return kind, FlatTensor(name, kind, attributes, parts)
+        flat = FlatTensor(name, kind, attributes, parts)
+        if kind in SUBCLASSES:
+            # A pickled tensor also has what safetensors leaves out, so only what is needed is looked for.
+            check_complete(flat)
+            check_shapes(flat)
+        return kind, flat
 
 
 class _Budget:
-    """Bounds the expansion of values that a pickle shares many times over."""
+    """Bounds the expansion of values that a pickle shares many times over, or nests deeper than Python recurses."""
 
-    left = 1000
+    left = 250
 
 
 def _json_form(value: Any, budget: _Budget) -> Any:
@@ -275,7 +288,7 @@ def _json_form(value: Any, budget: _Budget) -> Any:
         return [_json_form(item, budget) for item in value[:100]]
     if isinstance(value, Node):
         kind = value.path.rpartition(".")[2]
-        if isinstance(value.state, Node):
+        if isinstance(value.state, Node) and len(value.state.items) <= _MAX_ATTRIBUTES:
             return {
                 "_type": kind,
                 "_data": {k: _json_form(v, budget) for k, v in value.state.pairs().items()},

@@ -147,9 +147,10 @@ class _Reader:
                 )
             found.append(DcpChunk(self.check_file(key, *place), place[1], place[2], offsets, sizes))
             covered += prod(sizes)
-        if covered != prod(total) or len({chunk.offsets for chunk in found}) != len(found):
+        if covered != prod(total) or not _is_grid(found, total):
             raise ArtifactError(
-                f"{self.label}: slices of {ascii(key)[:200]} hold {covered} of its {prod(total)} elements",
+                f"{self.label}: slices of {ascii(key)[:200]} hold {covered} elements and do not make up its "
+                f"{prod(total)} side by side",
                 "Copy the files of all ranks",
             )
         return tuple(found)
@@ -187,6 +188,23 @@ class _Reader:
 
 
 _CHUNK = ("offsets", "sizes")
+
+
+def _is_grid(chunks: list[DcpChunk], total: tuple[int, ...]) -> bool:
+    """Whether slices are different cells of a grid over a tensor, as sharding makes them.
+
+    Such slices share no element, so those that hold as many elements as the tensor leave none out.
+    """
+    cells = [chunk for chunk in chunks if prod(chunk.sizes)]
+    for dimension, size in enumerate(total):
+        at = 0
+        for offset, length in sorted({(c.offsets[dimension], c.sizes[dimension]) for c in cells}):
+            if offset != at:
+                return False
+            at += length
+        if at != size and cells:
+            return False
+    return len({chunk.offsets for chunk in chunks}) == len(chunks)
 
 
 def _model_names(described: dict[str, Any], planner: Any) -> dict[str, str]:

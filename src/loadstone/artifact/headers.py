@@ -28,6 +28,8 @@ DTYPE_BITS = {
 }  # fmt: skip
 FLOAT_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
 MAX_DIM = 2**63 - 1
+# torch's own limit. A product of a hundred thousand dimensions takes minutes, and too many digits to print.
+MAX_DIMS = 64
 
 
 class TensorInfo(NamedTuple):
@@ -134,7 +136,7 @@ def _tensor(file: str, key: str, entry: Any, base: int) -> TensorInfo:
                 whole = False
     except (KeyError, TypeError, ValueError):
         whole = False
-    if not whole or not isinstance(dtype, str) or begin > end:
+    if not whole or not isinstance(dtype, str) or begin > end or len(shape) > MAX_DIMS:
         raise ArtifactError(f"{file}: tensor '{key}' has a malformed header entry", _RECOPY)
     if dtype not in DTYPE_BITS:
         raise ArtifactError(

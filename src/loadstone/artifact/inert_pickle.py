@@ -27,11 +27,15 @@ class Node:
     args: Any = ()
     state: Any = None
     items: list[Any] = field(default_factory=list)
+    _pairs: dict[str, Any] | None = field(default=None, init=False, repr=False)
 
     def pairs(self) -> dict[str, Any]:
-        """The items with string keys, as a dict (a later one wins)."""
-        # Other keys are left out: chosen to collide, a million of them would take hours to hash.
-        return {i[0]: i[1] for i in self.items if type(i) is tuple and len(i) == 2 and type(i[0]) is str}
+        """The items with string keys, as a dict (a later one wins); made once, for many may share one node."""
+        if self._pairs is None:
+            # Other keys are left out: chosen to collide, a million of them would take hours to hash.
+            named = (i for i in self.items if type(i) is tuple and len(i) == 2 and type(i[0]) is str)
+            self._pairs = dict(named)
+        return self._pairs
 
     def attribute(self, name: str) -> Any:
         """One attribute out of ``state``, None when there is none."""

@@ -200,22 +200,30 @@ def check_description(tensor: FlatTensor) -> None:
     if foreign is not None:
         what = f"the metadata of '{tensor.name}' names {ascii(foreign)[:80]}, no part of a tensor"
         raise ArtifactError(what, _DISTRUST)
+    check_complete(tensor)
     spec, kind = _SPECS[tensor.type], tensor.type
-    _check_names(
-        tensor.name, kind, "attribute", set(tensor.attributes), spec.attributes, spec.optional_attributes
-    )
-    _check_names(tensor.name, kind, "part", set(tensor.parts), spec.parts, spec.optional_parts)
+    for what, given, known in (
+        ("attribute", tensor.attributes, spec.attributes + spec.optional_attributes),
+        ("part", tensor.parts, spec.parts + spec.optional_parts),
+    ):
+        for extra in sorted(given.keys() - set(known)):
+            raise ArtifactError(
+                f"the metadata of '{tensor.name}' has the {what} {ascii(extra)[:80]}, unknown to {kind}",
+                _AGAIN,
+            )
 
 
-def _check_names(
-    name: str, kind: str, what: str, given: set[str], required: tuple[str, ...], optional: tuple[str, ...]
-) -> None:
-    for missing in sorted(set(required) - given):
-        raise ArtifactError(f"the metadata of '{name}' lacks the {what} {missing} of {kind}", _AGAIN)
-    for extra in sorted(given - set(required) - set(optional)):
-        raise ArtifactError(
-            f"the metadata of '{name}' has the {what} {ascii(extra)[:80]}, unknown to {kind}", _AGAIN
-        )
+def check_complete(tensor: FlatTensor) -> None:
+    """Raises `ArtifactError` when a tensor lacks a part or an attribute of its class."""
+    spec = _SPECS[tensor.type]
+    for what, given, required in (
+        ("attribute", tensor.attributes, spec.attributes),
+        ("part", tensor.parts, spec.parts),
+    ):
+        for missing in sorted(set(required) - given.keys()):
+            raise ArtifactError(
+                f"the metadata of '{tensor.name}' lacks the {what} {missing} of {tensor.type}", _AGAIN
+            )
 
 
 def check_shapes(tensor: FlatTensor) -> None:
