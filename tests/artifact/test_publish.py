@@ -1,4 +1,4 @@
-"""The lock on an output: one holder at a time, also when the file is removed while another waits for it."""
+"""The place of an output, and the lock on it: one holder at a time, also when its file is removed meanwhile."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from loadstone.artifact.publish import locked
+from loadstone.artifact.publish import check_output, locked, publish
 from loadstone.errors import UsageError
 
 
@@ -37,3 +37,32 @@ def test_a_lock_on_a_file_that_was_removed_meanwhile_is_taken_again(
         assert len(calls) == 2 and (tmp_path / ".out.lock").exists()
         with pytest.raises(UsageError), locked(tmp_path / "out"):
             pass
+
+
+@pytest.mark.parametrize("name", [".", "..", "", "sub/.."])
+def test_an_output_has_a_name_of_its_own(name: str) -> None:
+    with pytest.raises(UsageError, match="has no name of its own"):
+        check_output(None, Path(name), True)
+
+
+def test_a_link_is_replaced_and_what_it_points_to_is_not(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "old").touch()
+    out = tmp_path / "out"
+    out.symlink_to("real")
+    for _ in range(2):
+        (tmp_path / "work").mkdir()
+        (tmp_path / "work" / "new").touch()
+        check_output(None, out, True)
+        publish(tmp_path / "work", out, True)
+        assert not out.is_symlink() and [p.name for p in out.iterdir()] == ["new"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "real"]
+    assert [p.name for p in (tmp_path / "real").iterdir()] == ["old"]
+
+
+def test_a_link_to_nowhere_is_refused_before_the_work(tmp_path: Path) -> None:
+    (tmp_path / "out").symlink_to("nowhere")
+    with pytest.raises(UsageError, match="exists"):
+        check_output(None, tmp_path / "out", False)
+    with pytest.raises(UsageError, match="is no directory"):
+        check_output(None, tmp_path / "out", True)

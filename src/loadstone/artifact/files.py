@@ -51,9 +51,9 @@ def check_inside(directory: Path, name: str) -> Path:
         raise ArtifactError(
             f"'{name[:200]}' cannot be followed (a loop of links?)", "Copy the file itself"
         ) from None
-    allowed = [root]
-    if root.parent.name == "snapshots":
-        allowed.append(root.parent.parent / "blobs")
+    # A checkpoint's folder within a repository links to the same blobs as the repository's own files.
+    snapshots = [folder for folder in (root, *root.parents) if folder.parent.name == "snapshots"]
+    allowed = [root, *(folder.parent.parent / "blobs" for folder in snapshots)]
     if not any(target.is_relative_to(a) for a in allowed):
         raise ArtifactError(
             f"'{name}' is a link that leaves the directory (to {target})", "Copy the file itself"

@@ -17,15 +17,18 @@ _SPARE_BYTES = 64 * 2**20
 
 def check_output(source: Path | None, out: Path, overwrite: bool) -> None:
     """Refuse an existing output, and one that is or lies inside the source (or the other way round)."""
+    if out.name in ("", ".."):
+        raise UsageError(f"the output '{out}' has no name of its own", "Name a directory to be made")
     target = out.resolve()
     if source is not None:
         root = source.resolve()
         if target == root or target.is_relative_to(root) or root.is_relative_to(target):
             raise UsageError(f"the output '{out}' and the source '{source}' overlap", "Choose another output")
-    if out.exists() and not overwrite:
+    exists = out.exists() or out.is_symlink()
+    if exists and not overwrite:
         raise UsageError(f"the output '{out}' exists", "Choose another, or pass --overwrite to replace it")
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"the output '{out}' is a file", "Choose another")
+    if exists and not out.is_dir():
+        raise UsageError(f"the output '{out}' is no directory", "Choose another")
     parent = _existing_parent(out)
     if not os.access(parent, os.W_OK | os.X_OK):
         raise UsageError(f"cannot write to '{parent}'", "Choose another output, or change its permissions")
@@ -46,22 +49,32 @@ def check_space(nbytes: int, out: Path, *work: Path) -> None:
 
 
 def publish(work: Path, out: Path, overwrite: bool) -> None:
-    """Make the output appear in one rename; what it replaces is set aside first and removed after."""
+    """Make the output appear in one rename; what it replaces is set aside first and removed after.
+
+    Of a link to a directory only the link is replaced.
+    """
     if out.exists() and overwrite:
         old = out.with_name(f".{out.name}.replaced")
-        shutil.rmtree(old, ignore_errors=True)
+        _remove(old)
         out.rename(old)
         try:
             work.rename(out)
         except BaseException:
             old.rename(out)
             raise
-        shutil.rmtree(old)
+        _remove(old)
     else:
         work.rename(out)
     directory = os.open(out.parent, os.O_RDONLY)
     os.fsync(directory)
     os.close(directory)
+
+
+def _remove(path: Path) -> None:
+    if path.is_symlink():
+        path.unlink()
+    elif path.exists():
+        shutil.rmtree(path)
 
 
 @contextmanager

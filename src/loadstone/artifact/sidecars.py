@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 from loadstone.artifact import Artifact
+from loadstone.artifact.files import check_inside, is_file, read_json
 
 # Weights in any form, training state, and what finalize writes anew.
 _LEFT_OUT_SUFFIXES = (
@@ -22,6 +23,7 @@ _KEPT_NAMES = {"LICENSE", "NOTICE", "LICENCE", "COPYING"}
 
 TEMPLATE_FILE = "chat_template.jinja"
 TOKENIZER_CONFIG = "tokenizer_config.json"
+TEMPLATES = "additional_chat_templates"
 
 
 def find_sidecars(artifact: Artifact) -> dict[str, Path]:
@@ -30,34 +32,41 @@ def find_sidecars(artifact: Artifact) -> dict[str, Path]:
 
 
 def sidecars_in(directories: tuple[Path, ...], remote_code: bool = False) -> dict[str, Path]:
-    """Sidecar files of directories, the last of which wins; ``remote_code``: Python files too."""
+    """Sidecar files of directories, the last of which wins; ``remote_code``: Python files too.
+
+    Raises `ArtifactError` for a link that leaves its directory: a copy would publish what it points to.
+    """
     found: dict[str, Path] = {}
     for directory in dict.fromkeys(directories):
         for path in sorted(directory.iterdir()):
-            if path.is_file() and _is_sidecar(path.name, remote_code):
-                found[path.name] = path
-    templates = directories[-1] / "additional_chat_templates"
-    if templates.is_dir():
-        found |= {f"{templates.name}/{p.name}": p for p in sorted(templates.glob("*.jinja"))}
+            if is_file(path) and _is_sidecar(path.name, remote_code):
+                found[path.name] = check_inside(directory, path.name)
+    last = directories[-1]
+    for path in sorted((last / TEMPLATES).glob("*.jinja")):
+        found[f"{TEMPLATES}/{path.name}"] = check_inside(last, f"{TEMPLATES}/{path.name}")
     return found
 
 
 def copy_sidecars(sidecars: dict[str, Path], out: Path) -> list[str]:
-    """Copy them; returns notes. A chat template that stands twice is written once, in its own file."""
+    """Copy them; returns notes. A chat template that stands twice is written once, in its own file.
+
+    Raises `ArtifactError` for a tokenizer_config.json that is no JSON object.
+    """
     notes = []
     for name, path in sidecars.items():
         target = out / name
         target.parent.mkdir(exist_ok=True)
         shutil.copyfile(path, target)
     if TEMPLATE_FILE in sidecars and TOKENIZER_CONFIG in sidecars:
-        config = json.loads((out / TOKENIZER_CONFIG).read_text())
+        config = read_json(sidecars[TOKENIZER_CONFIG])
         inline = config.pop("chat_template", None)
         if inline is not None:
-            if inline != (out / TEMPLATE_FILE).read_text():
+            if inline != (out / TEMPLATE_FILE).read_text(encoding="utf-8"):
                 notes.append(
                     f"two different chat templates: {TEMPLATE_FILE} is kept, the one in {TOKENIZER_CONFIG} is not"
                 )
-            (out / TOKENIZER_CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+            text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+            (out / TOKENIZER_CONFIG).write_text(text, encoding="utf-8")
     return notes
 
 
