@@ -167,6 +167,26 @@ def test_without_lm_eval(model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyP
         run_tasks(model, tokenizer, ("x",), include=None, limit=1, batch_size=1)
 
 
+def test_tasks_are_looked_up_before_anything_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_load(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("planned a model for nothing")
+
+    monkeypatch.setattr("loadstone.evaluation.run.choose_subjects", no_load)
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(MissingError, match=r"loadstone\[tasks\]"):
+        evaluate(Options(("m",), tasks=("x",)))
+    with pytest.raises(UsageError, match="--task-path is for --tasks"):
+        evaluate(Options(("m",), task_path="folder"))
+
+
+def test_examples_that_all_differ_alike() -> None:
+    """No spread, and no chance either."""
+    wrong = TaskScore("t", "acc", 0.0, 0.0, True, dict.fromkeys(range(8), 0.0))
+    right = TaskScore("t", "acc", 1.0, 0.0, True, dict.fromkeys(range(8), 1.0))
+    (record,) = task_records([right], [wrong])
+    assert (record["delta"], record["delta_stderr"], record["p_value"]) == (1.0, 0.0, 0.0)
+
+
 def test_pairing() -> None:
     """40 examples, 30 of them right in both: the paired error counts only the 10 that differ."""
     a = TaskScore("t", "acc", 0.75, 0.07, True, {i: float(i < 30) for i in range(40)})

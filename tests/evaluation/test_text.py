@@ -73,8 +73,27 @@ def test_saved_dataset_and_its_splits(tmp_path: Path) -> None:
 def test_directory_of_files(tmp_path: Path) -> None:
     write(tmp_path / "b.txt", ["second"])
     write(tmp_path / "a.txt", ["first"])
+    (tmp_path / "C.TXT").write_text("zeroth")
     (tmp_path / "notes.md").write_text("not text to score")
-    assert read_corpus(str(tmp_path)).documents == ("first", "second")
+    assert read_corpus(str(tmp_path)).documents == ("zeroth", "first", "second")
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.csv", "a.json", "a.jsonl", "a.txt.xz"])
+def test_a_byte_order_mark_is_no_text(tmp_path: Path, name: str) -> None:
+    """As Windows programs save UTF-8."""
+    plain = tmp_path / "plain" / name.removesuffix(".xz")
+    plain.parent.mkdir()
+    raw = b"\xef\xbb\xbf" + Path(write(plain, ROWS[:1], column="text")).read_bytes()
+    raw = raw.replace(b"id,text", b"text,id").replace(b"0,One", b"One") if name == "a.csv" else raw
+    (tmp_path / name).write_bytes(lzma.compress(raw) if name.endswith(".xz") else raw)
+    assert read_corpus(str(tmp_path / name)).documents == (ROWS[0],)
+
+
+def test_a_split_of_what_has_none_is_said_to_have_no_effect(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    read_corpus(write(tmp_path / "a.txt"), split="dev")
+    assert "--split dev has no effect" in caplog.text
 
 
 def test_texts_of_the_package() -> None:
@@ -110,12 +129,25 @@ def test_compressed_text(tmp_path: Path) -> None:
         ("a.json", '{"text": "x"}', "not a list"),
         ("a.docx", "text", r"unknown suffix '\.docx'.*\.csv, \.json"),
         ("a.parquet", "no parquet", "not a readable parquet"),
+        ("a.json", "[" * 100_000, "is not JSON"),
+        ("a.jsonl", '"whole"\n"cut \\ud83d here"\n', r"document 1 of .* half a character .* at 4"),
     ],
 )
 def test_bad_files(tmp_path: Path, name: str, content: str, message: str) -> None:
     (tmp_path / name).write_text(content)
     with pytest.raises(UsageError, match=message):
         read_corpus(str(tmp_path / name))
+
+
+def test_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "a.txt")
+
+    def refused(*args: object, **kwargs: object) -> str:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_text", refused)
+    with pytest.raises(UsageError, match=r"a\.txt cannot be read \(Permission denied\)"):
+        read_corpus(path)
 
 
 def test_not_utf8(tmp_path: Path) -> None:
@@ -129,6 +161,8 @@ def test_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         read_corpus(str(tmp_path / "absent.txt"))
     with pytest.raises(UsageError, match="neither a saved dataset nor text"):
         read_corpus(str(tmp_path))
+    with pytest.raises(UsageError, match="--data is empty"):
+        read_corpus("")
     with pytest.raises(UsageError, match="--limit"):
         read_corpus(limit=0)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

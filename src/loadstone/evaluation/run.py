@@ -24,7 +24,7 @@ from loadstone.evaluation.saved import Saved, read_saved
 from loadstone.evaluation.scoring import Values
 from loadstone.evaluation.store import open_store
 from loadstone.evaluation.task import Task, make_task
-from loadstone.evaluation.tasks import TaskScore, task_records
+from loadstone.evaluation.tasks import TaskScore, task_manager, task_records
 
 log = logging.getLogger(__name__)
 _PATIENCE = 5.0
@@ -72,6 +72,11 @@ def evaluate(options: Options, bar: Bar = no_bar) -> Outcome:
                 )
         if options.divergence:
             raise UsageError("--kl needs a reference model", "Add --baseline DIR or a second -M")
+    if options.tasks:
+        # What is wrong with them is said now, not after the text was scored.
+        task_manager(options.tasks, options.task_path)
+    elif options.task_path is not None:
+        raise UsageError("--task-path is for --tasks", "Name the tasks, or leave it out")
     saved = None
     if options.baseline is not None and Path(options.baseline).is_file():
         saved = read_saved(options.baseline)

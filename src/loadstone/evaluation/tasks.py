@@ -6,6 +6,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,6 +34,28 @@ class TaskScore:
     samples: dict[int, float]
 
 
+@lru_cache(maxsize=1)
+def task_manager(names: tuple[str, ...], include: str | None) -> Any:
+    """lm-eval's index of tasks. ``include``: a folder of task YAMLs besides its own.
+
+    Raises MissingError without lm-eval, UsageError for a task that it does not know.
+    """
+    try:
+        import lm_eval.tasks
+
+        import loadstone.evaluation.sharing_lm  # noqa: F401
+    except ImportError:
+        raise MissingError("--tasks needs lm-eval", "pip install 'loadstone[tasks]'") from None
+    if include is not None and not Path(include).exists():
+        raise UsageError(f"--task-path: there is no folder '{include}'")
+    manager = lm_eval.tasks.TaskManager(include_path=include)
+    if unknown := [name for name in names if not manager.match_tasks([name])]:
+        raise UsageError(
+            f"lm-eval knows no task {', '.join(unknown)}", "Give the folder of its YAML with --task-path"
+        )
+    return manager
+
+
 def run_tasks(
     model: Any,
     tokenizer: Any,
@@ -47,21 +71,12 @@ def run_tasks(
 
     Each process computes every ``ranks.count``-th piece of the requests; the pieces do not depend on their
     number, so the scores do not either. ``share``: read beginnings that many requests of a piece have in common once.
-    A model after a prefix (`head.Prefixed`) answers every request after it. Raises MissingError without lm-eval,
-    UsageError for an unknown task.
+    A model after a prefix (`head.Prefixed`) answers every request after it. Raises as `task_manager` does.
     """
-    try:
-        import lm_eval
-        from lm_eval.tasks import TaskManager
+    manager = task_manager(names, include)
+    import lm_eval
 
-        from loadstone.evaluation.sharing_lm import SharingLM
-    except ImportError:
-        raise MissingError("--tasks needs lm-eval", "pip install 'loadstone[tasks]'") from None
-    manager = TaskManager(include_path=include)
-    if unknown := [name for name in names if not manager.match_tasks([name])]:
-        raise UsageError(
-            f"lm-eval knows no task {', '.join(unknown)}", "Give the folder of its YAML with --task-path"
-        )
+    from loadstone.evaluation.sharing_lm import SharingLM
 
     class Divided(SharingLM):  # type: ignore[misc]
         """lm-eval sees one process; what it asks for is computed by all of them."""
@@ -163,13 +178,12 @@ def _paired(score: TaskScore, other: TaskScore | None) -> dict[str, Any]:
     apart = [score.samples[i] - other.samples[i] for i in shared]
     error = _mean_error(apart)
     p_value = None
-    if error is not None:
+    if error == 0:
+        # All examples differ alike: by nothing, or by what no chance explains.
+        p_value = 0.0 if any(apart) else 1.0
+    elif error is not None:
         # Two-sided, from the normal distribution of a mean of paired differences.
-        p_value = (
-            1.0
-            if error == 0 and not any(apart)
-            else math.erfc(abs(float(np.mean(apart))) / error / math.sqrt(2))
-        )
+        p_value = math.erfc(abs(float(np.mean(apart))) / error / math.sqrt(2))
     return {"delta": score.value - other.value, "delta_stderr": error, "p_value": p_value}
 
 

@@ -6,6 +6,7 @@ import csv
 import hashlib
 import itertools
 import json
+import logging
 import lzma
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -16,6 +17,7 @@ from typing import Any
 
 from loadstone.errors import ArtifactError, MissingError, UsageError
 
+log = logging.getLogger(__name__)
 # In the package: all held-out stories (1.02M tokens of builtin:tiny-llama), the first of them, and older prose.
 STORIES, SAMPLE, AUSTEN = "stories", "sample", "austen"
 _SAMPLE_STORIES = 240
@@ -23,6 +25,8 @@ DEFAULT_COLUMN = "text"
 DOCUMENT_BREAK = "\f"
 _MARKERS = ("state.json", "dataset_info.json", "dataset_dict.json")
 _SPLITS = ("test", "validation", "train")
+# UTF-8 with or without the mark that Windows programs put in front: it belongs to no column's name and no text.
+_ENCODING = "utf-8-sig"
 
 
 @dataclass(frozen=True)
@@ -60,39 +64,49 @@ def read_corpus(
     if not documents:
         raise UsageError(f"there is no text in {data!r}", "Every document is empty or blank")
     digest = hashlib.sha256()
-    for document in documents:
-        encoded = document.encode()
+    for number, document in enumerate(documents):
+        try:
+            encoded = document.encode()
+        except UnicodeEncodeError as error:
+            raise UsageError(
+                f"document {number} of {data!r} holds half a character ({document[error.start]!a}) at {error.start}",
+                "An escape sequence was cut in two: mend or remove it",
+            ) from None
         digest.update(len(encoded).to_bytes(8, "little"))
         digest.update(encoded)
     return Corpus(data, documents, digest.hexdigest())
 
 
 def _documents(data: str, column: str, split: str | None) -> Iterator[str]:
-    if data in (SAMPLE, STORIES, AUSTEN):
+    if not data:
+        raise UsageError("--data is empty", "Name a file, a directory or a dataset")
+    path = Path(data).expanduser()
+    in_package = data in (SAMPLE, STORIES, AUSTEN)
+    if not in_package and path.is_dir() and any((path / marker).exists() for marker in _MARKERS):
+        yield from _saved_dataset(path, column, split)
+        return
+    if not in_package and not path.exists():
+        if path.suffix.lower() in _READERS or data.startswith((".", "/", "~")):
+            raise UsageError(f"there is no file or directory {data!r}")
+        yield from _hub_dataset(data, column, split)
+        return
+    if split is not None:
+        log.warning("--split %s has no effect: %s has no splits", split, data)
+    if in_package:
         name = AUSTEN if data == AUSTEN else STORIES
         packed = files("loadstone").joinpath("data", f"{name}.txt.xz").read_bytes()
-        yield from itertools.islice(
-            _split(lzma.decompress(packed).decode()), _SAMPLE_STORIES if data == SAMPLE else None
-        )
-        return
-    path = Path(data).expanduser()
-    if path.is_dir():
-        if any((path / marker).exists() for marker in _MARKERS):
-            yield from _saved_dataset(path, column, split)
-        else:
-            inner = sorted(p for p in path.iterdir() if p.suffix in _READERS and p.is_file())
-            if not inner:
-                raise UsageError(
-                    f"the directory {data!r} holds neither a saved dataset nor text", f"Known: {_known()}"
-                )
-            for file in inner:
-                yield from _file(file, column)
-    elif path.is_file():
-        yield from _file(path, column)
-    elif path.suffix in _READERS or data.startswith((".", "/", "~")):
-        raise UsageError(f"there is no file or directory {data!r}")
+        count = _SAMPLE_STORIES if data == SAMPLE else None
+        yield from itertools.islice(_split(lzma.decompress(packed).decode()), count)
+    elif path.is_dir():
+        inner = sorted(p for p in path.iterdir() if p.suffix.lower() in _READERS and p.is_file())
+        if not inner:
+            raise UsageError(
+                f"the directory {data!r} holds neither a saved dataset nor text", f"Known: {_known()}"
+            )
+        for file in inner:
+            yield from _file(file, column)
     else:
-        yield from _hub_dataset(data, column, split)
+        yield from _file(path, column)
 
 
 def _file(path: Path, column: str) -> Iterator[str]:
@@ -105,6 +119,8 @@ def _file(path: Path, column: str) -> Iterator[str]:
         raise UsageError(
             f"{path} is not UTF-8 text: byte {error.start} is {error.object[error.start]:#x}"
         ) from None
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read ({error.strerror})", "Check its permissions") from None
 
 
 def _split(text: str) -> Iterator[str]:
@@ -114,27 +130,27 @@ def _split(text: str) -> Iterator[str]:
 
 
 def _txt(path: Path, column: str) -> Iterator[str]:
-    yield from _split(path.read_text(encoding="utf-8"))
+    yield from _split(path.read_text(encoding=_ENCODING))
 
 
 def _xz(path: Path, column: str) -> Iterator[str]:
     if path.with_suffix("").suffix.lower() != ".txt":
         raise UsageError(f"cannot read {path}: of compressed files only .txt.xz is known")
     try:
-        yield from _split(lzma.decompress(path.read_bytes()).decode())
+        yield from _split(lzma.decompress(path.read_bytes()).decode(_ENCODING))
     except lzma.LZMAError as error:
         raise UsageError(f"{path} is not a whole xz file: {error}") from None
 
 
 def _jsonl(path: Path, column: str) -> Iterator[str]:
-    with path.open(encoding="utf-8") as lines:
+    with path.open(encoding=_ENCODING) as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
                 yield _cell(_parsed(line, f"{path}:{number}"), column, f"{path}:{number}")
 
 
 def _json(path: Path, column: str) -> Iterator[str]:
-    rows = _parsed(path.read_text(encoding="utf-8"), str(path))
+    rows = _parsed(path.read_text(encoding=_ENCODING), str(path))
     if not isinstance(rows, list):
         raise UsageError(
             f"{path} is not a list of strings or records", "Write one record a line in a .jsonl file"
@@ -146,15 +162,16 @@ def _json(path: Path, column: str) -> Iterator[str]:
 def _parsed(text: str, where: str) -> Any:
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise UsageError(f"{where} is not JSON: {error}") from None
 
 
 def _csv(path: Path, column: str) -> Iterator[str]:
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-    with path.open(encoding="utf-8", newline="") as handle:
-        for number, row in enumerate(csv.DictReader(handle), 2):
-            yield _cell(row, column, f"{path}:{number}")
+    with path.open(encoding=_ENCODING, newline="") as handle:
+        rows = csv.DictReader(handle)
+        for row in rows:
+            yield _cell(row, column, f"{path}:{rows.line_num}")
 
 
 def _parquet(path: Path, column: str) -> Iterator[str]:
