@@ -17,6 +17,7 @@ import pytest
 from loadstone.errors import UsageError
 from loadstone.evaluation.gates import parse_gate
 from loadstone.evaluation.options import Options
+from loadstone.evaluation.report import _compared
 from loadstone.evaluation.run import Outcome, evaluate
 
 SPEED = ("tokens_per_second", "load_seconds", "peak_memory_bytes", "cached")
@@ -203,6 +204,28 @@ def test_a_saved_result_is_a_baseline(model_dir: Path, worse_dir: Path, tmp_path
             evaluate(Options((str(worse_dir),), baseline=str(file), **{"limit": 25, **changed}))
     with pytest.raises(UsageError, match="needs the baseline itself"):
         evaluate(Options((str(worse_dir),), baseline=str(file), limit=25, divergence=True))
+
+
+def test_a_saved_result_of_the_same_path_is_not_drawn_as_the_model_itself(
+    model_dir: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "base.json"
+    file.write_text(json.dumps(evaluate(Options((str(model_dir),), limit=1)).as_json()))
+    outcome = evaluate(Options((str(model_dir),), baseline=str(file), limit=1))
+    assert [r["path"] for r in outcome.records] == [str(model_dir)] * 2
+    assert _compared(outcome, ["then", "now"]) == []
+
+
+def test_the_size_of_a_distributed_checkpoint(model: Any, model_dir: Path, tmp_path: Path) -> None:
+    import torch.distributed.checkpoint as dcp
+
+    for file in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / file).write_bytes((model_dir / file).read_bytes())
+    dcp.save({"model": model.state_dict()}, checkpoint_id=tmp_path / "pytorch_model_fsdp_0", no_dist=True)
+    plain, sharded = (evaluate(Options((str(d),), limit=1)).records[0] for d in (model_dir, tmp_path))
+    assert sharded["loss"] == plain["loss"]
+    assert sharded["weight_bytes"] == sum(p.stat().st_size for p in tmp_path.rglob("*.distcp"))
+    assert sharded["bits_per_parameter"] > 32
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"protocol": {"name": "packed"}, "models": []}'])

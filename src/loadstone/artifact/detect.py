@@ -92,6 +92,11 @@ class Artifact:
         return self.kind in (TORCHAO, TORCHAO_UNMARKED)
 
     @property
+    def weight_files(self) -> tuple[str, ...]:
+        """The files that hold the weights' bytes, relative to ``path`` (of a distributed checkpoint its slices)."""
+        return self.dcp.files if self.dcp else self.weights.files
+
+    @property
     def needs_remote_code(self) -> bool:
         """Whether config.json says that the model's code lies in the directory (``auto_map``)."""
         return bool(self.config.get("auto_map"))

@@ -161,7 +161,7 @@ def _once(artifact: Artifact, tensors: dict[str, TensorInfo]) -> Iterable[Tensor
 
 def _file_bytes(artifact: Artifact) -> int:
     total = 0
-    for file in artifact.dcp.files if artifact.dcp else artifact.weights.files:
+    for file in artifact.weight_files:
         path = artifact.path / file
         total += path.stat().st_size if is_file(path) else 0
     return total

@@ -135,7 +135,7 @@ def as_dict(
         "sidecars": report.sidecars,
         "weights": {
             "format": artifact.weights.format,
-            "files": list(artifact.dcp.files if artifact.dcp else artifact.weights.files),
+            "files": list(artifact.weight_files),
             "index": artifact.weights.index,
         },
         "manifest": _manifest_dict(report),
@@ -263,7 +263,7 @@ def _rows(
     if names[0] is not None:
         rows.append(("model", str(names[0])))
     if report.nbytes:
-        files = artifact.dcp.files if artifact.dcp else artifact.weights.files
+        files = artifact.weight_files
         where = files[0] if len(files) == 1 else f"{len(files)} files"
         rows.append(("parameters", f"{report.parameters:,}"))
         bits = f", {report.nbytes * 8 / report.parameters:.2f} bits/parameter" if report.parameters else ""

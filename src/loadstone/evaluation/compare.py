@@ -68,6 +68,7 @@ class Delta:
 
 
 def make_units(stream: TokenStream, protocol: Protocol) -> Units:
+    """The units of a stream that the bootstrap draws, with their tokens and bytes."""
     of_token = resampling_units(stream, protocol)
     owner = stream.document[stream.scored]
     # A segment's bytes are its document's, shared out by tokens.

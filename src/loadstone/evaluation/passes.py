@@ -23,7 +23,7 @@ from loadstone.evaluation.ranks import Ranks
 from loadstone.evaluation.scoring import BatchMaker, Timing, Values, check_finite, plan_batches, score
 from loadstone.evaluation.shared_text import score_shared
 from loadstone.evaluation.speed import measure_speed
-from loadstone.evaluation.store import Store, entry_key
+from loadstone.evaluation.store import Store, entry_key, merge_partials
 from loadstone.evaluation.task import Task
 from loadstone.evaluation.tasks import TaskScore, run_tasks
 
@@ -75,13 +75,7 @@ def single(bench: Bench, subject: Subject) -> tuple[Values, Cost]:
                 )
             return score(it.model, maker, batches, name=subject.name, **kw)
 
-        values, timing = _run(
-            bench,
-            key,
-            subject.name,
-            maker,
-            compute,
-        )
+        values, timing = _run(bench, key, subject.name, maker, compute)
         cost = _cost(bench, it, timing, size)
     _keep(bench, key, values, {"model": cost})
     return values, cost
@@ -117,20 +111,27 @@ def _run(
 ) -> tuple[Values, Timing]:
     """Go on from what is stored, save as it goes, and put the processes' parts together."""
     store, ranks = bench.store, bench.ranks
-    known = store.partial(key) if store is not None and key is not None and bench.options.resume else None
-    # Nobody starts writing before everybody has read: all must divide the same rest.
-    ranks.wait()
-    save = None
+    known, save = None, None
     if store is not None and key is not None:
         save = lambda values: store.save_partial(key, ranks.rank, values)  # noqa: E731
+        if bench.options.resume:
+            # All must divide the same rest, though each may have a disk of its own.
+            known = merge_partials(ranks.gather(store.partial(key)))
+    # Nobody starts writing before everybody has read.
+    ranks.wait()
     with bench.bar(name if ranks.first else "", maker.tokens) as step:
-        values, timing = compute(
-            values=known,
-            share=(ranks.rank, ranks.count),
-            progress=step,
-            save=save,
-            save_every=bench.options.save_every,
-        )
+        try:
+            values, timing = compute(
+                values=known,
+                share=(ranks.rank, ranks.count),
+                progress=step,
+                save=save,
+                save_every=bench.options.save_every,
+            )
+        except BaseException:
+            if store is not None:
+                log.info("what was scored is kept in %s: --resume goes on from there", store.directory)
+            raise
     values = ranks.merge(values, known)
     for losses in ("nll_reference", "nll"):
         if losses in values:
@@ -196,8 +197,11 @@ def fingerprint(subject: Subject) -> str:
 
 
 def _cached(bench: Bench, key: str | None, name: str) -> tuple[Values, dict[str, Cost]] | None:
-    found = bench.store.finished(key) if bench.store is not None and key is not None else None
-    if found is None:
+    if bench.store is None or key is None:
+        return None
+    found = bench.store.finished(key)
+    # All processes or none: what one finds the others may not, on disks of their own or a moment earlier.
+    if not all(bench.ranks.gather(found is not None)) or found is None:
         return None
     log.info("%s: scores found in the cache", name)
     return found[0], {role: Cost(**{**cost, "cached": True}) for role, cost in found[1].items()}

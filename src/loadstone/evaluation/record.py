@@ -17,7 +17,7 @@ def make_record(
     """The record of one model; ``delta`` is its difference to the reference, None for the reference
     itself."""
     artifact = subject.plan.artifact
-    stored = sum((artifact.path / file).stat().st_size for file in artifact.weights.files)
+    stored = sum((artifact.path / file).stat().st_size for file in artifact.weight_files)
     record: dict[str, Any] = {
         "path": subject.name,
         "kind": artifact.kind if subject.prefix is None else "context",

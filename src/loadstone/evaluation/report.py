@@ -183,10 +183,10 @@ def _size(outcome: Outcome, names: list[str]) -> Any:
 
 def _compared(outcome: Outcome, names: list[str]) -> list[tuple[str, np.ndarray, np.ndarray, str]]:
     """Name, losses, the reference's losses, and colour of every model that was compared."""
-    reference = outcome.values.get(outcome.records[0]["path"])
-    if reference is None:
-        return []  # a saved result: it has no losses of single tokens
-    base = reference["nll"]
+    if len(outcome.records) > len(outcome.values):
+        # The reference is a saved result, which has no losses of single tokens, and maybe the path of a model here.
+        return []
+    base = outcome.values[outcome.records[0]["path"]]["nll"]
     return [
         (name, outcome.values[r["path"]]["nll"], base, _COLOURS[i % len(_COLOURS)])
         for i, (name, r) in enumerate(zip(names, outcome.records, strict=True))

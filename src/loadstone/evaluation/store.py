@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -39,20 +39,11 @@ class Store:
 
     def partial(self, key: str) -> Values | None:
         """What earlier runs, of any number of processes, got done before they stopped; None if nothing."""
-        merged: Values | None = None
-        for path in self._partials(key):
-            found = read_arrays(path)
-            if found is None:
-                continue
-            values = found[0]
-            merged = (
-                values
-                if merged is None
-                else {k: np.where(np.isnan(v), values[k], v) for k, v in merged.items()}
-            )
-        return merged
+        found = map(read_arrays, self._partials(key))
+        return merge_partials([values for values, _ in filter(None, found)])
 
     def save_partial(self, key: str, rank: int, values: Values) -> None:
+        """Keep what one process got done so far."""
         write_arrays(self._path(key, f"partial{rank}"), values, {})
 
     def _path(self, key: str, suffix: str) -> Path:
@@ -60,6 +51,17 @@ class Store:
 
     def _partials(self, key: str) -> list[Path]:
         return sorted((self.directory / key[:2]).glob(f"{key}.partial*.npz"))
+
+
+def merge_partials(parts: Iterable[Values | None]) -> Values | None:
+    """Half-done evaluations put together: every token that one of them has; None when there are none."""
+    merged: Values | None = None
+    for values in parts:
+        if merged is None or values is None:
+            merged = merged if values is None else values
+        else:
+            merged = {k: np.where(np.isnan(v), values[k], v) for k, v in merged.items()}
+    return merged
 
 
 def open_store(directory: str) -> Store:

@@ -21,6 +21,7 @@ from loadstone.artifact.detect import FAKEQUANT
 from loadstone.evaluation.fastpath import FastPath, free_bytes, speed_up, speed_up_layer
 from loadstone.evaluation.head import Halves, divide, flat_attention
 from loadstone.loading import LoadPlan
+from loadstone.loading.devices import weight_bytes
 from loadstone.loading.plan import NATIVE, NATIVE_QUANTIZED
 from loadstone.loading.streamed import StreamedModel
 
@@ -156,21 +157,5 @@ def must_stream(plans: Sequence[LoadPlan], devices: Sequence[torch.device]) -> b
     """Whether these models, held at once, take more than most of the devices' free memory together."""
     # Processes of one machine share its memory; a GPU is one process's.
     sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if devices[0].type == "cpu" else 1
-    need = sharing * sum(_bytes(plan) for plan in plans)
+    need = sharing * sum(weight_bytes(plan.artifact, plan.dtype) for plan in plans)
     return need > _WEIGHTS_SHARE * sum(map(free_bytes, devices))
-
-
-def _bytes(plan: LoadPlan) -> int:
-    """Bytes of an artifact's weights in the dtype it computes in; quantized ones as they are stored."""
-    table = plan.artifact.table
-    if table is None:
-        return 0
-    width = {"float32": 4, "bfloat16": 2, "float16": 2}.get(plan.dtype)
-    parts = {info.name for flat in plan.artifact.quantized.values() for info in flat.parts.values()}
-    floats = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
-    return sum(
-        info.nbytes * width // floats[info.dtype]
-        if width and info.dtype in floats and info.name not in parts
-        else info.nbytes
-        for info in table.tensors.values()
-    )

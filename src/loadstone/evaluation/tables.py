@@ -47,8 +47,9 @@ def _loss_row(record: dict[str, Any], compared: bool) -> list[str]:
     if compared and record["delta_loss"] is None:
         delta = ["reference", ""]
     elif compared:
-        relative = 100 * record["delta_perplexity_relative"]
-        delta = [_pm(record["delta_loss"], record["delta_loss_stderr"], "+.4f"), f"{relative:+.2f} %"]
+        relative = record["delta_perplexity_relative"]
+        shown = "inf" if relative is None else f"{100 * relative:+.2f} %"
+        delta = [_pm(record["delta_loss"], record["delta_loss_stderr"], "+.4f"), shown]
     speed = record["tokens_per_second"]
     return [
         record["path"],
