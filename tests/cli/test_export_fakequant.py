@@ -9,18 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-
-from loadstone.cli import main
+from tests.helpers import run
 
 NAME = "export-fakequant"
-
-
-def run(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of one command, in this process."""
-    with pytest.raises(SystemExit) as stop:
-        main([str(a) for a in args])
-    out, err = capsys.readouterr()
-    return int(stop.value.code or 0), out, err
 
 
 def test_export_then_inspect(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

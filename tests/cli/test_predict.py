@@ -11,16 +11,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from tests.helpers import run
 
 from loadstone.cli import main
-
-
-def run(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of one command, in this process."""
-    with pytest.raises(SystemExit) as stop:
-        main([str(a) for a in args])
-    out, err = capsys.readouterr()
-    return int(stop.value.code or 0), out, err
 
 
 def write(path: Path, header: list[str], rows: list[list[object]]) -> Path:

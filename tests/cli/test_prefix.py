@@ -4,21 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
-
-from loadstone.cli import main
-
-
-def run(capsys: pytest.CaptureFixture[str], *arguments: Any) -> tuple[int, str, str]:
-    try:
-        main([str(a) for a in arguments])
-        code: Any = 0
-    except SystemExit as stop:
-        code = stop.code
-    out, err = capsys.readouterr()
-    return int(code or 0), out, err
+from tests.helpers import run
 
 
 @pytest.fixture(scope="module")

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.helpers import TOKENS, logits, run
 
 import loadstone
-from loadstone.cli import main
 from loadstone.errors import ArtifactError, MissingError, UsageError
 from loadstone.finalize import calibrate as module
 from loadstone.finalize import finalize, make_plan
@@ -19,21 +19,6 @@ from loadstone.finalize.verify import verify
 from loadstone.quantization import parse_recipe, read_recipe
 from loadstone.quantization.quantize import dense, quantize_scaled, quantize_weight
 from loadstone.quantization.recipe_file import with_algorithm
-
-TOKENS = torch.arange(3, 35)[None]
-
-
-def run(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of one command, in this process."""
-    with pytest.raises(SystemExit) as stop:
-        main([str(a) for a in args])
-    out, err = capsys.readouterr()
-    return int(stop.value.code or 0), out, " ".join(err.split())
-
-
-def logits(model: torch.nn.Module) -> torch.Tensor:
-    with torch.inference_mode():
-        return model(TOKENS).logits
 
 
 def weight(rows: int = 48, columns: int = 256) -> torch.Tensor:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.helpers import TOKENS, stock
 
 import loadstone
 from loadstone.cli import main
@@ -15,7 +16,6 @@ from loadstone.quantization import parse_recipe, read_recipe, to_torchao
 
 from .test_finalize import ON_CPU, snapshot
 
-TOKENS = torch.arange(3, 35)[None]
 FLOAT8 = "float8-weight-only"
 EXPERTS = [f"model.layers.{n}.mlp.experts.{p}" for n in (0, 1) for p in ("gate_up_proj", "down_proj")]
 
@@ -23,12 +23,6 @@ EXPERTS = [f"model.layers.{n}.mlp.experts.{p}" for n in (0, 1) for p in ("gate_u
 def logits(model: torch.nn.Module) -> torch.Tensor:
     with torch.no_grad():
         return model(TOKENS).logits
-
-
-def stock(path: Path, **options: object) -> torch.nn.Module:
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(path, **options)
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from tests.helpers import logits
 
 import loadstone
 from loadstone.artifact.manifest import sha256_file, verify_files
@@ -19,16 +20,10 @@ from .headers import write_headers
 
 ON_CPU = [name for name, recipe in RECIPES.items() if "cpu" in recipe.devices]
 W4 = "int8-dynamic-act-int4-weight"
-TOKENS = torch.arange(3, 35)[None]
 
 
 def plan_of(source: Path, recipe: str | None = W4, **options: object):
     return make_plan(loadstone.detect(source), parse_recipe(recipe) if recipe else None, **options)
-
-
-def logits(model: torch.nn.Module) -> torch.Tensor:
-    with torch.inference_mode():
-        return model(TOKENS).logits
 
 
 def snapshot(directory: Path) -> dict[str, str]:

@@ -6,16 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.helpers import TOKENS, logits, run
 
 import loadstone
 from loadstone.artifact.detect import QAT, QAT_KEY
-from loadstone.cli import main
 from loadstone.errors import ArtifactError, UsageError
 from loadstone.finalize import finalize, make_plan
 from loadstone.quantization import RECIPES, parse_recipe
 from loadstone.quantization.qat import prepare, record, supports_qat
 
-TOKENS = torch.arange(3, 35)[None]
 TRAINABLE = [
     "int8-dynamic-act-int4-weight",
     "int8-dynamic-act-int4-weight:group_size=0",
@@ -24,19 +23,6 @@ TRAINABLE = [
     "intx3-weight-only",
     "intx2-weight-only",
 ]
-
-
-def run(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of one command, in this process."""
-    with pytest.raises(SystemExit) as stop:
-        main([str(a) for a in args])
-    out, err = capsys.readouterr()
-    return int(stop.value.code or 0), out, " ".join(err.split())
-
-
-def logits(model: torch.nn.Module) -> torch.Tensor:
-    with torch.inference_mode():
-        return model(TOKENS).logits
 
 
 def trained(source: Path, out: Path, recipe: str) -> torch.nn.Module:
@@ -111,3 +97,11 @@ def test_a_record_that_cannot_be_used_is_named(tiny: Path, tmp_path: Path, entry
 def test_record_needs_a_config(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"has no config.json"):
         record(tmp_path, "intx4-weight-only")
+
+
+@pytest.mark.parametrize("text", ["{", "[]"])
+def test_a_config_that_is_damaged_takes_no_record(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ArtifactError, match="config.json: not a valid JSON object"):
+        record(tmp_path, "int8-dynamic-act-int4-weight")
+    assert [p.name for p in tmp_path.iterdir()] == ["config.json"]

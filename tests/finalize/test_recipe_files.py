@@ -7,17 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.helpers import logits, run
 
 import loadstone
 from loadstone.artifact.manifest import sha256_file
-from loadstone.cli import main
 from loadstone.errors import ArtifactError, UsageError
 from loadstone.finalize import finalize, make_plan
 from loadstone.quantization import RECIPES, MixedRecipe, parse_recipe, read_recipe
 
 SHIPPED = (Path(__file__).resolve().parents[2] / "recipes").glob("*.yaml")
 RECIPE_FILES = sorted(file for file in SHIPPED if re.search("^default:", file.read_text(), re.M))
-TOKENS = torch.arange(3, 35)[None]
 MIXED = """\
 default: intx4-weight-only
 rules:
@@ -26,11 +25,6 @@ rules:
   - {modules: self_attn, scheme: int8-weight-only}
   - {modules: '*.up_proj', scheme: int8-dynamic-act-int4-weight}
 """
-
-
-def logits(model: torch.nn.Module) -> torch.Tensor:
-    with torch.inference_mode():
-        return model(TOKENS).logits
 
 
 def write(path: Path, text: str) -> Path:
@@ -232,13 +226,6 @@ def test_skip_goes_before_the_rules(tiny: Path, tmp_path: Path) -> None:
     recipe = read_recipe(write(tmp_path / "r.yaml", MIXED))
     plan = make_plan(loadstone.detect(tiny), recipe, skip=["layers.1"])
     assert not [s.name for s in plan.steps if s.scheme and ".layers.1." in s.name]
-
-
-def run(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as stop:
-        main([str(a) for a in args])
-    out, err = capsys.readouterr()
-    return int(stop.value.code or 0), out, " ".join(err.split())
 
 
 def test_the_command_shows_every_module(

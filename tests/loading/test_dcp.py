@@ -5,13 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.helpers import logits, stock
 
 import loadstone
 from loadstone.errors import ArtifactError
 from loadstone.finalize import finalize, make_plan
 from loadstone.quantization import parse_recipe
 
-from .test_native import W4, logits, stock
+from .test_native import W4
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.helpers import logits
 
 import loadstone
 from loadstone.errors import MissingError
@@ -13,7 +14,7 @@ from loadstone.loading.devices import split_map
 from loadstone.loading.native import load_native
 from loadstone.loading.repack import unpack_int4_tiles
 
-from .test_native import W4, logits
+from .test_native import W4
 
 
 @pytest.mark.parametrize("arch", ["llama-tied", "qwen3-moe"])

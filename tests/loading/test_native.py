@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.helpers import logits, stock
 
 import loadstone
 from loadstone.errors import ArtifactError, MissingError
@@ -18,18 +19,6 @@ from loadstone.quantization import RECIPES
 ON_CPU = [name for name, recipe in RECIPES.items() if "cpu" in recipe.devices]
 ARCHITECTURES = ["llama-tied", "llama-untied", "qwen2", "qwen3", "gemma2", "gpt2", "qwen3-moe"]
 W4 = "int8-dynamic-act-int4-weight"
-TOKENS = torch.arange(3, 35)[None]
-
-
-def logits(model: torch.nn.Module) -> torch.Tensor:
-    with torch.inference_mode():
-        return model(TOKENS).logits
-
-
-def stock(path: Path, **options: object) -> torch.nn.Module:
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(path, **options)
 
 
 def edit_config(path: Path, **changes: object) -> None:
