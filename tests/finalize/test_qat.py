@@ -102,6 +102,6 @@ def test_record_needs_a_config(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["{", "[]"])
 def test_a_config_that_is_damaged_takes_no_record(tmp_path: Path, text: str) -> None:
     (tmp_path / "config.json").write_text(text)
-    with pytest.raises(ArtifactError, match="config.json: not a valid JSON object"):
+    with pytest.raises(ArtifactError, match=r"config\.json: not a valid JSON object"):
         record(tmp_path, "int8-dynamic-act-int4-weight")
     assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
