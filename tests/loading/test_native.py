@@ -226,6 +226,14 @@ def test_a_config_that_makes_no_model_is_an_error_at_every_door(
         meta_model(loadstone.detect(path))
 
 
+@pytest.mark.parametrize("text", ["{", "[]"])
+def test_a_damaged_generation_config_is_named(tiny: Path, tmp_path: Path, text: str) -> None:
+    path = copy(tiny, tmp_path)
+    (path / "generation_config.json").write_text(text)
+    with pytest.raises(ArtifactError, match=r"generation_config\.json: transformers refuses it"):
+        loadstone.load(path)
+
+
 def test_a_gpu_that_is_full_says_what_to_do(tiny: Path) -> None:
     from loadstone.loading.native import construction
 

@@ -177,8 +177,11 @@ def test_other_quantizers_name_their_package(tiny: Path, tmp_path: Path, method:
 def test_devices(tiny: Path) -> None:
     artifact = loadstone.detect(tiny)
     assert resolve_device("cpu", artifact) is None
-    with pytest.raises(UsageError, match="One of auto, cpu"):
-        resolve_device("tpu", artifact)
+    for device in ("tpu", "cuda:x", 0):
+        with pytest.raises(UsageError, match="One of auto, cpu"):
+            resolve_device(device, artifact)
+        with pytest.raises(UsageError, match="One of auto, cpu"):
+            loadstone.plan(tiny, device=device)
 
 
 def test_auto_counts_the_dtype_that_is_asked_for(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -82,9 +82,14 @@ def _check_mappable(artifact: Artifact, max_memory: dict[Any, int]) -> None:
         )
 
 
+def check_device(device: str) -> None:
+    """Raise `UsageError` for what is no ``auto``, ``cpu``, ``cuda`` or ``cuda:N``."""
+    if not isinstance(device, str) or not re.fullmatch(r"auto|cpu|cuda(:\d{1,9})?", device):
+        raise UsageError(f"--device {device!s:.40} is not known", "One of auto, cpu, cuda, cuda:N")
+
+
 def _cuda_map(device: str) -> dict[str, str]:
-    if not re.fullmatch(r"cuda(:\d+)?", device):
-        raise UsageError(f"--device {device} is not known", "One of auto, cpu, cuda, cuda:N")
+    check_device(device)
     import torch
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0

@@ -213,7 +213,14 @@ def _finish(artifact: Artifact, model: PreTrainedModel) -> None:
 
     model.config.name_or_path = model.name_or_path = str(artifact.path)
     if model.can_generate() and (folder := beside(artifact, "generation_config.json")):
-        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise ArtifactError(
+                f"{folder}/generation_config.json: transformers refuses it ({reason})",
+                "Restore it from the source, or remove it",
+            ) from None
     if artifact.is_torchao:
         from loadstone.loading.quantizer import attach_quantizer
 

@@ -20,6 +20,7 @@ from loadstone.artifact.detect import (
 )
 from loadstone.artifact.training_run import checkpoints
 from loadstone.errors import ArtifactError, UsageError
+from loadstone.loading.devices import check_device
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +75,7 @@ def plan(
     ``checkpoint`` and ``no_checkpoint`` choose within a training run; an artifact that loads one way only overrides
     them, with one warning that names the flag. Raises `UsageError`, `ArtifactError` or `MissingError`.
     """
+    check_device(device)
     if dtype not in DTYPES:
         raise UsageError(f"--dtype {dtype} is not known", f"One of {', '.join(DTYPES)}")
     if checkpoint is not None and no_checkpoint:

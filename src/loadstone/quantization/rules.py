@@ -180,12 +180,12 @@ def _check_used(model: ModelFacts, mixed: MixedRecipe, skip: list[str], used: se
     if mixed.embeddings and model.table_has_buffers:
         # transformers marks a module with a deserialised weight as initialised, and never fills its buffers.
         raise UsageError(
-            f"{mixed.file}: embeddings of {model.model} cannot be quantized: transformers would lose the "
-            f"scale that {model.table} keeps beside them",
+            f"{mixed.file or 'the recipe'}: embeddings of {model.model} cannot be quantized: transformers would lose "
+            f"the scale that {model.table} keeps beside them",
             "Remove embeddings",
         )
     if mixed.lm_head and model.head is None:
-        raise UsageError(f"{mixed.file}: {model.model} has no output head", "Remove lm_head")
+        raise UsageError(f"{mixed.file or 'the recipe'}: {model.model} has no output head", "Remove lm_head")
 
 
 def matches(pattern: str, module: str) -> bool:
