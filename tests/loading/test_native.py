@@ -4,6 +4,7 @@ import contextlib
 import json
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -252,6 +253,20 @@ def test_non_finite_scale_is_named(tiny: Path, quantize_to: Callable[..., Path],
     (path / info.file).write_bytes(raw)
     with pytest.raises(ArtifactError, match=r"up_proj._weight_scale' holds NaN"):
         loadstone.load(path)
+
+
+def test_threads_load_at_once(make_model: Callable[..., Path]) -> None:
+    """transformers changes the process while it builds a model: two at a time lose ties, dtypes and verbosity."""
+    from transformers.utils import logging as hf
+
+    paths = [make_model("llama-tied"), make_model("llama-tied", dtype="float32")] * 2
+    expected = [logits(loadstone.load(path)) for path in paths[:2]] * 2
+    before = hf.get_verbosity(), hf.is_progress_bar_enabled()
+    with ThreadPoolExecutor(len(paths)) as pool:
+        for _ in range(3):
+            found = list(pool.map(lambda path: logits(loadstone.load(path)), paths))
+            assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert (hf.get_verbosity(), hf.is_progress_bar_enabled()) == before
 
 
 def test_library_leaves_verbosity_as_it_was(tiny: Path) -> None:

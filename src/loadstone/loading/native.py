@@ -11,6 +11,7 @@ import atexit
 import logging
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -105,11 +106,12 @@ def beside(artifact: Artifact, name: str) -> Path | None:
 
 @contextmanager
 def construction(artifact: Artifact, model_class: Any) -> Iterator[None]:
-    """Turn what fails while a model is built and filled into `ArtifactError`, and a full GPU into `MissingError`."""
+    """Build a model, one thread at a time; what fails is an `ArtifactError`, and a full GPU a `MissingError`."""
     import torch
 
     try:
-        yield
+        with BUILDING:
+            yield
     except LoadstoneError:
         raise
     except torch.OutOfMemoryError as error:
@@ -228,22 +230,41 @@ def _finish(artifact: Artifact, model: PreTrainedModel) -> None:
 
 
 class quiet_transformers:
-    """Its load report speaks of warnings; here each of them is an error of ours, said once."""
+    """Its load report speaks of warnings; here each of them is an error of ours, said once.
+
+    The settings are the process's: the first thread to come in changes them, the last to go out puts them back.
+    """
+
+    _lock = threading.Lock()
+    _inside = 0
+    _before: tuple[int, bool] = (0, False)
 
     def __enter__(self) -> None:
         from transformers.utils import logging as hf
 
-        self.level = hf.get_verbosity()
-        self.bar = hf.is_progress_bar_enabled()
-        hf.set_verbosity_error()
-        hf.disable_progress_bar()
+        kind = type(self)
+        with kind._lock:
+            if kind._inside == 0:
+                kind._before = hf.get_verbosity(), hf.is_progress_bar_enabled()
+                hf.set_verbosity_error()
+                hf.disable_progress_bar()
+            kind._inside += 1
 
     def __exit__(self, *exc: object) -> None:
         from transformers.utils import logging as hf
 
-        hf.set_verbosity(self.level)
-        if self.bar:
-            hf.enable_progress_bar()
+        kind = type(self)
+        with kind._lock:
+            kind._inside -= 1
+            if kind._inside == 0:
+                level, bar = kind._before
+                hf.set_verbosity(level)
+                if bar:
+                    hf.enable_progress_bar()
+
+
+# transformers builds models under settings of the whole process (default dtype, how weights are initialised and tied).
+BUILDING = threading.RLock()
 
 
 _UPDATE = "Update transformers, or check the file"
