@@ -38,6 +38,46 @@ def test_row_blocks_give_the_same_bytes(
     assert snapshot(tmp_path / "out") == snapshot(quantize_to(tiny, recipe))
 
 
+BY_EXTREMES = [
+    "int8-weight-only:granularity=tensor",
+    "int8-dynamic-act-int8-weight:granularity=tensor",
+    "float8-weight-only:granularity=tensor",
+]
+
+
+@pytest.mark.parametrize("recipe", [*ON_CPU, f"{W4}:mapping=asymmetric", f"{W4}:rounding=mse", *BY_EXTREMES])
+def test_blocks_of_weights_of_many_tiles(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: str
+) -> None:
+    """Against torchao on whole tensors: rows that are no multiple of any tile, and extremes in the last of them."""
+    from safetensors import safe_open
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from loadstone.quantization.flatten import flatten
+    from loadstone.quantization.quantize import quantize_weight
+
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=352, num_hidden_layers=1, num_attention_heads=4
+    )
+    torch.manual_seed(1)
+    model = LlamaForCausalLM(config).to(torch.bfloat16)
+    mlp = model.model.layers[0].mlp
+    mlp.up_proj.weight.data[-1, -1], mlp.up_proj.weight.data[200, 3] = 2.0, -3.0
+    model.save_pretrained(tmp_path / "source")
+    monkeypatch.setattr(pieces, "BLOCK", 4 * 64 * 130)
+    plan = plan_of(tmp_path / "source", recipe)
+    finalize(plan, tmp_path / "out")
+    assert verify(plan, tmp_path / "out")
+    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as stored:
+        for name in ("up_proj", "gate_proj", "down_proj"):
+            weight = mlp.get_submodule(name).weight.detach()
+            whole = quantize_weight(weight, parse_recipe(recipe).scheme)
+            for part, expected in flatten("x.weight", whole)[1].items():
+                found = stored.get_tensor(f"model.layers.0.mlp.{name}._weight_{part}")
+                raw = [each.reshape(-1).view(torch.uint8) for each in (found, expected.contiguous())]
+                assert found.shape == expected.shape and torch.equal(*raw), (name, part)
+
+
 def test_many_threads_give_the_same_bytes(
     tiny: Path, quantize_to: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

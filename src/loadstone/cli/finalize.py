@@ -242,11 +242,8 @@ def command(
         if rounding_of(each.scheme) in CALIBRATED and not calibrate_on:
             raise UsageError(f"{each} needs text to calibrate with", "Add --calibrate FILE")
     from loadstone.artifact.publish import check_output
-    from loadstone.finalize import finalize, make_plan
-    from loadstone.finalize.calibrate import discard
+    from loadstone.finalize import make_plan
     from loadstone.finalize.plan import refuse_quantized, weight_dtype
-    from loadstone.finalize.ranks import joined
-    from loadstone.finalize.verify import verify as verify_artifact
     from loadstone.loading.devices import quantize_device
     from loadstone.loading.loader import import_libraries
     from loadstone.memo import Memo, user_directory
@@ -275,6 +272,11 @@ def command(
     if dry_run:
         return show_plan(plan, out, as_json)
     assert out is not None
+    from loadstone.finalize.calibrate import discard
+    from loadstone.finalize.ranks import joined
+    from loadstone.finalize.run import finalize
+    from loadstone.finalize.verify import verify as verify_artifact
+
     with joined() as ranks:
         if ranks.size > 1 and where.startswith("cuda"):
             where = f"cuda:{ranks.local_rank}"

@@ -1,6 +1,22 @@
 """From a checkpoint to an artifact: plan, stream, quantize, write."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 from loadstone.finalize.plan import FinalizePlan, make_plan
-from loadstone.finalize.run import Finalized, finalize
+
+if TYPE_CHECKING:
+    from loadstone.finalize.run import Finalized as Finalized
+    from loadstone.finalize.run import finalize as finalize
 
 __all__ = ["FinalizePlan", "Finalized", "finalize", "make_plan"]
+
+
+def __getattr__(name: str) -> Any:
+    # A dry run plans and writes nothing: what writes is imported on first use.
+    if name in ("Finalized", "finalize"):
+        from loadstone.finalize import run
+
+        return getattr(run, name)
+    raise AttributeError(f"module 'loadstone.finalize' has no attribute {name!r}")

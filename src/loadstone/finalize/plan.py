@@ -52,11 +52,13 @@ class Step:
 
     @property
     def source_bytes(self) -> int:
-        return _total(self.sources)
+        first = self.sources[0]
+        return first.end - first.begin if len(self.sources) == 1 else _total(self.sources)
 
     @property
     def nbytes(self) -> int:
-        return _total(self.outputs)
+        first = self.outputs[0]
+        return first.end - first.begin if len(self.outputs) == 1 else _total(self.outputs)
 
 
 @dataclass(frozen=True)

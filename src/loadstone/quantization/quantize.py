@@ -18,6 +18,7 @@ from loadstone.quantization.schemes import (
     Int8WeightOnly,
     IntxWeightOnly,
     MxDynActMxWeight,
+    Nvfp4WeightOnly,
     Recipe,
     Scheme,
     rounding_of,
@@ -45,6 +46,34 @@ def quantize_weight(weight: torch.Tensor, scheme: Scheme) -> torch.Tensor:
     return linear.weight.detach()
 
 
+def quantize_rows(
+    rows: torch.Tensor, scheme: Scheme, low: torch.Tensor, high: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """The parts that some rows of a weight have, where scales follow from the whole weight's extremes ``low`` and
+    ``high`` (see `whole_extremes`)."""
+    import torch
+
+    if isinstance(scheme, Nvfp4WeightOnly):
+        from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor, per_tensor_amax_to_scale
+
+        # As torchao's own transform calls it, with the largest value of all rows.
+        largest = torch.maximum(low.abs(), high.abs())
+        tensor = NVFP4Tensor.to_nvfp4(
+            rows, per_tensor_scale=per_tensor_amax_to_scale(largest), is_swizzled_scales=True
+        )
+        return {name: part for name in _data_names(tensor) if (part := getattr(tensor, name)) is not None}
+    # One row more, of the extremes: its scale is then the whole weight's.
+    more = rows.new_zeros(1, rows.shape[1])
+    more[0, 0], more[0, -1] = low, high
+    tensor = quantize_weight(torch.cat((rows, more)), scheme)
+    parts = {name: getattr(tensor, name) for name in _data_names(tensor)}
+    return {name: part[:-1] if len(part) > 1 else part for name, part in parts.items() if part is not None}
+
+
+def _data_names(tensor: torch.Tensor) -> list[str]:
+    return [*tensor.tensor_data_names, *getattr(tensor, "optional_tensor_data_names", ())]  # type: ignore[attr-defined]
+
+
 def quantize_scaled(weight: torch.Tensor, scheme: Scheme, scale: torch.Tensor) -> torch.Tensor:
     """The torchao tensor for ``weight`` (out, in) with its columns multiplied by ``scale`` (in,), which divides its
     inputs by the same: what torchao's AWQ and SmoothQuant make."""
@@ -70,25 +99,37 @@ def dense(tensor: torch.Tensor) -> torch.Tensor:
 def row_block(scheme: Scheme, shape: tuple[int, ...], elements: int) -> int:
     """Rows of a weight that can be quantized apart from the others, about ``elements`` values; all, where none can.
 
-    Rows are independent wherever scales belong to a row or a group within it. Block-scaled formats lay scales out in
-    tiles of 128 rows. A scale for the whole tensor (per tensor, NVFP4) needs the whole tensor, and so does hqq, whose
-    iterations stop by the error of all of it.
+    Rows are independent wherever scales belong to a row or a group within it, or follow from extremes that are known
+    (`whole_extremes`). Block-scaled formats lay scales out in tiles of 128 rows. hqq needs the whole tensor: its
+    iterations stop by the error of all of it. So do tensors packed for a kernel.
     """
+    tile = row_tile(scheme)
+    return max(elements // (shape[1] * tile), 1) * tile if tile else shape[0]
+
+
+def whole_extremes(scheme: Scheme) -> bool:
+    """Whether rows are quantized by the smallest and largest value of the whole weight."""
+    match scheme:
+        case Nvfp4WeightOnly():
+            return True
+        case Int8WeightOnly() | Int8DynActInt8Weight() | Float8WeightOnly():
+            return scheme.granularity == "tensor"
+    return False
+
+
+def row_tile(scheme: Scheme) -> int:
+    """Weights can be cut after any multiple of so many rows; 0 where they cannot be cut."""
     match scheme:
         case Int8DynActIntxWeight(rounding="affine" | "mse") | IntxWeightOnly(rounding="affine" | "mse"):
-            tile = 1
-        case Int8WeightOnly(granularity="row") | Int8DynActInt8Weight(granularity="row"):
-            tile = 1
-        case Float8WeightOnly(granularity="row"):
-            tile = 1
+            return 1
+        case Int8WeightOnly(rounding="affine") | Int8DynActInt8Weight(rounding="affine") | Float8WeightOnly():
+            return 1
         case Float8DynActFloat8Weight(granularity="row"):
             # torchao passes over weights whose sides are no multiple of 16.
-            tile = 16
-        case MxDynActMxWeight():
-            tile = 128
-        case _:
-            return shape[0]
-    return max(elements // (shape[1] * tile), 1) * tile
+            return 16
+        case MxDynActMxWeight() | Nvfp4WeightOnly():
+            return 128
+    return 0
 
 
 def template(
