@@ -1,5 +1,6 @@
 """Rounding of weights and inputs: ModelOpt's numbers, bit for bit, on the CPU and on a GPU."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,23 @@ def test_weights_equal_modelopt(text: str, dtype: str, device: str = "cpu") -> N
             assert torch.equal(ours, golden[f"{text}.{width}"]), (text, width)
             seen += 1
     assert seen == (1 if text == "mxfp4" else 2)
+
+
+@pytest.fixture
+def float64_default() -> Iterator[None]:
+    """What users of Bayesian optimisation set."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_the_processs_default_dtype_changes_nothing(text: str, request: pytest.FixtureRequest) -> None:
+    generator, spec = torch.Generator().manual_seed(0), parse_format(text).weight
+    weights = [0.02 * torch.randn(64, 512, generator=generator).bfloat16() for _ in range(20)]
+    expected = [fold("w", weight, spec) for weight in weights]
+    request.getfixturevalue("float64_default")
+    assert all(torch.equal(fold("w", w, spec), e) for w, e in zip(weights, expected, strict=True))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -12,7 +12,7 @@ _E4M3_MAX = 448.0
 
 def _over(x: torch.Tensor, value: float) -> torch.Tensor:
     """``x / value``, with one result everywhere: CUDA multiplies by the reciprocal of a Python number."""
-    return x / torch.tensor(value, device=x.device)
+    return x / torch.tensor(value, dtype=x.dtype, device=x.device)
 
 
 def _log2(x: torch.Tensor) -> torch.Tensor:
@@ -30,7 +30,8 @@ def round_e2m1(x: torch.Tensor, *, ties_to_even: bool) -> torch.Tensor:
     """The nearest of 0, ±0.5, ±1, ±1.5, ±2, ±3, ±4, ±6; a tie goes to the even code, or towards zero."""
     magnitude = x.abs()
     # The grid is even within each power of two, so a whole number of steps is all there is to round.
-    step = torch.where(magnitude < 2, 0.5, torch.where(magnitude < 4, 1.0, 2.0))
+    # Cast: of two Python numbers `where` makes a tensor of the process's default dtype.
+    step = torch.where(magnitude < 2, 0.5, torch.where(magnitude < 4, 1.0, 2.0)).to(x.dtype)
     steps = magnitude / step
     steps = steps.round_() if ties_to_even else (steps - 0.5).ceil_().clamp_(min=0)
     return steps.mul_(step).clamp_(max=6.0).copysign_(x)

@@ -12,7 +12,7 @@ def fold_blocks(x: torch.Tensor, bits: int, amax: torch.Tensor) -> torch.Tensor:
     """Round float32 ``x`` to ``bits``-bit integers times ``amax / (2**(bits-1) - 1)``; ``amax``
     broadcasts."""
     # A tensor over a tensor: the same quotient from a Python float differs in the last bit.
-    bound = torch.tensor(2.0 ** (bits - 1) - 1.0, device=x.device)
+    bound = torch.tensor(2.0 ** (bits - 1) - 1.0, dtype=x.dtype, device=x.device)
     scale = bound / amax
     zero = amax <= _TINY
     quantized = torch.clamp((x * scale.masked_fill(zero, 0.0)).round_(), -bound - 1, bound)
