@@ -231,6 +231,11 @@ def test_names_cannot_write_to_the_terminal(tmp_path: Path, inspect) -> None:
     assert "\x1b" not in out and "[bold]Evil[/]" in out and "[red]x" in out
 
 
+def test_a_model_of_tables_misses_no_tokenizer(inspect) -> None:
+    _, out, _ = inspect("builtin:tiny-pfn")
+    assert "would load  in-context" in out and "tokenizer" not in out
+
+
 def test_a_flood_of_problems_is_counted(tmp_path: Path, inspect_json) -> None:
     directory = dense(tmp_path / "m")
     broken = {f"t{n}": {"dtype": "U8", "shape": [1], "data_offsets": [0, 0]} for n in range(300)}

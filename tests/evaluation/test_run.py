@@ -106,6 +106,20 @@ def test_cache_is_keyed_by_content(
     ]
 
 
+def test_each_model_is_hashed_once(
+    model_dir: Path, worse_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reference belongs to the key of every pair."""
+    from loadstone.evaluation import passes
+
+    real, hashed = passes.fingerprint, []
+    monkeypatch.setattr(passes, "fingerprint", lambda s: hashed.append(s.name) or real(s))
+    subprocess.run(["cp", "-r", str(worse_dir), str(tmp_path / "copy")], check=True)
+    models = (str(model_dir), str(worse_dir), str(tmp_path / "copy"))
+    evaluate(Options(models, limit=1, divergence=True, cache=str(tmp_path / "cache")))
+    assert sorted(hashed) == sorted(models)
+
+
 @pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGTERM])
 @pytest.mark.parametrize("moment", [4, *(pytest.param(m, marks=pytest.mark.slow) for m in (2, 3, 6, 8))])
 def test_killed_and_resumed_is_undisturbed(

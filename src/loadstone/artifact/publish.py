@@ -6,7 +6,7 @@ import fcntl
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from loadstone.errors import MissingError, UsageError
@@ -92,8 +92,9 @@ def locked(out: Path) -> Iterator[None]:
                 f"another process is writing '{out}'", "Wait for it, or choose another output"
             ) from None
         # The holder before may have removed the file between the two calls: then the lock is on nothing.
-        if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
-            break
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), path.stat()):
+                break
         os.close(descriptor)
     try:
         yield

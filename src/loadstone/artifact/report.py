@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from loadstone.artifact.detect import CONFIG, Artifact, examine
+from loadstone.artifact.detect import CONFIG, PFN, Artifact, examine
 from loadstone.artifact.files import is_file, read_json
 from loadstone.artifact.headers import FLOAT_DTYPES, TensorInfo
 from loadstone.artifact.manifest import MANIFEST, read_manifest
@@ -113,6 +113,7 @@ def collect(path: str | Path, *, checkpoint: str | None = None) -> Report:
     else:
         notes = []
     parameters = sum(t.numel for t in flat.values())
+    # Integers are weights that another quantizer packed; masks that are called "bias" (GPT-2) are none.
     parameters += sum(
         t.numel for t in _once(artifact, plain) if t.dtype in FLOAT_DTYPES or not t.name.endswith("bias")
     )
@@ -254,7 +255,8 @@ def _sidecars(artifact: Artifact) -> dict[str, str | None]:
 
 def _notes(artifact: Artifact, stored: list[TensorInfo]) -> list[str]:
     notes = []
-    if not any(is_file(d / n) for d in artifact.sidecar_dirs for n in _SIDECARS["tokenizer"]):
+    tokenizers = _SIDECARS["tokenizer"]
+    if artifact.kind != PFN and not any(is_file(d / n) for d in artifact.sidecar_dirs for n in tokenizers):
         notes.append("no tokenizer: text cannot be given to this model")
     if is_file(artifact.path / "adapter_config.json"):
         notes.append("adapter_config.json: an adapter lies here and is not applied")

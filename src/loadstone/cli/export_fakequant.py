@@ -194,8 +194,10 @@ def _show_done(done: Exported, as_json: bool) -> None:
     _print_summary(done.plan)
     kept = f", {len(done.quantizers)} quantizers of inputs" if done.quantizers else ""
     render.console().print(
-        f"[bold]{done.out}[/]: {len(done.plan.folded)} weights folded{kept}, {render.size(done.plan.nbytes)} in "
-        f"{len(done.plan.files)} file(s), {done.seconds:.1f} s"
+        f"{done.out}: {len(done.plan.folded)} weights folded{kept}, {render.size(done.plan.nbytes)} in "
+        f"{len(done.plan.files)} file(s), {done.seconds:.1f} s",
+        markup=False,
+        soft_wrap=True,
     )
 
 

@@ -253,6 +253,8 @@ def _show(
 def _rows(
     report: Report, load_plan: LoadPlan | None, mismatches: list[LoadstoneError] | None
 ) -> list[tuple[str, str]]:
+    from loadstone.artifact.kinds import PFN
+
     artifact = report.artifact
     rows = [("evidence", line) for line in artifact.evidence]
     if artifact.path != artifact.root:
@@ -278,7 +280,7 @@ def _rows(
     have = dict.fromkeys(file for file in report.sidecars.values() if file)
     missing = [what for what, file in report.sidecars.items() if file is None and what != "processor"]
     rows.append(("sidecars", ", ".join(have) or "none"))
-    if missing:
+    if missing and artifact.kind != PFN:
         rows.append(("missing", ", ".join(missing)))
     if report.manifest:
         versions = report.manifest.get("versions")

@@ -15,7 +15,7 @@ import torch
 
 from loadstone.artifact import Artifact
 from loadstone.artifact.context_file import PREFIX, ContextFile, is_context, read_context, require_kind
-from loadstone.artifact.detect import FAKEQUANT
+from loadstone.artifact.detect import FAKEQUANT, PFN
 from loadstone.errors import UsageError
 from loadstone.evaluation.compiling import compile_layers
 from loadstone.evaluation.fastpath import FastPath, speed_up
@@ -79,6 +79,12 @@ def choose_subjects(options: Options, device: str, *, referenced: bool = False) 
         )
         for name, prefix in zip(names, prefixes, strict=True)
     ]
+    for name, planned in zip(names, plans, strict=True):
+        if planned.artifact.kind == PFN:
+            raise UsageError(
+                f"'{name}' predicts tables, and eval on text needs a language model",
+                "Fit it to a table first (finalize --fit), and evaluate the context",
+            )
     if options.dtype == "auto":
         dtype, why = compute_dtype(plans[0], device)
         log.info("computing in %s: %s", dtype, why)

@@ -8,7 +8,7 @@ import platform
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -50,13 +50,15 @@ class Cost:
 
 @dataclass(frozen=True)
 class Bench:
-    """What all passes of a run share. ``task`` is ready some time after the first model starts to load."""
+    """What all passes of a run share. ``task`` is ready some time after the first model starts to load;
+    ``prints`` are the content hashes of models by name, each read once."""
 
     options: Options
     task: Future[Task]
     store: Store | None
     ranks: Ranks
     bar: Bar
+    prints: dict[str, str] = field(default_factory=dict)
 
 
 def single(bench: Bench, subject: Subject) -> tuple[Values, Cost]:
@@ -178,7 +180,10 @@ def _key(bench: Bench, *subjects: Subject) -> str | None:
         return None
     options = bench.options
     mode = {"compile": options.compile, "fast": options.fast, "device": _hardware(options.device)}
-    prints = [fingerprint(s) for s in subjects]
+    for subject in subjects:
+        if subject.name not in bench.prints:
+            bench.prints[subject.name] = fingerprint(subject)
+    prints = [bench.prints[s.name] for s in subjects]
     return entry_key(bench.task.result().protocol, prints, mode)
 
 
@@ -190,7 +195,7 @@ def _hardware(device: str) -> str:
 
 
 def fingerprint(subject: Subject) -> str:
-    """Content hash of a subject's weights; read once a run."""
+    """Content hash of a subject's weights, and of the prefix before them."""
     log.debug("hashing %s", subject.name)
     base = subject.plan.artifact.fingerprint()
     return base if subject.prefix is None else f"{base} {subject.prefix.facts['digest']}"
