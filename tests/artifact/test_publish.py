@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from loadstone.artifact.publish import check_output, locked, publish
+from loadstone.artifact.publish import can_write, check_output, locked, publish
 from loadstone.errors import UsageError
 
 
@@ -66,3 +66,21 @@ def test_a_link_to_nowhere_is_refused_before_the_work(tmp_path: Path) -> None:
         check_output(None, tmp_path / "out", False)
     with pytest.raises(UsageError, match="is no directory"):
         check_output(None, tmp_path / "out", True)
+
+
+@pytest.mark.parametrize("refusing", ["exists", "access"])
+def test_a_folder_that_may_not_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refusing: str
+) -> None:
+    """Root may write everywhere: the system's refusal is played."""
+    assert can_write(tmp_path / "new" / "deeper")
+
+    def refused(*args: object) -> bool:
+        raise PermissionError(13, "Permission denied")
+
+    if refusing == "exists":
+        monkeypatch.setattr(Path, "exists", refused)
+    else:
+        monkeypatch.setattr("loadstone.artifact.publish.os.access", lambda path, mode: False)
+    with pytest.raises(UsageError, match="cannot write"):
+        check_output(None, tmp_path / "out", False)

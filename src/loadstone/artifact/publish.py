@@ -24,14 +24,22 @@ def check_output(source: Path | None, out: Path, overwrite: bool) -> None:
         root = source.resolve()
         if target == root or target.is_relative_to(root) or root.is_relative_to(target):
             raise UsageError(f"the output '{out}' and the source '{source}' overlap", "Choose another output")
+    if not can_write(out):
+        raise UsageError(f"cannot write '{out}'", "Choose another output, or change its folder's permissions")
     exists = out.exists() or out.is_symlink()
     if exists and not overwrite:
         raise UsageError(f"the output '{out}' exists", "Choose another, or pass --overwrite to replace it")
     if exists and not out.is_dir():
         raise UsageError(f"the output '{out}' is no directory", "Choose another")
-    parent = _existing_parent(out)
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise UsageError(f"cannot write to '{parent}'", "Choose another output, or change its permissions")
+
+
+def can_write(path: Path) -> bool:
+    """Whether a file or directory can be made at ``path``, with the folders before it."""
+    try:
+        parent = _existing_parent(path)
+        return parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)
+    except PermissionError:
+        return False
 
 
 def check_space(nbytes: int, out: Path, *work: Path) -> None:

@@ -95,15 +95,27 @@ def _finite(value: Any) -> Any:
 
 def check_file(option: str, path: Path) -> None:
     """Raise `UsageError` when a result cannot be written to ``path``: said before the work, not after it."""
-    if path.is_dir():
-        raise UsageError(f"{option} {path} is a directory", "Name a file")
-    if not path.resolve().parent.is_dir():
-        raise UsageError(f"{option} {path}: its directory does not exist", "Make it first")
+    from loadstone.artifact.publish import can_write
+
+    try:
+        if path.is_dir():
+            raise UsageError(f"{option} {path} is a directory", "Name a file")
+        if not path.resolve().parent.is_dir():
+            raise UsageError(f"{option} {path}: its directory does not exist", "Make it first")
+        writable = os.access(path, os.W_OK) if path.exists() else can_write(path)
+    except PermissionError:
+        writable = False
+    if not writable:
+        raise UsageError(
+            f"{option} {path} cannot be written", "Choose another place, or change its permissions"
+        )
 
 
 def write_file(path: Path, text: str) -> None:
-    """Write a result's file, whole or not at all; what is no file (a pipe) is written to as it is."""
-    if path.exists() and not path.is_file():
+    """Write a result's file, whole or not at all; a pipe, or a file in a folder that is not ours, as it is."""
+    from loadstone.artifact.publish import can_write
+
+    if path.exists() and not (path.is_file() and can_write(path)):
         path.write_text(text, encoding="utf-8")
         return
     path = path.resolve()

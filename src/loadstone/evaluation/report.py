@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from loadstone.artifact.publish import can_write
 from loadstone.errors import MissingError, UsageError
 
 if TYPE_CHECKING:
@@ -30,7 +31,9 @@ td:first-child,th:first-child{text-align:left} th{color:#68718a;font-weight:600}
 
 
 def check_report(directory: Path) -> None:
-    """Raises MissingError without matplotlib, UsageError when ``directory`` is a file: before anything is computed."""
+    """Raises MissingError without matplotlib, UsageError when ``directory`` cannot be one: before the work."""
+    if not can_write(directory):
+        raise UsageError(f"--report {directory} cannot be written", "Choose another place")
     if directory.exists() and not directory.is_dir():
         raise UsageError(f"--report {directory} is a file", "Name a directory")
     if find_spec("matplotlib") is None:

@@ -60,7 +60,11 @@ def read_corpus(
     if limit is not None and limit < 1:
         raise UsageError(f"--limit must be at least 1, not {limit}")
     raw = _documents(data, column or DEFAULT_COLUMN, split)
-    documents = tuple(itertools.islice((d for d in raw if d.strip()), limit))
+    try:
+        documents = tuple(itertools.islice((d for d in raw if d.strip()), limit))
+    except OSError as error:
+        where = error.filename or data
+        raise UsageError(f"{where} cannot be read ({error.strerror})", "Check its permissions") from None
     if not documents:
         raise UsageError(f"there is no text in {data!r}", "Every document is empty or blank")
     digest = hashlib.sha256()
@@ -119,8 +123,6 @@ def _file(path: Path, column: str) -> Iterator[str]:
         raise UsageError(
             f"{path} is not UTF-8 text: byte {error.start} is {error.object[error.start]:#x}"
         ) from None
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read ({error.strerror})", "Check its permissions") from None
 
 
 def _split(text: str) -> Iterator[str]:
