@@ -274,3 +274,22 @@ def test_two_ranks_give_the_same_bytes(tiny: Path, tmp_path: Path) -> None:
 
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     assert run(torchrun, tmp_path / "two") == run([sys.executable], tmp_path / "one")
+
+
+def test_a_write_that_the_disk_failed_is_an_error(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reported to the first sync alone, which is one in the middle of a shard."""
+    import errno
+
+    from loadstone.finalize import run
+    from loadstone.loading.shards import ShardWriter
+
+    def fails(self: ShardWriter) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(run, "_FLUSH", 1000)
+    monkeypatch.setattr(ShardWriter, "flush", fails)
+    with pytest.raises(OSError, match="Input/output error"):
+        finalize(plan_of(tiny), tmp_path / "out")
+    assert not (tmp_path / "out").exists()

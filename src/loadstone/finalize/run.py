@@ -152,7 +152,7 @@ def _write_shards(
 
         def finish(number: int) -> None:
             finishing.append(finisher.submit(_finish, writers.pop(number), work, plan.file_name(number)))
-            if len(finishing) > 1:
+            while len(finishing) > 1:
                 finishing.popleft().result()
 
         try:
@@ -163,7 +163,8 @@ def _write_shards(
                         finish(number)
                     unflushed += unit.nbytes
                     if unflushed > _FLUSH:
-                        finisher.submit(writers[unit.shard].flush)
+                        # A disk tells of a failed write once: to whoever syncs first.
+                        finishing.append(finisher.submit(writers[unit.shard].flush))
                         unflushed = 0
                     if on_progress:
                         on_progress(unit.nbytes)
