@@ -195,8 +195,7 @@ def test_layers_that_cannot_be_kept_are_named(ids: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("kind, apart", [
     ("bfloat16", 4e-3), ("float16", 5e-4), ("int8", 4e-3), ("fp8", 0.07), ("hqq8", 0.01), ("hqq4", 0.15),
-    # Compiles its unpacking first, for minutes.
-    pytest.param("quanto4", 0.15, marks=pytest.mark.slow),
+    ("quanto4", 0.15), ("quanto2", 0.6),
 ])  # fmt: skip
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
 def test_quantized_caches(kind: str, apart: float, name: str, ids: torch.Tensor, tmp_path: Path) -> None:
@@ -236,6 +235,38 @@ def test_fp8_is_transformers_own(ids: torch.Tensor) -> None:
     assert torch.equal(
         layer._dequantize(layer._quantized_keys), keep(keys, "fp8", values=False).read(keys.dtype)
     )
+
+
+@pytest.mark.parametrize("kind, compiled", [
+    ("hqq1", False), ("hqq2", False), ("hqq3", False), ("hqq4", False), ("hqq8", False), ("quanto2", False),
+    ("quanto4", False),
+    # Compiles quanto's unpacking first, for minutes.
+    pytest.param("quanto2", True, marks=pytest.mark.slow), pytest.param("quanto4", True, marks=pytest.mark.slow),
+])  # fmt: skip
+def test_quantized_caches_are_transformers_own(
+    kind: str, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same values, bit for bit, as transformers' quantized cache keeps of a prompt."""
+    pytest.importorskip("hqq" if kind.startswith("hqq") else "optimum.quanto")
+    from transformers.cache_utils import HQQQuantizedLayer, QuantoQuantizedLayer
+
+    from loadstone.context.stored_states import keep
+
+    layer = (HQQQuantizedLayer if kind.startswith("hqq") else QuantoQuantizedLayer)(nbits=int(kind[-1]))
+    if kind.startswith("quanto") and not compiled:
+        from optimum.quanto.tensor.packed import PackedTensor
+
+        def unpack(packed: Any) -> torch.Tensor:
+            codes = [packed._data >> shift & 2**packed._bits - 1 for shift in range(0, 8, packed._bits)]
+            return torch.cat(codes)[: packed.shape[0]]
+
+        monkeypatch.setattr(PackedTensor, "unpack", unpack)
+    keys, values = torch.randn(2, 1, 2, 97, 32).unbind()
+    layer.update(keys, values)
+    for theirs, tensor in ((layer._quantized_keys, keys), (layer._quantized_values, values)):
+        wanted = layer._dequantize(theirs)
+        assert torch.equal(keep(tensor, kind, values=False).read(tensor.dtype), wanted)
+        assert not torch.equal(wanted, tensor)
 
 
 # On disk, bound to its base.

@@ -39,7 +39,7 @@ class Stored:
             return (self.parts["data"].float() * self.parts["scale"]).to(dtype)
         if self.kind.startswith("hqq"):
             return _hqq_read(self.parts, self.facts, dtype)
-        return _quanto_tensor(self.parts, self.facts).dequantize().to(dtype)
+        return _quanto_read(self.parts, self.facts, dtype)
 
     def to(self, device: torch.device | str) -> Stored:
         return Stored(self.kind, {name: part.to(device) for name, part in self.parts.items()}, self.facts)
@@ -140,20 +140,16 @@ def _quanto_keep(tensor: Tensor, kind: str, bits: int) -> Stored:
     scale, shift = MaxOptimizer()(tensor.contiguous(), qtype, 0, group)
     packed = quantize_weight(tensor.contiguous(), qtype, 0, scale, shift, group)
     inner = packed._data
-    facts = {"bits": bits, "size": list(packed.size()), "stride": list(packed.stride()), "group_size": group}
-    facts |= {"packed_size": list(inner.size()), "packed_stride": list(inner.stride())}
+    facts = {"bits": bits, "shape": list(packed.size()), "groups": inner.size(0)}
     return Stored(kind, {"data": inner._data, "scale": packed._scale, "shift": packed._shift}, facts)
 
 
-def _quanto_tensor(parts: dict[str, Tensor], facts: dict[str, Any]) -> Any:
-    from optimum.quanto import WeightQBitsTensor, qint2, qint4
-    from optimum.quanto.tensor.packed import PackedTensor
-
-    data = PackedTensor(
-        parts["data"], facts["bits"], torch.Size(facts["packed_size"]), tuple(facts["packed_stride"])
-    )
-    qtype = qint4 if facts["bits"] == 4 else qint2
-    return WeightQBitsTensor(
-        qtype, 0, facts["group_size"], torch.Size(facts["size"]), tuple(facts["stride"]), data, parts["scale"],
-        parts["shift"],
-    )  # fmt: skip
+def _quanto_read(parts: dict[str, Tensor], facts: dict[str, Any], dtype: torch.dtype) -> Tensor:
+    """What quanto's ``dequantize`` gives, bit for bit, in plain torch: quanto would compile its unpacking first, for
+    minutes. A byte holds one code of each of several blocks of groups (``optimum/quanto/library/unpack.py``)."""
+    bits, data, scale, shift = facts["bits"], parts["data"], parts["scale"], parts["shift"]
+    blocks = [(data >> bits * i) & (2**bits - 1) for i in range(8 // bits)]
+    codes = torch.cat(blocks)[: facts["groups"]]
+    if shift.is_floating_point():
+        return (scale * codes - shift).reshape(facts["shape"]).to(dtype)
+    return (scale * (codes.to(torch.int8) - shift.to(torch.int8))).reshape(facts["shape"]).to(dtype)
