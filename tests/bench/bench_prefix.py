@@ -6,7 +6,8 @@ The model has random weights (speed does not depend on them). One request is a q
 answered greedily for ``--steps`` tokens. ``recomputed``: every request carries the prompt; ``copied``: the prompt's
 keys and values, repeated for each request, in transformers' own cache; ``concatenated``: loadstone's cache with any
 attention; ``shared``: loadstone's cache read in place. Times are medians of ``--runs`` in one process, taken in turns;
-memory is the peak above the model: allocated on a GPU, resident on a CPU (one process for each way). On a CPU the
+memory is the peak above the model: allocated on a GPU, resident on a CPU (one process for each way). ``questions read``
+is the time until all requests have their first token, within the same run. On a CPU the
 recomputed requests are read one after another, ``--sample`` of them, and the time is extrapolated (``~``).
 """
 
@@ -114,6 +115,9 @@ class Setting:
                 out = self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
                 ids = out.logits[:, -1:].argmax(-1)
                 chosen.append(ids)
+                if len(chosen) == 1:
+                    self.wait()
+                    self.first_at = time.perf_counter()
         return torch.cat(chosen, 1)
 
     def way(self, way: str) -> Callable[[Any, int], Any]:
@@ -220,9 +224,11 @@ class Setting:
         answer = self.way(way)
         self.attention(way)
         seconds, first = [], []
+        answer(questions[:1], 1)
         for run in range(1 if one_by_one else args.runs):
-            first.append(self.timed(lambda: answer(questions, 1)))
+            begin = time.perf_counter()
             seconds.append(self.timed(lambda: answer(questions, args.steps)))
+            first.append(self.first_at - begin)
             if run == 0:
                 peak = peak_bytes(device) - before
         factor = args.requests / len(questions)

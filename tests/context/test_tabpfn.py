@@ -24,12 +24,14 @@ from loadstone.artifact.context_errors import (
     CorruptContext,
     FormatUnsupported,
     KindMismatch,
+    ProbeFailed,
     UnsafeContent,
 )
 from loadstone.context import tabpfn as contexts
 from loadstone.context.fingerprint import tensor_bytes
 from loadstone.context.object_tree import Decoder, Encoder, resolve
 from loadstone.context.tabpfn_classes import ALLOWED
+from loadstone.context.tabpfn_probe import probe_of
 from loadstone.errors import MissingError, UsageError
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -208,12 +210,10 @@ def test_size_is_the_predicted_one(checkpoint: Callable[..., Path], task: str, t
         task_type="multiclass" if task == "classification" else "regression",
     )  # fmt: skip
     assert abs(layers - 2 * one) <= 0.01 * layers
-    assert (
-        facts["cache"]["bytes"]
-        == layers
-        < facts["packed"]["tensors"]
-        <= sum(t.nbytes for t in tensors.values())
-    )
+    probe = probe_of(model)
+    assert facts["cache"]["bytes"] == layers and probe is not None
+    kept = [*tensors.values(), *probe.tensors().values()]
+    assert layers < facts["packed"]["tensors"] <= sum(t.nbytes for t in kept)
     assert size < facts["packed"]["tensors"]
 
 
@@ -330,6 +330,75 @@ def test_models_made_in_memory(checkpoint: Callable[..., Path], tmp_path: Path) 
         )
 
 
+# Another environment.
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("name", sorted(SIZES))
+def test_the_first_prediction_checks_the_probe(
+    fitted: Callable[..., Any], name: str, task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    contexts.save(fitted(name, task), tmp_path / "context")
+    model = contexts.load(tmp_path / "context", device="cpu")
+    assert contexts.check_probe(model) == 0.0
+    expected = predict(contexts.load(tmp_path / "context", device="cpu"))
+    # Something that computes otherwise: every prediction of a waiting estimator says so.
+    model = contexts.load(tmp_path / "context", device="cpu")
+    from tabpfn import inference
+
+    real = inference._move_and_squeeze_output
+    monkeypatch.setattr(inference, "_move_and_squeeze_output", lambda *args: real(*args) * 1.05)
+    for _ in range(2):
+        with pytest.raises(ProbeFailed, match="differ by"):
+            predict(model)
+    with pytest.raises(ProbeFailed):
+        contexts.check_probe(model)
+    assert not np.array_equal(
+        predict(contexts.load(tmp_path / "context", device="cpu", probe=False)), expected
+    )
+    # The recorded probe goes along when it is saved again, whatever is computed here.
+    contexts.save(model, tmp_path / "again")
+    monkeypatch.undo()
+    assert np.array_equal(predict(model), expected)
+    assert contexts.check_probe(contexts.load(tmp_path / "again", device="cpu")) == 0.0
+
+
+def test_the_probe_is_asked_once_and_copies_along(
+    fitted: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import copy
+    import pickle
+
+    from loadstone.context import tabpfn_probe
+
+    contexts.save(fitted(), tmp_path / "context")
+    asked: list[Any] = []
+    real = tabpfn_probe.check
+    monkeypatch.setattr(tabpfn_probe, "check", lambda estimator: asked.append(estimator) or real(estimator))
+    model = contexts.load(tmp_path / "context", device="cpu")
+    expected = predict(fitted())
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), model):
+        asked.clear()
+        assert np.array_equal(predict(copied), expected) and np.array_equal(predict(copied), expected)
+        assert asked == [copied]
+
+
+def test_contexts_without_a_cache_have_no_probe(fitted: Callable[..., Any], tmp_path: Path) -> None:
+    contexts.save(fitted(fit_mode="low_memory"), tmp_path / "context")
+    assert contexts.check_probe(contexts.load(tmp_path / "context", device="cpu")) is None
+
+
+@pytest.mark.parametrize("name", ["tabpfn_v2", "tabpfn_v3"])
+def test_architectures_that_draw_on_the_device_are_told_apart(
+    fitted: Callable[..., Any], name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    contexts.save(fitted(name), tmp_path / "context")
+    rewrite_description(tmp_path / "context", lambda d: d["probe"].update(device="cuda"))
+    model = contexts.load(tmp_path / "context", device="cpu")
+    predict(model)
+    assert ("draws random numbers" in caplog.text) == (name == "tabpfn_v2")
+
+
 # What must not be loaded.
 
 
@@ -444,6 +513,8 @@ def test_changed_facts(
     lambda d: d["packed"].clear(),
     lambda d: d["small"].popitem(),
     lambda d: [entry[4].append(1) for entry in d["packed"].values()],
+    lambda d: d.update(probe={}),
+    lambda d: d["small"]["probe.queries"][1].reverse() or d["small"]["probe.queries"][1].append(1),
 ])  # fmt: skip
 def test_changed_descriptions(wide: Any, change: Callable[[dict[str, Any]], Any], tmp_path: Path) -> None:
     contexts.save(wide, tmp_path / "context")

@@ -105,7 +105,7 @@ def test_device_pairs(
     model = estimator(
         checkpoint(task=task), task, device=fit_on, fit_mode=mode, inference_precision=torch.float32
     )
-    check_pair(model.fit(x, y), new, load_on, tmp_path, loose=0 if fit_on == load_on else 0.1)
+    check_pair(model.fit(x, y), new, load_on, tmp_path, loose=0 if fit_on == load_on else 1e-4)
 
 
 @pytest.mark.parametrize("fit_on, load_on", PAIRS[1:])
@@ -116,8 +116,9 @@ def test_device_pairs_of_every_architecture(
 ) -> None:
     x, y, new = table(task)
     model = estimator(checkpoint(name, task), task, device=fit_on, inference_precision=torch.float32)
-    # The older ones draw numbers on the device that they compute on, so devices differ in the package itself.
-    check_pair(model.fit(x, y), new, load_on, tmp_path, loose=0 if fit_on == load_on else 0.1)
+    # Those before v3 draw numbers on the device that they compute on, so devices differ in the package itself.
+    loose = 1e-4 if name == "tabpfn_v3" else 0.1
+    check_pair(model.fit(x, y), new, load_on, tmp_path, loose=0 if fit_on == load_on else loose)
 
 
 @pytest.mark.parametrize("fit_on, load_on", PAIRS[1:])
@@ -187,7 +188,7 @@ def test_caches_wait_on_the_cpu_and_moving_leaves_nothing(
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_saving_takes_no_memory_of_the_gpu(
+def test_saving_takes_little_memory_of_the_gpu(
     checkpoint: Callable[..., Path], task: str, tmp_path: Path
 ) -> None:
     model, new = big(checkpoint, task)
@@ -196,7 +197,13 @@ def test_saving_takes_no_memory_of_the_gpu(
     before = allocated()
     torch.cuda.reset_peak_memory_stats()
     contexts.save(model, tmp_path / "context")
-    assert torch.cuda.max_memory_allocated() - before <= 2**20
+    # Tensors take none; two rows are predicted for the probe.
+    peak, cache = (
+        torch.cuda.max_memory_allocated() - before,
+        sum(t.nbytes for t in contexts.cache_tensors(model)),
+    )
+    print(f"saving: peak {peak} of a cache of {cache}")
+    assert peak <= cache / 2 and allocated() <= before
     assert at == {id(t): t.data_ptr() for t in contexts.cache_tensors(model)}
     assert where(model) >= {"cuda"}
     found = contexts.load(tmp_path / "context", device="cuda")

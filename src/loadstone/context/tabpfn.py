@@ -30,6 +30,7 @@ from loadstone.artifact.context_file import (
     read_context,
     require_kind,
 )
+from loadstone.context import tabpfn_probe
 from loadstone.context.fingerprint import Fingerprint, check_same, fingerprint_of, tensor_sha256
 from loadstone.context.object_tree import Decoder, Encoder
 from loadstone.context.packed_file import PackedFile, packed_bytes, packed_parts
@@ -43,7 +44,9 @@ log = logging.getLogger(__name__)
 _PACKAGES = ("tabpfn", "scikit-learn", "numpy", "torch")
 # Made anew on load: weights, what follows from the device, and timings.
 _NOT_KEPT = frozenset({"models_", "executor_", "configs_", "devices_"})
-_ENGINE_NOT_KEPT = frozenset({"model_caches", "models", "kv_caches", "_speed_metrics"})
+_ENGINE_NOT_KEPT = frozenset(
+    {"model_caches", "models", "kv_caches", "_speed_metrics", "iter_outputs", tabpfn_probe.ATTRIBUTE}
+)
 _KINDS = {"TabPFNClassifier": "classification", "TabPFNRegressor": "regression"}
 _CACHE = "layers"
 # Base files whose digests are known in this process: (path, size, time of change) of each -> digests.
@@ -56,8 +59,9 @@ def save(
     """Write a fitted estimator as the directory ``path``, whole or not at all; returns it.
 
     The estimator stays as and where it is: tensors go to disk one after another, so this takes the memory of the
-    largest of them. ``schema`` describes a table's columns (`loadstone.context.tables`). Raises UsageError for an
-    estimator that is not fitted, holds what a context cannot, or for an existing output.
+    largest of them, and that of predicting two rows for the probe. ``schema`` describes a table's columns
+    (`loadstone.context.tables`). Raises UsageError for an estimator that is not fitted, holds what a context cannot,
+    or for an existing output.
     """
     _check_package()
     kind = type(estimator).__name__
@@ -98,13 +102,15 @@ def base_state(estimator: Any) -> dict[str, Tensor]:
     return state
 
 
-def load(path: str | Path, *, base: Any = None, device: Any = "auto") -> Any:
+def load(path: str | Path, *, base: Any = None, device: Any = "auto", probe: bool = True) -> Any:
     """A fitted estimator from its directory, ready to predict.
 
     ``base``: a checkpoint's path, several, or tabpfn's ``ModelSpecs``; by default the recorded place. Nothing is ever
     downloaded. ``device`` is tabpfn's. The caches stay on the CPU until a prediction needs them; ``.to(device)`` moves
-    everything. Raises `BaseMismatch` and `ArchitectureMismatch`, naming tensors, for another base, `CorruptContext`,
-    `FormatUnsupported`, `UnsafeContent`, and `MissingError` for a base or package that is not here.
+    everything. The first prediction raises `ProbeFailed` where the recorded one does not come out again, unless
+    ``probe`` is off (`check_probe` asks at once). Raises `BaseMismatch` and `ArchitectureMismatch`, naming tensors, for
+    another base, `CorruptContext`, `FormatUnsupported`, `UnsafeContent`, and `MissingError` for a base or package that
+    is not here.
     """
     directory = Path(path)
     if not directory.is_dir() or not is_context(directory):
@@ -115,12 +121,18 @@ def load(path: str | Path, *, base: Any = None, device: Any = "auto") -> Any:
     _check_versions(file.facts)
     stored = PackedFile(file)
     try:
-        return _loaded(file, stored, base, device)
+        return _loaded(file, stored, base, device, probe)
     finally:
         stored.close()
 
 
-def _loaded(file: ContextFile, stored: PackedFile, base: Any, device: Any) -> Any:
+def check_probe(estimator: Any) -> float | None:
+    """Predict the recorded probe of a loaded estimator now; returns the largest difference, relative to the largest
+    answer, None for a context without one. Raises `ProbeFailed`."""
+    return tabpfn_probe.check(estimator) if hasattr(estimator.executor_, tabpfn_probe.ATTRIBUTE) else None
+
+
+def _loaded(file: ContextFile, stored: PackedFile, base: Any, device: Any, probe: bool) -> Any:
     name, tree, digests = _parts(file, stored.description)
     fresh: dict[str, Tensor] = {}
     decoder = Decoder(ALLOWED, stored.take, lambda name: fresh[name].detach().to("cpu", copy=True))
@@ -138,6 +150,7 @@ def _loaded(file: ContextFile, stored: PackedFile, base: Any, device: Any) -> An
     fitted = decoder.decode(tree["fitted"])
     engine = decoder.decode(tree["engine"])
     caches = decoder.decode(tree["caches"])
+    recorded = _probe(file, stored)
     stored.check_all_taken()
     if (
         not isinstance(fitted, dict)
@@ -156,7 +169,21 @@ def _loaded(file: ContextFile, stored: PackedFile, base: Any, device: Any) -> An
     estimator.to(device)
     if caches is not None:
         engine.kv_caches = caches
+    if recorded is not None:
+        tabpfn_probe.install(estimator, recorded, check_first=probe)
     return estimator
+
+
+def _probe(file: ContextFile, stored: PackedFile) -> tabpfn_probe.Probe | None:
+    facts = stored.description.get("probe")
+    if facts is None:
+        return None
+    if not isinstance(facts, dict) or facts.keys() != {"device", "full"}:
+        raise _malformed(file)
+    queries, answers = stored.take("probe.queries"), stored.take("probe.answers")
+    if (queries.dtype, queries.dim(), answers.dtype, answers.dim()) != (torch.float64, 2, torch.float32, 3):
+        raise _malformed(file)
+    return tabpfn_probe.Probe(queries, answers, str(facts["device"]), facts["full"] is True)
 
 
 def _parts(
@@ -179,8 +206,12 @@ def _malformed(file: ContextFile) -> CorruptContext:
 
 def _described(estimator: Any, base: Fingerprint) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """What is stored of a fitted estimator: its description, and its tensors by name."""
+    probe = tabpfn_probe.probe_of(estimator)
     encoder = Encoder(ALLOWED, _lookup(base))
-    return {"estimator": _tree(estimator, encoder), "base": base.to_json()}, encoder.tensors
+    description = {"estimator": _tree(estimator, encoder), "base": base.to_json()}
+    if probe is None:
+        return description, encoder.tensors
+    return description | {"probe": probe.to_json()}, encoder.tensors | probe.tensors()
 
 
 def _tree(estimator: Any, encoder: Encoder) -> dict[str, Any]:
@@ -242,6 +273,7 @@ def _facts(
             "dtype": str(estimator.forced_inference_dtype_ or "float32").removeprefix("torch."),
             "device": str(estimator.devices_[0].type),
             "torch": torch.__version__,
+            "probe": "probe.answers" in tensors,
         },
         "packages": {name: version(name) for name in _PACKAGES},
         "contains_training_labels": True,
