@@ -614,8 +614,13 @@ def test_command_line(
         ]
         code, printed, err = run(*fit, "--dry-run")
         assert code == 0 and json.loads(printed)["task"] == task, err
+        code, printed, err = run(*fit, "--dry-run", "--cache-dtype", "fp8")
+        plan = json.loads(printed)
         code, printed, err = run(*fit, "-o", out, "--cache-dtype", "fp8")
         done = json.loads(printed)
+        # With the columns that preprocessing adds: components and a fingerprint.
+        assert abs(plan["predicted_bytes"] - done["cache_bytes"]) <= 0.01 * done["cache_bytes"]
+        assert done["file_bytes"] < done["bytes"]
         assert code == 0 and done["cache_dtype"] == "float8_e4m3fn", err
         code, printed, _ = run("inspect", out, "--verify", "--json")
         found = json.loads(printed)

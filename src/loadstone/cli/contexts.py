@@ -171,7 +171,8 @@ def _show_fit(summary: dict[str, Any], as_json: bool, closing: str) -> None:
     if summary["cache_bytes"] is not None:
         rows.append(["cache", f"{render.size(summary['cache_bytes'])} in {summary['cache_dtype']}"])
     if summary["dry_run"] and summary["predicted_bytes"] is not None:
-        rows.append(["context", f"{render.size(summary['predicted_bytes'])} predicted"])
+        packed = ", less on disk: tensors are packed" if "architecture" in summary else ""
+        rows.append(["context", f"{render.size(summary['predicted_bytes'])} predicted{packed}"])
     render.console().print(render.table("", ["", ""], rows), markup=False)
     render.console().print(closing, markup=False)
 

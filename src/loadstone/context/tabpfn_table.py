@@ -65,7 +65,8 @@ def plan_fit(
             f"'{target}' has {len(classes)} classes, and the checkpoint tells {max(config.max_num_classes, 0)} apart",
             "Merge rare classes, or name a checkpoint for classification",
         )
-    size = _cache_bytes(name, config, settings, table.rows, len(schema.names), task, cache_dtype)
+    columns = [i for i, column in enumerate(schema.names) if column in schema.categories]
+    size = _cache_bytes(name, config, settings, table.rows, len(schema.names), columns, task, cache_dtype)
     return TabpfnPlan(
         Path(checkpoint), table, schema, task, classes, name, CACHE_PRECISIONS[cache_dtype], size
     )
@@ -185,7 +186,14 @@ def _description(path: Path) -> tuple[str, Any, Any]:
 
 
 def _cache_bytes(
-    name: str, config: Any, settings: Any, rows: int, features: int, task: str, precision: str | None
+    name: str,
+    config: Any,
+    settings: Any,
+    rows: int,
+    features: int,
+    categorical: list[int],
+    task: str,
+    precision: str | None,
 ) -> int | None:
     from importlib import import_module
 
@@ -196,12 +204,46 @@ def _cache_bytes(
 
     asked = getattr(settings, "N_ESTIMATORS", "auto")
     members = asked if isinstance(asked, int) else DEFAULT_N_ESTIMATORS
-    one = module.get_cache_size(
-        n_train=rows,
-        n_features=features,
-        model_config=config,
-        task_type="multiclass" if task == CLASSIFICATION else "regression",
-        base_dtype="autocast",
-        kv_cache_precision=precision or "int8",
+    return sum(
+        int(
+            module.get_cache_size(
+                n_train=rows,
+                n_features=columns,
+                model_config=config,
+                task_type="multiclass" if task == CLASSIFICATION else "regression",
+                base_dtype="autocast",
+                kv_cache_precision=precision or "int8",
+            )
+        )
+        for columns in _columns(settings, rows, features, categorical, members)
     )
-    return int(one) * members
+
+
+def _columns(settings: Any, rows: int, features: int, categorical: list[int], members: int) -> list[int]:
+    """How many columns the model will see of each member: preprocessing adds components and a fingerprint.
+
+    One-hot columns depend on the values, and count as one.
+    """
+    from types import SimpleNamespace
+
+    from tabpfn.preprocessing.datamodel import FeatureSchema
+    from tabpfn.preprocessing.pipeline_factory import create_preprocessing_pipeline
+
+    transforms = list(getattr(settings, "PREPROCESS_TRANSFORMS", ()))
+    if not transforms:
+        return [features] * members
+    schema = FeatureSchema.from_only_categorical_indices(categorical, features)
+    added = []
+    for transform in transforms:
+        config: Any = SimpleNamespace(
+            preprocess_config=transform,
+            polynomial_features=settings.POLYNOMIAL_FEATURES,
+            add_fingerprint_feature=settings.FINGERPRINT_FEATURE,
+            feature_shift_decoder=settings.FEATURE_SHIFT_METHOD,
+            feature_shift_count=0,
+            outlier_removal_std=None,
+        )
+        added.append(create_preprocessing_pipeline(config, random_state=0).num_added_features(rows, schema))
+    # Members are spread over the transforms evenly, the first ones taking what is left over.
+    share, left = divmod(members, len(transforms))
+    return [features + more for i, more in enumerate(added) for _ in range(share + (i < left))]
