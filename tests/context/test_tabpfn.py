@@ -632,3 +632,52 @@ def test_command_line(
     code, _, err = run("finalize", "--fit", tmp_path / "train.csv", "--target", "y", "-M", checkpoint(), "-o",
                        tmp_path / "x", "--cache-dtype", "int3")  # fmt: skip
     assert code == 2 and "int3" in err
+
+
+@pytest.mark.parametrize("name", ["tabpfn_v2", "tabpfn_v3_5"])
+def test_pickled_checkpoints(
+    checkpoint: Callable[..., Path],
+    name: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A ``.ckpt`` gives what the same weights in safetensors do, and one that would run code is refused."""
+    from safetensors import safe_open
+    from safetensors.torch import load_file
+
+    from loadstone.cli import main
+
+    def run(*arguments: Any) -> tuple[int, str]:
+        code: Any = 0
+        try:
+            main([str(a) for a in arguments])
+        except SystemExit as stop:
+            code = stop.code
+        out, err = capsys.readouterr()
+        return int(code or 0), out or err
+
+    monkeypatch.chdir(tmp_path)
+    with safe_open(checkpoint(name), framework="pt") as handle:
+        facts = {key: json.loads(value) for key, value in handle.metadata().items()}
+    held = facts | {"state_dict": load_file(checkpoint(name))}
+    torch.save(held, "base.ckpt")
+    x, y, _ = table("classification")
+    x.assign(y=y).to_csv("train.csv", index=False)
+    found = []
+    for base, out in ((checkpoint(name), "a"), (Path("base.ckpt"), "b")):
+        code, said = run(
+            "finalize", "--fit", "train.csv", "--target", "y", "-M", base, "-o", out, "--device", "cpu"
+        )
+        assert code == 0, said
+        code, said = run("predict", "-M", out, "--data", "train.csv", "--json", "--device", "cpu")
+        assert code == 0, said
+        found.append(json.loads(said)["columns"])
+    assert found[0] == found[1]
+    torch.save(held | {"planted": _Payload()}, "base.ckpt")
+    code, said = run("finalize", "--fit", "train.csv", "--target", "y", "-M", "base.ckpt", "-o", "c")
+    assert code == 3 and "without running" in said
+    # In the place of a context's base, too.
+    code, said = run("predict", "-M", "b", "--data", "train.csv")
+    assert code == 3, said
+    assert not Path("planted").exists() and not Path("c").exists()

@@ -156,33 +156,53 @@ def predict_table(
 
 
 def _description(path: Path) -> tuple[str, Any, Any]:
-    """Architecture name, its parsed config and the inference config of a checkpoint, weights left alone.
-
-    A ``.ckpt`` could run code on being opened: that is left to tabpfn itself.
-    """
-    import json
-
-    from loadstone.artifact.headers import read_header
-
-    if path.suffix != ".safetensors":
-        raise UsageError(
-            f"'{path}' is a pickled checkpoint", "Convert it with tabpfn.checkpoint.save_as_safetensors first"
-        )
-    metadata = read_header(path).metadata
+    """Architecture name, its parsed config and the inference config of a checkpoint."""
+    found = _pickled(path) if path.suffix == ".ckpt" else _metadata(path)
     try:
         from tabpfn.architectures import ARCHITECTURES
         from tabpfn.inference_config import InferenceConfig
 
-        name = json.loads(metadata["architecture_name"]) if "architecture_name" in metadata else "tabpfn_v2"
+        name = found.get("architecture_name", "tabpfn_v2")
         name = "tabpfn_v2_5" if name == "base" else name
-        config = ARCHITECTURES[name].parse_config(json.loads(metadata["config"]))[0]
-        given = json.loads(metadata.get("inference_config", "null"))
+        config = ARCHITECTURES[name].parse_config(found["config"])[0]
+        given = found.get("inference_config")
         return name, config, InferenceConfig(**given) if given else None
     except LoadstoneError:
         raise
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise ArtifactError(f"'{path}' is no TabPFN checkpoint ({reason})", "Name one with -M") from None
+
+
+def _metadata(path: Path) -> dict[str, Any]:
+    """What the header of a safetensors checkpoint says, weights left alone."""
+    import json
+
+    from loadstone.artifact.headers import read_header
+
+    try:
+        return {
+            key: json.loads(value) for key, value in read_header(path).metadata.items() if key != "format"
+        }
+    except ValueError:
+        raise ArtifactError(f"'{path}' is no TabPFN checkpoint", "Name one with -M") from None
+
+
+def _pickled(path: Path) -> dict[str, Any]:
+    """What a ``.ckpt`` holds, read as tabpfn itself reads it: tensors and plain values only, nothing is run."""
+    import torch
+
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:120]
+        raise ArtifactError(
+            f"'{path}' cannot be read without running what is in it ({reason})",
+            "Convert it where you trust it, with tabpfn.checkpoint.save_as_safetensors",
+        ) from None
+    if not isinstance(found, dict):
+        raise ArtifactError(f"'{path}' is no TabPFN checkpoint", "Name one with -M")
+    return found
 
 
 def _cache_bytes(
