@@ -676,7 +676,7 @@ def test_pickled_checkpoints(
     assert found[0] == found[1]
     torch.save(held | {"planted": _Payload()}, "base.ckpt")
     code, said = run("finalize", "--fit", "train.csv", "--target", "y", "-M", "base.ckpt", "-o", "c")
-    assert code == 3 and "without running" in said
+    assert code == 3 and "runs no pickled code" in said
     # In the place of a context's base, too.
     code, said = run("predict", "-M", "b", "--data", "train.csv")
     assert code == 3, said

@@ -157,7 +157,7 @@ def predict_table(
 
 def _description(path: Path) -> tuple[str, Any, Any]:
     """Architecture name, its parsed config and the inference config of a checkpoint."""
-    found = _pickled(path) if path.suffix == ".ckpt" else _metadata(path)
+    found = _plain_values(path) if path.suffix == ".ckpt" else _metadata(path)
     try:
         from tabpfn.architectures import ARCHITECTURES
         from tabpfn.inference_config import InferenceConfig
@@ -188,18 +188,11 @@ def _metadata(path: Path) -> dict[str, Any]:
         raise ArtifactError(f"'{path}' is no TabPFN checkpoint", "Name one with -M") from None
 
 
-def _pickled(path: Path) -> dict[str, Any]:
+def _plain_values(path: Path) -> dict[str, Any]:
     """What a ``.ckpt`` holds, read as tabpfn itself reads it: tensors and plain values only, nothing is run."""
-    import torch
+    from loadstone.loading.binfiles import read_plain_values
 
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:
-        reason = " ".join(str(error).split())[:120]
-        raise ArtifactError(
-            f"'{path}' cannot be read without running what is in it ({reason})",
-            "Convert it where you trust it, with tabpfn.checkpoint.save_as_safetensors",
-        ) from None
+    found = read_plain_values(path)
     if not isinstance(found, dict):
         raise ArtifactError(f"'{path}' is no TabPFN checkpoint", "Name one with -M")
     return found

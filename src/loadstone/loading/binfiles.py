@@ -46,6 +46,21 @@ def _lazy(file: str, name: str, tensor: torch.Tensor, dtype: torch.dtype | None)
     return LazyQuantized(flat, dict(parts), dtype)
 
 
+def read_plain_values(path: Path) -> Any:
+    """What a file of `torch.save` holds, tensors memory-mapped; raises `ArtifactError` when that is more than tensors
+    and plain values."""
+    import torch
+
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ArtifactError(
+            f"{path.name}: cannot be read with weights_only=True ({reason})",
+            f"loadstone runs no pickled code: save it as safetensors where it was made. {unknown_class_hint(reason)}",
+        ) from None
+
+
 def read_bin_file(path: Path) -> dict[str, torch.Tensor]:
     """The state dict of one ``.bin``, memory-mapped; raises `ArtifactError` when it holds more than tensors."""
     import torch
@@ -54,14 +69,7 @@ def read_bin_file(path: Path) -> dict[str, torch.Tensor]:
     import torchao.prototype.mx_formats
     import torchao.quantization  # noqa: F401
 
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ArtifactError(
-            f"{path.name}: cannot be read with weights_only=True ({reason})",
-            f"loadstone runs no pickled code: save it as safetensors where it was made. {unknown_class_hint(reason)}",
-        ) from None
+    state = read_plain_values(path)
     while isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
     for name, tensor in state.items():
