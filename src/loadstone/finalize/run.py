@@ -147,11 +147,13 @@ def _write_shards(
     def put(unit: Unit, name: str, part: torch.Tensor, offset: int) -> None:
         writers[unit.shard].write(name, part, offset)
 
-    with ThreadPoolExecutor(1) as finisher:
+    # The same two threads for every shard: memory that came with new ones would stay.
+    with ThreadPoolExecutor(1) as finisher, ThreadPoolExecutor(1) as syncer:
         finishing: deque[Future[None]] = deque()
 
         def finish(number: int) -> None:
-            finishing.append(finisher.submit(_finish, writers.pop(number), work, plan.file_name(number)))
+            name = plan.file_name(number)
+            finishing.append(finisher.submit(_finish, writers.pop(number), work, name, syncer))
             while len(finishing) > 1:
                 finishing.popleft().result()
 
@@ -178,12 +180,12 @@ def _write_shards(
             raise
 
 
-def _finish(writer: ShardWriter, work: Path, name: str) -> None:
-    """Sync a shard to disk, hash it meanwhile and note it."""
-    with ThreadPoolExecutor(1) as hasher:
-        digest = hasher.submit(sha256_file, work / name)
-        writer.close()
-        note_finished(work, name, digest.result())
+def _finish(writer: ShardWriter, work: Path, name: str, syncer: ThreadPoolExecutor) -> None:
+    """Hash a shard while it is synced to disk, and note it."""
+    closed = syncer.submit(writer.close)
+    digest = sha256_file(work / name)
+    closed.result()
+    note_finished(work, name, digest)
 
 
 def _metadata(plan: FinalizePlan) -> dict[str, str]:

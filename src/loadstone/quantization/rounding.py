@@ -48,9 +48,12 @@ def plain_scales(
     from torchao.quantization.quant_primitives import MappingType, choose_qparams_affine_with_min_max
 
     # Scales follow from each group's extremes alone, and torch finds those ten times faster in float32.
-    grouped = weight.float().unflatten(1, (-1, scheme.group_size or weight.shape[1]))
+    values = weight.float()
+    grouped = values.unflatten(1, (-1, scheme.group_size or weight.shape[1]))
     if scheme.mapping == "symmetric":
-        mapping, high = MappingType.SYMMETRIC, grouped.abs().amax(-1).to(weight.dtype)
+        # In place where `float` made a copy.
+        size = grouped.abs() if values.dtype == weight.dtype else grouped.abs_()
+        mapping, high = MappingType.SYMMETRIC, size.amax(-1).to(weight.dtype)
         low = -high
     else:
         mapping = MappingType.ASYMMETRIC
