@@ -157,6 +157,8 @@ FIT = ["finalize", "--fit", "{t}/c-train.csv", "--target", "label", "-o", "{o}"]
         ([*FIT, "-M", "builtin:x"], 2, "tiny-pfn"),
         (["finalize", "-M", "builtin:tiny-pfn", "--target", "label", "-o", "{o}"], 2, "--fit"),
         (["eval", "-M", "{t}/c-fitted"], 2, "--data"),
+        (["eval", "-M", "{t}/c-fitted", "--data", "{t}/c-test.csv", "--kl"], 2, "--kl is about language models"),
+        (["eval", "-M", "{t}/c-fitted", "--data", "{t}/c-test.csv", "--json", "{t}"], 2, "is a directory"),
         (["eval", "-M", "{t}/c-fitted", "--data", "{t}/c-new.csv"], 2, "no column 'label'"),
         (["eval", "-M", "{t}/c-fitted", "--data", "{t}/c-test.csv", "--fail-if", "ppl>3"], 2, "accuracy"),
         (["eval", "-M", "{t}/c-fitted", "--data", "{t}/r-test.csv"], 3, "lacks 'colour'"),

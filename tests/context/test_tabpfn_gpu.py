@@ -194,7 +194,10 @@ def test_saving_takes_little_memory_of_the_gpu(
     model, new = big(checkpoint, task)
     expected = predict(model, new)
     at = {id(t): t.data_ptr() for t in contexts.cache_tensors(model)}
-    before = allocated()
+    gc.collect()
+    torch.cuda.synchronize()
+    # With the work space of the matrix library, 32 MiB on this card, which that prediction took.
+    before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     contexts.save(model, tmp_path / "context")
     # Tensors take none; two rows are predicted for the probe.
@@ -203,7 +206,7 @@ def test_saving_takes_little_memory_of_the_gpu(
         sum(t.nbytes for t in contexts.cache_tensors(model)),
     )
     print(f"saving: peak {peak} of a cache of {cache}")
-    assert peak <= cache / 2 and allocated() <= before
+    assert peak <= cache / 2 and torch.cuda.memory_allocated() <= before
     assert at == {id(t): t.data_ptr() for t in contexts.cache_tensors(model)}
     assert where(model) >= {"cuda"}
     found = contexts.load(tmp_path / "context", device="cuda")

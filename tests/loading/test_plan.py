@@ -3,6 +3,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from tests import helpers
 from tests.helpers import logits, stock
 
 import loadstone
@@ -120,6 +121,19 @@ def test_trusted_code_is_the_models_class(remote: Path, tiny: Path, tmp_path: Pa
     finalize(make_plan(artifact, None, trust_remote_code=True), tmp_path / "out")
     model = loadstone.load(tmp_path / "out", trust_remote_code=True)
     assert type(model).__name__ == "OwnModel" and torch.equal(logits(model), logits(stock(tiny)))
+
+
+def test_finalize_takes_trusted_code(
+    remote: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = ("finalize", "-M", remote, "--quantize", "int8-dynamic-act-int4-weight", "-o", tmp_path / "out")
+    code, _, error = helpers.run(capsys, *line)
+    assert code == 3 and "--trust-remote-code" in error
+    (tmp_path / "text.txt").write_text("Some text to calibrate with. " * 40)
+    for more in ((), ("--algorithm", "gptq", "--calibrate", tmp_path / "text.txt", "--overwrite")):
+        code, _, error = helpers.run(capsys, *line, *more, "--trust-remote-code")
+        assert code == 0, error
+    assert type(loadstone.load(tmp_path / "out", trust_remote_code=True)).__name__ == "OwnModel"
 
 
 def test_trusted_code_reaches_the_tokenizer(remote: Path) -> None:

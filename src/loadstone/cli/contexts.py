@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import operator
 import re
@@ -189,8 +188,8 @@ def evaluate(
         raise UsageError(
             "a fitted context is evaluated on a table", "Add --data test.csv, with the target's column"
         )
-    if json_to not in (None, "-") and not Path(str(json_to)).resolve().parent.is_dir():
-        raise UsageError(f"--json {json_to}: its directory does not exist", "Make it first")
+    if json_to not in (None, "-"):
+        render.check_file("--json", Path(str(json_to)))
     records = [_record(model, data, base, device) for model in models]
     verdicts = [
         {"gate": text, "model": record["path"], "value": record["metrics"][name], "failed": failed}
@@ -203,7 +202,7 @@ def evaluate(
         render.print_json(outcome)
     else:
         if json_to is not None:
-            Path(json_to).write_text(json.dumps(outcome, indent=2) + "\n", encoding="utf-8")
+            render.write_file(Path(json_to), render.to_json(outcome))
         _show_metrics(records, data)
     failures = [f"{v['model']}: {v['gate']} failed (it is {v['value']:.6g})" for v in verdicts if v["failed"]]
     if failures:

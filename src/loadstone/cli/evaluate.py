@@ -24,6 +24,8 @@ EXAMPLE = """
 
   loadstone eval -M tiny-w4 --baseline run/checkpoint-900 --fail-if 'dloss>0.03@95' --json result.json
 """
+# What a fitted table's evaluation takes of the options below.
+FOR_TABLES = {"models", "data", "base", "device", "fail_if", "json_to"}
 MODELS, TEXT, HOW, RESULT = "Models", "Text and protocol", "How to compute", "Results and gates"
 
 
@@ -35,6 +37,7 @@ def register(app: typer.Typer) -> None:
 
 
 def evaluate(
+    context: typer.Context,
     models: Annotated[
         list[str],
         typer.Option(
@@ -255,6 +258,7 @@ def evaluate(
     if any(kind is not None and kind != PREFIX for kind in kinds):
         from loadstone.cli import contexts
 
+        _refuse_for_tables(context)
         return contexts.evaluate(
             models, data=data, base=base, device=device, fail_if=fail_if or [], json_to=json_to
         )
@@ -326,6 +330,17 @@ def evaluate(
         logging.getLogger("loadstone").info("report: %s", page)
     if outcome.failures:
         raise GateFailed("; ".join(v.describe() for v in outcome.failures))
+
+
+def _refuse_for_tables(context: typer.Context) -> None:
+    """An option that says nothing about a fitted table is refused, not ignored."""
+    for option in context.command.params:
+        source = context.get_parameter_source(option.name or "")
+        if source is not None and source.name == "COMMANDLINE" and option.name not in FOR_TABLES:
+            raise UsageError(
+                f"{option.opts[0]} is about language models; a fitted context is evaluated on a table",
+                "Leave it out",
+            )
 
 
 def _batch_size(text: str) -> int | None:

@@ -256,7 +256,8 @@ def command(
         import_libraries()
     where = quantize_device(device)
     for each in recipes_in(recipe):
-        check_runs(each, where, weight_dtype(artifact, dtype, memo), memo)
+        stored = weight_dtype(artifact, dtype, memo, trust_remote_code=trust_remote_code)
+        check_runs(each, where, stored, memo)
     plan = make_plan(
         artifact,
         recipe,

@@ -130,9 +130,11 @@ def show_done(done: Finalized, verified: int | None, as_json: bool) -> None:
         )
     _print_groups(done.plan)
     render.console().print(
-        f"[bold]{done.out}[/]: {len(done.files) + 1} files, {render.size(done.plan.bytes_after)} of weights "
+        f"{done.out}: {len(done.files) + 1} files, {render.size(done.plan.bytes_after)} of weights "
         f"in {len(done.plan.shards)} shard(s), {done.seconds:.1f} s"
-        + (f", {verified} tensors verified" if verified is not None else "")
+        + (f", {verified} tensors verified" if verified is not None else ""),
+        markup=False,
+        soft_wrap=True,
     )
 
 

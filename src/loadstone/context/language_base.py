@@ -47,7 +47,7 @@ def load_language_model(
     """Model and tokenizer; asked for again, the same model while somebody holds it."""
     from loadstone.loading import load, load_tokenizer, plan
 
-    files = artifact.dcp.files if artifact.dcp else artifact.weights.files
+    files = artifact.weight_files
     paths = [artifact.config_dir / "config.json", *(artifact.path / file for file in files)]
     changed = tuple(path.stat().st_mtime_ns for path in paths)
     key = (artifact.path.resolve(), changed, device, dtype)

@@ -378,12 +378,12 @@ def _empty_model(artifact: Artifact, trust_remote_code: bool) -> PreTrainedModel
 
     config = load_config(artifact, trust_remote_code)
     with init_empty_weights(include_buffers=False), no_init_weights():
-        return model_class_of(config, artifact)(config).eval()
+        return model_class_of(config, artifact, trust_remote_code)(config).eval()
 
 
 def _folder(plan: FinalizePlan, rows: torch.Tensor, out: Path) -> Path:
     """A place for this calibration: other tokens, weights, recipes or versions never share files."""
-    files = plan.source.dcp.files if plan.source.dcp else plan.source.weights.files
+    files = plan.source.weight_files
     stats = [(f, (s := (plan.source.path / f).stat()).st_size, s.st_mtime_ns) for f in files]
     text = json.dumps([str(plan.recipe), plan.dtype, stats, list(rows.shape), versions()])
     return scratch(out) / hashlib.sha256(text.encode() + rows.numpy().tobytes()).hexdigest()[:16]

@@ -26,7 +26,7 @@ def work_directory(out: Path) -> Path:
 
 def job_key(plan: FinalizePlan, versions: dict[str, str]) -> dict[str, str]:
     """What must be equal for a partial output to be continued, by name, so that a mismatch can be named."""
-    files = plan.source.dcp.files if plan.source.dcp else plan.source.weights.files
+    files = plan.source.weight_files
     source = hashlib.sha256()
     for name in files:
         stat = (plan.source.path / name).stat()

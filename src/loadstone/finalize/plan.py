@@ -382,7 +382,9 @@ def _shards(steps: list[Step], max_bytes: int) -> tuple[tuple[Step, ...], ...]:
     return tuple(tuple(shard) for shard in shards)
 
 
-def weight_dtype(artifact: Artifact, dtype: str, memo: Memo | None = None) -> str:
+def weight_dtype(
+    artifact: Artifact, dtype: str, memo: Memo | None = None, *, trust_remote_code: bool = False
+) -> str:
     """The floating dtype (``bfloat16``) that weights have when they are quantized: as asked, else as the config says,
     else as most bytes are stored."""
     if dtype != "auto":
@@ -391,7 +393,7 @@ def weight_dtype(artifact: Artifact, dtype: str, memo: Memo | None = None) -> st
     def ask() -> str:
         from loadstone.loading.native import load_config, stored_dtype
 
-        return str(stored_dtype(artifact, load_config(artifact))).removeprefix("torch.")
+        return str(stored_dtype(artifact, load_config(artifact, trust_remote_code))).removeprefix("torch.")
 
     tables = [artifact.table] if artifact.table else artifact.bins
     sizes: dict[str, int] = {}

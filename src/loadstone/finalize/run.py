@@ -109,6 +109,8 @@ def _discard_unless_resumable(work: Path, ranks: Ranks) -> None:
 def _write_all_files(
     plan: FinalizePlan, work: Path, device: str, ranks: Ranks, on_progress: Callable[[int], None] | None
 ) -> dict[str, str]:
+    # A link that may not be followed is said before the work.
+    sidecars = find_sidecars(plan.source)
     # A thread of its own: a shard is noted as soon as it is on disk, however long hashing the source takes.
     with ThreadPoolExecutor(1) as hasher:
         source_hash = hasher.submit(plan.source.fingerprint) if ranks.rank == 0 else None
@@ -124,7 +126,7 @@ def _write_all_files(
             return {}
         digests = close_journal(work)
         _write_index(plan, work)
-        for message in copy_sidecars(find_sidecars(plan.source), work):
+        for message in copy_sidecars(sidecars, work):
             log.warning("%s", message)
         (work / "config.json").write_text(json.dumps(plan.config, indent=2) + "\n")
         return _write_manifest(plan, work, source_hash.result(), digests)
