@@ -25,7 +25,7 @@ $(MODEL)/config.json: | $(READY)
 demo: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" sh recipes/demo.sh
 
-# bf16 against quantized after training and trained for quantization (docs/three-way.md). On a CPU: few steps, an hour.
+# bf16 against quantized after training and trained for quantization (docs/three-way.md). On a CPU: few steps, half an hour.
 three-way: $(READY)
 	$(PY) recipes/three_way.py --train recipes/data/stories-train.txt.xz --heldout stories -o .cache/three-way $(THREE_WAY)
 
