@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from loadstone.evaluation.measure import free_bytes
 from loadstone.evaluation.products import (
     InFloats,
     Kept,
@@ -101,16 +102,6 @@ def packs_here(weight: torch.Tensor) -> bool:
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
         and _amd()
     )
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory that is free on a device (for a CPU: that the system can give without swapping)."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    for line in Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else ():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return 4 << 30
 
 
 def _keep_dequantized(model: Any) -> tuple[int, int, int]:

@@ -1,4 +1,4 @@
-"""Peak memory and waiting for a device."""
+"""Peak and free memory of a device."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ import torch
 
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
+_MEMINFO = Path("/proc/meminfo")
+_GROUPS = Path("/proc/self/cgroup")
+_CGROUPS = Path("/sys/fs/cgroup")
 
 
 def reset_peak(device: torch.device) -> None:
@@ -34,3 +37,56 @@ def peak_bytes(device: torch.device) -> int:
                 return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that is free on a device; for a CPU what the system can give without swapping, within the limits of the
+    control groups that a container or batch job runs in (https://docs.kernel.org/admin-guide/cgroup-v2.html)."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = 4 << 30
+    for line in _lines(_MEMINFO):
+        if line.startswith("MemAvailable:"):
+            free = int(line.split()[1]) * 1024
+    return max(min([free, *_left_in_groups()]), 0)
+
+
+def _left_in_groups() -> list[int]:
+    """Bytes left under each memory limit of this process's control groups, version 1 or 2, the parents' included."""
+    left = []
+    for line in _lines(_GROUPS):
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            root, limit, used, cached = _CGROUPS, "memory.max", "memory.current", "inactive_file"
+        elif "memory" in controllers.split(","):
+            root, limit, used, cached = (
+                _CGROUPS / "memory",
+                "memory.limit_in_bytes",
+                "memory.usage_in_bytes",
+                "total_inactive_file",
+            )
+        else:
+            continue
+        group = root / path.strip("/")
+        # In a container the path is the host's, and its own group lies at the root.
+        for folder in {root, *(f for f in (group, *group.parents) if f.is_relative_to(root))}:
+            found = [
+                _number(lines[0]) if (lines := _lines(folder / name)) else None for name in (limit, used)
+            ]
+            if found[0] is None or found[1] is None:
+                continue
+            # Files in the page cache are counted as used, and given back when memory runs short.
+            files = [n for n in _lines(folder / "memory.stat") if n.startswith(cached + " ")]
+            left.append(found[0] - found[1] + (int(files[0].split()[1]) if files else 0))
+    return left
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text().splitlines()
+    except OSError:
+        return []
+
+
+def _number(text: str) -> int | None:
+    return int(text) if text.strip().isdigit() else None

@@ -18,8 +18,9 @@ import torch
 from torch import nn
 
 from loadstone.artifact.detect import FAKEQUANT
-from loadstone.evaluation.fastpath import FastPath, free_bytes, speed_up, speed_up_layer
+from loadstone.evaluation.fastpath import FastPath, speed_up, speed_up_layer
 from loadstone.evaluation.head import Halves, divide, flat_attention
+from loadstone.evaluation.measure import free_bytes
 from loadstone.loading import LoadPlan
 from loadstone.loading.devices import weight_bytes
 from loadstone.loading.plan import NATIVE, NATIVE_QUANTIZED
