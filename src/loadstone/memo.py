@@ -90,7 +90,7 @@ def environment() -> list[Any]:
             about = None
         folder = Path(spec.origin).parent
         if name == "loadstone":
-            sources = sorted(folder.glob("*/*.py"))
+            sources = sorted(folder.rglob("*.py"))
             found.append([name, [[str(p.relative_to(folder)), p.stat().st_mtime_ns] for p in sources]])
             continue
         if about is None or '"editable": true' in (about.read_text("direct_url.json") or ""):
