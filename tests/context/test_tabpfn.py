@@ -333,6 +333,11 @@ def test_models_made_in_memory(checkpoint: Callable[..., Path], tmp_path: Path) 
 # Another environment.
 
 
+def elsewhere(context: Path) -> None:
+    """As if the context had been fitted on another computer."""
+    rewrite_description(context, lambda d: d["probe"].update(computer="another"))
+
+
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("name", sorted(SIZES))
 def test_the_first_prediction_checks_the_probe(
@@ -341,6 +346,7 @@ def test_the_first_prediction_checks_the_probe(
     contexts.save(fitted(name, task), tmp_path / "context")
     model = contexts.load(tmp_path / "context", device="cpu")
     assert contexts.check_probe(model) == 0.0
+    elsewhere(tmp_path / "context")
     expected = predict(contexts.load(tmp_path / "context", device="cpu"))
     # Something that computes otherwise: every prediction of a waiting estimator says so.
     model = contexts.load(tmp_path / "context", device="cpu")
@@ -363,8 +369,9 @@ def test_the_first_prediction_checks_the_probe(
     assert contexts.check_probe(contexts.load(tmp_path / "again", device="cpu")) == 0.0
 
 
-def test_the_probe_is_asked_once_and_copies_along(
-    fitted: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("other", [False, True])
+def test_the_probe_is_asked_once_on_another_computer_and_copies_along(
+    fitted: Callable[..., Any], other: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import copy
     import pickle
@@ -372,6 +379,8 @@ def test_the_probe_is_asked_once_and_copies_along(
     from loadstone.context import tabpfn_probe
 
     contexts.save(fitted(), tmp_path / "context")
+    if other:
+        elsewhere(tmp_path / "context")
     asked: list[Any] = []
     real = tabpfn_probe.check
     monkeypatch.setattr(tabpfn_probe, "check", lambda estimator: asked.append(estimator) or real(estimator))
@@ -380,7 +389,7 @@ def test_the_probe_is_asked_once_and_copies_along(
     for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), model):
         asked.clear()
         assert np.array_equal(predict(copied), expected) and np.array_equal(predict(copied), expected)
-        assert asked == [copied]
+        assert asked == ([copied] if other else [])
 
 
 def test_contexts_without_a_cache_have_no_probe(fitted: Callable[..., Any], tmp_path: Path) -> None:
@@ -393,7 +402,7 @@ def test_architectures_that_draw_on_the_device_are_told_apart(
     fitted: Callable[..., Any], name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     contexts.save(fitted(name), tmp_path / "context")
-    rewrite_description(tmp_path / "context", lambda d: d["probe"].update(device="cuda"))
+    rewrite_description(tmp_path / "context", lambda d: d["probe"].update(device="cuda", computer="another"))
     model = contexts.load(tmp_path / "context", device="cpu")
     predict(model)
     assert ("draws random numbers" in caplog.text) == (name == "tabpfn_v2")

@@ -107,8 +107,9 @@ def load(path: str | Path, *, base: Any = None, device: Any = "auto", probe: boo
 
     ``base``: a checkpoint's path, several, or tabpfn's ``ModelSpecs``; by default the recorded place. Nothing is ever
     downloaded. ``device`` is tabpfn's. The caches stay on the CPU until a prediction needs them; ``.to(device)`` moves
-    everything. The first prediction raises `ProbeFailed` where the recorded one does not come out again, unless
-    ``probe`` is off (`check_probe` asks at once). Raises `BaseMismatch` and `ArchitectureMismatch`, naming tensors, for
+    everything. On another kind of processor or with other libraries than at the fit, the first prediction raises
+    `ProbeFailed` where the recorded one does not come out again, unless ``probe`` is off (`check_probe` asks at once,
+    anywhere). Raises `BaseMismatch` and `ArchitectureMismatch`, naming tensors, for
     another base, `CorruptContext`, `FormatUnsupported`, `UnsafeContent`, and `MissingError` for a base or package that
     is not here.
     """
@@ -178,12 +179,14 @@ def _probe(file: ContextFile, stored: PackedFile) -> tabpfn_probe.Probe | None:
     facts = stored.description.get("probe")
     if facts is None:
         return None
-    if not isinstance(facts, dict) or facts.keys() != {"device", "full"}:
+    if not isinstance(facts, dict) or facts.keys() != {"device", "full", "computer"}:
         raise _malformed(file)
     queries, answers = stored.take("probe.queries"), stored.take("probe.answers")
     if (queries.dtype, queries.dim(), answers.dtype, answers.dim()) != (torch.float64, 2, torch.float32, 3):
         raise _malformed(file)
-    return tabpfn_probe.Probe(queries, answers, str(facts["device"]), facts["full"] is True)
+    return tabpfn_probe.Probe(
+        queries, answers, str(facts["device"]), facts["full"] is True, str(facts["computer"])
+    )
 
 
 def _parts(

@@ -1,7 +1,8 @@
 """A few made-up queries with their answers, stored with a TabPFN context: does this machine predict what that one did?
 
 Checked with the first prediction after a load, not at the load: it takes a pass through the model, and would call the
-caches to the device before anyone asks for them. Contexts without a cache have none, since every pass of theirs reads
+caches to the device before anyone asks for them. On the same kind of processor, with the same libraries, there is
+nothing to find out, and only `check` asks. Contexts without a cache have none, since every pass of theirs reads
 the training rows.
 """
 
@@ -34,15 +35,17 @@ ATTRIBUTE = "_loadstone_probe"
 @dataclass(frozen=True, eq=False)
 class Probe:
     """``queries``: float64 (rows, columns) as the engine takes them; ``answers``: float32 (members, rows, answers).
-    ``device`` and ``full``: where they were computed, and whether in float32 or better."""
+    ``device`` and ``full``: where they were computed, and whether in float32 or better. ``computer``: the processor and
+    the libraries, in words."""
 
     queries: Tensor
     answers: Tensor
     device: str
     full: bool
+    computer: str
 
     def to_json(self) -> dict[str, Any]:
-        return {"device": self.device, "full": self.full}
+        return {"device": self.device, "full": self.full, "computer": self.computer}
 
     def tensors(self) -> dict[str, Tensor]:
         return {"probe.queries": self.queries, "probe.answers": self.answers}
@@ -67,7 +70,7 @@ def probe_of(estimator: Any) -> Probe | None:
     except Exception as error:
         log.warning("saved without a probe: %s", " ".join(str(error).split())[:200])
         return None
-    return Probe(queries, answers, _device(estimator), _in_full(estimator))
+    return Probe(queries, answers, _device(estimator), _in_full(estimator), computer(estimator))
 
 
 def install(estimator: Any, probe: Probe, *, check_first: bool) -> None:
@@ -114,14 +117,18 @@ def check(estimator: Any) -> float | None:
 
 
 class _First:
-    """Stands in for an engine's ``iter_outputs`` until its probe was checked."""
+    """Stands in for an engine's ``iter_outputs`` until its probe was checked, or needs no check."""
 
     def __init__(self, estimator: Any) -> None:
         self.estimator = estimator
 
     def __call__(self, *args: Any, **options: Any) -> Any:
-        check(self.estimator)
-        return self.estimator.executor_.iter_outputs(*args, **options)
+        engine = self.estimator.executor_
+        if getattr(engine, ATTRIBUTE).computer == computer(self.estimator):
+            del engine.iter_outputs
+        else:
+            check(self.estimator)
+        return engine.iter_outputs(*args, **options)
 
 
 def _queries(estimator: Any) -> Tensor:
@@ -145,6 +152,17 @@ def _answers(estimator: Any, queries: Tensor) -> Tensor:
     found = torch.stack([output.detach().float().cpu() for output, _ in outputs])
     step = max(1, found.shape[-1] // _ANSWERS)
     return found[..., ::step].contiguous()
+
+
+def computer(estimator: Any) -> str:
+    """What the numbers of an estimator's predictions depend on besides itself: the processors and the libraries."""
+    import platform
+    from importlib.metadata import version
+
+    cpu = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    gpus = [torch.cuda.get_device_name(d) for d in estimator.devices_ if d.type == "cuda"]
+    libraries = [f"{name} {version(name)}" for name in ("torch", "numpy", "scipy", "scikit-learn")]
+    return ", ".join([cpu, *gpus, *libraries])
 
 
 def _device(estimator: Any) -> str:
