@@ -106,3 +106,10 @@ def table(task: str, rows: int = 60, *, seed: int = 0) -> tuple[Any, Any, Any]:
     if task == "regression":
         return x, score.to_numpy(), new
     return x, np.array(["low", "mid", "high"])[np.digitize(score, [-0.3, 0.6])], new
+
+
+def fit_command(train: Path, base: Path, task: str) -> list[object]:
+    """Write `table` of a task to ``train``; the words of the command that fits ``base`` on it."""
+    x, y, _ = table(task)
+    x.assign(y=y).to_csv(train, index=False)
+    return ["finalize", "--fit", train, "--target", "y", "-M", base, "--json"]

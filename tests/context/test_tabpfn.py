@@ -9,12 +9,14 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from tests.helpers import run as command
 
 pytest.importorskip("tabpfn")
 
@@ -36,7 +38,7 @@ from loadstone.errors import MissingError, UsageError
 
 sys.path.insert(0, str(Path(__file__).parent))
 from packed_contexts import rewrite, rewrite_description
-from tabpfn_checkpoints import SIZES, estimator, table, write_checkpoint
+from tabpfn_checkpoints import SIZES, estimator, fit_command, table, write_checkpoint
 
 TASKS = ("classification", "regression")
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -596,31 +598,10 @@ def test_objects_keep_values_layout_and_identity() -> None:
 def test_command_line(
     checkpoint: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from loadstone.cli import main
-
-    def run(*arguments: Any) -> tuple[int, str, str]:
-        code: Any = 0
-        try:
-            main([str(a) for a in arguments])
-        except SystemExit as stop:
-            code = stop.code
-        out, err = capsys.readouterr()
-        return int(code or 0), out, err
-
+    run = partial(command, capsys)
     for task in TASKS:
-        x, y, _ = table(task)
-        x.assign(y=y).to_csv(tmp_path / "train.csv", index=False)
         out = tmp_path / task
-        fit = [
-            "finalize",
-            "--fit",
-            tmp_path / "train.csv",
-            "--target",
-            "y",
-            "-M",
-            checkpoint(task=task),
-            "--json",
-        ]
+        fit = fit_command(tmp_path / "train.csv", checkpoint(task=task), task)
         code, printed, err = run(*fit, "--dry-run")
         assert code == 0 and json.loads(printed)["task"] == task, err
         code, printed, err = run(*fit, "--dry-run", "--cache-dtype", "fp8")
@@ -655,16 +636,9 @@ def test_pickled_checkpoints(
     from safetensors import safe_open
     from safetensors.torch import load_file
 
-    from loadstone.cli import main
-
     def run(*arguments: Any) -> tuple[int, str]:
-        code: Any = 0
-        try:
-            main([str(a) for a in arguments])
-        except SystemExit as stop:
-            code = stop.code
-        out, err = capsys.readouterr()
-        return int(code or 0), out or err
+        code, out, err = command(capsys, *arguments)
+        return code, out or err
 
     monkeypatch.chdir(tmp_path)
     with safe_open(checkpoint(name), framework="pt") as handle:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests.helpers import run as command
 
 pytest.importorskip("tabpfn")
 
@@ -25,7 +26,7 @@ from loadstone.context.object_tree import Encoder
 from loadstone.context.tabpfn_classes import ALLOWED
 
 sys.path.insert(0, str(Path(__file__).parent))
-from tabpfn_checkpoints import SIZES, estimator, table, write_checkpoint
+from tabpfn_checkpoints import SIZES, estimator, fit_command, table, write_checkpoint
 
 pytestmark = [
     pytest.mark.gpu,
@@ -218,30 +219,12 @@ def test_saving_takes_little_memory_of_the_gpu(
 def test_command_line(
     checkpoint: Callable[..., Path], task: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from loadstone.cli import main
-
     def run(*arguments: Any) -> dict[str, Any]:
-        code: Any = 0
-        try:
-            main([str(a) for a in arguments])
-        except SystemExit as stop:
-            code = stop.code
-        out, err = capsys.readouterr()
+        code, out, err = command(capsys, *arguments)
         assert not code, err
         return dict(json.loads(out))
 
-    x, y, _ = table(task)
-    x.assign(y=y).to_csv(tmp_path / "train.csv", index=False)
-    fit = (
-        "finalize",
-        "--fit",
-        tmp_path / "train.csv",
-        "--target",
-        "y",
-        "-M",
-        checkpoint(task=task),
-        "--json",
-    )
+    fit = fit_command(tmp_path / "train.csv", checkpoint(task=task), task)
     run(*fit, "-o", tmp_path / "fitted", "--device", "cuda")
     found = {
         device: run(

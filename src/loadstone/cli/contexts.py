@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from loadstone.artifact.builtin import PREFIX
 from loadstone.artifact.context_file import TABLE_KINDS, TABPFN, context_kind, require_kind
 from loadstone.cli import render
+from loadstone.cli.context_facts import closing, unpacked_bytes, written
 from loadstone.errors import GateFailed, UsageError
 
 if TYPE_CHECKING:
@@ -73,23 +74,13 @@ def fit(request: FitRequest) -> None:
     )
     summary = _summary(plan, request)
     if request.dry_run:
-        _show_fit(summary, request.as_json, "Dry run: nothing was written.")
+        _show_fit(summary, request.as_json)
         return
     assert request.out is not None
     started = time.monotonic()
     context = fit_table(plan, source=request.base, device=request.device)
     context.save(request.out, overwrite=request.overwrite)
-    summary |= {
-        "dry_run": False,
-        "bytes": context.nbytes,
-        "file_bytes": sum(path.stat().st_size for path in request.out.iterdir()),
-        "seconds": round(time.monotonic() - started, 3),
-    }
-    _show_fit(
-        summary,
-        request.as_json,
-        f"{request.out}: {render.size(summary['file_bytes'])}, {summary['seconds']} s",
-    )
+    _show_fit(summary | {"bytes": context.nbytes} | written(request.out, started), request.as_json)
 
 
 def _fit_tabpfn(request: FitRequest) -> None:
@@ -106,30 +97,22 @@ def _fit_tabpfn(request: FitRequest) -> None:
         "predicted_bytes": plan.cache_bytes,
     }
     if request.dry_run:
-        _show_fit(summary, request.as_json, "Dry run: nothing was written.")
+        _show_fit(summary, request.as_json)
         return
     assert request.out is not None
     started = time.monotonic()
     estimator = tabpfn_table.fit_table(plan, device=request.device)
     tabpfn_table.save_table(plan, estimator, request.out, overwrite=request.overwrite)
     from loadstone.artifact.context_file import read_context
-    from loadstone.cli.context_facts import unpacked_bytes
 
     file = read_context(request.out)
     summary |= {
-        "dry_run": False,
         "members": file.facts["cache"]["members"],
         "cache_dtype": file.facts["cache"]["dtype"],
         "cache_bytes": file.cache_bytes,
         "bytes": unpacked_bytes(file),
-        "file_bytes": sum(path.stat().st_size for path in request.out.iterdir()),
-        "seconds": round(time.monotonic() - started, 3),
     }
-    _show_fit(
-        summary,
-        request.as_json,
-        f"{request.out}: {render.size(summary['file_bytes'])}, {summary['seconds']} s",
-    )
+    _show_fit(summary | written(request.out, started), request.as_json)
 
 
 def _common(plan: FitPlan | TabpfnPlan, request: FitRequest) -> dict[str, Any]:
@@ -155,7 +138,7 @@ def _summary(plan: FitPlan, request: FitRequest) -> dict[str, Any]:
     }
 
 
-def _show_fit(summary: dict[str, Any], as_json: bool, closing: str) -> None:
+def _show_fit(summary: dict[str, Any], as_json: bool) -> None:
     if as_json:
         render.print_json(summary)
         return
@@ -173,7 +156,7 @@ def _show_fit(summary: dict[str, Any], as_json: bool, closing: str) -> None:
         packed = ", less on disk: tensors are packed" if "architecture" in summary else ""
         rows.append(["context", f"{render.size(summary['predicted_bytes'])} predicted{packed}"])
     render.console().print(render.table("", ["", ""], rows), markup=False)
-    render.console().print(closing, markup=False)
+    render.console().print(closing(summary), markup=False)
 
 
 def evaluate(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from loadstone.cli import render
+from loadstone.cli.context_facts import closing, written
 from loadstone.errors import UsageError
 
 log = logging.getLogger("loadstone")
@@ -61,25 +62,15 @@ def make_prefix(request: PrefixRequest) -> None:
         "predicted_bytes": plan.cache_bytes,
     }
     if request.dry_run:
-        _show_prefix_plan(summary, request.as_json, "Dry run: nothing was written.")
+        _show_prefix_plan(summary, request.as_json)
         return
     assert request.out is not None
     started = time.monotonic()
     cache = run_prefix(plan, request.out, overwrite=request.overwrite)
-    summary |= {
-        "dry_run": False,
-        "bytes": cache.nbytes,
-        "file_bytes": sum(path.stat().st_size for path in request.out.iterdir()),
-        "seconds": round(time.monotonic() - started, 3),
-    }
-    _show_prefix_plan(
-        summary,
-        request.as_json,
-        f"{request.out}: {render.size(summary['file_bytes'])}, {summary['seconds']} s",
-    )
+    _show_prefix_plan(summary | {"bytes": cache.nbytes} | written(request.out, started), request.as_json)
 
 
-def _show_prefix_plan(summary: dict[str, Any], as_json: bool, closing: str) -> None:
+def _show_prefix_plan(summary: dict[str, Any], as_json: bool) -> None:
     if as_json:
         render.print_json(summary)
         return
@@ -97,4 +88,4 @@ def _show_prefix_plan(summary: dict[str, Any], as_json: bool, closing: str) -> N
             ["cache", f"{render.size(summary['predicted_bytes'])} predicted, in {summary['cache_dtype']}"]
         )
     render.console().print(render.table("", ["", ""], rows), markup=False)
-    render.console().print(closing, markup=False)
+    render.console().print(closing(summary), markup=False)

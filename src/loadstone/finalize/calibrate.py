@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loadstone.artifact import Artifact, FlatTensor
+from loadstone.artifact import FlatTensor
 from loadstone.artifact.manifest import versions
 from loadstone.artifact.publish import check_space
 from loadstone.errors import ArtifactError, UsageError
@@ -60,13 +60,17 @@ def calibrate(
     import torch
 
     from loadstone.loading.meta import destinations
+    from loadstone.loading.native import load_config, model_class_of
+    from loadstone.loading.streamed import skeleton
 
     wanted = _wanted(plan)
     if not wanted:
         raise UsageError(
             f"{plan.recipe} rounds nothing by calibration", "Use an intx recipe: intx4-weight-only"
         )
-    model = _empty_model(plan.source, trust_remote_code)
+    config = load_config(plan.source, trust_remote_code)
+    model_class = model_class_of(config, plan.source, trust_remote_code)
+    model = skeleton(model_class, config, torch.float32).eval()
     prefix, layers = _layer_stack(model)
     outside = [name for name in wanted if not name.startswith(f"{prefix}.")]
     if outside:
@@ -367,18 +371,6 @@ def _layer_stack(model: PreTrainedModel) -> tuple[str, torch.nn.ModuleList]:
         if isinstance(module, torch.nn.ModuleList) and name.rpartition(".")[2] in ("layers", "h", "blocks"):
             return name, module
     raise ArtifactError(f"{type(model).__name__} has no list of decoder layers", _PLAIN)
-
-
-def _empty_model(artifact: Artifact, trust_remote_code: bool) -> PreTrainedModel:
-    """The model with parameters on the meta device and real buffers (rotary frequencies), which no file holds."""
-    from accelerate import init_empty_weights
-    from transformers.initialization import no_init_weights
-
-    from loadstone.loading.native import load_config, model_class_of
-
-    config = load_config(artifact, trust_remote_code)
-    with init_empty_weights(include_buffers=False), no_init_weights():
-        return model_class_of(config, artifact, trust_remote_code)(config).eval()
 
 
 def _folder(plan: FinalizePlan, rows: torch.Tensor, out: Path) -> Path:

@@ -45,7 +45,7 @@ class StreamedModel:
         self.device = device
         model_class = model_class_of(config, artifact)
         with construction(artifact, model_class):
-            self.model = _skeleton(model_class, config, dtype).eval()
+            self.model = skeleton(model_class, config, dtype).eval()
         self._where = artifact.weights.index or artifact.weights.files[0]
         self._options = _load_options(self.model, device, dtype)
         stack = layer_stack(self.model)
@@ -137,7 +137,7 @@ def streamed(plan: LoadPlan, device: torch.device) -> Iterator[StreamedModel]:
         yield StreamedModel(plan, device, state)
 
 
-def _skeleton(model_class: Any, config: Any, dtype: torch.dtype) -> PreTrainedModel:
+def skeleton(model_class: Any, config: Any, dtype: torch.dtype) -> PreTrainedModel:
     """The model with its parameters on the meta device and its buffers, which no checkpoint holds, real."""
     import torch
     from accelerate import init_empty_weights
