@@ -20,6 +20,7 @@ from loadstone.errors import ArtifactError, MissingError, UsageError
 from loadstone.finalize import finalize, make_plan, pieces
 from loadstone.finalize.journal import work_directory
 from loadstone.finalize.verify import verify
+from loadstone.loading.source import SourceReader
 from loadstone.quantization import parse_recipe
 
 from .test_finalize import ON_CPU, W4, plan_of, snapshot
@@ -36,6 +37,18 @@ def test_row_blocks_give_the_same_bytes(
     monkeypatch.setattr(pieces, "BLOCK", 1000)
     finalize(plan_of(tiny, recipe), tmp_path / "out")
     assert snapshot(tmp_path / "out") == snapshot(quantize_to(tiny, recipe))
+
+
+@pytest.mark.parametrize("recipe, dtype", [(W4, "auto"), ("nvfp4-weight-only", "auto"), (None, "float32")])
+def test_blocks_of_tensors_that_are_read_whole(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: str | None, dtype: str
+) -> None:
+    """As of distributed checkpoints, whose tensors cannot be read in parts."""
+    finalize(plan_of(tiny, recipe, dtype=dtype), tmp_path / "once")
+    monkeypatch.setattr(pieces, "BLOCK", 1000)
+    monkeypatch.setattr(SourceReader, "divisible", False)
+    finalize(plan_of(tiny, recipe, dtype=dtype), tmp_path / "blocks")
+    assert snapshot(tmp_path / "blocks") == snapshot(tmp_path / "once")
 
 
 BY_EXTREMES = [
