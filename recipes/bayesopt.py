@@ -25,9 +25,9 @@ from botorch.test_functions import Branin, Hartmann
 from gpytorch.mlls import ExactMarginalLogLikelihood
 from torch import Tensor
 
-from loadstone.context.acquisition import log_ei
-from loadstone.context.bases import load_base
-from loadstone.context.optimize import optimize_acquisition
+from loadstone.context.bayesopt.acquisition import log_ei
+from loadstone.context.bayesopt.optimize import optimize_acquisition
+from loadstone.context.pfn.bases import load_base
 
 PROBLEMS = {"Branin": (Branin(), 0.397887), "Hartmann-6": (Hartmann(dim=6), -3.32237)}
 

@@ -28,8 +28,8 @@ from transformers import (
     set_seed,
 )
 
-from loadstone.evaluation.text import read_corpus
-from loadstone.evaluation.tokens import tokenize
+from loadstone.text.corpus import read_corpus
+from loadstone.text.tokens import tokenize
 
 LENGTH = 512
 

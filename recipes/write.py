@@ -19,7 +19,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import loadstone
-from loadstone.evaluation.fastpath import speed_up
+from loadstone.evaluation.fast.replace import speed_up
 from loadstone.loading import load_tokenizer
 
 # Runs before the measured ones: the second call of a compiled step is the one that records its CUDA graph.

@@ -73,7 +73,7 @@ def test_fast_evaluation_rounds_activations_to_the_same_levels(
 ) -> None:
     """Where activations are rounded, a last digit would grow to a whole level: hidden states must be equal in
     every bit to those of torchao's own arithmetic, in batches of any shape."""
-    from loadstone.evaluation.fastpath import speed_up
+    from loadstone.evaluation.fast.replace import speed_up
 
     before = torch.get_num_threads()
     torch.set_num_threads(threads)

@@ -9,7 +9,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from loadstone.artifact.headers import DTYPE_BITS
+from loadstone.artifact.formats.safetensors import DTYPE_BITS
 
 Shapes = dict[str, tuple[str, tuple[int, ...]]]
 

@@ -18,8 +18,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from loadstone import detect
-from loadstone.artifact.bin_header import MAX_PICKLE_BYTES, read_bin
-from loadstone.artifact.inert_pickle import MalformedPickle, Node, read_pickle
+from loadstone.artifact.formats.bin import MAX_PICKLE_BYTES, read_bin
+from loadstone.artifact.formats.inert_pickle import MalformedPickle, Node, read_pickle
 from loadstone.errors import ArtifactError
 
 torch = pytest.importorskip("torch")
@@ -113,7 +113,7 @@ def test_torchao_tensors_read_as_their_safetensors_form_would(tmp_path: Path) ->
     from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
     from torchao.quantization import Int8WeightOnlyConfig
 
-    from loadstone.artifact.torchao_tensors import part_name
+    from loadstone.artifact.torchao.tensors import part_name
 
     for config in (intx_config(), Int8WeightOnlyConfig(set_inductor_config=False), NVFP4WeightOnlyConfig()):
         state = quantized_state(config)

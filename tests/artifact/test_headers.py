@@ -12,7 +12,7 @@ from builders import edit_header, write_raw, write_safetensors
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from loadstone.artifact.headers import MAX_HEADER_BYTES, read_header
+from loadstone.artifact.formats.safetensors import MAX_HEADER_BYTES, read_header
 from loadstone.errors import ArtifactError
 
 TENSORS = {"a": ("BF16", (4, 8)), "b": ("I8", (3,)), "empty": ("F32", (0, 5)), "scalar": ("F32", ())}

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from loadstone.artifact.publish import can_write, check_output, locked, publish
 from loadstone.errors import UsageError
+from loadstone.writing.publish import can_write, check_output, locked, publish
 
 
 def test_a_lock_has_one_holder_and_leaves_nothing(tmp_path: Path) -> None:
@@ -32,7 +32,7 @@ def test_a_lock_on_a_file_that_was_removed_meanwhile_is_taken_again(
             (tmp_path / ".out.lock").unlink()
         real(descriptor, operation)
 
-    monkeypatch.setattr("loadstone.artifact.publish.fcntl.flock", late)
+    monkeypatch.setattr("loadstone.writing.publish.fcntl.flock", late)
     with locked(tmp_path / "out"):
         assert len(calls) == 2 and (tmp_path / ".out.lock").exists()
         with pytest.raises(UsageError), locked(tmp_path / "out"):
@@ -81,6 +81,6 @@ def test_a_folder_that_may_not_be_written(
     if refusing == "exists":
         monkeypatch.setattr(Path, "exists", refused)
     else:
-        monkeypatch.setattr("loadstone.artifact.publish.os.access", lambda path, mode: False)
+        monkeypatch.setattr("loadstone.writing.publish.os.access", lambda path, mode: False)
     with pytest.raises(UsageError, match="cannot write"):
         check_output(None, tmp_path / "out", False)

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from loadstone.artifact.detect import detect
 from loadstone.artifact.files import MAX_CONFIG_BYTES, read_json
-from loadstone.artifact.headers import read_header
+from loadstone.artifact.formats.safetensors import read_header
 from loadstone.artifact.report import collect
-from loadstone.artifact.uniform import pattern_of
+from loadstone.artifact.torchao.uniform import pattern_of
 from loadstone.cli.inspect import _rows, as_dict
 from loadstone.errors import ArtifactError, LoadstoneError
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from loadstone.artifact.sidecars import copy_sidecars, sidecars_in
 from loadstone.errors import ArtifactError
+from loadstone.writing.sidecars import copy_sidecars, sidecars_in
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ import torch
 import loadstone
 from loadstone.artifact.builtin import builtin_names, builtin_path
 from loadstone.errors import UsageError
-from loadstone.evaluation.text import read_corpus
 from loadstone.loading import load_tokenizer
+from loadstone.text.corpus import read_corpus
 
 NAME = "builtin:tiny-llama"
 

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from builders import INTX, TORCHAO_BLOCK
 
-from loadstone.artifact.headers import TensorInfo
-from loadstone.artifact.torchao_checks import FlatTensor, check_shapes
-from loadstone.artifact.torchao_config import check_agreement, check_block
-from loadstone.artifact.torchao_tensors import described_names, flat_tensors, looks_flattened, part_name
+from loadstone.artifact.formats.safetensors import TensorInfo
+from loadstone.artifact.torchao.checks import FlatTensor, check_shapes
+from loadstone.artifact.torchao.config import check_agreement, check_block
+from loadstone.artifact.torchao.tensors import described_names, flat_tensors, looks_flattened, part_name
 from loadstone.errors import ArtifactError
 
 NAME = "m.q.weight"
@@ -271,7 +271,7 @@ def test_shapes_and_bits_agree_with_torchao(tmp_path: Path) -> None:
         quantize_,
     )
 
-    from loadstone.artifact.headers import read_header
+    from loadstone.artifact.formats.safetensors import read_header
 
     cases = [
         (Int8WeightOnlyConfig(set_inductor_config=False), 8, 8.625),
@@ -338,7 +338,7 @@ def test_every_config_of_torchao_is_known() -> None:
 
     from torchao.core.config import ALLOWED_AO_MODULES, AOBaseConfig
 
-    from loadstone.artifact.torchao_config import _CONFIGS
+    from loadstone.artifact.torchao.config import _CONFIGS
 
     for module_name in ALLOWED_AO_MODULES:
         try:

@@ -9,7 +9,7 @@ import pytest
 from builders import dense, edit_header, edit_json, torchao, write_safetensors
 
 from loadstone.artifact.files import check_inside
-from loadstone.artifact.weights import find_weights, read_tensors
+from loadstone.artifact.formats.weights import find_weights, read_tensors
 from loadstone.errors import ArtifactError
 
 INDEX = "model.safetensors.index.json"

@@ -94,7 +94,7 @@ def setting(d: int, device: str) -> tuple[Any, Any, Any]:
     """(model, training rows, targets)."""
     import torch
 
-    from loadstone.context.model import PFN, PFNConfig
+    from loadstone.context.pfn.model import PFN, PFNConfig
 
     torch.manual_seed(0)
     model = PFN(PFNConfig(width=128, hidden=512, layers=6, heads=4, bars=100, classes=0)).requires_grad_(
@@ -108,8 +108,8 @@ def evaluation(way: str, d: int, restarts: int, device: str) -> tuple[Callable[[
     """What one step computes, and the bytes of the cache it holds."""
     import torch
 
-    from loadstone.context.acquisition import ei
-    from loadstone.context.bars import BarPosterior
+    from loadstone.context.bayesopt.acquisition import ei
+    from loadstone.context.pfn.bars import BarPosterior
 
     model, x, y = setting(d, device)
     context = model.fit(x, y)

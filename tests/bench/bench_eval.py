@@ -22,7 +22,7 @@ from tests.conftest import SMOLLM2
 
 from loadstone.evaluation.models import choose_subjects, opened
 from loadstone.evaluation.options import Options
-from loadstone.evaluation.scoring import BatchMaker, plan_batches, score
+from loadstone.evaluation.scoring.losses import BatchMaker, plan_batches, score
 from loadstone.evaluation.task import Task, make_task
 
 

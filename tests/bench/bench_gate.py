@@ -14,9 +14,9 @@ import argparse
 
 import numpy as np
 
-from loadstone.evaluation.compare import Delta
-from loadstone.evaluation.gates import Gate, judge, parse_gate
-from loadstone.evaluation.statistics import ratio
+from loadstone.evaluation.results.compare import Delta
+from loadstone.evaluation.results.gates import Gate, judge, parse_gate
+from loadstone.evaluation.results.statistics import ratio
 
 LIMIT, EFFECT = 0.03, 0.02
 # Spread of a document's mean difference, and of a token's: as measured for int4 weights on SmolLM2-135M.

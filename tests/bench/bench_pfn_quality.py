@@ -118,7 +118,7 @@ def classifiers(base: str) -> dict[str, Callable[..., tuple[float, float]]]:
     ) -> tuple[float, float]:
         import torch
 
-        from loadstone.context.bases import load_base
+        from loadstone.context.pfn.bases import load_base
 
         context = load_base(base, device="cpu").fit(torch.from_numpy(x), torch.from_numpy(y))
         return score(context.probabilities(torch.from_numpy(x_test)).numpy(), y_test)
@@ -167,7 +167,7 @@ def regressors(base: str) -> dict[str, Callable[..., tuple[float, float]]]:
     ) -> tuple[float, float]:
         import torch
 
-        from loadstone.context.bases import load_base
+        from loadstone.context.pfn.bases import load_base
 
         context = load_base(base, device="cpu").fit(torch.from_numpy(x), torch.from_numpy(y).double())
         posterior = context.posterior(torch.from_numpy(x_test))

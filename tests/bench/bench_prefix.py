@@ -102,7 +102,7 @@ class Setting:
         )
 
     def prefix(self, share: bool) -> Any:
-        from loadstone.context.prefix_fit import make_prefix
+        from loadstone.context.prefix.fit import make_prefix
 
         return make_prefix(self.model, self.prompt, share=share)
 
@@ -195,7 +195,7 @@ class Setting:
 
     def attention(self, way: str) -> None:
         """Joined attention for the shared way only: the others are what stock models do."""
-        from loadstone.context.prefix_attention import NAME
+        from loadstone.context.prefix.attention import NAME
 
         self.model.set_attn_implementation(NAME if way == "shared" else "sdpa")
 

@@ -88,7 +88,7 @@ def measure(side: str, step: str, folder: Path, args: argparse.Namespace) -> dic
     from tabpfn import TabPFNClassifier, TabPFNRegressor
     from tabpfn.model_loading import load_fitted_tabpfn_model, save_fitted_tabpfn_model
 
-    from loadstone.context import tabpfn as contexts
+    from loadstone.context.tabpfn import estimator as contexts
     from loadstone.evaluation.measure import peak_bytes, reset_peak
 
     warnings.simplefilter("ignore")

@@ -62,10 +62,10 @@ def stock(model: Any) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
 
 
 def ours(model: Any, *, compiled: bool) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    from loadstone.evaluation.compiling import compile_layers
-    from loadstone.evaluation.fastpath import speed_up
-    from loadstone.evaluation.head import chunk_rows, halve
-    from loadstone.evaluation.scoring import Batch, batch_losses
+    from loadstone.evaluation.fast.replace import speed_up
+    from loadstone.evaluation.scoring.compiling import compile_layers
+    from loadstone.evaluation.scoring.head import chunk_rows, halve
+    from loadstone.evaluation.scoring.losses import Batch, batch_losses
 
     speed_up(model)
     if compiled:

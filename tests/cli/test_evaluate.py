@@ -190,7 +190,7 @@ def test_quiet(dirs: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None
 
 def test_the_command_module_imports_nothing_heavy() -> None:
     code = (
-        "import sys, loadstone.cli.evaluate, loadstone.evaluation.gates;"
+        "import sys, loadstone.cli.evaluate, loadstone.evaluation.results.gates;"
         "heavy = {'torch', 'transformers', 'datasets', 'numpy'} & set(sys.modules);"
         "sys.exit(str(heavy) if heavy else 0)"
     )

@@ -108,7 +108,7 @@ def test_fused_experts_are_pointed_out(tmp_path: Path, inspect_json) -> None:
     ):
         if tensors is None:
             (directory / "model.safetensors").rename(directory / name)
-            from loadstone.artifact.headers import read_header
+            from loadstone.artifact.formats.safetensors import read_header
 
             index |= dict.fromkeys(read_header(directory / name).tensors, name)
         else:

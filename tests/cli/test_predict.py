@@ -184,7 +184,7 @@ def test_metrics_are_scikit_learns() -> None:
     sklearn = pytest.importorskip("sklearn.metrics")
     import numpy as np
 
-    from loadstone.context.metrics import classification_metrics, regression_metrics
+    from loadstone.context.tables.metrics import classification_metrics, regression_metrics
 
     draw = np.random.default_rng(0)
     for classes in (2, 4):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from loadstone.context.model import PFN, PFNConfig
+from loadstone.context.pfn.model import PFN, PFNConfig
 
 
 def random_pfn(seed: int = 0, **sizes: object) -> PFN:

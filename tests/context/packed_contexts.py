@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from loadstone.artifact.context_file import CONTEXT_JSON, CONTEXT_TENSORS, digest
-from loadstone.artifact.headers import read_header
+from loadstone.artifact.formats.safetensors import read_header
 from loadstone.artifact.manifest import sha256_file
-from loadstone.context.packed_file import DESCRIPTION
-from loadstone.context.packing import deflate, inflate
+from loadstone.context.tabpfn.packed_file import DESCRIPTION
+from loadstone.context.tabpfn.packing import deflate, inflate
 
 
 def redescribe(path: Path, stream: bytes) -> None:

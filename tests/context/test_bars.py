@@ -7,8 +7,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from loadstone.context import acquisition
-from loadstone.context.bars import BarPosterior, log_tail_excess
+from loadstone.context.bayesopt import acquisition
+from loadstone.context.pfn.bars import BarPosterior, log_tail_excess
 
 BORDERS = torch.tensor([-4.0, -2.5, -1.0, -0.3, 0.0, 0.4, 1.5, 2.0, 5.0], dtype=torch.float64)
 

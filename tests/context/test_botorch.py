@@ -14,10 +14,10 @@ from botorch_community.acquisition.discretized import (  # noqa: E402
 )
 from tests.context.conftest import random_pfn  # noqa: E402
 
-from loadstone.context.acquisition import discretized_ei, discretized_pi, log_ei  # noqa: E402
-from loadstone.context.bars import BarPosterior  # noqa: E402
-from loadstone.context.botorch import BarAcquisition, ContextModel  # noqa: E402
-from loadstone.context.model import PFN, REGRESSION  # noqa: E402
+from loadstone.context.bayesopt.acquisition import discretized_ei, discretized_pi, log_ei  # noqa: E402
+from loadstone.context.bayesopt.botorch import BarAcquisition, ContextModel  # noqa: E402
+from loadstone.context.pfn.bars import BarPosterior  # noqa: E402
+from loadstone.context.pfn.model import PFN, REGRESSION  # noqa: E402
 
 Rows = Callable[..., tuple[Tensor, Tensor]]
 BOX = torch.stack((torch.zeros(3), torch.ones(3))).double()
@@ -42,7 +42,7 @@ class Uncached(ContextModel):
     """The same numbers by the plain path: every restart carries the training set."""
 
     def posterior(self, X: Tensor, **kwargs: object) -> object:  # type: ignore[override]
-        from loadstone.context.botorch import ContextPosterior
+        from loadstone.context.bayesopt.botorch import ContextPosterior
 
         context = self.context()
         many = X.reshape(-1, X.shape[-2], X.shape[-1])

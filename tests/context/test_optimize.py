@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from loadstone.context import acquisition
-from loadstone.context.bars import BarPosterior
-from loadstone.context.model import PFN, REGRESSION
-from loadstone.context.optimize import optimize_acquisition
+from loadstone.context.bayesopt import acquisition
+from loadstone.context.bayesopt.optimize import optimize_acquisition
+from loadstone.context.pfn.bars import BarPosterior
+from loadstone.context.pfn.model import PFN, REGRESSION
 from loadstone.errors import UsageError
 
 BOX = torch.tensor([[-1.0, -2.0], [2.0, 2.0]], dtype=torch.float64)

@@ -16,11 +16,11 @@ import torch
 
 from loadstone.artifact.context_errors import CorruptContext
 from loadstone.artifact.context_file import CONTEXT_TENSORS, ContextFile
-from loadstone.artifact.headers import read_header
+from loadstone.artifact.formats.safetensors import read_header
 from loadstone.artifact.manifest import sha256_file
-from loadstone.context import packing
-from loadstone.context.packed_file import DESCRIPTION, PackedFile, packed_bytes, packed_parts
-from loadstone.context.packing import Packing, deflate, gather, inflate, pack, scatter, unpack
+from loadstone.context.tabpfn.estimator import packing
+from loadstone.context.tabpfn.packed_file import DESCRIPTION, PackedFile, packed_bytes, packed_parts
+from loadstone.context.tabpfn.packing import Packing, deflate, gather, inflate, pack, scatter, unpack
 from loadstone.context.writer import write_safetensors
 
 sys.path.insert(0, str(Path(__file__).parent))

@@ -16,7 +16,7 @@ from pfns.model.encoders import (
 )
 from pfns.model.transformer import TableTransformer
 
-from loadstone.context.pfns import fit_pfns
+from loadstone.context.pfn.pfns import fit_pfns
 from loadstone.errors import UsageError
 
 Rows = Callable[..., tuple[Tensor, Tensor]]

@@ -24,10 +24,10 @@ from loadstone.artifact.context_errors import (
     UnsafeContent,
 )
 from loadstone.artifact.context_file import digest
-from loadstone.context.language_base import language_artifact, load_language_model
-from loadstone.context.prefix_cache import PrefixCache
-from loadstone.context.prefix_fit import encode_prompt, make_prefix, read_prompt, share_attention
-from loadstone.context.prefix_store import load_prefix, save_prefix
+from loadstone.context.prefix.base import language_artifact, load_language_model
+from loadstone.context.prefix.cache import PrefixCache
+from loadstone.context.prefix.fit import encode_prompt, make_prefix, read_prompt, share_attention
+from loadstone.context.prefix.store import load_prefix, save_prefix
 from loadstone.errors import ArtifactError, MissingError, UsageError
 
 P, T = 40, 24
@@ -227,7 +227,7 @@ def test_fp8_is_transformers_own(ids: torch.Tensor) -> None:
     cache_utils = pytest.importorskip("transformers.cache_utils")
     if not hasattr(cache_utils, "Fp8QuantizedLayer"):
         pytest.skip("this transformers has no fp8 cache")
-    from loadstone.context.stored_states import keep
+    from loadstone.context.prefix.stored_states import keep
 
     keys = torch.randn(1, 2, 9, 16)
     layer = cache_utils.Fp8QuantizedLayer()
@@ -250,7 +250,7 @@ def test_quantized_caches_are_transformers_own(
     pytest.importorskip("hqq" if kind.startswith("hqq") else "optimum.quanto")
     from transformers.cache_utils import HQQQuantizedLayer, QuantoQuantizedLayer
 
-    from loadstone.context.stored_states import keep
+    from loadstone.context.prefix.stored_states import keep
 
     layer = (HQQQuantizedLayer if kind.startswith("hqq") else QuantoQuantizedLayer)(nbits=int(kind[-1]))
     if kind.startswith("quanto") and not compiled:
@@ -439,7 +439,7 @@ def test_a_flipped_bit_is_found(prefix: Path, tmp_path: Path) -> None:
 
 
 def test_nothing_half_written_stays(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import loadstone.context.prefix_store as store
+    import loadstone.context.prefix.store as store
 
     def broken(*_: Any) -> Any:
         raise RuntimeError("no")
@@ -472,7 +472,7 @@ def test_prompts(tmp_path: Path, base: Path) -> None:
 
 
 def test_one_kind_given_to_another(prefix: Path, base: Path, tmp_path: Path) -> None:
-    from loadstone.context.store import load_table_context
+    from loadstone.context.pfn.store import load_table_context
 
     with pytest.raises(KindMismatch, match="language-model prefix"):
         load_table_context(prefix)
@@ -492,7 +492,7 @@ def test_one_kind_given_to_another(prefix: Path, base: Path, tmp_path: Path) -> 
 def test_attention_that_cannot_be_shared_is_left_as_it_is(
     ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import loadstone.context.prefix_attention as attention
+    import loadstone.context.prefix.attention as attention
 
     model = build("llama")
     cache = make_prefix(model, ids[:1, :P], share=False)
@@ -511,8 +511,8 @@ def test_attention_that_cannot_be_shared_is_left_as_it_is(
 def test_beyond_the_tolerance_the_noise_of_plain_attentions_decides(
     factor: float, ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import loadstone.context.prefix_attention as attention
-    from loadstone.context import prefix_fit
+    import loadstone.context.prefix.attention as attention
+    from loadstone.context.prefix import fit as prefix_fit
 
     model = build("llama").to(torch.bfloat16)
     cache = make_prefix(model, ids[:1, :P], share=False)
@@ -526,7 +526,7 @@ def test_beyond_the_tolerance_the_noise_of_plain_attentions_decides(
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("size, value_size", [(16, 16), (16, 8)])
 def test_joined_attention_is_the_plain_softmax(masked: bool, size: int, value_size: int) -> None:
-    from loadstone.context.prefix_attention import MARK, prefix_attention_forward
+    from loadstone.context.prefix.attention import MARK, prefix_attention_forward
 
     torch.manual_seed(0)
     draw = lambda *shape: torch.randn(*shape, dtype=torch.float64)  # noqa: E731

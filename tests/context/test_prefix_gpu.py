@@ -27,7 +27,7 @@ def _model(dtype: torch.dtype, device: str = "cuda") -> Any:
     "dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.03), (torch.float16, 4e-3)]
 )
 def test_attention_is_shared_and_exact(dtype: torch.dtype, tolerance: float) -> None:
-    from loadstone.context.prefix_fit import make_prefix
+    from loadstone.context.prefix.fit import make_prefix
 
     model = _model(dtype)
     ids = torch.randint(0, 256, (5, 300), device="cuda")
@@ -46,7 +46,7 @@ def test_attention_is_shared_and_exact(dtype: torch.dtype, tolerance: float) -> 
 
 
 def test_left_padding(tmp_path: Path) -> None:
-    from loadstone.context.prefix_fit import make_prefix
+    from loadstone.context.prefix.fit import make_prefix
 
     model = _model(torch.float32)
     # 0 is the padding token: without a mask, `generate` would take it for padding.
@@ -66,8 +66,8 @@ def test_left_padding(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", [None, "int8", "fp8"])
 def test_prefixes_travel_between_devices(made: str, used: str, kind: str | None, tmp_path: Path) -> None:
     import loadstone
-    from loadstone.context.prefix_fit import make_prefix
-    from loadstone.context.prefix_store import save_prefix
+    from loadstone.context.prefix.fit import make_prefix
+    from loadstone.context.prefix.store import save_prefix
 
     tokens = torch.randint(0, 256, (1, 64))
     cache = make_prefix(_model(torch.float32, made), tokens, cache_kind=kind)

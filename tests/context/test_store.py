@@ -29,9 +29,9 @@ from loadstone.artifact.context_errors import (
 )
 from loadstone.artifact.context_file import digest
 from loadstone.context import load_context
-from loadstone.context.bases import load_base
-from loadstone.context.layout import context_tensors, total_bytes
-from loadstone.context.model import PFN
+from loadstone.context.pfn.bases import load_base
+from loadstone.context.pfn.layout import context_tensors, total_bytes
+from loadstone.context.pfn.model import PFN
 from loadstone.errors import ArtifactError, MissingError, UsageError
 
 Rows = Callable[..., tuple[Tensor, Tensor]]
@@ -269,7 +269,7 @@ def test_outputs_appear_whole_or_not_at_all(
         load_base(pfn_dir, device="cpu").fit(
             *(t.requires_grad_() for t in rows(6, 2)), grad_context=True
         ).save(tmp_path / "graph")
-    monkeypatch.setattr("loadstone.context.store.describe", lambda *_: 1 / 0)
+    monkeypatch.setattr("loadstone.context.pfn.store.describe", lambda *_: 1 / 0)
     for out in (fitted, tmp_path / "new"):
         with pytest.raises(ZeroDivisionError):
             context.save(out, overwrite=True)
@@ -283,7 +283,7 @@ def test_outputs_appear_whole_or_not_at_all(
 def test_saving_needs_no_second_cache(pfn_dir: Path, rows: Rows, tmp_path: Path) -> None:
     from dataclasses import replace
 
-    from loadstone.context.layer_cache import LayerCache
+    from loadstone.context.pfn.layer_cache import LayerCache
     from loadstone.evaluation.measure import peak_bytes, reset_peak
 
     context = load_base(pfn_dir, device="cpu").fit(*rows(8, 4))

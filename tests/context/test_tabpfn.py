@@ -29,11 +29,11 @@ from loadstone.artifact.context_errors import (
     ProbeFailed,
     UnsafeContent,
 )
-from loadstone.context import tabpfn as contexts
 from loadstone.context.fingerprint import tensor_bytes
-from loadstone.context.object_tree import Decoder, Encoder, resolve
-from loadstone.context.tabpfn_classes import ALLOWED
-from loadstone.context.tabpfn_probe import probe_of
+from loadstone.context.tabpfn.classes import ALLOWED
+from loadstone.context.tabpfn import estimator as contexts
+from loadstone.context.tabpfn.object_tree import Decoder, Encoder, resolve
+from loadstone.context.tabpfn.probe import probe_of
 from loadstone.errors import MissingError, UsageError
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -378,7 +378,7 @@ def test_the_probe_is_asked_once_on_another_computer_and_copies_along(
     import copy
     import pickle
 
-    from loadstone.context import tabpfn_probe
+    from loadstone.context.tabpfn import probe as tabpfn_probe
 
     contexts.save(fitted(), tmp_path / "context")
     if other:
@@ -561,7 +561,7 @@ def test_what_cannot_be_held_is_named(fitted: Callable[..., Any], tmp_path: Path
     contexts.save(fitted(), tmp_path / "x")
     with pytest.raises(UsageError, match="exists"):
         contexts.save(fitted(), tmp_path / "x")
-    from loadstone.context.prefix_store import load_prefix
+    from loadstone.context.prefix.store import load_prefix
 
     with pytest.raises(KindMismatch, match="TabPFN"):
         load_prefix(tmp_path / "x")

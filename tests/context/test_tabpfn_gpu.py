@@ -20,10 +20,10 @@ from tests.helpers import run as command
 
 pytest.importorskip("tabpfn")
 
-from loadstone.context import tabpfn as contexts
 from loadstone.context.fingerprint import tensor_bytes
-from loadstone.context.object_tree import Encoder
-from loadstone.context.tabpfn_classes import ALLOWED
+from loadstone.context.tabpfn.classes import ALLOWED
+from loadstone.context.tabpfn import estimator as contexts
+from loadstone.context.tabpfn.object_tree import Encoder
 
 sys.path.insert(0, str(Path(__file__).parent))
 from tabpfn_checkpoints import SIZES, estimator, fit_command, table, write_checkpoint

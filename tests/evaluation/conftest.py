@@ -16,7 +16,7 @@ def make_tokenizer(*, bos: str | None = None, eos: str | None = "<end>", vocabul
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
-    from loadstone.evaluation.text import read_corpus
+    from loadstone.text.corpus import read_corpus
 
     special = [t for t in (eos, bos) if t]
     raw = Tokenizer(models.BPE())

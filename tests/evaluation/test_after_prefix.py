@@ -11,9 +11,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from loadstone.context.language_base import language_artifact, load_language_model
-from loadstone.context.prefix_fit import encode_prompt, make_prefix
-from loadstone.context.prefix_store import save_prefix
+from loadstone.context.prefix.base import language_artifact, load_language_model
+from loadstone.context.prefix.fit import encode_prompt, make_prefix
+from loadstone.context.prefix.store import save_prefix
 from loadstone.errors import UsageError
 from loadstone.evaluation.options import Options
 from loadstone.evaluation.run import evaluate
@@ -117,8 +117,8 @@ def test_tasks_after_a_prefix(
     pytest.importorskip("lm_eval")
     from lm_eval.api.instance import Instance
 
-    from loadstone.evaluation.head import Prefixed
-    from loadstone.evaluation.sharing_lm import SharingLM
+    from loadstone.evaluation.harness.sharing_lm import SharingLM
+    from loadstone.evaluation.scoring.head import Prefixed
 
     model, tokenizer = model_factory(max_position_embeddings=512), tokenizer_factory()
     tokenizer.pad_token = tokenizer.eos_token

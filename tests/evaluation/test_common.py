@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from loadstone.evaluation.common import Group, common_prefixes
 from loadstone.evaluation.options import Options
 from loadstone.evaluation.run import evaluate
+from loadstone.evaluation.scoring.common import Group, common_prefixes
 
 START = "It is a truth universally acknowledged, that a single man in possession of a fortune. "
 
@@ -89,7 +89,9 @@ def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_shared_text_scores_as_if_read_whole(
     model_dir: Path, questions: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setitem(__import__("loadstone.evaluation.common", fromlist=["x"])._OVERHEAD, "cpu", 50)
+    monkeypatch.setitem(
+        __import__("loadstone.evaluation.scoring.common", fromlist=["x"])._OVERHEAD, "cpu", 50
+    )
     options = Options(models=(str(model_dir),), data=str(questions), protocol="rolling", device="cpu")
     with caplog.at_level("INFO", logger="loadstone"):
         shared = evaluate(options)
@@ -136,9 +138,11 @@ def test_tasks_are_the_same_with_and_without_sharing(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
     pytest.importorskip("lm_eval")
-    from loadstone.evaluation.sharing_lm import SharingLM
+    from loadstone.evaluation.harness.sharing_lm import SharingLM
 
-    monkeypatch.setitem(__import__("loadstone.evaluation.common", fromlist=["x"])._OVERHEAD, "cpu", 50)
+    monkeypatch.setitem(
+        __import__("loadstone.evaluation.scoring.common", fromlist=["x"])._OVERHEAD, "cpu", 50
+    )
     model = model_factory(max_position_embeddings=512)
     tokenizer = tokenizer_factory()
     tokenizer.pad_token = tokenizer.eos_token

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from loadstone.evaluation.compiling import compile_layers, decoder_layers
+from loadstone.evaluation.scoring.compiling import compile_layers, decoder_layers
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "qwen3_moe"])

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from loadstone.errors import ArtifactError, UsageError
-from loadstone.evaluation.compare import make_units
-from loadstone.evaluation.divergence import diverge, divergence_record, score_pair, worst_documents
-from loadstone.evaluation.scoring import BatchMaker, Values, plan_batches, score
-from loadstone.evaluation.text import read_corpus
-from loadstone.evaluation.tokens import TokenStream, make_protocol, make_windows, tokenize
+from loadstone.evaluation.results.compare import make_units
+from loadstone.evaluation.scoring.divergence import diverge, divergence_record, score_pair, worst_documents
+from loadstone.evaluation.scoring.losses import BatchMaker, Values, plan_batches, score
+from loadstone.text.corpus import read_corpus
+from loadstone.text.tokens import TokenStream, make_protocol, make_windows, tokenize
 
 
 def noisy(model: Any, scale: float = 0.02) -> Any:
@@ -78,8 +78,8 @@ def test_logits_of_a_few_rows_at_a_time(model: Any, tokenizer: Any, monkeypatch:
         held.append(len(p))
         return real(p, q, targets)
 
-    monkeypatch.setattr("loadstone.evaluation.divergence.diverge", spy)
-    monkeypatch.setattr("loadstone.evaluation.divergence.chunk_rows", lambda model, device: 40)
+    monkeypatch.setattr("loadstone.evaluation.scoring.divergence.diverge", spy)
+    monkeypatch.setattr("loadstone.evaluation.scoring.divergence.chunk_rows", lambda model, device: 40)
     chunked = run(model, other, stream, protocol)
     assert max(held) == 10 and len(held) > 100
     assert np.allclose(chunked["kl"], whole["kl"], rtol=1e-3, atol=1e-7)

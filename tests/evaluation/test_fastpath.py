@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from loadstone.evaluation.fastpath import FastPath, _amd, speed_up
-from loadstone.evaluation.products import Kept, OnVnni, PackedInOrder
-from loadstone.evaluation.rounding import Shared, int8_round_trip, int8_rows
+from loadstone.evaluation.fast.products import Kept, OnVnni, PackedInOrder
+from loadstone.evaluation.fast.replace import FastPath, _amd, speed_up
+from loadstone.evaluation.fast.rounding import Shared, int8_round_trip, int8_rows
 
 
 def configs() -> dict[str, Any]:
@@ -47,7 +47,7 @@ def configs() -> dict[str, Any]:
 @pytest.fixture(autouse=True)
 def no_int8_products(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a CPU without integer products, where ours take their place."""
-    monkeypatch.setattr("loadstone.evaluation.fastpath._has_int8_products", lambda: False)
+    monkeypatch.setattr("loadstone.evaluation.fast.replace._has_int8_products", lambda: False)
 
 
 NAMES = (
@@ -78,7 +78,7 @@ def test_same_bits(
     model = model_factory(hidden_size=64, intermediate_size=1088).to(dtype)
     quantize_(model.model, configs()[name])
     fast = copy.deepcopy(model)
-    monkeypatch.setattr("loadstone.evaluation.fastpath._amd", lambda: False)
+    monkeypatch.setattr("loadstone.evaluation.fast.replace._amd", lambda: False)
     assert speed_up(fast) == FastPath(kept=14)
     ids = torch.randint(0, 400, (3, 50), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
@@ -89,7 +89,7 @@ def test_same_bits(
 def test_bias_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     from torchao.quantization import quantize_
 
-    monkeypatch.setattr("loadstone.evaluation.fastpath._amd", lambda: False)
+    monkeypatch.setattr("loadstone.evaluation.fast.replace._amd", lambda: False)
     for name, config in configs().items():
         torch.manual_seed(0)
         dtype = torch.bfloat16 if name.startswith("mx") else torch.float32
@@ -108,8 +108,8 @@ def test_integer_products_of_the_cpu(
 ) -> None:
     from torchao.quantization import quantize_
 
-    monkeypatch.setattr("loadstone.evaluation.fastpath._has_int8_products", lambda: True)
-    monkeypatch.setattr("loadstone.evaluation.fastpath._amd", lambda: False)
+    monkeypatch.setattr("loadstone.evaluation.fast.replace._has_int8_products", lambda: True)
+    monkeypatch.setattr("loadstone.evaluation.fast.replace._amd", lambda: False)
     model = model_factory(hidden_size=64, intermediate_size=1088).to(dtype)
     quantize_(model.model, configs()["int8-dynamic-act-int8"])
     fast = copy.deepcopy(model)
@@ -123,7 +123,7 @@ def test_integer_products_of_the_cpu(
 def test_weight_only_becomes_plain_linears(model_factory: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from torchao.quantization import quantize_
 
-    monkeypatch.setattr("loadstone.evaluation.fastpath._amd", lambda: False)
+    monkeypatch.setattr("loadstone.evaluation.fast.replace._amd", lambda: False)
     model = model_factory(hidden_size=64)
     quantize_(model.model, configs()["int2"])
     ids = torch.randint(0, 400, (3, 50), generator=torch.Generator().manual_seed(1))
@@ -140,7 +140,7 @@ def test_a_replacement_that_differs_is_not_used(model_factory: Any, monkeypatch:
     model = model_factory(hidden_size=64)
     quantize_(model.model, configs()["int8"])
     monkeypatch.setattr(
-        "loadstone.evaluation.fastpath._replacement",
+        "loadstone.evaluation.fast.replace._replacement",
         lambda m: Kept(m.weight.dequantize() * 1.0001, m.bias, None),
     )
     assert speed_up(model).kept == 0
@@ -151,7 +151,7 @@ def test_memory_is_respected(model_factory: Any, monkeypatch: pytest.MonkeyPatch
 
     model = model_factory(hidden_size=64)
     quantize_(model.model, configs()["int8"])
-    monkeypatch.setattr("loadstone.evaluation.fastpath.free_bytes", lambda device: 2 * 4 * 64 * 64 * 2)
+    monkeypatch.setattr("loadstone.evaluation.fast.replace.free_bytes", lambda device: 2 * 4 * 64 * 64 * 2)
     assert 0 < speed_up(model).kept < 14
 
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from loadstone.errors import UsageError
-from loadstone.evaluation.compare import Delta
-from loadstone.evaluation.gates import judge, parse_gate
-from loadstone.evaluation.statistics import ratio
+from loadstone.evaluation.results.compare import Delta
+from loadstone.evaluation.results.gates import judge, parse_gate
+from loadstone.evaluation.results.statistics import ratio
 
 RECORD = {
     "path": "m",

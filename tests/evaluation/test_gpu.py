@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 import torch
 
-from loadstone.evaluation.batching import choose_batch_size
-from loadstone.evaluation.fastpath import speed_up
+from loadstone.evaluation.fast.replace import speed_up
 from loadstone.evaluation.options import Options
 from loadstone.evaluation.run import evaluate
-from loadstone.evaluation.scoring import BatchMaker, plan_batches, score
-from loadstone.evaluation.text import read_corpus
-from loadstone.evaluation.tokens import make_protocol, make_windows, tokenize
+from loadstone.evaluation.scoring.batching import choose_batch_size
+from loadstone.evaluation.scoring.losses import BatchMaker, plan_batches, score
+from loadstone.text.corpus import read_corpus
+from loadstone.text.tokens import make_protocol, make_windows, tokenize
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 

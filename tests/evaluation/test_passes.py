@@ -14,8 +14,8 @@ import pytest
 
 from loadstone.evaluation.passes import _cached, _run
 from loadstone.evaluation.ranks import Ranks
-from loadstone.evaluation.scoring import Timing
-from loadstone.evaluation.store import Store
+from loadstone.evaluation.results.store import Store
+from loadstone.evaluation.scoring.losses import Timing
 
 KEY = "ab" * 32
 NAN = np.nan

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from loadstone.errors import MissingError
-from loadstone.evaluation.gates import parse_gate
 from loadstone.evaluation.options import Options
-from loadstone.evaluation.report import short_names, write_report
+from loadstone.evaluation.results.gates import parse_gate
+from loadstone.evaluation.results.report import short_names, write_report
 from loadstone.evaluation.run import evaluate
 
 

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 
 from loadstone.errors import UsageError
-from loadstone.evaluation.gates import parse_gate
 from loadstone.evaluation.options import Options
-from loadstone.evaluation.report import _compared
+from loadstone.evaluation.results.gates import parse_gate
+from loadstone.evaluation.results.report import _compared
 from loadstone.evaluation.run import Outcome, evaluate
 
 SPEED = ("tokens_per_second", "load_seconds", "peak_memory_bytes", "cached")

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from loadstone.errors import ArtifactError
-from loadstone.evaluation.head import halve
-from loadstone.evaluation.scoring import BatchMaker, Timing, Values, plan_batches, score
-from loadstone.evaluation.text import Corpus, read_corpus
-from loadstone.evaluation.tokens import PROTOCOLS, TokenStream, make_protocol, make_windows, tokenize
+from loadstone.evaluation.scoring.head import halve
+from loadstone.evaluation.scoring.losses import BatchMaker, Timing, Values, plan_batches, score
+from loadstone.text.corpus import Corpus, read_corpus
+from loadstone.text.tokens import PROTOCOLS, TokenStream, make_protocol, make_windows, tokenize
 
 CPU = torch.device("cpu")
 
@@ -98,7 +98,7 @@ def test_head_chunks_change_nothing(model: Any, tokenizer: Any, monkeypatch: pyt
         "torch.nn.functional.cross_entropy",
         lambda x, *a, **k: (shapes.append(x.shape[0]), real(x, *a, **k))[1],
     )
-    monkeypatch.setattr("loadstone.evaluation.scoring.chunk_rows", lambda model, device: 7)
+    monkeypatch.setattr("loadstone.evaluation.scoring.losses.chunk_rows", lambda model, device: 7)
     assert np.abs(run(model, stream, protocol) - whole).max() < 1e-5
     assert max(shapes) == 7
 

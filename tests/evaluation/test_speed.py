@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from loadstone.evaluation.speed import measure_speed
+from loadstone.evaluation.scoring.speed import measure_speed
 
 
 def test_figures(model: Any) -> None:

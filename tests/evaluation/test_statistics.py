@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from loadstone.evaluation.statistics import bound, ratio
+from loadstone.evaluation.results.statistics import bound, ratio
 
 
 def documents(rng: np.random.Generator, count: int, mean: float = 3.0) -> tuple[np.ndarray, np.ndarray]:

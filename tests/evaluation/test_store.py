@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from loadstone.errors import UsageError
-from loadstone.evaluation.store import entry_key, open_store
-from loadstone.evaluation.text import read_corpus
-from loadstone.evaluation.tokens import Protocol, make_protocol, tokenize
+from loadstone.evaluation.results.store import entry_key, open_store
+from loadstone.text.corpus import read_corpus
+from loadstone.text.tokens import Protocol, make_protocol, tokenize
 
 NAN = float("nan")
 

@@ -89,7 +89,9 @@ def test_two_layers_at_most_and_each_read_once_a_round(
     # With room for the states of two batches only, there are more rounds, to the same bits.
     read.clear()
     hidden_bytes = 2 * 128 * 32 * 4
-    monkeypatch.setattr("loadstone.evaluation.streaming.free_bytes", lambda device: 4 * 2 * hidden_bytes)
+    monkeypatch.setattr(
+        "loadstone.evaluation.scoring.streaming.free_bytes", lambda device: 4 * 2 * hidden_bytes
+    )
     rounds = evaluate(options)
     assert len(read) > 6 and read[:12] == [*range(6), *range(6)]
     assert np.array_equal(losses(whole)[0], losses(rounds)[0])
@@ -106,12 +108,14 @@ def test_chosen_when_memory_is_short(
         (2 * size, False, False),
         (size, False, True),
     ):
-        monkeypatch.setattr("loadstone.evaluation.streaming.free_bytes", lambda device, free=free: free)
+        monkeypatch.setattr(
+            "loadstone.evaluation.scoring.streaming.free_bytes", lambda device, free=free: free
+        )
         options = Options((str(model_dir), str(worse_dir)), divergence=kl, device="cpu")
         assert choose_streaming(choose_subjects(options, "cpu"), options) is streams
         assert choose_streaming(choose_subjects(options, "cpu"), replace(options, stream=False)) is False
     # Four processes of one machine hold four copies.
-    monkeypatch.setattr("loadstone.evaluation.streaming.free_bytes", lambda device: 4 * size)
+    monkeypatch.setattr("loadstone.evaluation.scoring.streaming.free_bytes", lambda device: 4 * size)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert choose_streaming(choose_subjects(options, "cpu"), options)
     assert "model and reference do not fit the memory here: streamed layer by layer" in caplog.text

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from loadstone.evaluation.tables import losses
+from loadstone.evaluation.results.tables import losses
 
 RECORD = {
     "path": "m", "loss": 2.0, "loss_stderr": 0.1, "perplexity": 7.4, "perplexity_stderr": 0.7, "bits_per_byte": 1.0,

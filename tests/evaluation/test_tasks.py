@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 
 from loadstone.errors import MissingError, UsageError
+from loadstone.evaluation.harness.tasks import TaskScore, divide, run_tasks, task_records
 from loadstone.evaluation.options import Options
 from loadstone.evaluation.ranks import Ranks
 from loadstone.evaluation.run import evaluate
-from loadstone.evaluation.tasks import TaskScore, divide, run_tasks, task_records
-from loadstone.evaluation.text import read_corpus
+from loadstone.text.corpus import read_corpus
 
 PERPLEXITIES = ("word_perplexity", "byte_perplexity", "bits_per_byte")
 

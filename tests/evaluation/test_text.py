@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from loadstone.errors import MissingError, UsageError
-from loadstone.evaluation.text import read_corpus
+from loadstone.text.corpus import read_corpus
 
 ROWS = ["One document.", "Another — with a dash.\nTwo lines.", "Third."]
 

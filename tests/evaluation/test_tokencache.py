@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from loadstone.evaluation import tokencache
-from loadstone.evaluation.text import Corpus, read_corpus
-from loadstone.evaluation.tokens import TokenStream, tokenize
+from loadstone.text import token_cache as tokencache
+from loadstone.text.corpus import Corpus, read_corpus
+from loadstone.text.tokens import TokenStream, tokenize
 
 
 @pytest.fixture(autouse=True)
@@ -100,7 +100,7 @@ def test_a_killed_process_leaves_no_lock(tokenizer: Any, tmp_path: Path) -> None
     held = tmp_path / "held"
     code = f"""
 import time, pathlib
-from loadstone.evaluation.tokencache import cached_ids
+from loadstone.text.token_cache import cached_ids
 def make():
     pathlib.Path({str(held)!r}).touch()
     time.sleep(60)

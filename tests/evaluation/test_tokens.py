@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from loadstone.errors import UsageError
-from loadstone.evaluation.text import Corpus, read_corpus
-from loadstone.evaluation.tokens import (
+from loadstone.text.corpus import Corpus, read_corpus
+from loadstone.text.tokens import (
     PROTOCOLS,
     TokenStream,
     Windows,

@@ -101,7 +101,7 @@ def test_distributed_checkpoints(tiny: Path, tmp_path: Path) -> None:
 
 
 def test_two_exports_to_one_output(tiny: Path, tmp_path: Path) -> None:
-    from loadstone.artifact.publish import locked
+    from loadstone.writing.publish import locked
 
     out = tmp_path / "deep" / "out"
     with locked(out), pytest.raises(UsageError, match="another process is writing"):
@@ -345,9 +345,7 @@ def test_outputs_that_are_refused(tiny: Path, tmp_path: Path, monkeypatch: pytes
     export_fakequant(tiny, out, format="fp8", overwrite=True)
     assert not (out / "stale.safetensors").exists()
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(
-        "loadstone.artifact.publish.shutil.disk_usage", lambda path: usage._replace(free=1000)
-    )
+    monkeypatch.setattr("loadstone.writing.publish.shutil.disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(MissingError, match="GB free and the output needs"):
         export_fakequant(tiny, tmp_path / "full", format="fp8")
     assert not (tmp_path / "full").exists()

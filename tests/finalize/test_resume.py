@@ -15,13 +15,13 @@ import pytest
 import torch
 
 import loadstone
-from loadstone.artifact.publish import locked
 from loadstone.errors import ArtifactError, MissingError, UsageError
 from loadstone.finalize import finalize, make_plan, pieces
 from loadstone.finalize.journal import work_directory
 from loadstone.finalize.verify import verify
 from loadstone.loading.source import SourceReader
 from loadstone.quantization import parse_recipe
+from loadstone.writing.publish import locked
 
 from .test_finalize import ON_CPU, W4, plan_of, snapshot
 
@@ -188,7 +188,7 @@ def test_a_full_disk(
     """A small tmpfs where the machine allows mounting one, else writes that fail as on a full disk."""
     import errno
 
-    from loadstone.loading.shards import ShardWriter
+    from loadstone.writing.shards import ShardWriter
 
     out = tmp_path / "out"
     whole, calls = ShardWriter.write, []
@@ -296,7 +296,7 @@ def test_a_write_that_the_disk_failed_is_an_error(
     import errno
 
     from loadstone.finalize import run
-    from loadstone.loading.shards import ShardWriter
+    from loadstone.writing.shards import ShardWriter
 
     def fails(self: ShardWriter) -> None:
         raise OSError(errno.EIO, "Input/output error")

@@ -1,9 +1,9 @@
 """What a directory is: header readers, detection, provenance. No torch anywhere in this package."""
 
 from loadstone.artifact.detect import Artifact, detect
-from loadstone.artifact.headers import ShardHeader, TensorInfo, read_header
-from loadstone.artifact.torchao_tensors import FlatTensor
-from loadstone.artifact.weights import TensorTable, WeightFiles
+from loadstone.artifact.formats.safetensors import ShardHeader, TensorInfo, read_header
+from loadstone.artifact.formats.weights import TensorTable, WeightFiles
+from loadstone.artifact.torchao.tensors import FlatTensor
 
 __all__ = [
     "Artifact",

@@ -15,7 +15,7 @@ from loadstone.artifact.context_errors import (
     UnsafeContent,
 )
 from loadstone.artifact.files import MAX_CONFIG_BYTES, check_inside, is_file, read_json
-from loadstone.artifact.headers import TensorInfo, read_header
+from loadstone.artifact.formats.safetensors import TensorInfo, read_header
 from loadstone.artifact.manifest import sha256_file
 from loadstone.errors import ArtifactError
 

@@ -9,6 +9,15 @@ from typing import TYPE_CHECKING, Any
 from loadstone.artifact.builtin import PREFIX, builtin_path
 from loadstone.artifact.context_file import CONTEXT_JSON, CONTEXT_TENSORS, is_context, read_context
 from loadstone.artifact.files import MAX_CONFIG_BYTES, Sink, check_inside, is_file, read_json, refuse
+from loadstone.artifact.formats.weights import (
+    BIN,
+    SAFETENSORS,
+    TensorTable,
+    WeightFiles,
+    check_index,
+    find_weights,
+    read_tensors,
+)
 from loadstone.artifact.hints import MODEL_FILES, nearest, no_config_hint
 from loadstone.artifact.kinds import (
     CONTEXT,
@@ -24,22 +33,13 @@ from loadstone.artifact.kinds import (
     classify,
     quantization_block,
 )
-from loadstone.artifact.torchao_tensors import FlatTensor, flat_tensors
+from loadstone.artifact.torchao.tensors import FlatTensor, flat_tensors
 from loadstone.artifact.training_run import choose_checkpoint, is_checkpoint_name
-from loadstone.artifact.weights import (
-    BIN,
-    SAFETENSORS,
-    TensorTable,
-    WeightFiles,
-    check_index,
-    find_weights,
-    read_tensors,
-)
 from loadstone.errors import ArtifactError, UsageError
 
 if TYPE_CHECKING:
-    from loadstone.artifact.bin_header import BinContents
-    from loadstone.artifact.dcp_header import DcpContents
+    from loadstone.artifact.formats.bin import BinContents
+    from loadstone.artifact.formats.dcp import DcpContents
 
 CONFIG = "config.json"
 
@@ -266,11 +266,11 @@ def _read_weights(
         return read_tensors(directory, weights, sink), (), None
     # Imported when needed: zip and pickle readers cost a plain `inspect` a tenth of its time.
     if weights.format == "dcp":
-        from loadstone.artifact.dcp_header import read_dcp
+        from loadstone.artifact.formats.dcp import read_dcp
 
         dcp = _or_empty(sink, lambda: read_dcp(directory, weights.folder, sink), None)
         return (TensorTable(dcp.tensors, {}) if dcp else None), (), dcp
-    from loadstone.artifact.bin_header import read_bin
+    from loadstone.artifact.formats.bin import read_bin
 
     bins: list[BinContents] = []
     stored: dict[str, str] = {}

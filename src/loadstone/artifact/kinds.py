@@ -6,16 +6,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loadstone.artifact.files import Sink, is_file
-from loadstone.artifact.headers import FLOAT_DTYPES, TensorInfo
-from loadstone.artifact.torchao_checks import SUBCLASSES, FlatTensor
-from loadstone.artifact.torchao_config import check_agreement, check_block, chooses_by_module
-from loadstone.artifact.torchao_tensors import unknown_class_hint
-from loadstone.artifact.uniform import check_layers, check_quantized
-from loadstone.artifact.weights import TensorTable, WeightFiles
+from loadstone.artifact.formats.safetensors import FLOAT_DTYPES, TensorInfo
+from loadstone.artifact.formats.weights import TensorTable, WeightFiles
+from loadstone.artifact.torchao.checks import SUBCLASSES, FlatTensor
+from loadstone.artifact.torchao.config import check_agreement, check_block, chooses_by_module
+from loadstone.artifact.torchao.tensors import unknown_class_hint
+from loadstone.artifact.torchao.uniform import check_layers, check_quantized
 from loadstone.errors import ArtifactError
 
 if TYPE_CHECKING:
-    from loadstone.artifact.bin_header import BinContents
+    from loadstone.artifact.formats.bin import BinContents
 
 DENSE = "dense"
 TORCHAO = "torchao"

@@ -10,10 +10,10 @@ from typing import Any
 
 from loadstone.artifact.detect import CONFIG, PFN, Artifact, examine
 from loadstone.artifact.files import is_file, read_json
-from loadstone.artifact.headers import FLOAT_DTYPES, TensorInfo
+from loadstone.artifact.formats.safetensors import FLOAT_DTYPES, TensorInfo
 from loadstone.artifact.manifest import MANIFEST, read_manifest
-from loadstone.artifact.torchao_checks import FlatTensor, looks_flattened
-from loadstone.artifact.uniform import pattern_of
+from loadstone.artifact.torchao.checks import FlatTensor, looks_flattened
+from loadstone.artifact.torchao.uniform import pattern_of
 from loadstone.errors import ArtifactError
 
 # A header may hold a million bad entries: nobody reads that many lines.

@@ -18,8 +18,8 @@ from loadstone.cli.context_facts import closing, unpacked_bytes, written
 from loadstone.errors import GateFailed, UsageError
 
 if TYPE_CHECKING:
-    from loadstone.context.fit import FitPlan, Predictions
-    from loadstone.context.tabpfn_table import TabpfnPlan
+    from loadstone.context.pfn.fit import FitPlan, Predictions
+    from loadstone.context.tabpfn.table import TabpfnPlan
 
 DEFAULT_BASE = f"{PREFIX}tiny-pfn"
 log = logging.getLogger("loadstone")
@@ -54,7 +54,7 @@ def fit(request: FitRequest) -> None:
         raise UsageError(
             f"the output '{request.out}' exists", "Choose another, or pass --overwrite to replace it"
         )
-    from loadstone.context.tabpfn_table import is_checkpoint
+    from loadstone.context.tabpfn.table import is_checkpoint
 
     if is_checkpoint(request.base):
         return _fit_tabpfn(request)
@@ -67,7 +67,7 @@ def fit(request: FitRequest) -> None:
             f"'{request.base}' is {artifact.kind}, and --fit needs an in-context model",
             f"Try -M {DEFAULT_BASE}",
         )
-    from loadstone.context.fit import fit_table, plan_fit
+    from loadstone.context.pfn.fit import fit_table, plan_fit
 
     plan = plan_fit(
         artifact, request.data, request.target, task=request.task, cache_dtype=request.cache_dtype
@@ -84,7 +84,7 @@ def fit(request: FitRequest) -> None:
 
 
 def _fit_tabpfn(request: FitRequest) -> None:
-    from loadstone.context import tabpfn_table
+    from loadstone.context.tabpfn import table as tabpfn_table
 
     assert request.target is not None
     plan = tabpfn_table.plan_fit(
@@ -212,7 +212,7 @@ def open_table(path: str, base: str | None, device: str) -> TableContext:
     context: Any = load_context(path, base=base, device=device)
     if context_kind(Path(path)) == TABPFN:
         from loadstone.artifact.context_file import read_context
-        from loadstone.context import tabpfn_table
+        from loadstone.context.tabpfn import table as tabpfn_table
 
         facts = read_context(Path(path)).facts
         found = TableContext(
@@ -223,7 +223,7 @@ def open_table(path: str, base: str | None, device: str) -> TableContext:
             partial(tabpfn_table.predict_table, context, facts),
         )
     else:
-        from loadstone.context.fit import predict_table
+        from loadstone.context.pfn.fit import predict_table
 
         found = TableContext(
             context.task,

@@ -264,7 +264,7 @@ def evaluate(
         )
     if base is not None and PREFIX not in kinds:
         raise UsageError(f"--base {base} is for contexts", "Leave it out")
-    from loadstone.evaluation.gates import parse_gate
+    from loadstone.evaluation.results.gates import parse_gate
 
     if os.environ.get("RANK", "0") != "0":
         # Under torchrun the first process speaks for all.
@@ -274,7 +274,7 @@ def evaluate(
     if json_to is not None and json_to != "-":
         render.check_file("--json", Path(json_to))
     if report is not None:
-        from loadstone.evaluation.report import check_report
+        from loadstone.evaluation.results.report import check_report
 
         check_report(report)
 
@@ -323,8 +323,8 @@ def evaluate(
             render.write_file(Path(json_to), render.to_json(outcome.as_json()))
         _render(outcome)
     if report is not None:
-        from loadstone.evaluation.report import write_report
-        from loadstone.evaluation.tables import describe
+        from loadstone.evaluation.results.report import write_report
+        from loadstone.evaluation.results.tables import describe
 
         page = write_report(outcome, report, describe(outcome.task.protocol))
         logging.getLogger("loadstone").info("report: %s", page)
@@ -354,7 +354,7 @@ def _batch_size(text: str) -> int | None:
 def _render(outcome: Outcome) -> None:
     from rich.text import Text
 
-    from loadstone.evaluation.tables import describe, tables
+    from loadstone.evaluation.results.tables import describe, tables
 
     protocol = outcome.task.protocol
     out = render.console()

@@ -133,7 +133,7 @@ def command(
 
     documents = None
     if calibrate is not None:
-        from loadstone.evaluation.text import read_corpus
+        from loadstone.text.corpus import read_corpus
 
         documents = read_corpus(calibrate, limit=calibrate_limit).documents
     options = make_options(
@@ -150,9 +150,9 @@ def command(
         trust_remote_code=trust_remote_code,
     )
     from loadstone.artifact import detect
-    from loadstone.artifact.publish import check_output
     from loadstone.fakequant.run import plan_for, run_directory
     from loadstone.loading.loader import import_libraries
+    from loadstone.writing.publish import check_output
 
     artifact = detect(model, checkpoint=checkpoint)
     if out is not None:

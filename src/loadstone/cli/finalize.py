@@ -14,8 +14,8 @@ from loadstone.errors import UsageError
 
 if TYPE_CHECKING:
     from loadstone.finalize import FinalizePlan
-    from loadstone.finalize.ranks import Ranks
     from loadstone.quantization import MixedRecipe, Recipe
+    from loadstone.ranks import Ranks
 
 _INPUT, _OUTPUT, _QUANT, _FIT, _RUN = "Input", "Output", "Quantization", "Contexts", "Run"
 
@@ -241,13 +241,13 @@ def command(
     for each in recipes_in(recipe):
         if rounding_of(each.scheme) in CALIBRATED and not calibrate_on:
             raise UsageError(f"{each} needs text to calibrate with", "Add --calibrate FILE")
-    from loadstone.artifact.publish import check_output
     from loadstone.finalize import make_plan
     from loadstone.finalize.plan import refuse_quantized, weight_dtype
     from loadstone.loading.devices import quantize_device
     from loadstone.loading.loader import import_libraries
     from loadstone.memo import Memo, user_directory
     from loadstone.quantization.quantize import check_runs
+    from loadstone.writing.publish import check_output
 
     refuse_quantized(artifact)
     # Only a plan by itself is made of earlier answers: what is written is asked for anew.
@@ -274,9 +274,9 @@ def command(
         return show_plan(plan, out, as_json)
     assert out is not None
     from loadstone.finalize.calibrate import discard
-    from loadstone.finalize.ranks import joined
     from loadstone.finalize.run import finalize
     from loadstone.finalize.verify import verify as verify_artifact
+    from loadstone.ranks import joined
 
     with joined() as ranks:
         if ranks.size > 1 and where.startswith("cuda"):
@@ -305,9 +305,9 @@ def _calibrated(
     """The plan with its weights rounded on ``data``, by rank 0: the text in order, cut into rows of 512 tokens."""
     import torch
 
-    from loadstone.evaluation.text import read_corpus
     from loadstone.finalize.calibrate import calibrate, calibrated
     from loadstone.loading import load_tokenizer
+    from loadstone.text.corpus import read_corpus
 
     tokenizer = load_tokenizer(plan.source, trust_remote_code=trust_remote_code)
     limit = int(plan.config.get("max_position_embeddings") or 512)

@@ -14,7 +14,7 @@ from loadstone.cli import render
 from loadstone.errors import UsageError
 
 if TYPE_CHECKING:
-    from loadstone.context.fit import Predictions
+    from loadstone.context.pfn.fit import Predictions
 
 _INPUT, _OUTPUT = "Input", "Output"
 log = logging.getLogger("loadstone")

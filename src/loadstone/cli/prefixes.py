@@ -34,7 +34,7 @@ class PrefixRequest:
 
 def make_prefix(request: PrefixRequest) -> None:
     """``finalize --prefix``: tokenize the prompt, and unless it is a dry run read it with the model and save."""
-    from loadstone.context.prefix_run import plan_prefix, run_prefix
+    from loadstone.context.prefix.run import plan_prefix, run_prefix
 
     if request.out is not None and request.out.exists() and not request.overwrite and not request.dry_run:
         raise UsageError(

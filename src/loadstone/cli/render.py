@@ -95,7 +95,7 @@ def _finite(value: Any) -> Any:
 
 def check_file(option: str, path: Path) -> None:
     """Raise `UsageError` when a result cannot be written to ``path``: said before the work, not after it."""
-    from loadstone.artifact.publish import can_write
+    from loadstone.writing.publish import can_write
 
     try:
         if path.is_dir():
@@ -113,7 +113,7 @@ def check_file(option: str, path: Path) -> None:
 
 def write_file(path: Path, text: str) -> None:
     """Write a result's file, whole or not at all; a pipe, or a file in a folder that is not ours, as it is."""
-    from loadstone.artifact.publish import can_write
+    from loadstone.writing.publish import can_write
 
     if path.exists() and not (path.is_file() and can_write(path)):
         path.write_text(text, encoding="utf-8")

@@ -5,22 +5,22 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from loadstone.context.bars import BarPosterior as BarPosterior
-    from loadstone.context.model import PFN as PFN
-    from loadstone.context.model import PFNConfig as PFNConfig
+    from loadstone.context.bayesopt.optimize import optimize_acquisition as optimize_acquisition
     from loadstone.context.opening import load_context as load_context
-    from loadstone.context.optimize import optimize_acquisition as optimize_acquisition
-    from loadstone.context.prefill import fit_context as fit_context
-    from loadstone.context.training_context import TrainingContext as TrainingContext
+    from loadstone.context.pfn.bars import BarPosterior as BarPosterior
+    from loadstone.context.pfn.model import PFN as PFN
+    from loadstone.context.pfn.model import PFNConfig as PFNConfig
+    from loadstone.context.pfn.prefill import fit_context as fit_context
+    from loadstone.context.pfn.training_context import TrainingContext as TrainingContext
 
 _HOMES = {
-    "PFN": "model",
-    "PFNConfig": "model",
-    "BarPosterior": "bars",
-    "TrainingContext": "training_context",
-    "fit_context": "prefill",
+    "PFN": "pfn.model",
+    "PFNConfig": "pfn.model",
+    "BarPosterior": "pfn.bars",
+    "TrainingContext": "pfn.training_context",
+    "fit_context": "pfn.prefill",
     "load_context": "opening",
-    "optimize_acquisition": "optimize",
+    "optimize_acquisition": "bayesopt.optimize",
 }
 __all__ = [
     "PFN",

@@ -9,8 +9,8 @@ from loadstone.artifact.context_file import CONTEXT_JSON, PREFIX, TABPFN, contex
 from loadstone.errors import UsageError
 
 if TYPE_CHECKING:
-    from loadstone.context.prefix_cache import PrefixCache
-    from loadstone.context.training_context import TrainingContext
+    from loadstone.context.pfn.training_context import TrainingContext
+    from loadstone.context.prefix.cache import PrefixCache
 
 
 def load_context(
@@ -31,13 +31,13 @@ def load_context(
     if kind is None:
         raise UsageError(f"'{directory}' is no fitted context", f"Name a directory with a {CONTEXT_JSON}")
     if kind == PREFIX:
-        from loadstone.context.prefix_store import load_prefix
+        from loadstone.context.prefix.store import load_prefix
 
         return load_prefix(directory, base, device=device, **options)
     if kind == TABPFN:
-        from loadstone.context import tabpfn
+        from loadstone.context.tabpfn import estimator as tabpfn
 
         return tabpfn.load(directory, base=base, device=device or "auto", **options)
-    from loadstone.context.store import load_table_context
+    from loadstone.context.pfn.store import load_table_context
 
     return load_table_context(directory, base, device=device, **options)

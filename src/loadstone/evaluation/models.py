@@ -17,12 +17,12 @@ from loadstone.artifact import Artifact
 from loadstone.artifact.context_file import PREFIX, ContextFile, is_context, read_context, require_kind
 from loadstone.artifact.detect import FAKEQUANT, PFN
 from loadstone.errors import UsageError
-from loadstone.evaluation.compiling import compile_layers
-from loadstone.evaluation.fastpath import FastPath, speed_up
-from loadstone.evaluation.head import Prefixed
+from loadstone.evaluation.fast.replace import FastPath, speed_up
 from loadstone.evaluation.measure import reset_peak
 from loadstone.evaluation.options import Options
-from loadstone.evaluation.streaming import StreamedLm, can_stream, must_stream
+from loadstone.evaluation.scoring.compiling import compile_layers
+from loadstone.evaluation.scoring.head import Prefixed
+from loadstone.evaluation.scoring.streaming import StreamedLm, can_stream, must_stream
 from loadstone.loading import LoadPlan, load, plan
 from loadstone.loading.devices import resolve_device
 from loadstone.loading.streamed import streamed
@@ -107,7 +107,7 @@ def choose_prefixes(names: list[str], options: Options) -> list[ContextFile | No
     All or none of the models of a run come after a prefix, and all after the same one: their losses are compared token
     by token. Raises UsageError when it is otherwise, and for options that a prefix has no use for.
     """
-    from loadstone.context.prefix_store import check_facts
+    from loadstone.context.prefix.store import check_facts
 
     files: list[ContextFile | None] = []
     for name in names:
@@ -152,7 +152,7 @@ def choose_prefixes(names: list[str], options: Options) -> list[ContextFile | No
 
 def find_prefix_base(file: ContextFile, options: Options) -> Artifact:
     """The base of a prefix, its recipe and tokenizer checked."""
-    from loadstone.context.prefix_store import check_base, find_base
+    from loadstone.context.prefix.store import check_base, find_base
     from loadstone.loading import load_tokenizer
 
     artifact = find_base(file, options.base)
@@ -211,7 +211,7 @@ def opened(subject: Subject, options: Options) -> Iterator[Opened]:
             hooked = _apply_quantizers(model, subject)
             cache = None
             if subject.prefix is not None:
-                from loadstone.context.prefix_store import bind_prefix
+                from loadstone.context.prefix.store import bind_prefix
 
                 # Before the fast path: its modules hold weights that no fingerprint knows.
                 name = str(subject.plan.artifact.root)

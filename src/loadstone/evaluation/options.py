@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from loadstone.evaluation.gates import DIVERGENCE, Gate
+from loadstone.evaluation.results.gates import DIVERGENCE, Gate
 
 DEFAULT_CACHE = "~/.cache/loadstone/eval"
 

@@ -13,19 +13,19 @@ from typing import Any
 
 import torch
 
-from loadstone.evaluation.batching import choose_batch_size
-from loadstone.evaluation.divergence import score_pair
-from loadstone.evaluation.fastpath import speed_up
+from loadstone.evaluation.fast.replace import speed_up
+from loadstone.evaluation.harness.tasks import TaskScore, run_tasks
 from loadstone.evaluation.measure import peak_bytes
 from loadstone.evaluation.models import Opened, Subject, has_quantizers, opened
 from loadstone.evaluation.options import Options
 from loadstone.evaluation.ranks import Ranks
-from loadstone.evaluation.scoring import BatchMaker, Timing, Values, check_finite, plan_batches, score
-from loadstone.evaluation.shared_text import score_shared
-from loadstone.evaluation.speed import measure_speed
-from loadstone.evaluation.store import Store, entry_key, merge_partials
+from loadstone.evaluation.results.store import Store, entry_key, merge_partials
+from loadstone.evaluation.scoring.batching import choose_batch_size
+from loadstone.evaluation.scoring.divergence import score_pair
+from loadstone.evaluation.scoring.losses import BatchMaker, Timing, Values, check_finite, plan_batches, score
+from loadstone.evaluation.scoring.shared_text import score_shared
+from loadstone.evaluation.scoring.speed import measure_speed
 from loadstone.evaluation.task import Task
-from loadstone.evaluation.tasks import TaskScore, run_tasks
 
 log = logging.getLogger(__name__)
 Bar = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]

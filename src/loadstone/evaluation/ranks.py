@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from loadstone.evaluation.scoring import Timing, Values
+from loadstone.evaluation.scoring.losses import Timing, Values
 
 
 @dataclass(frozen=True)

@@ -12,19 +12,19 @@ from pathlib import Path
 from typing import Any
 
 from loadstone.errors import UsageError
-from loadstone.evaluation.compare import difference, require_same, summarize
-from loadstone.evaluation.divergence import divergence_record, worst_documents
-from loadstone.evaluation.gates import Verdict, judge
+from loadstone.evaluation.harness.tasks import TaskScore, task_manager, task_records
 from loadstone.evaluation.models import Subject, choose_streaming, choose_subjects, opened
 from loadstone.evaluation.options import DEFAULT_CACHE, Options
 from loadstone.evaluation.passes import Bar, Bench, Cost, extras, pair, single
 from loadstone.evaluation.ranks import joined
-from loadstone.evaluation.record import make_record
-from loadstone.evaluation.saved import Saved, read_saved
-from loadstone.evaluation.scoring import Values
-from loadstone.evaluation.store import open_store
+from loadstone.evaluation.results.compare import difference, require_same, summarize
+from loadstone.evaluation.results.gates import Verdict, judge
+from loadstone.evaluation.results.record import make_record
+from loadstone.evaluation.results.saved import Saved, read_saved
+from loadstone.evaluation.results.store import open_store
+from loadstone.evaluation.scoring.divergence import divergence_record, worst_documents
+from loadstone.evaluation.scoring.losses import Values
 from loadstone.evaluation.task import Task, make_task
-from loadstone.evaluation.tasks import TaskScore, task_manager, task_records
 
 log = logging.getLogger(__name__)
 _PATIENCE = 5.0

@@ -8,11 +8,12 @@ from typing import Any
 
 from loadstone.artifact.context_file import CONTEXT_TENSORS, ContextFile
 from loadstone.errors import UsageError
-from loadstone.evaluation.compare import Units, make_units
 from loadstone.evaluation.models import Subject, context_limit
 from loadstone.evaluation.options import DEFAULT_CACHE, Options
-from loadstone.evaluation.text import read_corpus
-from loadstone.evaluation.tokens import (
+from loadstone.evaluation.results.compare import Units, make_units
+from loadstone.loading import load_tokenizer
+from loadstone.text.corpus import read_corpus
+from loadstone.text.tokens import (
     ROLLING,
     STRIDED,
     Protocol,
@@ -23,7 +24,6 @@ from loadstone.evaluation.tokens import (
     tokenize,
     tokenizer_hash,
 )
-from loadstone.loading import load_tokenizer
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING
 
 from loadstone.artifact import Artifact, TensorInfo
 from loadstone.artifact.detect import DENSE, FAKEQUANT, QAT
-from loadstone.artifact.publish import check_output
-from loadstone.artifact.sidecars import sidecars_in
 from loadstone.errors import ArtifactError
 from loadstone.fakequant.export import Beside, Exported, resolve_device, write_export
 from loadstone.fakequant.package import COPY, STRIP, code_files, without_auto_map
@@ -19,6 +17,8 @@ from loadstone.fakequant.roles import roles_by_name, roles_in
 from loadstone.fakequant.rules import RuleSet
 from loadstone.fakequant.state import QuantizerState
 from loadstone.loading.source import SourceReader
+from loadstone.writing.publish import check_output
+from loadstone.writing.sidecars import sidecars_in
 
 if TYPE_CHECKING:
     import torch

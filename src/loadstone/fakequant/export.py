@@ -13,16 +13,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loadstone.artifact import detect
-from loadstone.artifact.publish import check_output, check_space, locked, publish
 from loadstone.errors import ArtifactError, MissingError
 from loadstone.fakequant.formats.spec import Own
 from loadstone.fakequant.package import config_text, copy_files
 from loadstone.fakequant.plan import ExportPlan, Step
 from loadstone.fakequant.state import QuantizerState, write_manifests, write_state
 from loadstone.loading.devices import quantize_device
-from loadstone.loading.shards import ShardWriter
 from loadstone.quantization.flatten import dtype_name, torch_dtype
 from loadstone.quantization.schemes import Recipe
+from loadstone.writing.publish import check_output, check_space, locked, publish
+from loadstone.writing.shards import ShardWriter
 
 if TYPE_CHECKING:
     import torch

@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loadstone.artifact import TensorInfo
-from loadstone.artifact.publish import check_output
-from loadstone.artifact.sidecars import sidecars_in
 from loadstone.errors import ArtifactError, UsageError
 from loadstone.fakequant.calibrate import calibrate, token_batches
 from loadstone.fakequant.export import Beside, Exported, resolve_device, write_export
@@ -24,6 +22,8 @@ from loadstone.fakequant.quantizers import OwnQuantizers, find_quantizers, kind_
 from loadstone.fakequant.roles import roles_in
 from loadstone.fakequant.state import QuantizerState, input_specs
 from loadstone.quantization.flatten import dtype_name
+from loadstone.writing.publish import check_output
+from loadstone.writing.sidecars import sidecars_in
 
 if TYPE_CHECKING:
     import torch

@@ -7,7 +7,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from loadstone.artifact import TensorInfo
-from loadstone.artifact.headers import FLOAT_DTYPES
+from loadstone.artifact.formats.safetensors import FLOAT_DTYPES
 from loadstone.errors import ArtifactError
 from loadstone.fakequant.rules import Role
 from loadstone.fakequant.state import EXPERT_WEIGHTS, INPUT

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from loadstone.artifact.files import check_inside, is_file, read_json
-from loadstone.artifact.headers import read_header
+from loadstone.artifact.formats.safetensors import read_header
 from loadstone.artifact.manifest import FORMAT_VERSION, MANIFEST, sha256_file, versions
 from loadstone.errors import ArtifactError, UsageError
 from loadstone.fakequant.formats.spec import CALIBRATED, InputSpec

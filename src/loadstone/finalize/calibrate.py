@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 from loadstone.artifact import FlatTensor
 from loadstone.artifact.manifest import versions
-from loadstone.artifact.publish import check_space
 from loadstone.errors import ArtifactError, UsageError
 from loadstone.finalize.gptq import gptq
 from loadstone.finalize.journal import work_directory
@@ -28,6 +27,7 @@ from loadstone.quantization.flatten import flatten, torch_dtype
 from loadstone.quantization.quantize import dense, quantize_scaled, quantize_weight
 from loadstone.quantization.rounding import least_squares_weight
 from loadstone.quantization.schemes import CALIBRATED, rounding_of, scales_inputs
+from loadstone.writing.publish import check_space
 
 if TYPE_CHECKING:
     import torch

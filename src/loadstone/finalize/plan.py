@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from loadstone.artifact import Artifact, FlatTensor, TensorInfo
 from loadstone.artifact.detect import OTHER_QUANTIZER, QAT_KEY
-from loadstone.artifact.headers import DTYPE_BITS, FLOAT_DTYPES
-from loadstone.artifact.torchao_tensors import part_name
+from loadstone.artifact.formats.safetensors import DTYPE_BITS, FLOAT_DTYPES
+from loadstone.artifact.torchao.tensors import part_name
 from loadstone.errors import ArtifactError
 from loadstone.memo import Memo
 from loadstone.quantization import MixedRecipe, Recipe, Scheme
@@ -182,7 +182,7 @@ def stored_tensors(artifact: Artifact) -> dict[str, TensorInfo]:
     """Every tensor in the source's files by name, in name order."""
     if artifact.table is not None:
         return dict(sorted(artifact.table.tensors.items()))
-    from loadstone.artifact.bin_header import read_bin
+    from loadstone.artifact.formats.bin import read_bin
 
     found: dict[str, TensorInfo] = {}
     for file in artifact.weights.files:

@@ -17,8 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loadstone.artifact.manifest import FORMAT_VERSION, MANIFEST, sha256_file, versions
-from loadstone.artifact.publish import check_output, check_space, locked, publish
-from loadstone.artifact.sidecars import copy_sidecars, find_sidecars
 from loadstone.errors import MissingError
 from loadstone.finalize.journal import (
     close_journal,
@@ -30,10 +28,12 @@ from loadstone.finalize.journal import (
 )
 from loadstone.finalize.pieces import Unit, units
 from loadstone.finalize.plan import FinalizePlan
-from loadstone.finalize.ranks import Ranks
 from loadstone.finalize.stream import stream
-from loadstone.loading.shards import ShardWriter
 from loadstone.loading.source import SourceReader
+from loadstone.ranks import Ranks
+from loadstone.writing.publish import check_output, check_space, locked, publish
+from loadstone.writing.shards import ShardWriter
+from loadstone.writing.sidecars import copy_sidecars, find_sidecars
 
 if TYPE_CHECKING:
     import torch

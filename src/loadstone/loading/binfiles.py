@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loadstone.artifact import Artifact
-from loadstone.artifact.torchao_tensors import part_name, unknown_class_hint
+from loadstone.artifact.torchao.tensors import part_name, unknown_class_hint
 from loadstone.errors import ArtifactError
 from loadstone.loading.values import check_tensor, limits_of
 from loadstone.quantization.flatten import flatten

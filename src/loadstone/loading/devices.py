@@ -9,8 +9,8 @@ from typing import Any
 
 from loadstone.artifact import Artifact
 from loadstone.artifact.detect import OTHER_QUANTIZER
-from loadstone.artifact.headers import FLOAT_DTYPES
-from loadstone.artifact.weights import FSDP_BIN
+from loadstone.artifact.formats.safetensors import FLOAT_DTYPES
+from loadstone.artifact.formats.weights import FSDP_BIN
 from loadstone.errors import MissingError, UsageError
 
 CPU, DISK = "cpu", "disk"

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 # model_type -> its class, imported when it is loaded: rooms above this one may define models, not be imported by it.
-_CLASSES = {"loadstone-pfn": ("loadstone.context.model", "PFN")}
+_CLASSES = {"loadstone-pfn": ("loadstone.context.pfn.model", "PFN")}
 
 
 def load_own(plan: LoadPlan, device_map: Any) -> nn.Module:

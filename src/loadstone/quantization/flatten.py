@@ -6,7 +6,7 @@ import json
 from typing import TYPE_CHECKING
 
 from loadstone.artifact import FlatTensor, TensorInfo
-from loadstone.artifact.torchao_tensors import SUBCLASSES, unknown_class_hint
+from loadstone.artifact.torchao.tensors import SUBCLASSES, unknown_class_hint
 from loadstone.errors import ArtifactError
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from functools import singledispatch
 from typing import Any
 
-from loadstone.artifact.torchao_tensors import FlatTensor, unknown_class_hint
+from loadstone.artifact.torchao.tensors import FlatTensor, unknown_class_hint
 from loadstone.errors import ArtifactError
 from loadstone.quantization.schemes import (
     Float8DynActFloat8Weight,

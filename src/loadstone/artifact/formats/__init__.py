@@ -1,0 +1,1 @@
+"""Readers of weight file headers, one module per storage format."""

@@ -1,0 +1,1 @@
+"""Quantized tensors and config blocks as torchao and transformers store them, without importing torchao."""

@@ -1,0 +1,1 @@
+"""Bayesian optimisation on a fitted PFN context."""

@@ -1,0 +1,1 @@
+"""PFNs: the model, its training-context KV cache, and the cache on disk."""

@@ -1,0 +1,1 @@
+"""Prompts that a language model has read: their KV cache in memory and on disk."""

@@ -1,0 +1,202 @@
+"""Reading a prompt once: from text or messages to the state of every layer after it."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loadstone.context.prefix.attention import NAME, register
+from loadstone.context.prefix.cache import Prefix, PrefixCache, capture, text_config
+from loadstone.context.prefix.stored_states import check_kind
+from loadstone.errors import ArtifactError, UsageError
+
+log = logging.getLogger(__name__)
+# Tokens read at once: as many as keep a device busy; the logits of the last one only are computed.
+_CHUNK = {"cpu": 4096, "cuda": 16384}
+# The most that joined attention may differ from concatenated, relative to the largest logit.
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
+# Or so many times what plain attentions differ by, up to a difference that only an error makes.
+_NOISE, _MOST = 2.0, 0.25
+
+
+def read_prompt(path: Path) -> str | list[dict[str, Any]]:
+    """The prompt in a file: text as it stands, or of a ``.json`` file the list of chat messages in it."""
+    if not path.is_file():
+        raise UsageError(
+            f"there is no file '{path}'", "--prefix names a text file, or .json with chat messages"
+        )
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is not UTF-8 text: byte {error.start}", "Save it as UTF-8") from None
+    if path.suffix.lower() != ".json":
+        if not text.strip():
+            raise UsageError(f"'{path}' is empty", "A prefix is at least one token")
+        return text
+    try:
+        messages = json.loads(text)
+    except ValueError as error:
+        raise UsageError(f"{path} is not JSON: {error}") from None
+    if (
+        not isinstance(messages, list)
+        or not messages
+        or not all(
+            isinstance(m, dict) and isinstance(m.get("role"), str) and "content" in m for m in messages
+        )
+    ):
+        raise UsageError(
+            f"{path} is no list of chat messages",
+            'Example: [{"role": "system", "content": "Answer briefly."}]',
+        )
+    return messages
+
+
+def encode_prompt(prompt: str | list[dict[str, Any]], tokenizer: Any) -> tuple[Tensor, str, bool]:
+    """Token ids (1, P), the text they come from, and whether the chat template made it.
+
+    Text is tokenized with the special tokens that the tokenizer itself adds; the template writes its own.
+    """
+    template = not isinstance(prompt, str)
+    text = prompt
+    if template:
+        if not getattr(tokenizer, "chat_template", None):
+            raise UsageError("the tokenizer has no chat template", "Give the prompt as text (.txt)")
+        try:
+            text = tokenizer.apply_chat_template(prompt, tokenize=False)
+        except Exception as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UsageError(f"the chat template refuses these messages ({reason})") from None
+    ids = tokenizer(text, add_special_tokens=not template, verbose=False)["input_ids"]
+    if not ids:
+        raise UsageError("the tokenizer turns the prefix into no token", "Give a longer one")
+    return torch.tensor([ids], dtype=torch.long), str(text), template
+
+
+@torch.no_grad()
+def make_prefix(
+    model: Any,
+    tokens: Tensor,
+    *,
+    cache_kind: str | None = None,
+    text: str = "",
+    template: bool = False,
+    tokenizer: Any = None,
+    share: bool = True,
+) -> PrefixCache:
+    """Read ``tokens``, int64 (1, P), with a transformers causal model, once, and keep what its layers need of them.
+
+    ``cache_kind``: `stored_states.CACHE_KINDS` (None: the model's dtype). ``share``: let the model's attention read the
+    prefix in place where it can (`share_attention`). Raises UsageError for more tokens than the model has positions,
+    ArtifactError for layers whose state cannot be kept and for states that are not finite.
+    """
+    from transformers import DynamicCache
+
+    device = model.get_input_embeddings().weight.device
+    dtype = compute_dtype(model)
+    kind = check_kind(cache_kind, dtype)
+    length = tokens.shape[1]
+    limit = getattr(text_config(model), "max_position_embeddings", None)
+    if isinstance(limit, int) and length >= limit:
+        raise UsageError(
+            f"the prefix has {length} tokens and the model {limit} positions",
+            "Shorten it: requests need room too",
+        )
+    tokens = tokens.to(device)
+    cache = DynamicCache(config=model.config)
+    seen: list[Tensor] = []
+    # The base model's last hidden state makes the next token's logits; its own head computes them for one position.
+    hook = model.base_model.register_forward_hook(lambda _, __, out: seen.append(out[0][:, -1:]))
+    step = _CHUNK.get(device.type, _CHUNK["cuda"])
+    try:
+        with torch.inference_mode(False):
+            for at in range(0, length, step):
+                seen.clear()
+                out = model(
+                    input_ids=tokens[:, at : at + step],
+                    past_key_values=cache,
+                    use_cache=True,
+                    **_last_only(model),
+                )
+    finally:
+        hook.remove()
+    if getattr(out, "past_key_values", None) is not cache or not seen:
+        raise ArtifactError(
+            f"{type(model).__name__} keeps its past in a way of its own",
+            "Evaluate this model without a prefix",
+        )
+    logits = out.logits[:, -1].float()
+    layers = capture(cache, length, kind)
+    prefix = Prefix(tokens, layers, logits, seen[-1], dtype, kind, text, template, model, tokenizer)
+    for number, layer in enumerate(layers):
+        for name, tensor in layer.tensors().items():
+            if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
+                raise ArtifactError(
+                    f"layer {number}: '{name}' of the prefix is not finite",
+                    "The model's weights hold NaN or infinity, or the dtype overflows",
+                )
+    found = PrefixCache(prefix)
+    if share:
+        share_attention(found)
+    return found
+
+
+def compute_dtype(model: Any) -> torch.dtype:
+    """The dtype that activations have: that of the embeddings (quantized weights have dtypes of their own)."""
+    dtype = model.get_input_embeddings().weight.dtype
+    return dtype if dtype.is_floating_point else model.dtype
+
+
+def _last_only(model: Any) -> dict[str, int]:
+    import inspect
+
+    known = "logits_to_keep" in inspect.signature(model.forward).parameters
+    return {"logits_to_keep": 1} if known else {}
+
+
+def share_attention(cache: PrefixCache) -> bool:
+    """Let the model's attention read prefixes where they lie; whether it does now.
+
+    Only for models that go through transformers' attention interface with ``sdpa``, and only where a few tokens come
+    out the same as with prefix and tokens concatenated. Calls without a prefix are ``sdpa``'s, to the bit, as before.
+    """
+    model = cache.model
+    config = text_config(model)
+    if config._attn_implementation == NAME:
+        return True
+    full = any(layer.kind == "full" for layer in cache.prefix.layers)
+    if not full or config._attn_implementation != "sdpa" or not model._supports_attention_backend:
+        return False
+    register()
+    ids = cache.tokens[:, :1].expand(2, 4)
+
+    def after() -> Tensor:
+        out = model(input_ids=ids, past_key_values=cache.fork(batch=2, keeps=False), use_cache=True)
+        return out.logits.double()  # type: ignore[no-any-return]
+
+    def apart_from(expected: Tensor) -> float:
+        return ((after() - expected).abs().max() / expected.abs().max().clamp(min=1)).item()
+
+    said = ""
+    with torch.no_grad():
+        expected = after()
+        model.set_attn_implementation(NAME)
+        try:
+            apart = apart_from(expected)
+            works = text_config(model)._attn_implementation == NAME
+            # `<=` and not `>`: a NaN fails too.
+            if works and not apart <= _TOLERANCE[cache.prefix.dtype]:
+                # Deep models in few bits differ by more between any two attentions: what two plain ones differ by.
+                model.set_attn_implementation("eager")
+                works = apart <= min(_NOISE * apart_from(expected), _MOST)
+                model.set_attn_implementation(NAME)
+        except (RuntimeError, TypeError, AttributeError, ValueError, NotImplementedError) as error:
+            works, said = False, " ".join(str(error).split())[:200]
+    if not works:
+        model.set_attn_implementation("sdpa")
+        log.info("%s: prefixes are concatenated (joined attention: %s)", type(model).__name__, said or apart)
+    return works

@@ -1,0 +1,1 @@
+"""Tables of rows and a target column, and the metrics of predictions."""

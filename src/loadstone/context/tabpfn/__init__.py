@@ -1,0 +1,1 @@
+"""Fitted TabPFN estimators, stored without weights."""

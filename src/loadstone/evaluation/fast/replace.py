@@ -1,0 +1,291 @@
+"""Linears at the speed of the machine: dequantized weights kept, and on some CPUs weights packed.
+
+**Kept.** torchao's kernels for CPUs (and most for GPUs) dequantize a weight at every call and then
+multiply. Where that is the recipe's arithmetic, the dequantized weight is kept instead, so each call is the
+multiplication alone. A module is replaced only after its replacement gave the same bits on probe inputs.
+
+**Packed.** In float32 on an AMD CPU torch multiplies with MKL, which leaves half of the machine unused
+there; oneDNN's products over weights packed once are about twice as fast. They add in another order, so
+results agree to float32 rounding (losses to 1e-6), not to the bit; where activations are rounded to integers,
+the sums are added in MKL's order, to the same bits. On a GPU tinygemm's int4 kernel is made for a few
+tokens; the weight it stands for, multiplied by cuBLAS, is fifteen times as fast on many, to bfloat16 rounding.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from loadstone.evaluation.fast.products import (
+    InFloats,
+    Kept,
+    KeptBfloat16,
+    KeptBiasLast,
+    KeptInt8,
+    KeptInt8Dynamic,
+    KeptPlain,
+    OnTensorCores,
+    OnVnni,
+    PackedInOrder,
+    PackedProduct,
+    Product,
+    Rounding,
+)
+from loadstone.evaluation.fast.rounding import Shared, int8_round_trip, int8_rows, mx_round_trip
+from loadstone.evaluation.measure import free_bytes
+
+log = logging.getLogger(__name__)
+# Rows of the probes: more than the 16 that some integer kernels ask for, a single one, and many.
+_PROBES = ((1, 1), (2, 9))
+_MANY = ((2, 9), (1, 300))
+# Half of what is free: activations and the other model of a pair need room too.
+_SHARE = 0.5
+# Largest difference of a product whose sum was reordered, relative to its largest element.
+_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-7}
+_EYE_ROWS = 1024
+
+
+@dataclass(frozen=True)
+class FastPath:
+    """How many Linears were sped up: ``kept`` to the same bits, ``packed`` to rounding."""
+
+    kept: int = 0
+    packed: int = 0
+
+
+def speed_up(model: Any) -> FastPath:
+    """Replace what can be replaced among the Linears of ``model``, in place, while memory lasts."""
+    packs = packs_here(model.get_input_embeddings().weight)
+    fast, found = _speed_up(model, model.get_output_embeddings() if packs else None, packs=packs)
+    if found:
+        log.info("%d of %d quantized Linears keep their dequantized weights (faster)", fast.kept, found)
+    return fast
+
+
+def speed_up_layer(layer: Any, *, like: torch.Tensor) -> FastPath:
+    """The same for one decoder layer of a model that computes as the weight ``like`` does."""
+    return _speed_up(layer, None, packs=packs_here(like))[0]
+
+
+def _speed_up(model: Any, head: nn.Module | None, *, packs: bool) -> tuple[FastPath, int]:
+    kept, reordered, found = _keep_dequantized(model)
+    _share_rounding(model)
+    packed = _pack(model, head) if packs else 0
+    _unwrap(model)
+    return FastPath(kept, reordered + packed), found
+
+
+@lru_cache(maxsize=1)
+def _amd() -> bool:
+    cpuinfo = Path("/proc/cpuinfo")
+    return cpuinfo.exists() and "AuthenticAMD" in cpuinfo.read_text()[:2000]
+
+
+@lru_cache(maxsize=1)
+def _has_int8_products() -> bool:
+    return bool(torch.cpu._is_vnni_supported())
+
+
+def packs_here(weight: torch.Tensor) -> bool:
+    """Whether packing pays for weights like this one. By the make of the CPU, never by a timing: results
+    must not depend on how busy the machine was."""
+    return (
+        weight.device.type == "cpu"
+        and weight.dtype == torch.float32
+        and torch.backends.mkldnn.is_available()
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        and _amd()
+    )
+
+
+def _keep_dequantized(model: Any) -> tuple[int, int, int]:
+    """Replace quantized Linears: how many keep the same bits, how many agree to rounding, how many there are."""
+    found = [
+        (name, m) for name, m in model.named_modules() if type(m) is nn.Linear and _is_quantized(m.weight)
+    ]
+    if not found:
+        return 0, 0, 0
+    room = _SHARE * free_bytes(found[0][1].weight.device)
+    kept = reordered = 0
+    for name, module in found:
+        room -= module.weight.numel() * module.weight.element_size()
+        if room < 0:
+            break
+        replacement = _replacement(module)
+        exactly = not isinstance(replacement, KeptBfloat16)
+        if replacement is not None and _agree(module, replacement, exactly=exactly):
+            model.set_submodule(name, replacement)
+            kept += exactly
+            reordered += not exactly
+    return kept, reordered, len(found)
+
+
+def _unwrap(model: Any) -> None:
+    """A product that is a plain Linear's becomes one: two more modules a call are half the time of a small model
+    that writes one token at a time."""
+    for name, module in list(model.named_modules()):
+        plain = type(module) is Kept or (type(module) is KeptBiasLast and module.bias is None)
+        if not plain or module.rounding is not None or type(module.products[0]) is not Product:
+            continue
+        weight = module.products[0].weight
+        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        linear.weight, linear.bias = weight, module.bias
+        model.set_submodule(name, linear)
+
+
+def _share_rounding(model: Any) -> None:
+    """Let the Linears of one module round their common input once."""
+    for parent in model.modules():
+        shared: dict[Rounding, Shared] = {}
+        for module in parent.children():
+            if isinstance(module, Kept | KeptInt8Dynamic) and module.rounding is not None:
+                module.rounding = shared.setdefault(module.rounding, Shared(module.rounding))
+
+
+def _pack(model: Any, head: nn.Module | None) -> int:
+    """Pack the weights of plain Linears and of what was kept; how many Linears that are."""
+    room = _SHARE * free_bytes(torch.device("cpu"))
+    modules = dict(model.named_modules())
+    rounding = any(_rounds_activations(m) for m in modules.values())
+    packed = set()
+    for name, module in modules.items():
+        plain = type(module) is nn.Linear and not _is_quantized(module.weight)
+        if (not plain and not isinstance(module, Product)) or module.weight.device.type == "meta":
+            continue
+        room -= 4 * module.weight.numel()
+        if room < 0:
+            break
+        owner = name if plain else name.rpartition(".products")[0]
+        # Integers that float32 holds exactly may be added in any order, and nothing is rounded after the head.
+        in_order = rounding and module is not head and not isinstance(modules[owner], InFloats)
+        product = PackedInOrder if in_order else PackedProduct
+        new = KeptPlain(module, product) if plain else product(module.weight)
+        # One row alone takes another way through MKL; batches have more.
+        if _agree(module, new, exactly=in_order, probes=_MANY if in_order else _PROBES):
+            model.set_submodule(name, new)
+            packed.add(owner)
+    return len(packed)
+
+
+def _rounds_activations(module: nn.Module) -> bool:
+    if isinstance(module, Kept):
+        return module.rounding is not None
+    # A quantized Linear that was not replaced may do anything.
+    return isinstance(module, KeptInt8Dynamic) or (type(module) is nn.Linear and _is_quantized(module.weight))
+
+
+def _is_quantized(weight: torch.Tensor) -> bool:
+    from torchao.utils import TorchAOBaseTensor
+
+    return isinstance(weight, TorchAOBaseTensor)
+
+
+def _replacement(module: nn.Linear) -> nn.Module | None:
+    """A module that should compute what ``module`` does, or None for a kind of weight that is not known
+    here."""
+    weight: Any = module.weight
+    match type(weight).__name__:
+        case "IntxUnpackedToInt8Tensor":
+            from torchao.quantization.quantize_.workflows.intx import intx_unpacked_to_int8_tensor as intx
+
+            dynamic = weight.activation_quantization is not None
+            rounding: Rounding | None = None
+            if dynamic:
+                on_cpu = weight.device.type == "cpu"
+                rounding = int8_round_trip if on_cpu else intx._apply_int8_act_asym_per_token_quant_dequant
+            return Kept(weight.dequantize(), module.bias, rounding)
+        case "NVFP4Tensor" if weight.act_quant_kwargs is None:
+            return Kept(weight.dequantize(weight.orig_dtype), module.bias)
+        case "MXTensor" if str(weight.kernel_preference).endswith("EMULATED"):
+            return _microscaled(weight, module.bias)
+        case "Float8Tensor" if weight.act_quant_kwargs is None:
+            return KeptBiasLast(weight.dequantize(), module.bias)
+        case "Int8Tensor" if weight.act_pre_scale is None:
+            return _int8(weight, module.bias)
+        case "Int4TilePackedTo4dTensor" if weight.act_pre_scale is None and weight.dim() == 2:
+            return KeptBfloat16(_from_tiles(weight), module.bias)
+    return None
+
+
+def _microscaled(weight: Any, bias: torch.Tensor | None) -> nn.Module | None:
+    """MX formats that no unit of this device multiplies: torchao dequantizes both sides and multiplies."""
+    how = weight.act_quant_kwargs
+    if how is None or not str(how.kernel_preference).endswith("EMULATED"):
+        return None
+    rounding = mx_round_trip(how.elem_dtype, how.block_size, how.scaling_mode)
+    return Kept(weight.dequantize(weight.orig_dtype), bias, rounding)
+
+
+def _from_tiles(weight: Any) -> torch.Tensor:
+    """The bfloat16 weight (out, in) that tinygemm's kernel multiplies by, by multiplying rows of the identity."""
+    out_features, in_features = weight.shape
+    group = weight.block_size[-1]
+    padded = weight.scale_and_zero.shape[0] * group
+    result = torch.empty(out_features, in_features, dtype=torch.bfloat16, device=weight.device)
+    for at in range(0, in_features, _EYE_ROWS):
+        end = min(at + _EYE_ROWS, in_features)
+        eye = torch.zeros(end - at, padded, dtype=torch.bfloat16, device=weight.device)
+        eye[:, at:end].fill_diagonal_(1)
+        columns = torch.ops.aten._weight_int4pack_mm(eye, weight.qdata, group, weight.scale_and_zero)
+        result[:, at:end] = columns[:, :out_features].t()
+    return result
+
+
+def _int8(weight: Any, bias: torch.Tensor | None) -> nn.Module | None:
+    if weight.block_size[-1] < weight.qdata.shape[-1]:
+        return KeptBiasLast(weight.dequantize(), bias) if weight.act_quant_kwargs is None else None
+    if weight.act_quant_kwargs is None:
+        return KeptInt8(weight.qdata.to(weight.dtype), bias, weight.scale.to(weight.dtype).flatten())
+    if "ASYMMETRIC" in str(weight.act_quant_kwargs.mapping_type):
+        return None
+    return _integer_module(weight)(weight.qdata, bias, weight.scale.flatten(), _int8_rounding(weight))
+
+
+def _integer_module(weight: Any) -> type[KeptInt8Dynamic]:
+    """What multiplies integers best here."""
+    if weight.device.type == "cuda":
+        # cuBLAS's conditions; torchao multiplies on the CPU where they do not hold.
+        return OnTensorCores if all(size % 8 == 0 for size in weight.shape) else InFloats
+    return OnVnni if _has_int8_products() else InFloats
+
+
+def _int8_rounding(weight: Any) -> Rounding:
+    from torchao.quantization.quantize_.common.quantize_tensor_kwargs import (
+        _choose_quant_func_and_quantize_tensor as quantize_tensor,
+    )
+
+    how, scale, zero = weight.act_quant_kwargs, weight.act_quant_scale, weight.act_quant_zero_point
+    if scale is None and type(how.granularity).__name__ == "PerRow" and not how.reduce_range:
+        return int8_rows
+
+    def rounding(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        tensor = quantize_tensor(x, how, scale=scale, zero_point=zero)
+        return tensor.qdata, tensor.scale
+
+    return rounding
+
+
+def _agree(
+    module: Any, replacement: nn.Module, *, exactly: bool, probes: tuple[tuple[int, int], ...] = _PROBES
+) -> bool:
+    weight = module.weight
+    generator = torch.Generator().manual_seed(0)
+    for leading in probes:
+        x = torch.randn((*leading, weight.shape[1]), generator=generator).to(weight.device, weight.dtype)
+        with torch.no_grad():
+            expected = module(x)
+            try:
+                got = replacement(x)
+            except (RuntimeError, NotImplementedError):
+                # A kernel that this version of torch lacks.
+                return False
+        tolerance = 0.0 if exactly else _TOLERANCE[weight.dtype] * float(expected.abs().max())
+        if expected.shape != got.shape or not bool((expected - got).abs().max() <= tolerance):
+            return False
+    return True

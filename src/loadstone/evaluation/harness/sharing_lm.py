@@ -1,0 +1,182 @@
+"""lm-eval's Hugging Face adapter, with beginnings that requests share read once, or all of them after a prefix."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from lm_eval.models.huggingface import HFLM
+
+from loadstone.evaluation.scoring.common import SHORTEST, common_prefixes, overhead
+from loadstone.evaluation.scoring.head import Prefixed, halve
+
+log = logging.getLogger(__name__)
+Request = tuple[Any, list[int], list[int]]
+
+
+class SharingLM(HFLM):  # type: ignore[misc]
+    """``fixed``: the prefix that every request comes after; otherwise prefixes are found among the requests.
+
+    Requests are shortened to their last shared token and what follows it, so that all that lm-eval does with them stays
+    as it is; the model is then called after the prefix.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, *, batch_size: int, share: bool = True) -> None:
+        self._fixed = model.cache if isinstance(model, Prefixed) else None
+        self._current: Any = self._fixed
+        self._last: tuple[list[int], Any] | None = None
+        self._sharing = share
+        plain = model.model if isinstance(model, Prefixed) else model
+        options: dict[str, Any] = {}
+        if self._fixed is not None:
+            # No second BOS in the middle; the prefix takes its place in the model's positions.
+            options["add_bos_token"] = False
+        super().__init__(pretrained=plain, tokenizer=tokenizer, batch_size=batch_size, **options)
+        self._halves: Any = None
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What an empty context stands for: after a prefix its last token."""
+        if self._fixed is None:
+            return int(super().prefix_token_id)
+        return int(self._fixed.tokens[0, -1])
+
+    @property
+    def max_length(self) -> int:
+        taken = 0 if self._fixed is None else self._fixed.prefix.length - 1
+        return int(super().max_length) - taken
+
+    def _loglikelihood_tokens(self, requests: list[Request], *args: Any, **kwargs: Any) -> list[Any]:
+        if self._fixed is not None:
+            return list(super()._loglikelihood_tokens([self._after(r) for r in requests], *args, **kwargs))
+        fits = [i for i, (_, c, t) in enumerate(requests) if len(c) + len(t) <= self.max_length + 1]
+        groups = []
+        if self._sharing and self.backend == "causal":
+            # One token more than a context's own: the last shared one stays in the request.
+            rows = [[*requests[i][1], -1] for i in fits]
+            groups = common_prefixes(rows, overhead(self.device))
+        results: list[Any] = [None] * len(requests)
+        left = set(range(len(requests)))
+        for group in groups:
+            members = [fits[m] for m in group.members]
+            start = requests[members[0]][1][: group.length]
+            log.info("%d requests begin with the same %d tokens: read once", len(members), len(start))
+            short = [(requests[m][0], requests[m][1][len(start) - 1 :], requests[m][2]) for m in members]
+            self._current = self._read(start)
+            try:
+                found = super()._loglikelihood_tokens(short, *args, **kwargs)
+            finally:
+                self._current = None
+            for m, result in zip(members, found, strict=True):
+                results[m] = result
+            left -= set(members)
+        rest = sorted(left)
+        found = super()._loglikelihood_tokens([requests[i] for i in rest], *args, **kwargs) if rest else []
+        for i, result in zip(rest, found, strict=True):
+            results[i] = result
+        return results
+
+    def _after(self, request: Request) -> Request:
+        """A request whose context begins with the prefix's last token, cut on the left where it is too long."""
+        key, context, continuation = request
+        last = self.prefix_token_id
+        if not _is_bare(key, context, last):
+            room = self.max_length - len(continuation)
+            context = [last, *context[-room:]] if room > 0 else [last]
+        return key, context, continuation
+
+    def _read(self, tokens: list[int]) -> Any:
+        from loadstone.context.prefix.fit import make_prefix
+
+        return make_prefix(self.model, torch.tensor([tokens]))
+
+    def _model_call(self, inps: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self._current is None:
+            return super()._model_call(inps, *args, **kwargs)  # type: ignore[no-any-return]
+        if self._halves is None:
+            self._halves = halve(self.model)
+        halves = Prefixed(self.model, self._current, self._halves).halves
+        with torch.no_grad():
+            hidden = halves.backbone(inps)
+            return halves.head(hidden.flatten(0, 1)[None] if not halves.whole else hidden[None]).view(
+                *inps.shape, -1
+            )
+
+    def _model_generate(
+        self, context: torch.Tensor, max_length: int, stop: list[str], **generation: Any
+    ) -> torch.Tensor:
+        mask = generation.pop("attention_mask", torch.ones_like(context))
+        if self._fixed is not None and not self._fixed.takes_padding and not mask.all():
+            return self._one_by_one(context, max_length, stop, mask, generation)
+        if self._fixed is not None:
+            cache, length = self._fixed, self._fixed.prefix.length
+            start = cache.tokens.expand(len(context), -1)
+            generation["past_key_values"] = cache.fork(batch=len(context))
+            found = super()._model_generate(
+                torch.cat([start, context], 1),
+                max_length + length,
+                stop,
+                attention_mask=torch.cat([torch.ones_like(start), mask], 1),
+                **generation,
+            )
+            return found[:, length:]  # type: ignore[no-any-return]
+        shared = self._shared_start(context, mask) if self._sharing else None
+        if shared is not None:
+            # The same row, with its padding between the shared tokens and its own.
+            length = shared.prefix.length
+            rows = torch.zeros_like(mask)
+            ids = context.clone()
+            for number, own in enumerate(_unpadded(context, mask)):
+                begin = context.shape[1] - (len(own) - length)
+                rows[number, :length] = 1
+                rows[number, begin:] = 1
+                ids[number, :length] = own[:length]
+                ids[number, length:begin] = self.tokenizer.pad_token_id or 0
+                ids[number, begin:] = own[length:]
+            context, mask = ids, rows
+            generation["past_key_values"] = shared.fork(batch=len(context))
+        return super()._model_generate(context, max_length, stop, attention_mask=mask, **generation)  # type: ignore[no-any-return]
+
+    def _one_by_one(
+        self,
+        context: torch.Tensor,
+        max_length: int,
+        stop: list[str],
+        mask: torch.Tensor,
+        generation: dict[str, Any],
+    ) -> torch.Tensor:
+        """Each row without its padding; the answers side by side, as one batch would give them."""
+        width = context.shape[1]
+        answers = []
+        for own in _unpadded(context, mask):
+            limit = max_length - (width - len(own))
+            answers.append(self._model_generate(own[None], limit, stop, **generation)[0, len(own) :])
+        longest = max(map(len, answers))
+        pad = self.tokenizer.pad_token_id or 0
+        padded = [torch.nn.functional.pad(a, (0, longest - len(a)), value=pad) for a in answers]
+        return torch.cat([context, torch.stack(padded)], 1)
+
+    def _shared_start(self, context: torch.Tensor, mask: torch.Tensor) -> Any:
+        """The cache of what all rows of a batch begin with, None where that is too little to pay."""
+        rows = [row.tolist() for row in _unpadded(context, mask)]
+        shortest = min(map(len, rows)) - 1
+        length = 0
+        while length < shortest and all(row[length] == rows[0][length] for row in rows):
+            length += 1
+        if length < SHORTEST or (len(rows) - 1) * length < overhead(self.device):
+            return None
+        # The same beginning only: what is computed must not depend on which batches this process had before.
+        if self._last is None or self._last[0] != rows[0][:length]:
+            self._last = (rows[0][:length], self._read(rows[0][:length]))
+        cache = self._last[1]
+        return cache if cache.takes_padding or len({*map(len, rows)}) == 1 else None
+
+
+def _is_bare(key: Any, context: list[int], last: int) -> bool:
+    """Whether lm-eval put the prefix token there itself: an empty context, or a rolling document's first window."""
+    return context == [last] and (key is None or key[0] is None or key[0] == "")
+
+
+def _unpadded(context: torch.Tensor, mask: torch.Tensor) -> list[torch.Tensor]:
+    return [row[seen.bool()] for row, seen in zip(context, mask, strict=True)]

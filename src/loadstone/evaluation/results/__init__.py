@@ -1,0 +1,1 @@
+"""Statistics, metrics, gates, tables and reports."""

@@ -1,0 +1,134 @@
+"""Losses to figures: one model's, and the paired difference of two on the same tokens."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from loadstone.errors import UsageError
+from loadstone.evaluation.results.statistics import Ratio, bound, ratio
+from loadstone.text.tokens import Protocol, TokenStream, resampling_units
+
+
+@dataclass(frozen=True, eq=False)
+class Units:
+    """What the bootstrap draws. ``of_token``: int64 (tokens,); ``tokens``, ``bytes``: float64 (units,)."""
+
+    of_token: np.ndarray
+    tokens: np.ndarray
+    bytes: np.ndarray
+
+    def sums(self, values: np.ndarray) -> np.ndarray:
+        """Sum per-token values (tokens,) within each unit, in float64."""
+        return np.bincount(self.of_token, weights=values.astype(np.float64), minlength=len(self.tokens))
+
+
+@dataclass(frozen=True)
+class Figures:
+    """One model's result. ``loss``: nats per token; ``perplexity``: its exponential; ``bits_per_byte`` and
+    the word- and byte-normalised perplexities do not depend on the tokenizer and may be compared between
+    vocabularies."""
+
+    loss: Ratio
+    bits_per_byte: Ratio
+    word_perplexity: float
+    byte_perplexity: float
+
+    @property
+    def perplexity(self) -> float:
+        return _exp(self.loss.value)
+
+    @property
+    def perplexity_stderr(self) -> float:
+        # First order: d exp(x) = exp(x) dx.
+        return self.perplexity * self.loss.stderr
+
+
+@dataclass(frozen=True, eq=False)
+class Delta:
+    """A model's loss minus the baseline's, paired by unit. ``units``: the per-unit sums behind it, float64
+    (units, 2), difference in nats and tokens. ``relative_perplexity``: ppl / baseline ppl - 1."""
+
+    loss: Ratio
+    perplexity: float
+    bits_per_byte: float
+    baseline_loss: float
+    units: np.ndarray
+
+    @property
+    def relative_perplexity(self) -> float:
+        return _exp(self.loss.value) - 1
+
+    def loss_bound(self, level: float) -> float:
+        """One-sided confidence bound of the loss difference: the truth lies below it with this
+        probability."""
+        return bound(self.units[:, 0], self.units[:, 1], level)
+
+
+def make_units(stream: TokenStream, protocol: Protocol) -> Units:
+    """The units of a stream that the bootstrap draws, with their tokens and bytes."""
+    of_token = resampling_units(stream, protocol)
+    owner = stream.document[stream.scored]
+    # A segment's bytes are its document's, shared out by tokens.
+    per_token = stream.bytes / np.maximum(np.bincount(owner, minlength=len(stream.bytes)), 1)
+    count = int(of_token[-1]) + 1
+    return Units(
+        of_token,
+        np.bincount(of_token, minlength=count).astype(np.float64),
+        np.bincount(of_token, weights=per_token[owner], minlength=count),
+    )
+
+
+def summarize(sums: np.ndarray, units: Units, protocol: Protocol) -> Figures:
+    """Figures from a model's loss sums per unit, float64 (units,)."""
+    total = float(sums.sum())
+    # Bits per byte: the nats a model needs for the text, in bits, over the text's UTF-8 bytes. It is what
+    # an ideal compressor driven by the model would use, and the one figure that a different tokenizer
+    # leaves comparable.
+    bits = ratio(sums / math.log(2), units.bytes)
+    return Figures(
+        loss=ratio(sums, units.tokens),
+        bits_per_byte=bits,
+        word_perplexity=_exp(total / protocol.words),
+        byte_perplexity=_exp(total / protocol.bytes),
+    )
+
+
+def difference(sums: np.ndarray, baseline: np.ndarray, units: Units, protocol: Protocol) -> Delta:
+    """Paired difference of two models' loss sums per unit, float64 (units,) both."""
+    apart = sums - baseline
+    tokens = units.tokens.sum()
+    base = float(baseline.sum() / tokens)
+    return Delta(
+        loss=ratio(apart, units.tokens),
+        perplexity=_exp(float(sums.sum() / tokens)) - _exp(base),
+        bits_per_byte=float(apart.sum() / math.log(2) / protocol.bytes),
+        baseline_loss=base,
+        units=np.stack([apart, units.tokens], axis=1),
+    )
+
+
+def require_same(a: Protocol, b: Protocol, names: tuple[str, str]) -> None:
+    """Refuse a comparison of results whose data or protocol differ (UsageError naming the fields)."""
+    fields = a.differences(b)
+    if not fields:
+        return
+    if "tokens_sha256" in fields and "data_sha256" not in fields and a.separator_id == b.separator_id:
+        raise UsageError(
+            f"'{names[0]}' and '{names[1]}' tokenize the text differently: their losses do not compare",
+            "Evaluate them one at a time and compare bits_per_byte",
+        )
+    shown = "; ".join(f"{f} {_short(getattr(a, f))} against {_short(getattr(b, f))}" for f in fields)
+    raise UsageError(
+        f"'{names[0]}' and '{names[1]}' were evaluated differently: {shown}", "Use one protocol for both"
+    )
+
+
+def _short(value: object) -> str:
+    return f"{value:.12}" if isinstance(value, str) else str(value)
+
+
+def _exp(value: float) -> float:
+    return math.exp(value) if value < 700 else math.inf

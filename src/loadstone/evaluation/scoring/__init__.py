@@ -1,0 +1,1 @@
+"""Token losses: batches, windows, streaming, divergence, speed."""

@@ -1,0 +1,243 @@
+"""The negative log-likelihood of every token of text under a model, each scored exactly once."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from loadstone.errors import ArtifactError
+from loadstone.evaluation.scoring.head import Halves, chunk_rows, halve
+from loadstone.text.tokens import Protocol, TokenStream, Windows
+
+_NARROWEST = 64
+_WIDEST_PADDING = 1.25
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """A group of windows on the device. ``ids``: (B, L), rows padded on the right, which causal models
+    cannot see. ``rows``: (n,) positions in the flattened (B * L) inputs whose next token is scored;
+    ``targets``: (n,) that token; ``slots``: (n,) where its loss goes in the vector over all scored tokens."""
+
+    ids: torch.Tensor
+    rows: torch.Tensor
+    targets: torch.Tensor
+    slots: torch.Tensor
+
+
+def plan_batches(windows: Windows, batch_size: int) -> list[np.ndarray]:
+    """Window indices of each batch, longest windows first, and none padded by more than a quarter of its length.
+
+    The plan depends on nothing else: any number of processes divides the same batches, to the same bits.
+    """
+    batches: list[list[int]] = []
+    for index in np.argsort(-windows.length, kind="stable").tolist():
+        last = batches[-1] if batches else []
+        if (
+            last
+            and len(last) < batch_size
+            and windows.length[last[0]] <= _WIDEST_PADDING * windows.length[index]
+        ):
+            last.append(index)
+        else:
+            batches.append([index])
+    return [np.array(members) for members in batches]
+
+
+class BatchMaker:
+    """Builds batches from a stream that was moved to the device once.
+
+    ``rows`` fixes the shapes for compiled models: every batch is padded to that many rows, and to a width
+    that is a power of two or the context length, so that a handful of graphs serves all.
+    """
+
+    rows: int | None = None
+
+    def __init__(
+        self, stream: TokenStream, protocol: Protocol, windows: Windows, device: torch.device
+    ) -> None:
+        self.windows = windows
+        self._context = protocol.context_length
+        self._bos = protocol.separator_id if protocol.bos_each_window else None
+        self.device = device
+        self._ids = torch.from_numpy(stream.ids).to(device)
+        self._is_text = stream.document >= 0
+        self._slot = np.cumsum(self._is_text) - 1
+        self.tokens = int(self._is_text.sum())
+
+    def slots(self, members: np.ndarray) -> np.ndarray:
+        """Where the losses of these windows go in the vector over all scored tokens: int64 (n,)."""
+        return self.slots_at(np.concatenate([self._targets(i) for i in members]))
+
+    def slots_at(self, positions: np.ndarray) -> np.ndarray:
+        """Where the losses of these positions of text go: int64, as many."""
+        return self._slot[positions]
+
+    def _targets(self, window: int) -> np.ndarray:
+        w = self.windows
+        wanted = np.arange(w.first[window], w.start[window] + w.length[window] + 1)
+        return wanted[self._is_text[wanted]]
+
+    def __call__(self, members: np.ndarray) -> Batch:
+        start = self.windows.start[members]
+        width = int(self.windows.length[members].max())
+        if self.rows is not None:
+            width = min(max(_NARROWEST, 1 << (width - 1).bit_length()), self._context)
+            start = np.pad(start, (0, self.rows - len(members)), mode="edge")
+        targets = [self._targets(i) for i in members]
+        rows = [i * width + wanted - 1 - start[i] for i, wanted in enumerate(targets)]
+        position = np.minimum(start[:, None] + np.arange(width), len(self._is_text) - 1)
+        target = np.concatenate(targets)
+        where = self._to_device(position)
+        ids = self._ids[where]
+        if self._bos is not None:
+            ids[:, 0] = self._bos
+        return Batch(
+            ids=ids,
+            rows=self._to_device(np.concatenate(rows)),
+            targets=self._ids[self._to_device(target)],
+            slots=self._to_device(self._slot[target]),
+        )
+
+    def _to_device(self, array: np.ndarray) -> torch.Tensor:
+        tensor = torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64))
+        if self.device.type != "cuda":
+            return tensor.to(self.device)
+        # Pinned and asynchronous: the GPU never waits for the host between batches.
+        return tensor.pin_memory().to(self.device, non_blocking=True)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Wall time of a scoring pass and the tokens it scored (those of this process and session only)."""
+
+    seconds: float
+    tokens: int
+
+
+# Per-token values by name, each (tokens,) on the host; NaN marks what has not been computed yet.
+Values = dict[str, np.ndarray]
+
+
+def run_batches(
+    compute: Callable[[Sequence[Batch]], Iterator[dict[str, torch.Tensor]]],
+    dtypes: dict[str, torch.dtype],
+    maker: BatchMaker,
+    batches: Sequence[np.ndarray],
+    *,
+    together: int = 1,
+    values: Values | None = None,
+    share: tuple[int, int] = (0, 1),
+    progress: Progress | None = None,
+    save: Callable[[Values], None] | None = None,
+    save_every: float = 30.0,
+) -> tuple[Values, Timing]:
+    """Compute per-token values batch by batch: of the batches that ``values`` lacks, every ``share[1]``-th.
+
+    ``compute`` is given ``together`` batches at a time, and gives for each of them and each name in
+    ``dtypes`` a tensor (n,) for the batch's ``slots``. ``save`` is handed what is done every ``save_every``
+    seconds and when the run is interrupted; given back as ``values``, it is gone on from.
+    """
+    have = {} if values is None else values
+    tensors = {
+        name: torch.from_numpy(have[name]).to(maker.device, dtype, copy=True)
+        if name in have
+        else torch.full((maker.tokens,), float("nan"), dtype=dtype, device=maker.device)
+        for name, dtype in dtypes.items()
+    }
+    missing = (
+        np.any([np.isnan(v) for v in have.values()], axis=0) if have else np.ones(maker.tokens, dtype=bool)
+    )
+    rank, ranks = share
+    todo = [members for members in batches if missing[maker.slots(members)].any()][rank::ranks]
+    counted = 0
+    begin = saved_at = time.perf_counter()
+
+    def on_host() -> Values:
+        # The one place that waits for the device.
+        return {name: tensor.cpu().numpy().copy() for name, tensor in tensors.items()}
+
+    try:
+        for at in range(0, len(todo), together):
+            some = [maker(members) for members in todo[at : at + together]]
+            results = compute(some)
+            for batch in some:
+                # Not inference mode: torchao's fused experts cannot be viewed in it.
+                with torch.no_grad():
+                    for name, value in next(results).items():
+                        tensors[name][batch.slots] = value.to(tensors[name])
+                counted += len(batch.slots)
+                if progress is not None:
+                    progress(len(batch.slots))
+                if save is not None and time.perf_counter() - saved_at > save_every:
+                    save(on_host())
+                    saved_at = time.perf_counter()
+    except BaseException:
+        if save is not None and counted:
+            save(on_host())
+        raise
+    return on_host(), Timing(time.perf_counter() - begin, counted)
+
+
+def score(
+    model: Any, maker: BatchMaker, batches: Sequence[np.ndarray], *, name: str, **options: Any
+) -> tuple[Values, Timing]:
+    """Score the model: ``nll``, losses in nats, float32 (tokens,). ``options`` are `run_batches`'s.
+
+    Raises ArtifactError, naming the model, when a loss is not finite.
+    """
+    halves, rows = halve(model), chunk_rows(model, maker.device)
+    looked = False
+
+    def compute(some: Sequence[Batch]) -> Iterator[dict[str, torch.Tensor]]:
+        nonlocal looked
+        for batch, hidden in zip(some, halves.hidden([b.ids for b in some]), strict=True):
+            losses = losses_of(hidden, halves, batch, rows)
+            if not looked:
+                # A broken model is broken on its first batch: say so now rather than after an hour.
+                check_finite(losses, name)
+                looked = True
+            yield {"nll": losses}
+
+    together = getattr(model, "together", 1)
+    return run_batches(compute, {"nll": torch.float32}, maker, batches, together=together, **options)
+
+
+def batch_losses(halves: Halves, batch: Batch, rows_at_once: int) -> torch.Tensor:
+    """Losses of one batch, (n,): the head is computed ``rows_at_once`` rows at a time."""
+    return losses_of(halves.backbone(batch.ids), halves, batch, rows_at_once)
+
+
+def losses_of(hidden: torch.Tensor, halves: Halves, batch: Batch, rows_at_once: int) -> torch.Tensor:
+    """The same from the backbone's hidden states (B, L, H)."""
+    hidden = hidden.flatten(0, 1)
+    # A model spread over several devices ends on another one than it begins.
+    rows, targets = batch.rows.to(hidden.device), batch.targets.to(hidden.device)
+    parts = []
+    for at in range(0, len(batch.rows), rows_at_once):
+        part = slice(at, at + rows_at_once)
+        logits = widen(halves.head(hidden[rows[part]][None])).to(hidden.device)
+        parts.append(F.cross_entropy(logits, targets[part], reduction="none"))
+    return torch.cat(parts) if parts else hidden.new_zeros(0)
+
+
+def widen(logits: torch.Tensor) -> torch.Tensor:
+    """Logits in at least float32: probabilities are never computed in a narrower type."""
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def check_finite(losses: torch.Tensor | np.ndarray, name: str) -> None:
+    """Raise ArtifactError when any loss is NaN or infinite."""
+    bad = int((~torch.isfinite(torch.as_tensor(losses))).sum())
+    if bad:
+        raise ArtifactError(
+            f"'{name}' gives losses that are not finite ({bad} of the {len(losses)} tokens looked at)",
+            "Its weights or scales hold NaN or infinity, or the dtype overflows: try --dtype float32",
+        )

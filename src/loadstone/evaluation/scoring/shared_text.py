@@ -1,0 +1,103 @@
+"""Documents that begin with the same tokens, each scored alone: the beginning is scored and read once."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from loadstone.evaluation.scoring.common import common_prefixes, overhead
+from loadstone.evaluation.scoring.head import Prefixed
+from loadstone.evaluation.scoring.losses import BatchMaker, Timing, Values, plan_batches, score
+from loadstone.text.tokens import ROLLING, Protocol, TokenStream, Windows
+
+log = logging.getLogger(__name__)
+_FEWEST = 4
+
+
+def score_shared(
+    model: Any,
+    maker: BatchMaker,
+    batches: Sequence[np.ndarray],
+    size: int,
+    stream: TokenStream,
+    protocol: Protocol,
+    *,
+    name: str,
+    values: Values | None = None,
+    share: tuple[int, int] = (0, 1),
+    **options: Any,
+) -> tuple[Values, Timing]:
+    """`score`, with what windows have in common at their beginning read once (plain `score` where that is nothing).
+
+    A beginning's tokens get the same losses in every document, and the rest of each document comes after it. ``size``:
+    windows in a batch; the other arguments are `score`'s.
+    """
+    windows = maker.windows
+    # What is streamed, or comes after a prefix already, is no plain module.
+    plain = isinstance(model, torch.nn.Module)
+    groups = [] if not plain else _groups(stream, protocol, windows, maker.device)
+    if not groups:
+        return score(model, maker, batches, name=name, values=values, share=share, **options)
+    seconds, tokens = 0.0, 0
+    left = np.ones(len(windows), dtype=bool)
+    for length, members in groups:
+        log.info("%s: %d documents begin with the same %d tokens: read once", name, len(members), length)
+        start = windows.start[members]
+        if share[0] == 0:
+            # One process keeps the beginning's losses; the others would count them again.
+            leader = start[:1]
+            values, timing = _part(
+                model, maker, Windows(leader, np.full(1, length - 1), leader + 1), size,
+                name=name, values=values, **options,
+            )  # fmt: skip
+            seconds, tokens = seconds + timing.seconds, tokens + timing.tokens
+            places = np.arange(1, length)
+            theirs = maker.slots_at((start[:, None] + places).reshape(-1)).reshape(len(members), -1)
+            for losses in values.values():
+                losses[theirs] = losses[theirs[0]]
+        cache = _read(model, stream.ids[start[0] : start[0] + length])
+        rest = Windows(start + length - 1, windows.length[members] - (length - 1), start + length)
+        values, timing = _part(
+            Prefixed(model, cache), maker, rest, size, name=name, values=values, share=share, **options
+        )
+        seconds, tokens = seconds + timing.seconds, tokens + timing.tokens
+        left[members] = False
+    others = Windows(windows.start[left], windows.length[left], windows.first[left])
+    if len(others):
+        values, timing = _part(model, maker, others, size, name=name, values=values, share=share, **options)
+        seconds, tokens = seconds + timing.seconds, tokens + timing.tokens
+    assert values is not None
+    return values, Timing(seconds, tokens)
+
+
+def _part(
+    model: Any, maker: BatchMaker, windows: Windows, size: int, **options: Any
+) -> tuple[Values, Timing]:
+    part = copy.copy(maker)
+    part.windows = windows
+    return score(model, part, plan_batches(windows, size), **options)
+
+
+def _groups(
+    stream: TokenStream, protocol: Protocol, windows: Windows, device: torch.device
+) -> list[tuple[int, np.ndarray]]:
+    """(shared tokens, windows) of documents' first windows that begin alike."""
+    if protocol.name != ROLLING or protocol.bos_each_window:
+        return []
+    firsts = np.flatnonzero(windows.first == windows.start + 1)
+    if len(firsts) < _FEWEST:
+        return []
+    ends = windows.start + windows.length
+    rows = [stream.ids[windows.start[i] : ends[i]].tolist() for i in firsts]
+    return [(g.length, firsts[list(g.members)]) for g in common_prefixes(rows, overhead(device))]
+
+
+def _read(model: Any, ids: np.ndarray) -> Any:
+    from loadstone.context.prefix.fit import make_prefix
+
+    return make_prefix(model, torch.from_numpy(np.ascontiguousarray(ids))[None])

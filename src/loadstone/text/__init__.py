@@ -1,0 +1,1 @@
+"""Text and tokens for evaluation, calibration and export."""

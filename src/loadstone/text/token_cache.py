@@ -1,0 +1,78 @@
+"""Token ids on disk, found again by what they are made of: the text's hash and the tokenizer's."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from loadstone.text.arrays import Arrays, read_arrays, write_arrays
+
+log = logging.getLogger(__name__)
+# Less text than this is tokenized faster than files are worth.
+SMALLEST_TEXT = 4 << 20
+_KEPT_DAYS = 30
+
+
+def cached_ids(
+    directory: Path, text_sha256: str, tokenizer_sha256: str, make: Callable[[], list[np.ndarray]]
+) -> list[np.ndarray]:
+    """Token ids of each document, int64: out of ``directory``, else made and kept there.
+
+    Processes may share the directory: one tokenizes while the others wait for it. A directory that cannot be
+    written is no error.
+    """
+    import tokenizers
+
+    # The library's version belongs to the key: a fix of its may change tokens.
+    facts = [text_sha256, tokenizer_sha256, tokenizers.__version__]
+    path = directory / f"{hashlib.sha256(json.dumps(facts).encode()).hexdigest()}.npz"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with _alone(path):
+            found = read_arrays(path)
+            if found is not None and {"ids", "lengths"} <= found[0].keys():
+                path.touch()
+                log.info("tokens found in %s", directory)
+                ids, lengths = found[0]["ids"], found[0]["lengths"]
+                return np.split(ids.astype(np.int64), np.cumsum(lengths)[:-1])
+            made = make()
+            packed: Arrays = {
+                "ids": np.concatenate(made).astype(np.int32),
+                "lengths": np.array([len(m) for m in made], dtype=np.int64),
+            }
+            _prune(directory)
+            write_arrays(path, packed, {})
+            return made
+    except OSError as error:
+        log.debug("tokens are not kept in %s: %s", directory, error.strerror)
+        return make()
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Hold a lock beside a file; the system lets go of it when the process ends, however it ends."""
+    try:
+        import fcntl
+    except ImportError:  # Windows: each process tokenizes for itself
+        yield
+        return
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _prune(directory: Path) -> None:
+    """Remove what nobody used for a month, and what killed processes left."""
+    for path in directory.iterdir():
+        if (
+            path.suffix in (".npz", ".tmp", ".lock")
+            and time.time() - path.stat().st_mtime > _KEPT_DAYS * 86400
+        ):
+            path.unlink(missing_ok=True)

@@ -1,0 +1,293 @@
+"""Documents to one stream of tokens, and the stream to windows that score every token of text exactly once.
+
+The stream is ``[sep] document 0 [sep] document 1 ...``: the separator (BOS where the tokenizer has one,
+else EOS) starts every document and is never scored itself. The three protocols cut the same stream and
+score the same tokens; they differ only in how much each token sees:
+
+* ``packed``: blocks of ``context_length`` inputs side by side. A block's first token sees one token only.
+* ``strided``: a window of ``context_length`` moves by ``stride``; each token but the first ones sees at
+  least ``context_length - stride`` others.
+* ``rolling``: each document alone, in lm-eval's rolling log-likelihood windows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from loadstone.errors import UsageError
+from loadstone.text import token_cache as tokencache
+from loadstone.text.corpus import Corpus
+
+PACKED, STRIDED, ROLLING = "packed", "strided", "rolling"
+PROTOCOLS = (PACKED, STRIDED, ROLLING)
+DEFAULT_CONTEXT = 1024
+_TOKENIZE_BATCH = 256
+# Fewer documents than this say little about their own spread: segments of them are resampled instead.
+_FEW_DOCUMENTS = 20
+SEGMENT_TOKENS = 512
+# More units than this make the bootstrap slow and no better: neighbours are then drawn together.
+_MOST_UNITS = 4096
+
+
+@dataclass(frozen=True, eq=False)
+class TokenStream:
+    """A corpus in tokens. ``S`` counts all positions of the stream, separators included.
+
+    ``ids``: int64 (S,). ``document``: int32 (S,), the index of the document a position belongs to, -1 at
+    separators. ``bytes``, ``words``: int64 (documents,), UTF-8 bytes and whitespace-separated words of each
+    document.
+    """
+
+    ids: np.ndarray
+    document: np.ndarray
+    bytes: np.ndarray
+    words: np.ndarray
+    separator_id: int
+    separator: str
+    adds_bos: bool
+    tokenizer_sha256: str
+    corpus: Corpus
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the token ids: equal for two models exactly when they are asked to predict the same
+        thing."""
+        return hashlib.sha256(self.ids.astype("<i8").tobytes()).hexdigest()
+
+    @property
+    def scored(self) -> np.ndarray:
+        """Positions of the tokens of text, ascending: int64 (tokens,)."""
+        return np.flatnonzero(self.document >= 0)
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """Everything that must be equal for two losses to be comparable, and ``data``, a name for people."""
+
+    name: str
+    context_length: int
+    stride: int
+    separator: str
+    separator_id: int
+    bos_each_window: bool
+    data: str
+    data_sha256: str
+    tokens_sha256: str
+    tokenizer_sha256: str
+    documents: int
+    tokens: int
+    bytes: int
+    words: int
+    dtype: str
+    resampled: str
+    # Tokens that every window comes after, and their hash; 0 and empty without a prefix.
+    prefix_tokens: int = 0
+    prefix_sha256: str = ""
+
+    def differences(self, other: Protocol) -> list[str]:
+        """Names of the fields that forbid a comparison with ``other``."""
+        # Two copies of one tokenizer may differ in a detail that changes no token: the stream's hash decides.
+        free = ("data", "tokenizer_sha256")
+        mine, theirs = asdict(self), asdict(other)
+        return [name for name in mine if name not in free and mine[name] != theirs[name]]
+
+
+@dataclass(frozen=True, eq=False)
+class Windows:
+    """Windows over a stream, int64 (windows,) each: window ``i`` feeds ``ids[start : start + length]`` and
+    scores the targets at positions ``first .. start + length`` that are text."""
+
+    start: np.ndarray
+    length: np.ndarray
+    first: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.start)
+
+
+def tokenize(
+    corpus: Corpus, tokenizer: Any, *, separator: str = "auto", cache: Path | None = None
+) -> TokenStream:
+    """Tokenize a corpus once. ``separator`` is ``auto``, ``bos``, ``eos`` or a token id; ``cache`` a directory
+    that keeps the tokens of a long text.
+
+    Raises UsageError when the tokenizer has no such token, or turns the text into no token at all.
+    """
+    separator_id = _separator(tokenizer, separator)
+    ids: list[np.ndarray] = []
+    owner: list[np.ndarray] = []
+    for index, encoded in enumerate(_encoded(corpus, tokenizer, cache)):
+        ids.append(np.concatenate(([separator_id], encoded)))
+        owner.append(np.concatenate(([-1], np.full(len(encoded), index, dtype=np.int32))))
+    document = np.concatenate(owner).astype(np.int32)
+    if not (document >= 0).any():
+        raise UsageError(f"the tokenizer turns {corpus.source!r} into no tokens")
+    return TokenStream(
+        ids=np.concatenate(ids),
+        document=document,
+        bytes=np.array([len(d.encode()) for d in corpus.documents], dtype=np.int64),
+        # Counted as lm-eval counts them, so that word perplexities agree.
+        words=np.array([len(re.split(r"\s+", d)) for d in corpus.documents], dtype=np.int64),
+        separator_id=separator_id,
+        separator=str(tokenizer.convert_ids_to_tokens(separator_id)),
+        adds_bos=_adds_bos(tokenizer),
+        tokenizer_sha256=tokenizer_hash(tokenizer),
+        corpus=corpus,
+    )
+
+
+def _encoded(corpus: Corpus, tokenizer: Any, cache: Path | None) -> list[np.ndarray]:
+    """Token ids of each document, int64."""
+
+    def make() -> list[np.ndarray]:
+        return list(_encode(corpus.documents, tokenizer))
+
+    # Only a tokenizer of the tokenizers library says all of itself; one written in Python is also its code.
+    if (
+        cache is None
+        or corpus.bytes < tokencache.SMALLEST_TEXT
+        or not hasattr(tokenizer, "backend_tokenizer")
+    ):
+        return make()
+    return tokencache.cached_ids(cache, corpus.sha256, tokenizer_hash(tokenizer), make)
+
+
+def _encode(documents: Sequence[str], tokenizer: Any) -> Iterator[np.ndarray]:
+    for at in range(0, len(documents), _TOKENIZE_BATCH):
+        batch = list(documents[at : at + _TOKENIZE_BATCH])
+        # `verbose=False`: a document longer than the context is normal here, not worth a warning.
+        options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+        for encoded in tokenizer(batch, **options)["input_ids"]:
+            yield np.array(encoded, dtype=np.int64)
+
+
+def _separator(tokenizer: Any, separator: str) -> int:
+    named = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id}
+    named["auto"] = named["eos"] if named["bos"] is None else named["bos"]
+    if separator.isdecimal():
+        if int(separator) >= len(tokenizer):
+            raise UsageError(f"--separator {separator} is no token: the tokenizer has {len(tokenizer)}")
+        return int(separator)
+    if separator not in named:
+        raise UsageError(f"--separator {separator!r} is none of auto, bos, eos or a token id")
+    found = named[separator]
+    if found is None:
+        raise UsageError(
+            f"the tokenizer has no {'BOS or EOS' if separator == 'auto' else separator.upper()} token",
+            "Give the id of the token that should start every document: --separator ID",
+        )
+    return int(found)
+
+
+def _adds_bos(tokenizer: Any) -> bool:
+    bos = tokenizer.bos_token_id
+    return bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """Content hash of a tokenizer: its whole serialised form, or its vocabulary for one written in Python."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    text = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def make_protocol(
+    stream: TokenStream,
+    *,
+    dtype: str,
+    longest: int | None,
+    name: str = PACKED,
+    context_length: int | None = None,
+    stride: int | None = None,
+) -> Protocol:
+    """Settle the protocol. ``longest``: the model's own limit. A stride below the context makes ``packed``
+    strided.
+
+    Raises UsageError for a context the model cannot take and for a stride that would skip tokens.
+    """
+    if name not in PROTOCOLS:
+        raise UsageError(f"--protocol {name!r} is none of {', '.join(PROTOCOLS)}")
+    context = min(DEFAULT_CONTEXT, longest or DEFAULT_CONTEXT) if context_length is None else context_length
+    if context < 2:
+        raise UsageError(f"--context-length must be at least 2, not {context}")
+    if longest is not None and context > longest:
+        raise UsageError(
+            f"--context-length {context} is more than the {longest} positions the model was made for",
+            f"Use at most {longest}",
+        )
+    if stride is not None and not 1 <= stride <= context:
+        raise UsageError(f"--stride {stride} must lie between 1 and the context length, {context}")
+    if name == PACKED and stride is not None and stride < context:
+        name = STRIDED
+    if name == ROLLING and stride is not None:
+        raise UsageError("--stride has no meaning for the rolling protocol", "Leave it out")
+    if name == STRIDED and stride is None:
+        stride = context // 2
+    documents = len(stream.bytes)
+    return Protocol(
+        name=name,
+        context_length=context,
+        stride=stride or context,
+        separator=stream.separator,
+        separator_id=stream.separator_id,
+        # Models trained with BOS at position 0 go astray without it; lm-eval's windows have it first only.
+        bos_each_window=stream.adds_bos and name != ROLLING,
+        data=stream.corpus.source,
+        data_sha256=stream.corpus.sha256,
+        tokens_sha256=stream.sha256,
+        tokenizer_sha256=stream.tokenizer_sha256,
+        documents=documents,
+        tokens=len(stream.scored),
+        bytes=int(stream.bytes.sum()),
+        words=int(stream.words.sum()),
+        dtype=dtype,
+        resampled="documents" if documents >= _FEW_DOCUMENTS else f"segments of {SEGMENT_TOKENS} tokens",
+    )
+
+
+def make_windows(stream: TokenStream, protocol: Protocol) -> Windows:
+    """The windows of a protocol: every position of text is in the scored part of exactly one."""
+    context = protocol.context_length
+    if protocol.name != ROLLING:
+        return _slide(len(stream.ids) - 1, context, protocol.stride)
+    separators = np.flatnonzero(stream.document < 0)
+    ends = np.append(separators[1:], len(stream.ids)) - 1
+    parts = [_roll(int(s), int(e), context) for s, e in zip(separators, ends, strict=True) if e > s]
+    start, length, first = (np.concatenate(p) for p in zip(*parts, strict=True))
+    return Windows(start, length, first)
+
+
+def _slide(last: int, context: int, stride: int) -> Windows:
+    """Windows of ``context`` inputs every ``stride`` positions; targets are positions 1 to ``last``."""
+    count = max(0, -(-(last - context) // stride)) + 1
+    start = np.arange(count, dtype=np.int64) * stride
+    end = np.minimum(start + context, last)
+    first = np.concatenate(([1], end[:-1] + 1))
+    return Windows(start, end - start, first)
+
+
+def _roll(separator: int, last: int, context: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """lm-eval's rolling windows of one document: disjoint targets, the last window reaching back for
+    context."""
+    first = np.arange(separator + 1, last + 1, context, dtype=np.int64)
+    end = np.minimum(first + context - 1, last)
+    start = np.maximum(end - context, separator)
+    return start, end - start, first
+
+
+def resampling_units(stream: TokenStream, protocol: Protocol) -> np.ndarray:
+    """The block each scored token is resampled with: int64 (tokens,), 0 up to the number of blocks,
+    ascending."""
+    owner = stream.document[stream.scored].astype(np.int64)
+    starts = np.concatenate(([0], np.flatnonzero(np.diff(owner)) + 1))
+    within = np.arange(len(owner)) - np.repeat(starts, np.diff(np.append(starts, len(owner))))
+    fresh = within == 0 if protocol.resampled == "documents" else within % SEGMENT_TOKENS == 0
+    unit = np.cumsum(fresh) - 1
+    return unit // (unit[-1] // _MOST_UNITS + 1)

@@ -1,0 +1,1 @@
+"""Everything that makes an output directory appear: locking, shards, side files, the final rename."""
