@@ -30,8 +30,8 @@ from loadstone.artifact.context_errors import (
     UnsafeContent,
 )
 from loadstone.context.fingerprint import tensor_bytes
-from loadstone.context.tabpfn.classes import ALLOWED
 from loadstone.context.tabpfn import estimator as contexts
+from loadstone.context.tabpfn.classes import ALLOWED
 from loadstone.context.tabpfn.object_tree import Decoder, Encoder, resolve
 from loadstone.context.tabpfn.probe import probe_of
 from loadstone.errors import MissingError, UsageError

@@ -21,8 +21,8 @@ from tests.helpers import run as command
 pytest.importorskip("tabpfn")
 
 from loadstone.context.fingerprint import tensor_bytes
-from loadstone.context.tabpfn.classes import ALLOWED
 from loadstone.context.tabpfn import estimator as contexts
+from loadstone.context.tabpfn.classes import ALLOWED
 from loadstone.context.tabpfn.object_tree import Encoder
 
 sys.path.insert(0, str(Path(__file__).parent))

@@ -31,8 +31,8 @@ from loadstone.artifact.context_file import (
     require_kind,
 )
 from loadstone.context.fingerprint import Fingerprint, check_same, fingerprint_of, tensor_sha256
-from loadstone.context.tabpfn.classes import ALLOWED, TESTED
 from loadstone.context.tabpfn import probe as tabpfn_probe
+from loadstone.context.tabpfn.classes import ALLOWED, TESTED
 from loadstone.context.tabpfn.object_tree import Decoder, Encoder
 from loadstone.context.tabpfn.packed_file import PackedFile, packed_bytes, packed_parts
 from loadstone.context.tabpfn.packing import WORKERS
