@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import atexit
 import os
-import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,9 +10,6 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# What commands keep for their next run is nobody's business but the test's.
-os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="loadstone-tests-")
-atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 ROOT = Path(__file__).resolve().parents[1]
 SMOLLM2 = ROOT / ".cache" / "models" / "smollm2-135m"
@@ -91,7 +85,7 @@ def quantize_to(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]
     def make(source: Path, recipe: str) -> Path:
         if (source, recipe) not in made:
             from loadstone.artifact import detect
-            from loadstone.finalize import finalize, make_plan
+            from loadstone.finalization import finalize, make_plan
             from loadstone.quantization import parse_recipe
 
             out = tmp_path_factory.mktemp("finalized") / "model"

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from tests.bench.gpu_finalize import limit_seconds, size
 from tests.conftest import SMOLLM2
-from tests.finalize.headers import write_headers
+from tests.finalization.headers import write_headers
 
 W4 = "int8-dynamic-act-int4-weight"
 
@@ -45,7 +45,7 @@ else:
     from transformers import AutoModelForCausalLM, TorchAoConfig
     transformers.utils.logging.disable_progress_bar()
     import loadstone
-    from loadstone.finalize import finalize, make_plan
+    from loadstone.finalization import finalize, make_plan
     from loadstone.quantization import parse_recipe, to_torchao
     def work(source, out):
         if who == "loadstone":
@@ -169,9 +169,8 @@ def memory(bench: Bench) -> None:
 
 
 def headers(folder: Path) -> None:
-    """The command, imports and all: the first time, and again, when it recalls what the libraries answered."""
+    """The whole command with its imports, three times: the first reads the libraries' files from disk."""
     count = write_headers(folder / "headers")
-    environment = os.environ | {"XDG_CACHE_HOME": str(folder / "cache")}
     arguments = [
         "finalize",
         "-M",
@@ -187,7 +186,7 @@ def headers(folder: Path) -> None:
         start = time.perf_counter()
         before = os.times()
         command = [sys.executable, "-m", "loadstone", *arguments]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
         after = os.times()
         used = after.children_user + after.children_system - before.children_user - before.children_system
         outcome = (

@@ -77,7 +77,7 @@ def make_llama(layers: int, out: Path) -> None:
 
 def quantize(source: Path, recipe: str, out: Path) -> Path:
     from loadstone.artifact import detect
-    from loadstone.finalize import finalize, make_plan
+    from loadstone.finalization import finalize, make_plan
     from loadstone.quantization import parse_recipe
 
     finalize(make_plan(detect(source), parse_recipe(recipe)), out)

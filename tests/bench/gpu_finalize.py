@@ -33,7 +33,7 @@ from transformers.models.llama.modeling_llama import LlamaForCausalLM
 transformers.utils.logging.disable_progress_bar()
 from pathlib import Path
 import loadstone
-from loadstone.finalize import finalize, make_plan
+from loadstone.finalization import finalize, make_plan
 from loadstone.quantization import parse_recipe, to_torchao
 
 def held():

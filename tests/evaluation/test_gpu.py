@@ -137,7 +137,7 @@ def test_quantized_and_compiled(
 ) -> None:
     """A text so short that its only batch has fewer rows than integer products take."""
     import loadstone
-    from loadstone.finalize import finalize, make_plan
+    from loadstone.finalization import finalize, make_plan
     from loadstone.quantization import parse_recipe
 
     plan = make_plan(loadstone.detect(model_dir), parse_recipe(recipe), device="cuda:0")
@@ -180,7 +180,7 @@ def test_streamed_layers_give_the_result_of_resident_ones(
     model_dir: Path, tmp_path: Path, tokenizer: Any, recipe: str
 ) -> None:
     import loadstone
-    from loadstone.finalize import finalize, make_plan
+    from loadstone.finalization import finalize, make_plan
     from loadstone.quantization import parse_recipe
 
     plan = make_plan(loadstone.detect(model_dir), parse_recipe(recipe), device="cuda:0")

@@ -15,7 +15,7 @@ from loadstone.errors import ArtifactError, UsageError
 from loadstone.evaluation.models import choose_streaming, choose_subjects
 from loadstone.evaluation.options import Options
 from loadstone.evaluation.run import Outcome, evaluate
-from loadstone.finalize import finalize, make_plan
+from loadstone.finalization import finalize, make_plan
 from loadstone.loading.streamed import StreamedModel
 from loadstone.quantization import parse_recipe
 

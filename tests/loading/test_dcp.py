@@ -9,7 +9,7 @@ from tests.helpers import logits, stock
 
 import loadstone
 from loadstone.errors import ArtifactError
-from loadstone.finalize import finalize, make_plan
+from loadstone.finalization import finalize, make_plan
 from loadstone.quantization import parse_recipe
 
 from .test_native import W4

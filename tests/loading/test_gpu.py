@@ -8,7 +8,7 @@ import torch
 
 import loadstone
 from loadstone.errors import LoadstoneError, MissingError
-from loadstone.finalize import finalize, make_plan
+from loadstone.finalization import finalize, make_plan
 from loadstone.quantization import RECIPES, parse_recipe, to_torchao
 from loadstone.quantization.quantize import check_runs
 

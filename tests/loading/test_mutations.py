@@ -625,7 +625,7 @@ def bases(
     make_model: Callable, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, tuple[Path, torch.Tensor]]:
     """Undamaged directories by name, with their logits."""
-    from loadstone.finalize import finalize, make_plan
+    from loadstone.finalization import finalize, make_plan
     from loadstone.quantization import parse_recipe
 
     root = tmp_path_factory.mktemp("bases")

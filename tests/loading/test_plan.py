@@ -108,7 +108,7 @@ def test_trusted_code_is_the_models_class(remote: Path, tiny: Path, tmp_path: Pa
     import torch
 
     from loadstone.fakequant import export_fakequant
-    from loadstone.finalize import finalize, make_plan
+    from loadstone.finalization import finalize, make_plan
     from loadstone.loading.meta import meta_model
 
     artifact = loadstone.detect(remote)

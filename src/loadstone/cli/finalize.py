@@ -13,7 +13,7 @@ from loadstone.cli.finalize_tables import show_done, show_plan
 from loadstone.errors import UsageError
 
 if TYPE_CHECKING:
-    from loadstone.finalize import FinalizePlan
+    from loadstone.finalization import FinalizePlan
     from loadstone.quantization import MixedRecipe, Recipe
     from loadstone.ranks import Ranks
 
@@ -241,23 +241,19 @@ def command(
     for each in recipes_in(recipe):
         if rounding_of(each.scheme) in CALIBRATED and not calibrate_on:
             raise UsageError(f"{each} needs text to calibrate with", "Add --calibrate FILE")
-    from loadstone.finalize import make_plan
-    from loadstone.finalize.plan import refuse_quantized, weight_dtype
+    from loadstone.finalization import make_plan
+    from loadstone.finalization.plan import refuse_quantized, weight_dtype
     from loadstone.loading.devices import quantize_device
     from loadstone.loading.loader import import_libraries
-    from loadstone.memo import Memo, user_directory
     from loadstone.quantization.quantize import check_runs
     from loadstone.writing.publish import check_output
 
     refuse_quantized(artifact)
-    # Only a plan by itself is made of earlier answers: what is written is asked for anew.
-    memo = Memo(user_directory() if dry_run else None, import_libraries)
-    if not dry_run:
-        import_libraries()
+    import_libraries()
     where = quantize_device(device)
     for each in recipes_in(recipe):
-        stored = weight_dtype(artifact, dtype, memo, trust_remote_code=trust_remote_code)
-        check_runs(each, where, stored, memo)
+        stored = weight_dtype(artifact, dtype, trust_remote_code=trust_remote_code)
+        check_runs(each, where, stored)
     plan = make_plan(
         artifact,
         recipe,
@@ -266,16 +262,15 @@ def command(
         skip=skip,
         max_shard_bytes=max_bytes,
         trust_remote_code=trust_remote_code,
-        memo=memo,
     )
     if out is not None:
         check_output(plan.source.root, out, overwrite or dry_run)
     if dry_run:
         return show_plan(plan, out, as_json)
     assert out is not None
-    from loadstone.finalize.calibrate import discard
-    from loadstone.finalize.run import finalize
-    from loadstone.finalize.verify import verify as verify_artifact
+    from loadstone.finalization.calibrate import discard
+    from loadstone.finalization.run import finalize
+    from loadstone.finalization.verify import verify as verify_artifact
     from loadstone.ranks import joined
 
     with joined() as ranks:
@@ -305,7 +300,7 @@ def _calibrated(
     """The plan with its weights rounded on ``data``, by rank 0: the text in order, cut into rows of 512 tokens."""
     import torch
 
-    from loadstone.finalize.calibrate import calibrate, calibrated
+    from loadstone.finalization.calibrate import calibrate, calibrated
     from loadstone.loading import load_tokenizer
     from loadstone.text.corpus import read_corpus
 

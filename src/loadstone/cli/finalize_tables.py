@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from loadstone.cli import render
 
 if TYPE_CHECKING:
-    from loadstone.finalize import Finalized, FinalizePlan
+    from loadstone.finalization import Finalized, FinalizePlan
 
 _NUMBER = re.compile(r"\.(\d+)(?=\.|$)")
 

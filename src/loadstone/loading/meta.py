@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from loadstone.artifact import Artifact
 from loadstone.loading.native import construction, load_config, model_class_of
-from loadstone.memo import Memo
 from loadstone.quantization.model_facts import ModelFacts, facts_of
 
 if TYPE_CHECKING:
@@ -34,28 +33,10 @@ class ModelMap:
     places: dict[str, Destination | None]
 
 
-def model_map(
-    artifact: Artifact, keys: list[str], trust_remote_code: bool = False, memo: Memo | None = None
-) -> ModelMap:
-    """The map for an artifact whose files hold ``keys``, out of ``memo`` where it is known there.
-
-    Code that came with the model may change at any time: its answers are never kept.
-    """
-    memo = memo or Memo()
-    memo = memo.unkept() if artifact.needs_remote_code else memo
-
-    def ask() -> Any:
-        model = meta_model(artifact, trust_remote_code)
-        places = destinations(model, keys)
-        names = {place.parameter: None for place in places.values() if place}
-        number = {name: n for n, name in enumerate(names)}
-        encoded = [p and [number[p.parameter], p.converted, p.place] for p in places.values()]
-        return {"facts": facts_of(model).as_json(), "parameters": list(names), "places": encoded}
-
-    answer = memo.ask("model map", [artifact.config, keys], ask)
-    names, places = answer["parameters"], answer["places"]
-    made = [p and Destination(names[p[0]], p[1], tuple(p[2]) if p[2] else None) for p in places]
-    return ModelMap(ModelFacts.from_json(answer["facts"]), dict(zip(keys, made, strict=True)))
+def model_map(artifact: Artifact, keys: list[str], trust_remote_code: bool = False) -> ModelMap:
+    """The map of an artifact whose files hold the tensors ``keys``."""
+    model = meta_model(artifact, trust_remote_code)
+    return ModelMap(facts_of(model), destinations(model, keys))
 
 
 def layer_stack(model: Any) -> str | None:

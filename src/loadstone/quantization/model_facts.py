@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     import torch
@@ -48,14 +48,6 @@ class ModelFacts:
     head: str | None
     table: str | None
     table_has_buffers: bool
-
-    def as_json(self) -> dict[str, Any]:
-        return self.__dict__ | {"weights": [list(w) for w in self.weights], "ignored": list(self.ignored)}
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> ModelFacts:
-        weights = tuple(Weight._make((*w[:4], tuple(w[4]), *w[5:])) for w in data["weights"])
-        return cls(**data | {"weights": weights, "ignored": tuple(data["ignored"])})
 
 
 def facts_of(model: PreTrainedModel) -> ModelFacts:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from loadstone.artifact import FlatTensor, TensorInfo
+from loadstone.artifact import FlatTensor
 from loadstone.errors import MissingError
-from loadstone.memo import Memo
 from loadstone.quantization.flatten import flatten, torch_dtype
 from loadstone.quantization.rounding import least_squares_weight, plain_weight
 from loadstone.quantization.schemes import (
@@ -132,15 +130,13 @@ def row_tile(scheme: Scheme) -> int:
     return 0
 
 
-def template(
-    scheme: Scheme, shape: tuple[int, ...], dtype: str, device: str, memo: Memo | None = None
-) -> FlatTensor:
+def template(scheme: Scheme, shape: tuple[int, ...], dtype: str, device: str) -> FlatTensor:
     """What quantizing a weight of this shape will store: class, attributes, dtypes and shapes of its parts.
 
-    ``dtype`` in safetensors' spelling. Answers are kept for the CPU alone: what a GPU packs depends on the card.
+    ``dtype`` in safetensors' spelling.
     """
 
-    def made(where: str) -> FlatTensor:
+    def quantized_zeros(where: str) -> FlatTensor:
         import torch
 
         weight = torch.zeros(shape, dtype=torch_dtype(dtype), device=where)
@@ -149,24 +145,14 @@ def template(
             return flatten("template.weight", quantize_scaled(weight, scheme, ones))[0]
         return flatten("template.weight", quantize_weight(weight, scheme))[0]
 
-    def ask() -> list[Any]:
-        try:
-            flat = made("meta")
-        except Exception:
-            # Packing kernels have no meta version: the real thing on zeros tells the same.
-            flat = made(device)
-        return [flat.type, flat.metadata, [[n, p.dtype, p.shape, p.nbytes] for n, p in flat.parts.items()]]
-
-    memo = memo or Memo()
-    memo = memo if device == "cpu" else memo.unkept()
-    kind, metadata, parts = memo.ask("template", [repr(scheme), shape, dtype], ask)
-    infos = {
-        name: TensorInfo(name, spelled, tuple(sides), "", 0, size) for name, spelled, sides, size in parts
-    }
-    return FlatTensor("template.weight", kind, json.loads(metadata)["_data"], infos, metadata)
+    try:
+        return quantized_zeros("meta")
+    except Exception:
+        # Packing kernels have no meta version: quantize zeros on the device instead.
+        return quantized_zeros(device)
 
 
-def check_runs(recipe: Recipe, device: str, dtype: str, memo: Memo | None = None) -> None:
+def check_runs(recipe: Recipe, device: str, dtype: str) -> None:
     """Quantize, flatten and run one small Linear of ``dtype`` (``bfloat16``); raises `MissingError` with the reason
     and what to use instead.
 
@@ -176,15 +162,8 @@ def check_runs(recipe: Recipe, device: str, dtype: str, memo: Memo | None = None
     instead = f"Use {recipe.instead}" if recipe.instead else "Choose another recipe (--list-recipes)"
     if kind not in recipe.devices:
         raise MissingError(f"recipe '{recipe}' does not run on {kind}: it needs {recipe.needs}", instead)
-    memo = memo or Memo()
-    memo = memo if kind == "cpu" else memo.unkept()
-
-    def problem_in(dtype: str) -> str:
-        key = [repr(recipe.scheme), dtype]
-        return str(memo.ask("probe", key, lambda: _probe(recipe.scheme, device, dtype)))
-
-    problem = problem_in(dtype)
-    if problem and dtype != "bfloat16" and not problem_in("bfloat16"):
+    problem = _probe(recipe.scheme, device, dtype)
+    if problem and dtype != "bfloat16" and not _probe(recipe.scheme, device, "bfloat16"):
         instead = "Pass --dtype bfloat16"
     if problem:
         needs = f"; it needs {recipe.needs}" if recipe.needs else ""

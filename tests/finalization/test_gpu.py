@@ -11,8 +11,8 @@ import torch
 
 import loadstone
 from loadstone.errors import LoadstoneError
-from loadstone.finalize import finalize, make_plan, pieces
-from loadstone.finalize.calibrate import calibrate
+from loadstone.finalization import finalize, make_plan, pieces
+from loadstone.finalization.calibrate import calibrate
 from loadstone.quantization import RECIPES, parse_recipe
 from loadstone.quantization.quantize import check_runs
 

@@ -16,7 +16,6 @@ from loadstone.artifact.detect import OTHER_QUANTIZER, QAT_KEY
 from loadstone.artifact.formats.safetensors import DTYPE_BITS, FLOAT_DTYPES
 from loadstone.artifact.torchao.tensors import part_name
 from loadstone.errors import ArtifactError
-from loadstone.memo import Memo
 from loadstone.quantization import MixedRecipe, Recipe, Scheme
 from loadstone.quantization.flatten import SAFETENSORS_DTYPES
 
@@ -100,32 +99,29 @@ def make_plan(
     skip: list[str] | None = None,
     max_shard_bytes: int = 5 * 10**9,
     trust_remote_code: bool = False,
-    memo: Memo | None = None,
 ) -> FinalizePlan:
     """Plan a finalize from headers and the model on the meta device.
 
     ``dtype``: floating type that plain tensors (and weights before quantization) are cast to, ``auto`` keeps the
     stored one. ``skip``: module name patterns left unquantized. A checkpoint that records its QAT recipe takes that
-    one. ``memo``: where answers of transformers and torchao are kept for the next plan. Raises `ArtifactError` when the
-    source is quantized already or does not match its config, `UsageError` for a
+    one. Raises `ArtifactError` when the source is quantized already or does not match its config, `UsageError` for a
     recipe that the model or its record contradicts.
     """
     from loadstone.loading.meta import model_map
     from loadstone.quantization.qat import recorded_recipe
     from loadstone.quantization.rules import decide
 
-    memo = memo or Memo()
     refuse_quantized(artifact)
     recipe = recorded_recipe(artifact, recipe)
     found = stored_tensors(artifact)
-    mapped = model_map(artifact, list(found), trust_remote_code, memo)
+    mapped = model_map(artifact, list(found), trust_remote_code)
     model, where = mapped.facts, mapped.places
     sources = source_tensors(artifact, found, model)
     decisions = decide(model, recipe, skip) if recipe else {}
     present = {place.parameter for key in sources if (place := where[key])}
     untied = _untied(model, decisions, present)
     fused = _fused(model, sources, where)
-    templates = _Templates(device, memo)
+    templates = _Templates(device)
     steps: list[Step] = []
     for key, info in sources.items():
         place = where[key]
@@ -161,7 +157,7 @@ def make_plan(
             f"'{artifact.path}': {model.model} has no weight that {recipe} can quantize",
             "Finalize it without --quantize",
         )
-    config = _config(artifact, recipe, dtype, skip, decisions, memo)
+    config = _config(artifact, recipe, dtype, skip, decisions)
     if untied:
         for part in (config, config.get("text_config")):
             if isinstance(part, dict):
@@ -261,9 +257,8 @@ def _fused(
 class _Templates:
     """What quantizing stores, asked of torchao once for each scheme, shape and dtype."""
 
-    def __init__(self, device: str, memo: Memo) -> None:
+    def __init__(self, device: str) -> None:
         self._device = device
-        self._memo = memo
         self._known: dict[tuple[Scheme, tuple[int, ...], str], FlatTensor] = {}
 
     def of(self, scheme: Scheme, shape: tuple[int, ...], dtype: str) -> FlatTensor:
@@ -271,7 +266,7 @@ class _Templates:
 
         key = (scheme, shape, dtype)
         if key not in self._known:
-            self._known[key] = template(*key, self._device, self._memo)
+            self._known[key] = template(*key, self._device)
         return self._known[key]
 
 
@@ -296,7 +291,6 @@ def _config(
     dtype: str,
     skip: list[str] | None,
     decisions: dict[str, Decision],
-    memo: Memo,
 ) -> dict[str, Any]:
     """config.json to write: the source's, its dtype, and the block that every transformers load looks for."""
     config = json.loads(json.dumps(artifact.config))
@@ -307,12 +301,12 @@ def _config(
         config.pop("torch_dtype", None)
         config["dtype"] = dtype
     if recipe is not None:
-        config["quantization_config"] = quantization_block(recipe, skip, decisions, memo)
+        config["quantization_config"] = quantization_block(recipe, skip, decisions)
     return config
 
 
 def quantization_block(
-    recipe: Recipe | MixedRecipe, skip: list[str] | None, decisions: dict[str, Decision], memo: Memo
+    recipe: Recipe | MixedRecipe, skip: list[str] | None, decisions: dict[str, Decision]
 ) -> dict[str, Any]:
     """The ``quantization_config`` that transformers itself would write for this recipe.
 
@@ -333,12 +327,11 @@ def quantization_block(
     if len(schemes) == 1 and not tables and not fused:
         # By default transformers leaves out just the output head. Where more is left out, all of it must be named.
         named = left if skip or any(modules[name].reason != KEPT for name in left) else None
-        return dict(memo.ask("block", [repr(schemes[0]), named], lambda: _block(schemes[0], named)))
+        return _block(schemes[0], named)
     mixed = recipe if isinstance(recipe, MixedRecipe) else MixedRecipe(recipe)
     chosen = {name: d.scheme for name, d in modules.items() if d.linear or d.scheme}
     chosen["_default"] = mixed.default.scheme if mixed.default else None
-    key = [[[name, repr(scheme)] for name, scheme in chosen.items()], left, tables]
-    return dict(memo.ask("block by module", key, lambda: _block_by_module(chosen, left, tables)))
+    return _block_by_module(chosen, left, tables)
 
 
 def _block(scheme: Scheme, named: list[str] | None) -> dict[str, Any]:
@@ -382,27 +375,14 @@ def _shards(steps: list[Step], max_bytes: int) -> tuple[tuple[Step, ...], ...]:
     return tuple(tuple(shard) for shard in shards)
 
 
-def weight_dtype(
-    artifact: Artifact, dtype: str, memo: Memo | None = None, *, trust_remote_code: bool = False
-) -> str:
+def weight_dtype(artifact: Artifact, dtype: str, *, trust_remote_code: bool = False) -> str:
     """The floating dtype (``bfloat16``) that weights have when they are quantized: as asked, else as the config says,
     else as most bytes are stored."""
     if dtype != "auto":
         return dtype
+    from loadstone.loading.native import load_config, stored_dtype
 
-    def ask() -> str:
-        from loadstone.loading.native import load_config, stored_dtype
-
-        return str(stored_dtype(artifact, load_config(artifact, trust_remote_code))).removeprefix("torch.")
-
-    tables = [artifact.table] if artifact.table else artifact.bins
-    sizes: dict[str, int] = {}
-    for table in tables:
-        for info in table.tensors.values():
-            sizes[info.dtype] = sizes.get(info.dtype, 0) + info.end - info.begin
-    memo = memo or Memo()
-    memo = memo.unkept() if artifact.needs_remote_code else memo
-    return str(memo.ask("weight dtype", [artifact.config, sorted(sizes.items())], ask))
+    return str(stored_dtype(artifact, load_config(artifact, trust_remote_code))).removeprefix("torch.")
 
 
 def _total(tensors: Iterable[TensorInfo]) -> int:

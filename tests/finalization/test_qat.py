@@ -11,7 +11,7 @@ from tests.helpers import TOKENS, logits, run
 import loadstone
 from loadstone.artifact.detect import QAT, QAT_KEY
 from loadstone.errors import ArtifactError, UsageError
-from loadstone.finalize import finalize, make_plan
+from loadstone.finalization import finalize, make_plan
 from loadstone.quantization import RECIPES, parse_recipe
 from loadstone.quantization.qat import prepare, record, supports_qat
 

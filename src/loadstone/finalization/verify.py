@@ -9,9 +9,9 @@ from pathlib import Path
 from loadstone.artifact import detect
 from loadstone.artifact.manifest import verify_files
 from loadstone.errors import ArtifactError
-from loadstone.finalize.pieces import Unit, units
-from loadstone.finalize.plan import FinalizePlan
-from loadstone.finalize.stream import stream
+from loadstone.finalization.pieces import Unit, units
+from loadstone.finalization.plan import FinalizePlan
+from loadstone.finalization.stream import stream
 from loadstone.loading.source import SourceReader
 
 

@@ -16,9 +16,9 @@ import torch
 
 import loadstone
 from loadstone.errors import ArtifactError, MissingError, UsageError
-from loadstone.finalize import finalize, make_plan, pieces
-from loadstone.finalize.journal import work_directory
-from loadstone.finalize.verify import verify
+from loadstone.finalization import finalize, make_plan, pieces
+from loadstone.finalization.journal import work_directory
+from loadstone.finalization.verify import verify
 from loadstone.loading.source import SourceReader
 from loadstone.quantization import parse_recipe
 from loadstone.writing.publish import locked
@@ -94,7 +94,7 @@ def test_blocks_of_weights_of_many_tiles(
 def test_many_threads_give_the_same_bytes(
     tiny: Path, quantize_to: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from loadstone.finalize import run
+    from loadstone.finalization import run
     from loadstone.loading import source
 
     monkeypatch.setattr(source, "_RANGE", 1000)
@@ -174,7 +174,7 @@ def test_killed_at_random_moments(tiny: Path, tmp_path: Path, undisturbed: dict[
 def test_killed_while_the_journal_is_removed(tiny: Path, tmp_path: Path, undisturbed: dict[str, str]) -> None:
     out = tmp_path / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("loadstone.finalize.run.close_journal", lambda work: 1 / 0)
+        patch.setattr("loadstone.finalization.run.close_journal", lambda work: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             finalize(many_shards(tiny), out)
     shutil.rmtree(work_directory(out) / "journal")
@@ -212,7 +212,7 @@ def test_a_full_disk(
 def test_a_full_tmpfs(
     tiny: Path, tmp_path: Path, undisturbed: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from loadstone.finalize import run
+    from loadstone.finalization import run
 
     mount = tmp_path / "small"
     mount.mkdir()
@@ -295,7 +295,7 @@ def test_a_write_that_the_disk_failed_is_an_error(
     """Reported to the first sync alone, which is one in the middle of a shard."""
     import errno
 
-    from loadstone.finalize import run
+    from loadstone.finalization import run
     from loadstone.writing.shards import ShardWriter
 
     def fails(self: ShardWriter) -> None:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from loadstone.artifact.manifest import FORMAT_VERSION, MANIFEST, sha256_file, versions
 from loadstone.errors import MissingError
-from loadstone.finalize.journal import (
+from loadstone.finalization.journal import (
     close_journal,
     finished,
     has_progress,
@@ -26,9 +26,9 @@ from loadstone.finalize.journal import (
     open_journal,
     work_directory,
 )
-from loadstone.finalize.pieces import Unit, units
-from loadstone.finalize.plan import FinalizePlan
-from loadstone.finalize.stream import stream
+from loadstone.finalization.pieces import Unit, units
+from loadstone.finalization.plan import FinalizePlan
+from loadstone.finalization.stream import stream
 from loadstone.loading.source import SourceReader
 from loadstone.ranks import Ranks
 from loadstone.writing.publish import check_output, check_space, locked, publish

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from loadstone.artifact import TensorInfo
 from loadstone.errors import ArtifactError, UsageError
-from loadstone.finalize.plan import QUANTIZE, FinalizePlan, Step
+from loadstone.finalization.plan import QUANTIZE, FinalizePlan, Step
 from loadstone.quantization.flatten import SAFETENSORS_DTYPES, describe, torch_dtype
 from loadstone.quantization.quantize import (
     quantize_rows,

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import loadstone
-from loadstone.finalize import make_plan, pieces
-from loadstone.finalize.pieces import Unit, units
-from loadstone.finalize.plan import QUANTIZE
-from loadstone.finalize.stream import _Room, stream
+from loadstone.finalization import make_plan, pieces
+from loadstone.finalization.pieces import Unit, units
+from loadstone.finalization.plan import QUANTIZE
+from loadstone.finalization.stream import _Room, stream
 from loadstone.loading.source import SourceReader
 from loadstone.quantization import parse_recipe
 
@@ -74,7 +74,7 @@ def test_what_is_held_is_bounded(tiny: Path, monkeypatch: pytest.MonkeyPatch, re
 
     monkeypatch.setattr(SourceReader, "span", counted)
     monkeypatch.setattr(pieces, "quantize_weight", slow)
-    monkeypatch.setattr("loadstone.finalize.stream._Room", lambda size: _Room(50_000))
+    monkeypatch.setattr("loadstone.finalization.stream._Room", lambda size: _Room(50_000))
     torch.set_num_threads(4)
     try:
         with closing(stream(plan, units(plan, 0, "cpu", True), reader, "cpu", put)) as done:

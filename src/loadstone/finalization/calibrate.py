@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 from loadstone.artifact import FlatTensor
 from loadstone.artifact.manifest import versions
 from loadstone.errors import ArtifactError, UsageError
-from loadstone.finalize.gptq import gptq
-from loadstone.finalize.journal import work_directory
-from loadstone.finalize.pieces import compute_dtype
-from loadstone.finalize.plan import QUANTIZE, FinalizePlan, Step
-from loadstone.finalize.smooth import Inputs, awq_scale, find_folds, smooth_scale
+from loadstone.finalization.gptq import gptq
+from loadstone.finalization.journal import work_directory
+from loadstone.finalization.pieces import compute_dtype
+from loadstone.finalization.plan import QUANTIZE, FinalizePlan, Step
+from loadstone.finalization.smooth import Inputs, awq_scale, find_folds, smooth_scale
 from loadstone.loading.source import SourceReader
 from loadstone.quantization.flatten import flatten, torch_dtype
 from loadstone.quantization.quantize import dense, quantize_scaled, quantize_weight

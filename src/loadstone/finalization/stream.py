@@ -13,8 +13,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from loadstone.finalize.pieces import Unit, made
-from loadstone.finalize.plan import FinalizePlan
+from loadstone.finalization.pieces import Unit, made
+from loadstone.finalization.plan import FinalizePlan
 from loadstone.loading.source import SourceReader
 
 if TYPE_CHECKING:

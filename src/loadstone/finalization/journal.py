@@ -13,7 +13,7 @@ import shutil
 from pathlib import Path
 
 from loadstone.errors import UsageError
-from loadstone.finalize.plan import FinalizePlan
+from loadstone.finalization.plan import FinalizePlan
 
 NOTES = "journal"
 KEY = "key.json"

@@ -10,8 +10,8 @@ from tests.helpers import TOKENS, stock
 
 import loadstone
 from loadstone.cli import main
-from loadstone.finalize import finalize, make_plan, pieces
-from loadstone.finalize.verify import verify
+from loadstone.finalization import finalize, make_plan, pieces
+from loadstone.finalization.verify import verify
 from loadstone.quantization import parse_recipe, read_recipe, to_torchao
 
 from .test_finalize import ON_CPU, snapshot

@@ -10,12 +10,12 @@ from tests.helpers import TOKENS, logits, run
 
 import loadstone
 from loadstone.errors import ArtifactError, MissingError, UsageError
-from loadstone.finalize import calibrate as module
-from loadstone.finalize import finalize, make_plan
-from loadstone.finalize.calibrate import calibrate, calibrated
-from loadstone.finalize.gptq import gptq
-from loadstone.finalize.smooth import Inputs, awq_scale, find_folds, smooth_scale
-from loadstone.finalize.verify import verify
+from loadstone.finalization import calibrate as module
+from loadstone.finalization import finalize, make_plan
+from loadstone.finalization.calibrate import calibrate, calibrated
+from loadstone.finalization.gptq import gptq
+from loadstone.finalization.smooth import Inputs, awq_scale, find_folds, smooth_scale
+from loadstone.finalization.verify import verify
 from loadstone.quantization import parse_recipe, read_recipe
 from loadstone.quantization.quantize import dense, quantize_scaled, quantize_weight
 from loadstone.quantization.recipe_file import with_algorithm

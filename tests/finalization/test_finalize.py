@@ -13,7 +13,7 @@ from tests.helpers import logits
 import loadstone
 from loadstone.artifact.manifest import sha256_file, verify_files
 from loadstone.errors import ArtifactError, MissingError, UsageError
-from loadstone.finalize import finalize, make_plan, run
+from loadstone.finalization import finalize, make_plan, run
 from loadstone.quantization import RECIPES, parse_recipe, to_torchao
 
 from .headers import write_headers
