@@ -83,10 +83,11 @@ def verify_files(directory: Path) -> list[str]:
 def versions() -> dict[str, str]:
     """Versions of everything that decides an artifact's bytes."""
     import platform
-    import sys
     from importlib.metadata import version
 
-    # Not imported by name: the package's __init__ names this room, and type checkers dislike the circle.
-    own = sys.modules["loadstone"].__version__
+    from loadstone._version import __version__
+
     names = ("torch", "torchao", "transformers", "safetensors")
-    return {"loadstone": own, "python": platform.python_version()} | {name: version(name) for name in names}
+    return {"loadstone": __version__, "python": platform.python_version()} | {
+        name: version(name) for name in names
+    }

@@ -14,7 +14,7 @@ from typing import Any
 
 import typer
 
-from loadstone import __version__
+from loadstone._version import __version__
 from loadstone.cli.render import printable
 from loadstone.errors import LoadstoneError, MissingError
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
-from loadstone import __version__
+from loadstone._version import __version__
 from loadstone.artifact.context_file import CONTEXT_JSON, CONTEXT_TENSORS, FORMAT_VERSIONS, digest, is_context
 from loadstone.artifact.manifest import sha256_file
 from loadstone.context.fingerprint import tensor_bytes

@@ -79,7 +79,7 @@ def entry_key(protocol: Protocol, fingerprints: Sequence[str], mode: dict[str, A
     import torch
     import transformers
 
-    from loadstone import __version__
+    from loadstone._version import __version__
 
     facts = asdict(protocol)
     # The name of the text and of its tokenizer do not matter, what they come to does.
