@@ -17,7 +17,7 @@ NAME = "export-fakequant"
 def test_export_then_inspect(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out [bold]"
     code, stdout, _ = run(capsys, NAME, "-M", tiny, "--format", "nvfp4", "-o", out)
-    assert code == 0 and f"{out}: 14 weights folded" in stdout and "as it is: embedding" in stdout
+    assert code == 0 and f"{out}: 14 weights fake-quantized" in stdout and "as it is: embedding" in stdout
     code, stdout, _ = run(capsys, "inspect", out, "--verify", "--json")
     facts = json.loads(stdout)
     assert code == 0 and facts["kind"] == "fakequant" and facts["verified"] is True

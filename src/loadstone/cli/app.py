@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None) -> None:
     args = list(sys.argv[1:] if argv is None else argv)
     # Global flags are welcome on either side of the command name.
     globals_ = [a for a in args if a in GLOBAL_FLAGS]
-    args = globals_ + [a for a in args if a not in GLOBAL_FLAGS]
+    args = _with_json_target(globals_ + [a for a in args if a not in GLOBAL_FLAGS])
     debug = "--debug" in globals_
     signal.signal(signal.SIGTERM, _terminate)
     # The libraries' imports make a million objects that stay: looking for garbage among them takes a third of the time.
@@ -108,6 +108,16 @@ def main(argv: list[str] | None = None) -> None:
         if debug:
             traceback.print_exc()
         _fail(*_outcome(error))
+
+
+def _with_json_target(args: list[str]) -> list[str]:
+    """``--json`` with nothing behind it, or another option, means ``--json -``: typer has no optional values."""
+    found = []
+    for this, following in zip(args, [*args[1:], "--"], strict=True):
+        found.append(this)
+        if this == "--json" and following.startswith("-") and following != "-":
+            found.append("-")
+    return found
 
 
 def _outcome(error: Exception) -> tuple[str, int]:

@@ -16,27 +16,24 @@ if TYPE_CHECKING:
     from loadstone.artifact.context_file import ContextFile
 
 
-def inspect(directory: Path, *, verify: bool, as_json: bool) -> LoadstoneError | None:
+def inspect(directory: Path, *, verify: bool, json_to: str | None) -> LoadstoneError | None:
     """``inspect`` of a fitted context: its facts, sizes and the base it needs. Returns what is wrong with it."""
     from loadstone.artifact.context_file import read_context
 
     try:
         context = read_context(directory, verify=verify)
     except ArtifactError as error:
-        if as_json:
-            problem = {"message": error.message, "remedy": error.remedy, "exit_code": error.exit_code}
-            render.print_json({"schema": 1, "path": str(directory), "kind": "context", "problems": [problem]})
-        else:
-            render.console().print(f"{directory}  context\nproblem: {error}\nCannot be loaded", markup=False)
+        text = f"{directory}  context\nproblem: {error}\nCannot be loaded"
+        problem = {"message": error.message, "remedy": error.remedy, "exit_code": error.exit_code}
+        render.result(
+            json_to,
+            {"schema": 1, "path": str(directory), "kind": "context", "problems": [problem]},
+            lambda: render.console().print(text, markup=False),
+        )
         return error
     is_prefix = context.facts["kind"] == LANGUAGE_PREFIX
     found = prefix_facts(context, verify) if is_prefix else facts(context, verify)
-    if as_json:
-        render.print_json(found)
-    elif is_prefix:
-        _show_prefix(found)
-    else:
-        _show_facts(found)
+    render.result(json_to, found, lambda: _show_prefix(found) if is_prefix else _show_facts(found))
     return None
 
 

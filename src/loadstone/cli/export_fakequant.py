@@ -1,5 +1,4 @@
-"""`loadstone export-fakequant`: a checkpoint whose weights are rounded to a format and stored as plain
-tensors."""
+"""`loadstone export-fakequant`: write a checkpoint with fake-quantized weights."""
 
 from __future__ import annotations
 
@@ -8,14 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from loadstone.cli import render
+from loadstone.cli import options, render
 from loadstone.errors import UsageError
 
 if TYPE_CHECKING:
     from loadstone.fakequant.export import Exported
     from loadstone.fakequant.plan import ExportPlan
 
-_INPUT, _OUTPUT, _FORMAT, _RUN = "Input", "Output", "Format", "Run"
+_FORMAT = "Format"
 
 
 def register(app: typer.Typer) -> None:
@@ -24,12 +23,11 @@ def register(app: typer.Typer) -> None:
 
 
 def command(
+    context: typer.Context,
     model: Annotated[
-        Path, typer.Option("-M", "--model", help="Checkpoint or training run.", rich_help_panel=_INPUT)
+        Path, typer.Option("-M", "--model", help="Checkpoint or training run.", rich_help_panel=options.INPUT)
     ],
-    out: Annotated[
-        Path | None, typer.Option("-o", "--out", help="Directory to write.", rich_help_panel=_OUTPUT)
-    ] = None,
+    out: options.Out = None,
     format: Annotated[
         str | None,
         typer.Option(
@@ -42,13 +40,15 @@ def command(
     ] = None,
     rules: Annotated[
         Path | None,
-        typer.Option("--rules", metavar="FILE.yaml", help="Formats by module.", rich_help_panel=_FORMAT),
+        typer.Option(
+            "--rules", metavar="FILE", help="YAML file: a format for each module.", rich_help_panel=_FORMAT
+        ),
     ] = None,
     activations: Annotated[
         bool,
         typer.Option(
             "--activations",
-            help="Keep quantizers for layer inputs too, as the format has them.",
+            help="Also keep the format's quantizers of layer inputs.",
             rich_help_panel=_FORMAT,
         ),
     ] = False,
@@ -56,13 +56,20 @@ def command(
         str | None,
         typer.Option(
             "--calibrate",
-            metavar="TEXT",
-            help="Text that input ranges are measured on (file, data set, or sample); implies --activations.",
+            metavar="PATH|NAME",
+            help="Text to measure input ranges on, as eval's --data; implies --activations.",
             rich_help_panel=_FORMAT,
         ),
     ] = None,
     calibrate_limit: Annotated[
-        int, typer.Option(metavar="N", help="Documents to calibrate on.", rich_help_panel=_FORMAT)
+        int,
+        typer.Option(
+            "--calibrate-limit",
+            metavar="N",
+            min=1,
+            help="Documents to calibrate on.",
+            rich_help_panel=_FORMAT,
+        ),
     ] = 32,
     kv_cache: Annotated[
         str | None,
@@ -73,7 +80,9 @@ def command(
     untie: Annotated[
         bool,
         typer.Option(
-            "--untie", help="Store two tensors where rules fold one side of a tie.", rich_help_panel=_OUTPUT
+            "--untie",
+            help="Store tied weights separately if the rules quantize only one of them.",
+            rich_help_panel=options.OUTPUT,
         ),
     ] = False,
     remote_code: Annotated[
@@ -81,54 +90,40 @@ def command(
         typer.Option(
             "--remote-code",
             metavar="strip|copy",
-            help="Model code in the directory: left out, or copied whole.",
-            rich_help_panel=_OUTPUT,
+            help="Python code in the model directory: leave it out, or copy it.",
+            rich_help_panel=options.OUTPUT,
         ),
     ] = "strip",
     emit: Annotated[
         str | None,
         typer.Option(
-            "--emit", metavar="modelopt", help="Also write ModelOpt's state file.", rich_help_panel=_OUTPUT
+            "--emit",
+            metavar="modelopt",
+            help="Also write ModelOpt's state file.",
+            rich_help_panel=options.OUTPUT,
         ),
     ] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an existing output.", rich_help_panel=_OUTPUT)
-    ] = False,
-    checkpoint: Annotated[
-        str | None,
-        typer.Option(
-            help="Of a training run: newest (default), best, a step or a folder.", rich_help_panel=_INPUT
-        ),
-    ] = None,
-    trust_remote_code: Annotated[
-        bool,
-        typer.Option(
-            "--trust-remote-code", help="Run Python code that came with the model.", rich_help_panel=_INPUT
-        ),
-    ] = False,
-    device: Annotated[
-        str, typer.Option(help="Where weights are folded: auto, cpu, cuda, cuda:N.", rich_help_panel=_RUN)
-    ] = "auto",
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show the plan and write nothing.", rich_help_panel=_RUN)
-    ] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the result as JSON.", rich_help_panel=_RUN)
-    ] = False,
+    overwrite: options.Overwrite = False,
+    checkpoint: options.Checkpoint = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    device: options.Device = "auto",
+    dry_run: options.DryRun = False,
+    json_to: options.Json = None,
 ) -> None:
-    """Fold a number format into a checkpoint's weights, so that its accuracy can be measured on any hardware.
+    """Write a checkpoint with fake-quantized (quantized, then dequantized) weights.
 
-    The output holds plain tensors and loads anywhere; quantizers of layer inputs lie beside them.
+    It shows what a number format costs in accuracy on any hardware: the weights are plain tensors that load anywhere.
 
     Example: [bold]loadstone export-fakequant -M run/checkpoint-900 --format nvfp4 -o tiny-fq[/]
     """
+    options.need(context, calibrate_limit="calibrate")
     if out is None and not dry_run:
         raise UsageError("export-fakequant needs -o OUT", "Or pass --dry-run to see what would be written")
     if format is None and rules is None:
         raise UsageError(
             "no format is named", "Pass --format (fp8, int8, int4, nvfp4, mxfp8, …) or --rules FILE"
         )
-    # What is wrong with the words of the command is said before anything heavy is imported.
+    # Wrong options are reported before anything heavy is imported.
     from loadstone.fakequant.options import make_options
 
     documents = None
@@ -136,7 +131,7 @@ def command(
         from loadstone.text.corpus import read_corpus
 
         documents = read_corpus(calibrate, limit=calibrate_limit).documents
-    options = make_options(
+    chosen = make_options(
         format=format,
         rules=rules,
         activations=activations,
@@ -158,13 +153,15 @@ def command(
     if out is not None:
         check_output(artifact.root, out, overwrite or dry_run)
     import_libraries()
-    plan = plan_for(artifact, options)
+    plan = plan_for(artifact, chosen)
     if dry_run:
-        return _show_plan(plan, out, as_json)
+        facts = {"dry_run": True, "out": str(out) if out else None} | _summary(plan)
+        return render.result(json_to, facts, lambda: _print_plan(plan))
     assert out is not None
     with render.progress(f"export {out.name}", plan.nbytes, unit_bytes=True) as advance:
-        done = run_directory(artifact, plan, out, options, on_progress=advance)
-    _show_done(done, as_json)
+        done = run_directory(artifact, plan, out, chosen, on_progress=advance)
+    facts = {"out": str(out), "seconds": round(done.seconds, 3), "quantizers": len(done.quantizers)}
+    render.result(json_to, facts | _summary(plan) | {"sha256": done.files}, lambda: _print_done(done))
 
 
 def _summary(plan: ExportPlan) -> dict[str, Any]:
@@ -180,21 +177,16 @@ def _summary(plan: ExportPlan) -> dict[str, Any]:
     }
 
 
-def _show_plan(plan: ExportPlan, out: Path | None, as_json: bool) -> None:
-    if as_json:
-        return render.print_json({"dry_run": True, "out": str(out) if out else None} | _summary(plan))
+def _print_plan(plan: ExportPlan) -> None:
     _print_summary(plan)
     render.console().print("Dry run: nothing was written.")
 
 
-def _show_done(done: Exported, as_json: bool) -> None:
-    if as_json:
-        extra = {"out": str(done.out), "seconds": round(done.seconds, 3), "quantizers": len(done.quantizers)}
-        return render.print_json(extra | _summary(done.plan) | {"sha256": done.files})
+def _print_done(done: Exported) -> None:
     _print_summary(done.plan)
-    kept = f", {len(done.quantizers)} quantizers of inputs" if done.quantizers else ""
+    kept = f", {len(done.quantizers)} input quantizers" if done.quantizers else ""
     render.console().print(
-        f"{done.out}: {len(done.plan.folded)} weights folded{kept}, {render.size(done.plan.nbytes)} in "
+        f"{done.out}: {len(done.plan.folded)} weights fake-quantized{kept}, {render.size(done.plan.nbytes)} in "
         f"{len(done.plan.files)} file(s), {done.seconds:.1f} s",
         markup=False,
         soft_wrap=True,
@@ -206,4 +198,4 @@ def _print_summary(plan: ExportPlan) -> None:
     rows.append(["total", str(len(plan.steps)), render.size(plan.nbytes)])
     render.console().print(render.table("", ["weights", "tensors", "bytes"], rows, right=(1, 2)))
     for name in plan.untied:
-        render.console().print(f"untied: {name} becomes a tensor of its own", markup=False)
+        render.console().print(f"untied: {name} is stored separately", markup=False)

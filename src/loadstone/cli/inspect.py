@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from loadstone.cli import render
+from loadstone.cli import options, render
 from loadstone.errors import ArtifactError, LoadstoneError
 
 if TYPE_CHECKING:
     from loadstone.artifact.report import Group, Report
     from loadstone.loading import LoadPlan
 
-_WHAT, _OUTPUT = "What to look at", "Output"
 SCHEMA = 1
 
 
@@ -25,26 +24,18 @@ def register(app: typer.Typer) -> None:
 
 
 def command(
+    context: typer.Context,
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Model directory or training run.")],
-    checkpoint: Annotated[
-        str | None,
-        typer.Option(
-            "--checkpoint",
-            help="Of a training run: newest (default), best, a step or a folder.",
-            rich_help_panel=_WHAT,
-        ),
-    ] = None,
+    checkpoint: options.Checkpoint = None,
     verify: Annotated[
         bool,
         typer.Option(
             "--verify",
             help="Read every file and compare it with loadstone.json's sha256.",
-            rich_help_panel=_WHAT,
+            rich_help_panel=options.INPUT,
         ),
     ] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print JSON (docs/inspect.md).", rich_help_panel=_OUTPUT)
-    ] = False,
+    json_to: options.Json = None,
 ) -> None:
     """Show what a directory is, how it would be loaded and why, and everything that is wrong with it.
 
@@ -57,7 +48,8 @@ def command(
     if is_context(directory):
         from loadstone.cli import context_facts
 
-        problem = context_facts.inspect(directory, verify=verify, as_json=as_json)
+        options.only(context, {"directory", "verify", "json_to"}, "on a fitted context")
+        problem = context_facts.inspect(directory, verify=verify, json_to=json_to)
         if problem is not None:
             raise typer.Exit(problem.exit_code)
         return
@@ -71,10 +63,11 @@ def command(
         problems += refusal
     mismatches = _verify(report) if verify else None
     problems += mismatches or []
-    if as_json:
-        render.print_json(as_dict(report, load_plan, problems, mismatches))
-    else:
-        _show(report, load_plan, problems, mismatches)
+    render.result(
+        json_to,
+        as_dict(report, load_plan, problems, mismatches),
+        lambda: _show(report, load_plan, problems, mismatches),
+    )
     if problems:
         raise typer.Exit(problems[0].exit_code)
 

@@ -78,6 +78,18 @@ def print_json(value: Any) -> None:
     write(to_json(value))
 
 
+def result(json_to: str | None, value: Any, show: Callable[[], None]) -> None:
+    """Give a command's result: ``value`` as JSON to the file ``json_to``, and text on stdout by ``show``.
+
+    With ``json_to="-"`` the JSON document goes to stdout and nothing else does.
+    """
+    if json_to == "-":
+        return print_json(value)
+    if json_to is not None:
+        write_file(Path(json_to), to_json(value))
+    show()
+
+
 def to_json(value: Any) -> str:
     """JSON text of a result: what is not finite becomes null, for JSON has no NaN."""
     text = json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
