@@ -1,0 +1,201 @@
+"""The quantized weights of a compressed-tensors artifact, from its config block and the headers of its files."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from math import prod
+
+from loadstone.artifact.compressed_tensors.block import Block
+from loadstone.artifact.compressed_tensors.layout import scale_grid, words
+from loadstone.artifact.compressed_tensors.scheme import MXFP4, MXFP8, NVFP4, PACK, LayerScheme
+from loadstone.artifact.files import Sink, refuse
+from loadstone.artifact.formats.safetensors import FLOAT_DTYPES, TensorInfo
+from loadstone.errors import ArtifactError
+
+# Suffixes of what stands for a module's weight. Those of `_UNUSED` are for kernels and caches: not part of a weight.
+_WEIGHT = (
+    "weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_global_scale", "weight_g_idx",
+)  # fmt: skip
+_UNUSED = (
+    "input_scale", "input_zero_point", "input_global_scale", "output_scale", "output_zero_point", "k_scale",
+    "k_zero_point", "v_scale", "v_zero_point", "q_scale", "q_zero_point",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """One quantized weight: ``name`` of the parameter it stands for (``P.weight``), its scheme and stored tensors.
+
+    ``parts``: by suffix (``weight_packed``, ``weight_scale``, …). ``shape``: (rows, columns) of the weight; columns
+    are None where only the value of ``weight_shape`` tells. ``padded``: see `Block.padded_packing`.
+    """
+
+    name: str
+    scheme: LayerScheme
+    parts: dict[str, TensorInfo] = field(repr=False)
+    padded: bool = False
+
+    @property
+    def module(self) -> str:
+        return self.name.removesuffix(".weight")
+
+    @property
+    def values(self) -> TensorInfo:
+        """The stored tensor that holds the integers or small floats."""
+        return self.parts["weight_packed" if self.scheme.packed else "weight"]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, columns). Where only the value of ``weight_shape`` tells the columns, the most that may be packed."""
+        rows, stored = self.values.shape
+        if not self.scheme.packed:
+            return rows, stored
+        if self.scheme.format != PACK:
+            return rows, stored * 2
+        weights = self.scheme.weights
+        if weights.grouped and "weight_g_idx" not in self.parts:
+            return rows, self.parts["weight_scale"].shape[1] * (weights.group_size or 1)
+        return rows, stored * (32 // weights.bits) if self.padded else stored * 32 // weights.bits
+
+    @property
+    def columns_known(self) -> bool:
+        """Whether headers alone tell the number of columns."""
+        weights = self.scheme.weights
+        return self.scheme.format != PACK or (weights.grouped and "weight_g_idx" not in self.parts)
+
+    @property
+    def numel(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes stored, scales and zero points included."""
+        return sum(part.nbytes for part in self.parts.values())
+
+    @property
+    def nominal_bits(self) -> int:
+        """Bits per weight of the number format alone."""
+        return self.scheme.weights.bits
+
+    @property
+    def quantizes_activations(self) -> bool:
+        return self.scheme.inputs is not None
+
+
+def packed_weights(
+    block: Block, tensors: dict[str, TensorInfo], sink: Sink = refuse
+) -> dict[str, PackedWeight]:
+    """Every quantized weight by the name of its parameter; raises `ArtifactError` for one that is incomplete.
+
+    With another ``sink``, problems go there and the weight is left out.
+    """
+    parts: dict[str, dict[str, TensorInfo]] = {}
+    for name, tensor in tensors.items():
+        module, _, suffix = name.rpartition(".")
+        if suffix in _WEIGHT or (suffix == "weight" and tensor.dtype in ("I8", "F8_E4M3", "F8_E5M2")):
+            parts.setdefault(module, {})[suffix] = tensor
+    found: dict[str, PackedWeight] = {}
+    checked: set[tuple[object, ...]] = set()
+    for module, own in parts.items():
+        try:
+            weight = _weight(block, module, own, tensors)
+            key = (weight.scheme, *((suffix, p.dtype, p.shape) for suffix, p in own.items()))
+            # Thousands of experts share a handful of shapes.
+            if key not in checked:
+                _check(weight)
+                checked.add(key)
+            found[weight.name] = weight
+        except ArtifactError as error:
+            sink(error)
+    return found
+
+
+def is_side_tensor(name: str) -> bool:
+    """Whether a stored tensor serves kernels or the KV cache (``input_scale``, ``k_scale``): no parameter of the
+    model."""
+    return name.rpartition(".")[2] in _UNUSED
+
+
+def _weight(
+    block: Block, module: str, parts: dict[str, TensorInfo], tensors: dict[str, TensorInfo]
+) -> PackedWeight:
+    first = next(iter(parts.values()))
+    scheme = block.scheme_of(module)
+    if scheme is None:
+        raise ArtifactError(
+            f"{first.file}: '{first.name}' is quantized, and no group of config.json names its module", _AGAIN
+        )
+    weight = PackedWeight(f"{module}.weight" if module else "weight", scheme, parts, block.padded_packing)
+    values = "weight_packed" if scheme.packed else "weight"
+    for needed in (values, "weight_scale"):
+        if needed not in parts:
+            if needed == "weight" and f"{module}.weight" in tensors:
+                raise ArtifactError(
+                    f"{first.file}: '{module}.weight' has dtype {tensors[f'{module}.weight'].dtype} and a scale: "
+                    f"it is not compressed (config.json says {scheme.format})",
+                    "Save it again compressed (llm-compressor: save_compressed=True)",
+                )
+            raise ArtifactError(f"{first.file}: '{module}' lacks {needed} of {scheme.format}", _AGAIN)
+    if scheme.packed and f"{module}.weight" in tensors:
+        raise ArtifactError(f"{first.file}: '{module}' is stored both plain and quantized", _AGAIN)
+    if not scheme.weights.symmetric and "weight_zero_point" not in parts:
+        raise ArtifactError(f"{first.file}: '{module}' is asymmetric and lacks weight_zero_point", _AGAIN)
+    if scheme.format == NVFP4 and "weight_global_scale" not in parts:
+        raise ArtifactError(f"{first.file}: '{module}' lacks weight_global_scale of {scheme.format}", _AGAIN)
+    return weight
+
+
+def _check(weight: PackedWeight) -> None:
+    """Raise `ArtifactError` where the stored tensors do not fit each other and the scheme."""
+    scheme, weights, values = weight.scheme, weight.scheme.weights, weight.values
+    if len(values.shape) != 2 or 0 in values.shape:
+        raise _misfit(values, f"has shape {list(values.shape)}, a weight has two sides")
+    dtypes = {PACK: ("I32",), NVFP4: ("U8",), MXFP4: ("U8",), MXFP8: ("F8_E4M3",)}.get(
+        scheme.format, ("F8_E4M3", "F8_E5M2") if weights.type == "float" else ("I8",)
+    )
+    if values.dtype not in dtypes:
+        raise _misfit(values, f"has dtype {values.dtype}, {scheme.format} holds {' or '.join(dtypes)}")
+    if weights.bits > 8:
+        raise _misfit(values, f"holds {weights.bits} bits a value, at most 8 are read here")
+    scale = weight.parts["weight_scale"]
+    kinds = {NVFP4: {"F8_E4M3"}, MXFP4: {"U8", "F8_E8M0"}, MXFP8: {"U8", "F8_E8M0"}}.get(
+        scheme.format, FLOAT_DTYPES
+    )
+    if scale.dtype not in kinds:
+        raise _misfit(scale, f"has dtype {scale.dtype}, {scheme.format} takes {' or '.join(sorted(kinds))}")
+    # Not `weight.shape`: that follows from the scales where it can, and they are what is looked at.
+    rows, columns = values.shape
+    if scheme.packed and scheme.format != PACK:
+        columns *= 2
+    if scheme.format == PACK:
+        columns = weight.shape[1]
+        if words(columns, weights.bits, weight.padded) != values.shape[1]:
+            raise _misfit(
+                values,
+                f"has {values.shape[1]} words a row, the scales of {columns} columns ask for "
+                f"{words(columns, weights.bits, weight.padded)}",
+            )
+    grid = scale_grid(weights, rows, columns)
+    if scale.shape != grid and not _same_scale(scale.shape, grid):
+        raise _misfit(scale, f"has shape {list(scale.shape)}, {scheme} of {rows}x{columns} has {list(grid)}")
+    zero = weight.parts.get("weight_zero_point")
+    if zero is not None and not weights.symmetric:
+        wanted = grid
+        if scheme.format == PACK and weights.strategy != "tensor":
+            wanted = (words(rows, weights.bits, weight.padded), grid[1])
+        if zero.shape != wanted and not _same_scale(zero.shape, wanted):
+            raise _misfit(zero, f"has shape {list(zero.shape)}, not {list(wanted)}")
+
+
+def _same_scale(shape: tuple[int, ...], grid: tuple[int, ...]) -> bool:
+    """One scale may be stored as a number or with sides of 1, and one a row without the second side."""
+    if prod(grid) == 1:
+        return prod(shape) == 1
+    return len(grid) == 2 and grid[1] == 1 and shape == grid[:1]
+
+
+def _misfit(part: TensorInfo, what: str) -> ArtifactError:
+    return ArtifactError(f"{part.file}: '{part.name}' {what}", _AGAIN)
+
+
+_AGAIN = "Copy the file again, or make the artifact again"

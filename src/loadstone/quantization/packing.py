@@ -1,0 +1,241 @@
+"""Integers and small floats as the compressed-tensors layout stores them: packed, unpacked and decoded, rows by rows.
+
+Every function takes rows of a weight that can be cut anywhere (see `row_tile`), on any device. Decoding does what
+compressed-tensors' own decompressor does in the same order, so that the same bits come out.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from loadstone.artifact.compressed_tensors.scheme import MXFP4, MXFP8, NVFP4, PACK, LayerScheme, QuantArgs
+from loadstone.errors import ArtifactError
+
+if TYPE_CHECKING:
+    import torch
+
+# The magnitudes of e2m1, by code.
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+# Steps of float32 tried around the reciprocal of a scale.
+_NEIGHBOURS = 16
+
+
+def pack_ints(values: torch.Tensor, bits: int) -> torch.Tensor:
+    """int8 values (rows, K) of 4 or 8 bits as int32 words (rows, ceil(K * bits / 32)).
+
+    Value i of a row is stored plus ``2 ** (bits - 1)`` at bits ``i * bits`` and up of the row. What the last word has
+    left over is zero.
+    """
+    import torch
+
+    rows, columns = values.shape
+    stored = torch.empty(rows, columns + -columns % (32 // bits), dtype=torch.uint8, device=values.device)
+    stored[:, columns:] = 0
+    torch.add(values.view(torch.uint8), 1 << (bits - 1), out=stored[:, :columns])
+    if bits == 4:
+        # Two values side by side are one int16: no strided copies.
+        pairs = stored.view(torch.int16)
+        stored = (pairs | (pairs >> 4)).to(torch.uint8)
+    return stored.view(torch.int32)
+
+
+def unpack_ints(packed: torch.Tensor, bits: int, columns: int, padded: bool = False) -> torch.Tensor:
+    """int8 values (rows, columns) out of int32 words (rows, words), 1 to 8 bits each.
+
+    ``padded``: a word holds ``32 // bits`` values only (compressed-tensors before 0.18), else values straddle words.
+    """
+    import torch
+
+    if bits == 8:
+        return (packed.contiguous().view(torch.uint8)[:, :columns] ^ 0x80).view(torch.int8)
+    if bits == 4:
+        both = packed.contiguous().view(torch.uint8).to(torch.int16)
+        return ((both | (both << 4)) & 0x0F0F).view(torch.int8)[:, :columns] - 8
+    index = torch.arange(columns, device=packed.device)
+    per_word = 32 // bits
+    starts = index // per_word * 32 + index % per_word * bits if padded else index * bits
+    unsigned = packed.to(torch.int64) & 0xFFFFFFFF
+    after = torch.nn.functional.pad(unsigned, (0, 1))
+    word, shift = starts // 32, starts % 32
+    pairs = (unsigned[:, word] >> shift) | (after[:, word + 1] << (32 - shift))
+    return ((pairs & ((1 << bits) - 1)) - (1 << (bits - 1))).to(torch.int8)
+
+
+def pack_zero_points(zero_points: torch.Tensor, bits: int) -> torch.Tensor:
+    """int8 zero points (rows, groups) as int32 words (ceil(rows * bits / 32), groups): packed along the rows."""
+    return pack_ints(zero_points.t(), bits).t().contiguous()
+
+
+def unpack_zero_points(packed: torch.Tensor, bits: int, rows: int, padded: bool = False) -> torch.Tensor:
+    """int8 zero points (rows, groups), the inverse of `pack_zero_points` for 1 to 8 bits."""
+    return unpack_ints(packed.t(), bits, rows, padded).t()
+
+
+def decode_e2m1(packed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The numbers (rows, K) of ``dtype`` that bytes (rows, K / 2) hold, two each, the first in the low bits."""
+    import torch
+
+    codes = torch.tensor([*_E2M1, *(-value for value in _E2M1)], dtype=dtype, device=packed.device)
+    pairs = torch.stack((codes.repeat(16), codes.repeat_interleave(16)), -1)
+    # A pair is looked up as one integer of twice the width.
+    whole = pairs.view({2: torch.int32, 4: torch.int64}[dtype.itemsize]).flatten()
+    found = whole.index_select(0, packed.flatten().to(torch.int32))
+    return found.view(dtype).view(packed.shape[0], -1)
+
+
+def decode_float8(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """float8 values in ``dtype``: by table on a CPU, which is six times as fast as torch's own conversion there."""
+    import torch
+
+    if values.device.type != "cpu":
+        return values.to(dtype)
+    table = torch.arange(256, dtype=torch.uint8).view(values.dtype).to(dtype)
+    codes = values.contiguous().view(torch.uint8).flatten().to(torch.int32)
+    return table.index_select(0, codes).view(values.shape)
+
+
+def decode_e8m0(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The powers of two that bytes stand for: ``2 ** (byte - 127)``."""
+    import torch
+
+    exponents = scale.view(torch.uint8).to(torch.float32) - 127
+    return torch.exp2(exponents).to(dtype)
+
+
+def plain_block_scales(swizzled: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    """Scales (rows, columns) in row-major order out of the tiles of 128 x 4 in which torchao stores them."""
+    tiles = swizzled.reshape(-(-rows // 128), -(-columns // 4), 32, 4, 4).transpose(2, 3)
+    plain = tiles.reshape(-(-rows // 128), -(-columns // 4), 128, 4).transpose(1, 2)
+    return plain.reshape(-(-rows // 128) * 128, -1)[:rows, :columns].contiguous()
+
+
+def scale_as_divisor(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The float32 number that divides block scales of NVFP4, where torchao multiplies them by ``scale``.
+
+    It is the one nearest to ``1 / scale`` with which every weight decodes to the same number of ``dtype``. For one
+    scale in some ten thousand (and most in float32) there is none: then it is the one whose own reciprocal is
+    ``scale``, and a few weights differ in their last bit.
+    """
+    import torch
+
+    scale = scale.detach().float().reshape(1).cpu()
+    if not scale.item():
+        # A weight of zeros: every number does.
+        return torch.ones(1)
+    blocks = torch.arange(1, 127, dtype=torch.uint8).view(torch.float8_e4m3fn).float().unsqueeze(1)
+    numbers = torch.tensor(_E2M1)
+    wanted = ((blocks * scale) * numbers).to(dtype)
+    tried = 1.0 / scale
+    steps = sorted(range(-_NEIGHBOURS, _NEIGHBOURS + 1), key=abs)
+    near = [(tried.view(torch.int32) + step).view(torch.float32) for step in steps]
+    exact = (each for each in near if torch.equal(((blocks / each) * numbers).to(dtype), wanted))
+    back = (each for each in near if torch.equal(1.0 / each, scale))
+    return next(exact, next(back, tried))
+
+
+def scales_in(scale: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
+    """Scales in the model's ``dtype``; raises `ArtifactError` naming the tensor where that would change one.
+
+    compressed-tensors computes in the dtype of the scales, and transformers casts stored float32 scales to the
+    model's dtype: only scales of that dtype mean the same to all.
+    """
+    import torch
+
+    cast = scale.to(dtype)
+    if not torch.equal(cast.to(scale.dtype), scale):
+        raise ArtifactError(
+            f"tensor '{name}': its scales have more bits than {str(dtype).removeprefix('torch.')}, "
+            "in which this model computes",
+            "Finalize the unquantized model again",
+        )
+    return cast
+
+
+def decode_rows(
+    scheme: LayerScheme,
+    parts: dict[str, torch.Tensor],
+    columns: int,
+    dtype: torch.dtype,
+    padded: bool = False,
+) -> torch.Tensor:
+    """Rows (rows, columns) of a weight in ``dtype`` from the rows of its stored tensors that they need.
+
+    ``parts``: by suffix (``weight_packed``, ``weight_scale``, …), cut as `rows_needed` says.
+    """
+    import torch
+
+    scale = parts["weight_scale"]
+    if scheme.format == NVFP4:
+        values = decode_e2m1(parts["weight_packed"], torch.float32)
+        factors = scale.float() / parts["weight_global_scale"].float().reshape(())
+        return _scaled(values, factors, None, scheme.weights, None).to(dtype)
+    if scheme.format in (MXFP4, MXFP8):
+        # Products with powers of two are exact, in whatever dtype holds the range.
+        wide = torch.float32 if dtype == torch.float16 else dtype
+        packed = scheme.format == MXFP4
+        values = decode_e2m1(parts["weight_packed"], wide) if packed else decode_float8(parts["weight"], wide)
+        return _scaled(values, decode_e8m0(scale, wide), None, scheme.weights, None).to(dtype)
+    zeros = parts.get("weight_zero_point") if not scheme.weights.symmetric else None
+    if scheme.format == PACK:
+        packed_values, bits = parts["weight_packed"], scheme.weights.bits
+        values = unpack_ints(packed_values, bits, columns, padded).to(scale.dtype)
+        if zeros is not None and scheme.weights.strategy != "tensor":
+            zeros = unpack_zero_points(zeros, bits, packed_values.shape[0], padded)
+    elif scheme.weights.type == "float":
+        values = decode_float8(parts["weight"], scale.dtype)
+    else:
+        values = parts["weight"].to(scale.dtype)
+    return _scaled(values, scale, zeros, scheme.weights, parts.get("weight_g_idx")).to(dtype)
+
+
+def _scaled(
+    values: torch.Tensor,
+    scale: torch.Tensor,
+    zeros: torch.Tensor | None,
+    weights: QuantArgs,
+    group_of_column: torch.Tensor | None,
+) -> torch.Tensor:
+    """``(values - zeros) * scale`` in place, each scale for its row, group or block."""
+    rows, columns = values.shape
+    zeros = zeros.to(scale.dtype) if zeros is not None else None
+    if weights.strategy == "tensor":
+        grids, target = [each if each is None else each.reshape(()) for each in (zeros, scale)], values
+    elif weights.strategy == "block":
+        assert weights.block is not None
+        high, wide = weights.block
+        grids = [
+            each
+            if each is None
+            else each.repeat_interleave(high, 0)[:rows].repeat_interleave(wide, 1)[:, :columns]
+            for each in (zeros, scale)
+        ]
+        target = values
+    elif weights.grouped:
+        grids, target = _by_group(values, scale, zeros, weights.group_size or columns, group_of_column)
+    else:
+        grids, target = [each if each is None else each.reshape(rows, 1) for each in (zeros, scale)], values
+    if grids[0] is not None:
+        target.sub_(grids[0])
+    assert grids[1] is not None
+    target.mul_(grids[1])
+    return values
+
+
+def _by_group(
+    values: torch.Tensor,
+    scale: torch.Tensor,
+    zeros: torch.Tensor | None,
+    group: int,
+    group_of_column: torch.Tensor | None,
+) -> tuple[list[torch.Tensor | None], torch.Tensor]:
+    columns = values.shape[1]
+    if group_of_column is not None and bool((group_of_column >= 0).all()):
+        order = group_of_column.long()
+        return [each if each is None else each[:, order] for each in (zeros, scale)], values
+    if columns % group:
+        return [
+            each if each is None else each.repeat_interleave(group, 1)[:, :columns] for each in (zeros, scale)
+        ], values
+    return [each if each is None else each.unsqueeze(-1) for each in (zeros, scale)], values.view(
+        values.shape[0], -1, group
+    )
