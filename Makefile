@@ -8,7 +8,7 @@ MODEL  := .cache/models/smollm2-135m
 # Without a GPU the CPU build of torch; it must be there before anything that depends on torch.
 TORCH  ?= torch==2.13.0
 
-.PHONY: setup demo three-way test test-slow test-modelopt test-vllm test-tabpfn bench lint format clean
+.PHONY: setup demo three-way test test-slow test-modelopt test-serving test-vllm test-tabpfn bench lint format clean
 
 setup: $(READY)
 
@@ -45,6 +45,19 @@ $(VENV)-modelopt/.ready: $(READY)
 
 test-modelopt: $(VENV)-modelopt/.ready
 	PYTHONPATH=src $(VENV)-modelopt/bin/python -m pytest -m modelopt tests/fakequant
+
+# compressed-tensors, the reference of the serving layout, beside the packages of the main environment; and the release
+# that vLLM pins, to read config blocks with.
+$(VENV)-serving/.ready: $(READY)
+	$(PYTHON) -m venv $(VENV)-serving
+	echo "$(CURDIR)/$(VENV)/lib/$$($(PY) -c 'import sys; print(f"python3.{sys.version_info.minor}")')/site-packages" \
+	  > $$($(VENV)-serving/bin/python -c 'import site; print(site.getsitepackages()[0])')/base.pth
+	$(VENV)-serving/bin/pip install -q 'compressed-tensors==0.20.*'
+	$(VENV)-serving/bin/pip install -q --no-deps --target $(VENV)-serving/compressed-tensors-0.17 compressed-tensors==0.17.0
+	touch $@
+
+test-serving: $(VENV)-serving/.ready
+	PYTHONPATH=src $(VENV)-serving/bin/python -m pytest -m serving tests
 
 # vLLM's CPU build needs an older transformers: an environment of its own (3.5 GB).
 $(VENV)-vllm/.ready:
