@@ -10,7 +10,7 @@ from tests.helpers import TOKENS, stock
 
 import loadstone
 from loadstone.cli import main
-from loadstone.finalization import finalize, make_plan, pieces
+from loadstone.finalization import finalize, make_plan, units
 from loadstone.finalization.verify import verify
 from loadstone.quantization import parse_recipe, read_recipe, to_torchao
 
@@ -83,7 +83,7 @@ def test_float8_experts_are_torchaos_own(moe: Path, tmp_path: Path, monkeypatch:
         assert torch.equal(a.qdata.view(torch.uint8), b.qdata.view(torch.uint8))
         assert torch.equal(a.scale, b.scale)
     # Blocks of rows, and blocks that end inside an expert, make no difference.
-    monkeypatch.setattr(pieces, "BLOCK", 1000)
+    monkeypatch.setattr(units, "BLOCK", 1000)
     finalize(plan, tmp_path / "blocks")
     assert snapshot(tmp_path / "blocks") == snapshot(tmp_path / "out")
 

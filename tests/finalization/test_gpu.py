@@ -11,7 +11,7 @@ import torch
 
 import loadstone
 from loadstone.errors import LoadstoneError
-from loadstone.finalization import finalize, make_plan, pieces
+from loadstone.finalization import finalize, make_plan, units
 from loadstone.finalization.calibrate import calibrate
 from loadstone.quantization import RECIPES, parse_recipe
 from loadstone.quantization.quantize import check_runs
@@ -41,7 +41,7 @@ def test_row_blocks_give_the_same_bytes(
 ) -> None:
     plan = plan_on_cuda(tiny, spelled(recipe))
     finalize(plan, tmp_path / "whole", device=CUDA)
-    monkeypatch.setattr(pieces, "GPU_BLOCK", 1000)
+    monkeypatch.setattr(units, "GPU_BLOCK", 1000)
     finalize(plan, tmp_path / "blocks", device=CUDA)
     assert snapshot(tmp_path / "whole") == snapshot(tmp_path / "blocks")
 

@@ -45,7 +45,7 @@ def quantized_classes(model: torch.nn.Module) -> dict[str, str]:
 
 
 def test_the_shipped_file_parses() -> None:
-    assert len(read_recipe(SHIPPED).recipes) == 2
+    assert len(read_recipe(SHIPPED).recipes) == 4
 
 
 def test_a_file_of_one_default_gives_the_same_bytes_as_the_name(

@@ -16,7 +16,7 @@ import torch
 
 import loadstone
 from loadstone.errors import ArtifactError, MissingError, UsageError
-from loadstone.finalization import finalize, make_plan, pieces
+from loadstone.finalization import finalize, make_plan, units
 from loadstone.finalization.journal import work_directory
 from loadstone.finalization.verify import verify
 from loadstone.loading.source import SourceReader
@@ -34,7 +34,7 @@ def many_shards(source: Path, recipe: str = W4):
 def test_row_blocks_give_the_same_bytes(
     tiny: Path, quantize_to: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: str
 ) -> None:
-    monkeypatch.setattr(pieces, "BLOCK", 1000)
+    monkeypatch.setattr(units, "BLOCK", 1000)
     finalize(plan_of(tiny, recipe), tmp_path / "out")
     assert snapshot(tmp_path / "out") == snapshot(quantize_to(tiny, recipe))
 
@@ -45,7 +45,7 @@ def test_blocks_of_tensors_that_are_read_whole(
 ) -> None:
     """As of distributed checkpoints, whose tensors cannot be read in parts."""
     finalize(plan_of(tiny, recipe, dtype=dtype), tmp_path / "once")
-    monkeypatch.setattr(pieces, "BLOCK", 1000)
+    monkeypatch.setattr(units, "BLOCK", 1000)
     monkeypatch.setattr(SourceReader, "divisible", False)
     finalize(plan_of(tiny, recipe, dtype=dtype), tmp_path / "blocks")
     assert snapshot(tmp_path / "blocks") == snapshot(tmp_path / "once")
@@ -77,7 +77,7 @@ def test_blocks_of_weights_of_many_tiles(
     mlp = model.model.layers[0].mlp
     mlp.up_proj.weight.data[-1, -1], mlp.up_proj.weight.data[200, 3] = 2.0, -3.0
     model.save_pretrained(tmp_path / "source")
-    monkeypatch.setattr(pieces, "BLOCK", 4 * 64 * 130)
+    monkeypatch.setattr(units, "BLOCK", 4 * 64 * 130)
     plan = plan_of(tmp_path / "source", recipe)
     finalize(plan, tmp_path / "out")
     assert verify(plan, tmp_path / "out")
@@ -100,7 +100,7 @@ def test_many_threads_give_the_same_bytes(
     monkeypatch.setattr(source, "_RANGE", 1000)
     monkeypatch.setattr(os, "cpu_count", lambda: 16)
     monkeypatch.setattr(run, "_FLUSH", 1000)
-    monkeypatch.setattr(pieces, "BLOCK", 1000)
+    monkeypatch.setattr(units, "BLOCK", 1000)
     torch.set_num_threads(3)
     try:
         finalize(plan_of(tiny, W4), tmp_path / "out")
@@ -112,7 +112,7 @@ def test_many_threads_give_the_same_bytes(
 
 def test_cast_in_blocks(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     finalize(plan_of(tiny, None, dtype="float32"), tmp_path / "whole")
-    monkeypatch.setattr(pieces, "BLOCK", 1000)
+    monkeypatch.setattr(units, "BLOCK", 1000)
     finalize(plan_of(tiny, None, dtype="float32"), tmp_path / "blocks")
     assert snapshot(tmp_path / "whole") == snapshot(tmp_path / "blocks")
 

@@ -10,10 +10,11 @@ import pytest
 import torch
 
 import loadstone
-from loadstone.finalization import make_plan, pieces
-from loadstone.finalization.pieces import Unit, units
+from loadstone.finalization import make_plan, units
+from loadstone.finalization.encoders import torchao
 from loadstone.finalization.plan import QUANTIZE
-from loadstone.finalization.stream import _Room, stream
+from loadstone.finalization.stream import _MemoryBudget, stream
+from loadstone.finalization.units import Unit, units_of
 from loadstone.loading.source import SourceReader
 from loadstone.quantization import parse_recipe
 
@@ -25,10 +26,10 @@ from .test_finalize import W4, plan_of
 def test_units_cover_every_element_once(
     make_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, arch: str, recipe: str | None
 ) -> None:
-    monkeypatch.setattr(pieces, "BLOCK", 1000)
+    monkeypatch.setattr(units, "BLOCK", 1000)
     plan = plan_of(make_model(arch), recipe, max_shard_bytes=30_000)
     for number, shard in enumerate(plan.shards):
-        work = list(units(plan, number, "cpu", True))
+        work = list(units_of(plan, number, "cpu", True))
         assert sum(u.nbytes for u in work) == sum(s.source_bytes for s in shard)
         for step in shard:
             for n, source in enumerate(step.sources):
@@ -41,11 +42,11 @@ def test_units_cover_every_element_once(
 
 @pytest.mark.parametrize("recipe", [W4, f"{W4}:rounding=hqq"])
 def test_what_is_held_is_bounded(tiny: Path, monkeypatch: pytest.MonkeyPatch, recipe: str) -> None:
-    monkeypatch.setattr(pieces, "BLOCK", 1000)
+    monkeypatch.setattr(units, "BLOCK", 1000)
     plan = plan_of(tiny, recipe)
     reader = SourceReader(plan.source)
     lock, held, most, at_work, together = threading.Lock(), [0], [0], [0], [0]
-    span, quantize = SourceReader.span, pieces.quantize_weight
+    span, quantize = SourceReader.span, torchao.quantize_weight
 
     def counted(self: SourceReader, info: object, start: int, stop: int, **how: bool) -> torch.Tensor:
         values = span(self, info, start, stop, **how)  # type: ignore[arg-type]
@@ -73,11 +74,11 @@ def test_what_is_held_is_bounded(tiny: Path, monkeypatch: pytest.MonkeyPatch, re
                 held[0] -= unit.nbytes
 
     monkeypatch.setattr(SourceReader, "span", counted)
-    monkeypatch.setattr(pieces, "quantize_weight", slow)
-    monkeypatch.setattr("loadstone.finalization.stream._Room", lambda size: _Room(50_000))
+    monkeypatch.setattr(torchao, "quantize_weight", slow)
+    monkeypatch.setattr("loadstone.finalization.stream._MemoryBudget", lambda size: _MemoryBudget(50_000))
     torch.set_num_threads(4)
     try:
-        with closing(stream(plan, units(plan, 0, "cpu", True), reader, "cpu", put)) as done:
+        with closing(stream(plan, units_of(plan, 0, "cpu", True), reader, "cpu", put)) as done:
             order = [unit.step.name for unit in done]
         assert torch.get_num_threads() == 4
     finally:
@@ -103,7 +104,7 @@ def test_a_failing_part_ends_the_stream(tiny: Path, at: int) -> None:
 
 
 def _all(plan, put):
-    return stream(plan, units(plan, 0, "cpu", True), SourceReader(plan.source), "cpu", put)
+    return stream(plan, units_of(plan, 0, "cpu", True), SourceReader(plan.source), "cpu", put)
 
 
 @pytest.mark.parametrize("form", ["safetensors", "bin"])

@@ -14,17 +14,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loadstone.artifact import FlatTensor
 from loadstone.artifact.manifest import versions
 from loadstone.errors import ArtifactError, UsageError
 from loadstone.finalization.gptq import gptq
 from loadstone.finalization.journal import work_directory
-from loadstone.finalization.pieces import compute_dtype
 from loadstone.finalization.plan import QUANTIZE, FinalizePlan, Step
 from loadstone.finalization.smooth import Inputs, awq_scale, find_folds, smooth_scale
 from loadstone.loading.source import SourceReader
-from loadstone.quantization.flatten import flatten, torch_dtype
-from loadstone.quantization.quantize import dense, quantize_scaled, quantize_weight
+from loadstone.quantization.flatten import torch_dtype
+from loadstone.quantization.quantize import quantize_scaled, quantize_weight
 from loadstone.quantization.rounding import least_squares_weight
 from loadstone.quantization.schemes import CALIBRATED, rounding_of, scales_inputs
 from loadstone.writing.publish import check_space
@@ -171,8 +169,8 @@ def _round_layer(
             tensor = least_squares_weight(weight, step.scheme, matters)  # type: ignore[arg-type]
         else:
             tensor = quantize_weight(weight, step.scheme)
-        _, made = flatten(step.name, tensor)
-        parts |= {o.name: p.cpu().contiguous() for o, p in zip(step.outputs, made.values(), strict=True)}
+        assert step.encoding is not None
+        parts |= {n: p.cpu().contiguous() for n, p in step.encoding.store(tensor).items()}
     for name, old in before.items():
         new = layer.get_parameter(name)
         if not new.equal(old):
@@ -186,7 +184,8 @@ def _round_layer(
 def _weight(layer: torch.nn.Module, name: str, step: Step) -> torch.Tensor:
     """A Linear's weight in the dtype that it is quantized in."""
     weight: Any = layer.get_submodule(name).weight
-    return weight.detach().to(torch_dtype(compute_dtype(step)))
+    assert step.encoding is not None
+    return weight.detach().to(torch_dtype(step.encoding.dtype))
 
 
 def _fold_scales(
@@ -256,21 +255,13 @@ def _use_rounded(layer: torch.nn.Module, inside: dict[str, Step], file: Path, de
     """Give the layer the weights it will have, so that later layers are calibrated on what they will see."""
     from safetensors import safe_open
 
-    from loadstone.loading.lazy import rebuild
-
     with safe_open(file, framework="pt") as parts:
         stored = set(parts.keys())
         for name, step in inside.items():
             if step.outputs[0].name not in stored:
                 continue
-            tensors = [parts.get_tensor(output.name).to(device) for output in step.outputs]
-            value = tensors[0]
-            if step.action == QUANTIZE:
-                about = json.loads(step.metadata)
-                data = dict(zip(about["_tensor_data_names"], tensors, strict=True))
-                value = dense(
-                    rebuild(FlatTensor(step.name, about["_type"], about["_data"], {}, step.metadata), data)
-                )
+            tensors = {output.name: parts.get_tensor(output.name).to(device) for output in step.outputs}
+            value = step.encoding.dequantize(tensors) if step.encoding else tensors[step.name]
             parameter = layer.get_parameter(name)
             parameter.data = value.to(parameter.dtype)
 

@@ -34,10 +34,10 @@ def job_key(plan: FinalizePlan, versions: dict[str, str]) -> dict[str, str]:
     layout = hashlib.sha256()
     for number, steps in enumerate(plan.shards):
         for step in steps:
-            layout.update(f"{number}\0{step.name}\0{step.action}\0{step.metadata}\0{step.outputs}\n".encode())
+            layout.update(f"{number}\0{step.name}\0{step.action}\0{step.scheme}\0{step.outputs}\n".encode())
     return {
         "source": f"{plan.source.path.resolve()} {source.hexdigest()}",
-        "recipe": str(plan.config.get("quantization_config")),
+        "recipe": f"{plan.kind} {plan.recipe} {plan.config.get('quantization_config')}",
         "dtype": plan.dtype,
         "layout": layout.hexdigest(),
         "versions": json.dumps(versions, sort_keys=True),

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import json
-import warnings
-from collections import OrderedDict
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from loadstone.artifact import Artifact, FlatTensor, TensorInfo
-from loadstone.artifact.detect import OTHER_QUANTIZER, QAT_KEY
+from loadstone.artifact import Artifact, TensorInfo
+from loadstone.artifact.detect import DENSE, OTHER_QUANTIZER, QAT_KEY
 from loadstone.artifact.formats.safetensors import DTYPE_BITS, FLOAT_DTYPES
-from loadstone.artifact.torchao.tensors import part_name
 from loadstone.errors import ArtifactError
 from loadstone.quantization import MixedRecipe, Recipe, Scheme
 from loadstone.quantization.flatten import SAFETENSORS_DTYPES
 
 if TYPE_CHECKING:
+    from loadstone.finalization.encoders import Encoder, Encoding
     from loadstone.loading.meta import Destination
     from loadstone.quantization.model_facts import ModelFacts
     from loadstone.quantization.rules import Decision
@@ -29,20 +27,28 @@ COPY, CAST, QUANTIZE = "copy", "cast", "quantize"
 
 @dataclass(frozen=True)
 class Step:
-    """What is made of one source tensor, or of several whose rows follow each other in one weight (fused experts).
+    """One parameter of the output, made of one source tensor, or of several that are its rows (fused experts).
 
-    ``outputs`` are the stored tensors, with sizes and no offsets yet.
+    ``outputs``: the stored tensors, with sizes and no offsets yet. ``encoding``: how the weight is quantized; None for
+    a tensor that is copied or cast. ``ready``: a safetensors file that holds the outputs already, made by calibration.
     """
 
     sources: tuple[TensorInfo, ...]
-    action: str
     name: str
     outputs: tuple[TensorInfo, ...]
-    scheme: Scheme | None = None
+    encoding: Encoding | None = None
     reason: str = ""
-    metadata: str = '{"_type": "Tensor"}'
-    # A safetensors file that holds the outputs already, where calibration made them.
     ready: str = ""
+
+    @property
+    def action(self) -> str:
+        if self.encoding:
+            return QUANTIZE
+        return COPY if self.outputs[0].dtype == self.source.dtype else CAST
+
+    @property
+    def scheme(self) -> Scheme | None:
+        return self.encoding.scheme if self.encoding else None
 
     @property
     def source(self) -> TensorInfo:
@@ -62,14 +68,16 @@ class Step:
 
 @dataclass(frozen=True)
 class FinalizePlan:
-    """A finalize as data. ``shards`` holds the steps of each output file, ``config`` the config.json to write."""
+    """A finalize as data. ``shards``: the steps of each output file; ``config``: the config.json to write; ``header``:
+    metadata for the header of every output file; ``kind``: of the artifact."""
 
     source: Artifact
     recipe: Recipe | MixedRecipe | None
     dtype: str
     shards: tuple[tuple[Step, ...], ...]
     config: dict[str, Any] = field(repr=False)
-    dropped: tuple[str, ...] = ()
+    header: dict[str, str] = field(default_factory=lambda: {"format": "pt"}, repr=False)
+    kind: str = DENSE
 
     @cached_property
     def steps(self) -> list[Step]:
@@ -99,14 +107,16 @@ def make_plan(
     skip: list[str] | None = None,
     max_shard_bytes: int = 5 * 10**9,
     trust_remote_code: bool = False,
+    encoder: Encoder | None = None,
 ) -> FinalizePlan:
     """Plan a finalize from headers and the model on the meta device.
 
-    ``dtype``: floating type that plain tensors (and weights before quantization) are cast to, ``auto`` keeps the
-    stored one. ``skip``: module name patterns left unquantized. A checkpoint that records its QAT recipe takes that
-    one. Raises `ArtifactError` when the source is quantized already or does not match its config, `UsageError` for a
-    recipe that the model or its record contradicts.
+    ``dtype``: floating dtype that plain tensors (and weights before quantization) are cast to, ``auto`` keeps the
+    stored one. ``skip``: module name patterns left unquantized. ``encoder``: the format of quantized weights, torchao's
+    when None. A checkpoint that records its QAT recipe takes that one. Raises `ArtifactError` when the source is
+    quantized already or does not match its config, `UsageError` for a recipe that the model or its record contradicts.
     """
+    from loadstone.finalization.encoders.torchao import TorchaoEncoder
     from loadstone.loading.meta import model_map
     from loadstone.quantization.qat import recorded_recipe
     from loadstone.quantization.rules import decide
@@ -121,7 +131,7 @@ def make_plan(
     present = {place.parameter for key in sources if (place := where[key])}
     untied = _untied(model, decisions, present)
     fused = _fused(model, sources, where)
-    templates = _Templates(device)
+    encoder = encoder or TorchaoEncoder(device)
     steps: list[Step] = []
     for key, info in sources.items():
         place = where[key]
@@ -135,34 +145,39 @@ def make_plan(
         stored = SAFETENSORS_DTYPES[dtype] if dtype != "auto" and info.dtype in FLOAT_DTYPES else info.dtype
         decision = decisions.get(place.parameter) if place else None
         if recipe and decision and decision.scheme and place and not place.converted:
-            steps.append(_quantize_step((info,), place.parameter, stored, decision, templates))
-            steps += _untied_steps(info, place.parameter, stored, decisions, untied, templates)
+            steps.append(_quantize_step((info,), place.parameter, stored, decision, encoder))
+            steps += _untied_steps(info, place.parameter, stored, decisions, untied, encoder)
             continue
         if recipe and decision and decision.scheme and place and place.parameter in fused:
             together = fused[place.parameter]
             if info is together[0]:
                 shape = next(w.shape for w in model.weights if w.name == place.parameter)
-                steps.append(_quantize_step(together, place.parameter, stored, decision, templates, shape))
+                steps.append(_quantize_step(together, place.parameter, stored, decision, encoder, shape))
             continue
         reason = decision.reason if decision else ("" if recipe is None else "not a matrix weight")
         if decision and decision.scheme:
             reason = "merged with others on load: torchao's tensors cannot be merged"
-        action = COPY if stored == info.dtype else CAST
         output = TensorInfo(info.name, stored, info.shape, info.file, 0, _nbytes(info, stored))
-        steps.append(Step((info,), action, key, (output,), reason=reason))
+        steps.append(Step((info,), key, (output,), reason=reason))
         if place is not None and untied:
-            steps += _untied_steps(info, place.parameter, stored, decisions, untied, templates)
+            steps += _untied_steps(info, place.parameter, stored, decisions, untied, encoder)
     if recipe and not any(step.action == QUANTIZE for step in steps):
         raise ArtifactError(
             f"'{artifact.path}': {model.model} has no weight that {recipe} can quantize",
             "Finalize it without --quantize",
         )
-    config = _config(artifact, recipe, dtype, skip, decisions)
+    config = _config(artifact, dtype)
+    if recipe:
+        config |= encoder.config(recipe, skip, decisions)
     if untied:
         for part in (config, config.get("text_config")):
             if isinstance(part, dict):
                 part["tie_word_embeddings"] = False
-    return FinalizePlan(artifact, recipe, dtype, _shards(steps, max_shard_bytes), config)
+    plan = FinalizePlan(artifact, recipe, dtype, _shards(steps, max_shard_bytes), config)
+    if recipe is None:
+        return plan
+    header = encoder.header({step.name: step.encoding for step in steps})
+    return replace(plan, header=header, kind=encoder.kind)
 
 
 def refuse_quantized(artifact: Artifact) -> None:
@@ -219,18 +234,17 @@ def _untied_steps(
     stored: str,
     decisions: dict[str, Decision],
     untied: dict[str, str],
-    templates: _Templates,
+    encoder: Encoder,
 ) -> list[Step]:
     """What else is made of a tensor that was tied to others: their own copies, each by its own decision."""
     steps = []
     for target in (t for t, source in untied.items() if source == parameter):
         decision = decisions.get(target)
         if decision and decision.scheme:
-            steps.append(_quantize_step((info,), target, stored, decision, templates))
+            steps.append(_quantize_step((info,), target, stored, decision, encoder))
         else:
             output = info._replace(name=target, dtype=stored, begin=0, end=_nbytes(info, stored))
-            action = COPY if stored == info.dtype else CAST
-            steps.append(Step((info,), action, target, (output,), reason=f"no longer tied to {parameter}"))
+            steps.append(Step((info,), target, (output,), reason=f"no longer tied to {parameter}"))
     return steps
 
 
@@ -254,45 +268,22 @@ def _fused(
     return found
 
 
-class _Templates:
-    """What quantizing stores, asked of torchao once for each scheme, shape and dtype."""
-
-    def __init__(self, device: str) -> None:
-        self._device = device
-        self._known: dict[tuple[Scheme, tuple[int, ...], str], FlatTensor] = {}
-
-    def of(self, scheme: Scheme, shape: tuple[int, ...], dtype: str) -> FlatTensor:
-        from loadstone.quantization.quantize import template
-
-        key = (scheme, shape, dtype)
-        if key not in self._known:
-            self._known[key] = template(*key, self._device)
-        return self._known[key]
-
-
 def _quantize_step(
     sources: tuple[TensorInfo, ...],
     parameter: str,
     stored: str,
     decision: Decision,
-    templates: _Templates,
+    encoder: Encoder,
     shape: tuple[int, ...] | None = None,
 ) -> Step:
     """``shape``: of the parameter, where it is not that of the one source tensor."""
     assert decision.scheme is not None
-    flat = templates.of(decision.scheme, shape or sources[0].shape, stored)
-    outputs = tuple(part._replace(name=part_name(parameter, n)) for n, part in flat.parts.items())
-    return Step(sources, QUANTIZE, parameter, outputs, decision.scheme, decision.reason, flat.metadata)
+    encoding = encoder.encoding(parameter, decision.scheme, shape or sources[0].shape, stored)
+    return Step(sources, parameter, encoding.outputs, encoding, decision.reason)
 
 
-def _config(
-    artifact: Artifact,
-    recipe: Recipe | MixedRecipe | None,
-    dtype: str,
-    skip: list[str] | None,
-    decisions: dict[str, Decision],
-) -> dict[str, Any]:
-    """config.json to write: the source's, its dtype, and the block that every transformers load looks for."""
+def _config(artifact: Artifact, dtype: str) -> dict[str, Any]:
+    """The source's config with the dtype of the output, and without what holds for the source alone."""
     config = json.loads(json.dumps(artifact.config))
     config.pop(QAT_KEY, None)
     # Names the source's weight file; ours have transformers' own names.
@@ -300,65 +291,7 @@ def _config(
     if dtype != "auto":
         config.pop("torch_dtype", None)
         config["dtype"] = dtype
-    if recipe is not None:
-        config["quantization_config"] = quantization_block(recipe, skip, decisions)
     return config
-
-
-def quantization_block(
-    recipe: Recipe | MixedRecipe, skip: list[str] | None, decisions: dict[str, Decision]
-) -> dict[str, Any]:
-    """The ``quantization_config`` that transformers itself would write for this recipe.
-
-    One scheme for all is torchao's own config of that scheme; several, and fused experts, are its `FqnToConfig`, which
-    names every module (experts: parameter).
-    """
-    from loadstone.quantization.rules import KEPT
-
-    modules = {
-        name.removesuffix(".weight"): d
-        for name, d in decisions.items()
-        if d.linear or d.table or (d.fused and d.scheme)
-    }
-    left = sorted(name for name, d in modules.items() if d.linear and d.scheme is None)
-    schemes = list(dict.fromkeys(d.scheme for d in modules.values() if d.scheme))
-    tables = any(d.table and d.scheme for d in modules.values())
-    fused = any(d.fused for d in modules.values())
-    if len(schemes) == 1 and not tables and not fused:
-        # By default transformers leaves out just the output head. Where more is left out, all of it must be named.
-        named = left if skip or any(modules[name].reason != KEPT for name in left) else None
-        return _block(schemes[0], named)
-    mixed = recipe if isinstance(recipe, MixedRecipe) else MixedRecipe(recipe)
-    chosen = {name: d.scheme for name, d in modules.items() if d.linear or d.scheme}
-    chosen["_default"] = mixed.default.scheme if mixed.default else None
-    return _block_by_module(chosen, left, tables)
-
-
-def _block(scheme: Scheme, named: list[str] | None) -> dict[str, Any]:
-    from transformers import TorchAoConfig
-
-    from loadstone.quantization import to_torchao
-
-    block = TorchAoConfig(to_torchao(scheme), modules_to_not_convert=named).to_dict()
-    return dict(json.loads(json.dumps(block)))
-
-
-def _block_by_module(chosen: dict[str, Scheme | None], left: list[str], tables: bool) -> dict[str, Any]:
-    from torchao.quantization import FqnToConfig
-    from transformers import TorchAoConfig
-
-    from loadstone.quantization import to_torchao
-
-    table: OrderedDict[str, Any] = OrderedDict(
-        (name, to_torchao(scheme) if scheme else None) for name, scheme in chosen.items()
-    )
-    with warnings.catch_warnings():
-        # Readers fall back on `_default` for modules that they name otherwise: deprecated, and still what they know.
-        warnings.simplefilter("ignore")
-        config = TorchAoConfig(
-            FqnToConfig(table), modules_to_not_convert=left, include_input_output_embeddings=tables
-        )
-        return dict(json.loads(json.dumps(config.to_dict())))
 
 
 def _shards(steps: list[Step], max_bytes: int) -> tuple[tuple[Step, ...], ...]:

@@ -26,9 +26,9 @@ from loadstone.finalization.journal import (
     open_journal,
     work_directory,
 )
-from loadstone.finalization.pieces import Unit, units
 from loadstone.finalization.plan import FinalizePlan
 from loadstone.finalization.stream import stream
+from loadstone.finalization.units import Unit, units_of
 from loadstone.loading.source import SourceReader
 from loadstone.ranks import Ranks
 from loadstone.writing.publish import check_output, check_space, locked, publish
@@ -138,13 +138,12 @@ def _write_shards(
     """The output files ``numbers``: while one is synced and hashed the next is being written."""
     reader = SourceReader(plan.source)
     writers: dict[int, ShardWriter] = {}
-    metadata = _metadata(plan)
 
     def parts() -> Iterator[Unit]:
         for number in numbers:
             outputs = [o for step in plan.shards[number] for o in step.outputs]
-            writers[number] = ShardWriter(work / plan.file_name(number), outputs, metadata)
-            yield from units(plan, number, device, reader.divisible)
+            writers[number] = ShardWriter(work / plan.file_name(number), outputs, plan.header)
+            yield from units_of(plan, number, device, reader.divisible)
 
     def put(unit: Unit, name: str, part: torch.Tensor, offset: int) -> None:
         writers[unit.shard].write(name, part, offset)
@@ -190,15 +189,6 @@ def _finish(writer: ShardWriter, work: Path, name: str, syncer: ThreadPoolExecut
     note_finished(work, name, digest)
 
 
-def _metadata(plan: FinalizePlan) -> dict[str, str]:
-    """Header metadata, the same whole set in every shard: stock transformers merges it, vLLM reads each alone."""
-    if plan.recipe is None:
-        return {"format": "pt"}
-    steps = plan.steps
-    names = {"tensor_names": json.dumps([s.name for s in steps])}
-    return {"format": "pt"} | names | {s.name: s.metadata for s in steps}
-
-
 def _write_index(plan: FinalizePlan, work: Path) -> None:
     if len(plan.shards) == 1:
         return
@@ -223,7 +213,7 @@ def _write_manifest(
     }
     manifest: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
-        "kind": "torchao" if plan.recipe else "dense",
+        "kind": plan.kind,
         "recipe": str(plan.recipe) if plan.recipe else None,
         "source": {"path": str(plan.source.path), "fingerprint": source_hash},
         "versions": versions(),

@@ -1,7 +1,7 @@
-"""Units of a finalize through a few threads: each reads its part of a source tensor and hands on what becomes of it.
+"""A thread pool for the units of a finalize: each worker reads a unit, encodes it and passes the result to `put`.
 
-A thread holds one block of rows at a time, so memory does not follow the size of tensors, but where a recipe needs a
-tensor whole: such tensors are quantized one at a time, while the next is read.
+A thread holds one block of rows at a time, so memory does not grow with tensors. Tensors that have to be quantized
+whole are quantized one at a time, while the next is read.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from loadstone.finalization.pieces import Unit, made
 from loadstone.finalization.plan import FinalizePlan
+from loadstone.finalization.units import Unit, encode_unit
 from loadstone.loading.source import SourceReader
 
 if TYPE_CHECKING:
@@ -32,25 +32,25 @@ def stream(
     device: str,
     put: Callable[[Unit, str, torch.Tensor, int], None],
 ) -> Generator[Unit, None, None]:
-    """Work through ``units`` of ``plan`` and yield each when it and all before it are done.
+    """Encode ``units`` of ``plan`` and yield each when it and all before it are done.
 
-    ``put`` is told each part that a unit makes (stored tensor's name, the part, its byte offset), from any thread. In
-    memory at once are at most twice the largest source tensor's bytes, and what is being made of them.
+    ``put(unit, name, part, offset)`` is called from any thread for each encoded part of a stored tensor. At most twice
+    the largest source tensor's bytes are in memory at once, and what they are encoded to.
     """
     import torch
 
     threads = torch.get_num_threads()
-    held = _Room(2 * max((info.nbytes for step in plan.steps for info in step.sources), default=0))
+    budget = _MemoryBudget(2 * max((info.nbytes for step in plan.steps for info in step.sources), default=0))
     alone = threading.Lock()
     # Page-locked blocks are kept by torch for the next unit: fresh memory costs more than the copy into it.
     pinned = device.startswith("cuda")
 
     def work(unit: Unit) -> Unit:
-        with held.taken(unit.nbytes), torch.no_grad():
+        with budget.reserve(unit.nbytes), torch.no_grad():
             values = reader.span(
                 unit.step.sources[unit.number], unit.start, unit.stop, pinned=pinned and not unit.large
             )
-            parts = made(unit, values, device)
+            parts = encode_unit(unit, values, device)
             if not unit.large:
                 for part in parts:
                     put(unit, *part)
@@ -84,8 +84,8 @@ def stream(
         torch.set_num_threads(threads)
 
 
-class _Room:
-    """A number of bytes that may be held at once, given out in turn."""
+class _MemoryBudget:
+    """Bytes that all threads together may hold. First come, first served, so that large requests are not starved."""
 
     def __init__(self, size: int) -> None:
         self._size = size
@@ -94,9 +94,8 @@ class _Room:
         self._change = threading.Condition()
 
     @contextmanager
-    def taken(self, nbytes: int) -> Iterator[None]:
+    def reserve(self, nbytes: int) -> Iterator[None]:
         nbytes = min(nbytes, self._size)
-        # Whoever waits for much is not overtaken by those who need little.
         with self._turn, self._change:
             self._change.wait_for(lambda: self._free >= nbytes)
             self._free -= nbytes

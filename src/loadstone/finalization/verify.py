@@ -1,4 +1,4 @@
-"""Hold a finished artifact to its source: every tensor read back, made again, and compared byte for byte."""
+"""Encode every tensor of a finished artifact again from its source and compare it with the output byte for byte."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 from loadstone.artifact import detect
 from loadstone.artifact.manifest import verify_files
 from loadstone.errors import ArtifactError
-from loadstone.finalization.pieces import Unit, units
 from loadstone.finalization.plan import FinalizePlan
 from loadstone.finalization.stream import stream
+from loadstone.finalization.units import Unit, units_of
 from loadstone.loading.source import SourceReader
 
 
@@ -42,7 +42,7 @@ def verify(
                     "Finalize again",
                 )
 
-    every = (unit for n in range(len(plan.shards)) for unit in units(plan, n, device, reader.divisible))
+    every = (unit for n in range(len(plan.shards)) for unit in units_of(plan, n, device, reader.divisible))
     with closing(stream(plan, every, reader, device, compare)) as done:
         for unit in done:
             if on_progress:

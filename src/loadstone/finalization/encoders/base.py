@@ -1,0 +1,102 @@
+"""The interface of an output format: what a weight is stored as, and how its rows are encoded.
+
+An `Encoder` is one format; it gives an `Encoding` for each weight. Planning asks for names and sizes, streaming for the
+encoded rows. To add a format, add a file beside `torchao.py` that has both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Protocol
+
+from loadstone.artifact import TensorInfo
+from loadstone.quantization.recipe_file import MixedRecipe
+from loadstone.quantization.rules import Decision
+from loadstone.quantization.schemes import Recipe, Scheme
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Encoding(Protocol):
+    """How one weight is stored. A weight (…, in) counts as a matrix (rows, in), all leading dimensions flattened."""
+
+    @property
+    def scheme(self) -> Scheme:
+        """What the values are rounded to."""
+        ...
+
+    @property
+    def outputs(self) -> tuple[TensorInfo, ...]:
+        """The stored tensors with their names, dtypes, shapes and bytes; no file and offset yet."""
+        ...
+
+    @property
+    def dtype(self) -> str:
+        """The floating dtype that rows are cast to before `encode`, in safetensors' spelling (``BF16``)."""
+        ...
+
+    @property
+    def row_multiple(self) -> int:
+        """`encode` takes blocks of any multiple of this number of rows; 0: only ``rows_together`` rows at once."""
+        ...
+
+    @property
+    def rows_together(self) -> int:
+        """Rows that are read together because they share a scale, often all; 0 where rows are independent."""
+        ...
+
+    @property
+    def temporaries(self) -> int:
+        """Memory that `encode` takes, as a multiple of what casting takes: blocks are smaller by this factor."""
+        ...
+
+    def encode(
+        self, rows: torch.Tensor, first_row: int, extremes: tuple[torch.Tensor, torch.Tensor] | None
+    ) -> Iterator[tuple[str, torch.Tensor, int]]:
+        """Encode ``rows`` (n, in), the first of which is row ``first_row`` of the weight.
+
+        ``extremes``: smallest and largest value of all ``rows_together`` rows, where ``row_multiple`` allows to encode
+        them in blocks; else None. Yields (name of a stored tensor, part of it, byte offset of that part).
+        """
+        ...
+
+    def store(self, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The stored tensors, by name, of a whole weight that is quantized already (a torchao tensor)."""
+        ...
+
+    def dequantize(self, stored: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The weight (out, in) that a Linear computes with when it is loaded from the ``stored`` tensors."""
+        ...
+
+
+class Encoder(Protocol):
+    """One output format."""
+
+    @property
+    def kind(self) -> str:
+        """Kind of the artifact, for its manifest."""
+        ...
+
+    def encoding(self, name: str, scheme: Scheme, shape: tuple[int, ...], dtype: str) -> Encoding:
+        """How the weight of parameter ``name`` is stored; ``dtype``: its floating dtype, in safetensors' spelling."""
+        ...
+
+    def header(self, encodings: Mapping[str, Encoding | None]) -> dict[str, str]:
+        """Metadata for the header of every shard. ``encodings``: of all parameters by name, None for plain ones."""
+        ...
+
+    def config(
+        self, recipe: Recipe | MixedRecipe, skip: list[str] | None, decisions: Mapping[str, Decision]
+    ) -> dict[str, Any]:
+        """Entries to add to config.json, such as ``quantization_config``."""
+        ...
+
+
+def row_offset(output: TensorInfo, row: int, rows: int, multiple: int = 1) -> int:
+    """Byte offset of ``row`` in a stored tensor of a weight of ``rows`` rows.
+
+    Every row takes as many bytes; where the tensor is stored in tiles of ``multiple`` rows, the last is filled up.
+    """
+    stored = rows if output.shape[:1] == (rows,) else -(-rows // multiple) * multiple
+    return output.nbytes * row // stored

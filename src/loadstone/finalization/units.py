@@ -1,0 +1,132 @@
+"""The work of a finalize in units: a part of a source tensor, which is encoded block by block."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING
+
+from loadstone.artifact import TensorInfo
+from loadstone.errors import ArtifactError, UsageError
+from loadstone.finalization.plan import FinalizePlan, Step
+from loadstone.quantization.flatten import torch_dtype
+from loadstone.quantization.schemes import CALIBRATED, rounding_of
+
+if TYPE_CHECKING:
+    import torch
+
+# Elements read, encoded or cast at once: bounds the float32 temporaries, whatever the tensor's size. A GPU needs more
+# to be busy.
+BLOCK = 1 << 20
+GPU_BLOCK = 1 << 24
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Elements ``start`` to ``stop`` of a step's source tensor ``number``, for output file ``shard``.
+
+    ``large``: they are more than a block, and the encoding needs them all at once.
+    """
+
+    shard: int
+    step: Step
+    number: int
+    start: int
+    stop: int
+    large: bool = False
+
+    @property
+    def source(self) -> TensorInfo:
+        return self.step.sources[self.number]
+
+    @property
+    def nbytes(self) -> int:
+        """Source bytes that the unit covers."""
+        return self.source.nbytes * (self.stop - self.start) // self.source.numel
+
+
+def units_of(plan: FinalizePlan, shard: int, device: str, divisible: bool) -> Iterator[Unit]:
+    """The units of one output file. ``divisible``: whether parts of a source tensor can be read."""
+    for step in plan.shards[shard]:
+        encoding = step.encoding
+        whole = not divisible or bool(step.ready)
+        for number, source in enumerate(step.sources):
+            block = _block(step, source, device)
+            size = block
+            if whole:
+                size = source.numel
+            elif encoding and encoding.rows_together:
+                size = min(encoding.rows_together * source.shape[-1], source.numel)
+            large = encoding is not None and not encoding.row_multiple and block > _limit(step, device)
+            for start in range(0, source.numel, size or 1):
+                yield Unit(shard, step, number, start, min(start + size, source.numel), large)
+
+
+def _limit(step: Step, device: str) -> int:
+    """Elements of a block."""
+    if device.startswith("cuda"):
+        return GPU_BLOCK
+    return BLOCK // step.encoding.temporaries if step.encoding else BLOCK
+
+
+def _block(step: Step, source: TensorInfo, device: str) -> int:
+    """Elements of a source tensor that are encoded at once: whole rows where it is quantized."""
+    limit = _limit(step, device)
+    if step.encoding is None or not source.numel:
+        return limit
+    width = source.shape[-1]
+    multiple = step.encoding.row_multiple
+    rows = max(limit // (width * multiple), 1) * multiple if multiple else step.encoding.rows_together
+    return min(rows * width, source.numel)
+
+
+def encode_unit(unit: Unit, values: torch.Tensor, device: str) -> Iterator[tuple[str, torch.Tensor, int]]:
+    """Encode or cast a unit's ``values`` (elements,); yields (stored tensor's name, part of it, byte offset).
+
+    Raises `ArtifactError` for a weight that holds NaN or infinity.
+    """
+    step, encoding = unit.step, unit.step.encoding
+    if step.ready:
+        from safetensors import safe_open
+
+        with safe_open(step.ready, framework="pt") as file:
+            for output in step.outputs:
+                yield output.name, file.get_tensor(output.name), 0
+        return
+    block = _block(step, unit.source, device)
+    if encoding is None:
+        target = torch_dtype(step.outputs[0].dtype)
+        for at in range(0, len(values), block):
+            yield step.name, values[at : at + block].to(target), (unit.start + at) * target.itemsize
+        return
+    if (rounding := rounding_of(encoding.scheme)) in CALIBRATED:
+        raise UsageError(
+            f"rounding={rounding} needs text to calibrate '{step.name}' with", "Add --calibrate FILE"
+        )
+    width = unit.source.shape[-1]
+    first = sum(prod(s.shape[:-1]) for s in step.sources[: unit.number]) + unit.start // width
+    target = torch_dtype(encoding.dtype)
+    extremes = None
+    if encoding.rows_together and encoding.row_multiple:
+        low, high = _finite_extremes(unit, values)
+        extremes = low.to(device, target), high.to(device, target)
+    for at in range(0, len(values), block):
+        rows = values[at : at + block].view(-1, width).to(device)
+        if extremes is None:
+            _finite_extremes(unit, rows)
+        yield from encoding.encode(rows.to(target), first + at // width, extremes)
+
+
+def _finite_extremes(unit: Unit, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The smallest and the largest value; raises `ArtifactError` when any value is NaN or infinite."""
+    import torch
+
+    # Minimum and maximum keep a NaN, and take a tenth of the time of looking at every value.
+    extremes = torch.aminmax(values)
+    if not torch.stack(extremes).isfinite().all():
+        raise ArtifactError(
+            f"{unit.source.file}: tensor '{unit.source.name}' holds NaN or infinity and cannot be quantized",
+            "Use another checkpoint",
+        )
+    return extremes.min, extremes.max
