@@ -6,20 +6,24 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from loadstone.artifact import detect as detect
+    from loadstone.context import fit as fit
     from loadstone.context import load_context as load_context
+    from loadstone.context import predict as predict
     from loadstone.fakequant import export_fakequant as export_fakequant
     from loadstone.loading import load as load
     from loadstone.loading import plan as plan
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "detect", "export_fakequant", "load", "load_context", "plan"]
+__all__ = ["__version__", "detect", "export_fakequant", "fit", "load", "load_context", "plan", "predict"]
 
 _HOMES = {
     "detect": "loadstone.artifact",
     "export_fakequant": "loadstone.fakequant",
+    "fit": "loadstone.context",
     "load": "loadstone.loading",
     "load_context": "loadstone.context",
     "plan": "loadstone.loading",
+    "predict": "loadstone.context",
 }
 
 

@@ -163,7 +163,7 @@ def test_models_that_are_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert call(capsys, "-M", str(tmp_path / "absent"))[0] == 2
     assert call(capsys, "-M", str(tmp_path))[0] == 3
     code, _, err = call(capsys, "-M", "builtin:tiny-pfn")
-    assert code == 2 and "predicts tables" in err and "finalize --fit" in err
+    assert code == 2 and "predicts tables" in err and "loadstone fit" in err
 
 
 def test_another_tokenizer_is_refused(dirs: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:

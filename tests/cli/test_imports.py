@@ -38,7 +38,14 @@ def test_the_probe_sees_what_is_imported() -> None:
 
 @pytest.mark.parametrize(
     "args",
-    [["--help"], ["--version"], ["inspect", "--help"], ["finalize", "--help"], ["eval", "--help"]],
+    [
+        ["--help"],
+        ["--version"],
+        ["inspect", "--help"],
+        ["finalize", "--help"],
+        ["eval", "--help"],
+        ["fit", "--help"],
+    ],
     ids=" ".join,
 )
 def test_help_is_light(args: list[str]) -> None:

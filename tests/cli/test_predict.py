@@ -1,74 +1,38 @@
-"""finalize --fit, predict, eval and inspect of fitted contexts, with the model that the package ships."""
+"""`predict`, `eval` and `inspect` of contexts fitted on tables, with the model that the package ships."""
 
 from __future__ import annotations
 
 import csv
 import json
-import math
-import random
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from tests.cli.tables import write, write_tables
 from tests.helpers import run
 
 from loadstone.cli import main
 
 
-def write(path: Path, header: list[str], rows: list[list[object]]) -> Path:
-    with path.open("w", newline="") as file:
-        csv.writer(file).writerows([header, *rows])
-    return path
-
-
 @pytest.fixture(scope="module")
 def tables(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with separable classes (``c-*.csv``, one categorical column) and a smooth target (``r-*.csv``)."""
-    folder, draw = tmp_path_factory.mktemp("tables"), random.Random(0)
-    classes, numbers = [], []
-    for _ in range(120):
-        a, b = draw.gauss(0, 1), draw.gauss(0, 1)
-        colour = draw.choice(["red", "green"])
-        label = "yes" if a + (1.5 if colour == "red" else -1.5) > 0 else "no"
-        classes.append([f"{a:.4f}", "" if draw.random() < 0.1 else f"{b:.4f}", colour, label])
-        numbers.append([f"{a:.4f}", f"{b:.4f}", f"{100 + 30 * math.tanh(a) + 10 * b:.4f}"])
-    for name, header, rows in (
-        ("c", ["a", "b", "colour", "label"], classes),
-        ("r", ["a", "b", "y"], numbers),
-    ):
-        write(folder / f"{name}-train.csv", header, rows[:80])
-        write(folder / f"{name}-test.csv", header, rows[80:])
-        write(folder / f"{name}-new.csv", header[:-1], [row[:-1] for row in rows[80:]])
-    return folder
+    return write_tables(tmp_path_factory.mktemp("tables"))
 
 
 @pytest.fixture(scope="module")
 def fitted(tables: Path) -> dict[str, Path]:
-    """Fitted contexts of both kinds, made by the command."""
+    """Fitted contexts of both tasks, made by the command."""
     made = {}
     for name, target in (("c", "label"), ("r", "y")):
         made[name] = tables / f"{name}-fitted"
         with pytest.raises(SystemExit) as stop:
             main(
-                [str(a) for a in ("finalize", "--fit", tables / f"{name}-train.csv", "--target", target)]
+                [str(a) for a in ("fit", "--table", tables / f"{name}-train.csv", "--target", target)]
                 + ["-o", str(made[name]), "--device", "cpu", "-q"]
             )
         assert not stop.value.code
     return made
-
-
-def test_dry_run_predicts_the_size(
-    tables: Path, fitted: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for name, target in (("c", "label"), ("r", "y")):
-        line = ["finalize", "--fit", tables / f"{name}-train.csv", "--target", target, "-o", tmp_path / "no"]
-        code, out, _ = run(capsys, *line, "--dry-run", "--json")
-        plan = json.loads(out)
-        actual = (fitted[name] / "context.safetensors").stat().st_size
-        assert code == 0 and abs(plan["predicted_bytes"] / actual - 1) < 0.01
-        assert plan["categorical"] == (["colour"] if name == "c" else [])
-    assert not (tmp_path / "no").exists()
 
 
 def test_eval_and_gates(tables: Path, fitted: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
@@ -118,7 +82,7 @@ def test_predict(
     assert list(rows[0]) == ["mean", "std", "q0.1", "q0.9"]
     assert all(float(r["q0.1"]) < float(r["mean"]) < float(r["q0.9"]) for r in rows)
     assert run(capsys, *line)[0] == 2
-    code, out, _ = run(capsys, *line[:5], "--json")
+    code, out, _ = run(capsys, *line[:5], "--json", "-")
     assert code == 0 and len(json.loads(out)["columns"]["mean"]) == 40
 
 
@@ -142,20 +106,9 @@ def test_inspect(fitted: dict[str, Path], capsys: pytest.CaptureFixture[str]) ->
     subprocess.run([sys.executable, "-c", script, str(fitted["r"])], check=True, capture_output=True)
 
 
-FIT = ["finalize", "--fit", "{t}/c-train.csv", "--target", "label", "-o", "{o}"]
-
-
 @pytest.mark.parametrize(
     ("args", "code", "says"),
     [
-        (["finalize", "--fit", "{t}/c-train.csv", "-o", "{o}"], 2, "--target"),
-        (["finalize", "--fit", "{t}/c-train.csv", "--target", "lable", "-o", "{o}"], 2, "Did you mean 'label'"),
-        (["finalize", "--fit", "{t}/none.csv", "--target", "label", "-o", "{o}"], 2, "no file"),
-        (["finalize", "--fit", "{t}/c-train.csv", "--target", "label", "-o", "{t}/c-fitted"], 2, "exists"),
-        ([*FIT, "--task", "regression"], 2, "no number"),
-        ([*FIT, "--cache-dtype", "fp8"], 2, "int8"),
-        ([*FIT, "-M", "builtin:x"], 2, "tiny-pfn"),
-        (["finalize", "-M", "builtin:tiny-pfn", "--target", "label", "-o", "{o}"], 2, "--fit"),
         (["eval", "-M", "{t}/c-fitted"], 2, "--data"),
         (["eval", "-M", "{t}/c-fitted", "--data", "{t}/c-test.csv", "--kl"], 2, "--kl is about language models"),
         (["eval", "-M", "{t}/c-fitted", "--data", "{t}/c-test.csv", "--json", "{t}"], 2, "is a directory"),
@@ -166,6 +119,10 @@ FIT = ["finalize", "--fit", "{t}/c-train.csv", "--target", "label", "-o", "{o}"]
         (["predict", "-M", "{t}/c-fitted", "--data", "{t}/text.csv"], 3, "numeric column 'a'"),
         (["predict", "-M", "{t}", "--data", "{t}/c-new.csv"], 2, "no fitted context"),
         (["predict", "-M", "{t}/c-fitted", "--data", "{t}/c-new.csv", "--quantiles", "5"], 2, "--quantiles"),
+        (["predict", "-M", "{t}/r-fitted", "--data", "{t}/r-new.csv", "--quantiles", ""], 2, "--quantiles"),
+        (["predict", "-M", "{t}/c-fitted", "--data", "{t}/c-new.csv", "--quantiles", "0.5"], 2, "no quantiles"),
+        (["predict", "-M", "{t}/c-fitted", "--data", "{t}/c-new.csv", "--overwrite"], 2, "-o FILE"),
+        (["predict", "-M", "{t}/c-fitted", "--data", "{t}/c-new.csv", "--json", "{t}"], 2, "is a directory"),
         (["predict", "-M", "{t}/c-fitted", "--data", "{t}/c-new.csv", "--base", "{t}/gone"], 2, "no directory"),
     ],
 )  # fmt: skip
@@ -205,7 +162,10 @@ def test_metrics_are_scikit_learns() -> None:
 def test_json_goes_to_the_named_file(
     tables: Path, fitted: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = tmp_path / "p.json"
-    line = ["predict", "-M", fitted["r"], "--data", tables / "r-new.csv", "--json", "-o", out]
-    code, printed, _ = run(capsys, *line)
-    assert (code, printed) == (0, "") and len(json.loads(out.read_text())["columns"]["mean"]) == 40
+    file, out = tmp_path / "p.json", tmp_path / "p.csv"
+    line = ["predict", "-M", fitted["r"], "--data", tables / "r-new.csv"]
+    _, plain, _ = run(capsys, *line)
+    code, printed, _ = run(capsys, *line, "--json", file)
+    assert (code, printed) == (0, plain) and len(json.loads(file.read_text())["columns"]["mean"]) == 40
+    code, printed, _ = run(capsys, *line, "--json", "-", "-o", out)
+    assert (code, json.loads(printed)) == (0, json.loads(file.read_text())) and out.read_text() == plain

@@ -112,4 +112,4 @@ def fit_command(train: Path, base: Path, task: str) -> list[object]:
     """Write `table` of a task to ``train``; the words of the command that fits ``base`` on it."""
     x, y, _ = table(task)
     x.assign(y=y).to_csv(train, index=False)
-    return ["finalize", "--fit", train, "--target", "y", "-M", base, "--json"]
+    return ["fit", "--table", train, "--target", "y", "-M", base, "--json", "-"]

@@ -617,9 +617,9 @@ def test_command_line(
         assert found["context_kind"] == "tabpfn" and found["base"]["found"] and found["packages"]["tabpfn"]
         code, printed, err = run("eval", "-M", out, "--data", tmp_path / "train.csv", "--json", "-")
         assert code == 0 and json.loads(printed)["models"][0]["rows"] == 60, err
-        code, printed, err = run("predict", "-M", out, "--data", tmp_path / "train.csv", "--json")
+        code, printed, err = run("predict", "-M", out, "--data", tmp_path / "train.csv", "--json", "-")
         assert code == 0 and len(next(iter(json.loads(printed)["columns"].values()))) == 60, err
-    code, _, err = run("finalize", "--fit", tmp_path / "train.csv", "--target", "y", "-M", checkpoint(), "-o",
+    code, _, err = run("fit", "--table", tmp_path / "train.csv", "--target", "y", "-M", checkpoint(), "-o",
                        tmp_path / "x", "--cache-dtype", "int3")  # fmt: skip
     assert code == 2 and "int3" in err
 
@@ -650,15 +650,15 @@ def test_pickled_checkpoints(
     found = []
     for base, out in ((checkpoint(name), "a"), (Path("base.ckpt"), "b")):
         code, said = run(
-            "finalize", "--fit", "train.csv", "--target", "y", "-M", base, "-o", out, "--device", "cpu"
+            "fit", "--table", "train.csv", "--target", "y", "-M", base, "-o", out, "--device", "cpu"
         )
         assert code == 0, said
-        code, said = run("predict", "-M", out, "--data", "train.csv", "--json", "--device", "cpu")
+        code, said = run("predict", "-M", out, "--data", "train.csv", "--json", "-", "--device", "cpu")
         assert code == 0, said
         found.append(json.loads(said)["columns"])
     assert found[0] == found[1]
     torch.save(held | {"planted": _Payload()}, "base.ckpt")
-    code, said = run("finalize", "--fit", "train.csv", "--target", "y", "-M", "base.ckpt", "-o", "c")
+    code, said = run("fit", "--table", "train.csv", "--target", "y", "-M", "base.ckpt", "-o", "c")
     assert code == 3 and "runs no pickled code" in said
     # In the place of a context's base, too.
     code, said = run("predict", "-M", "b", "--data", "train.csv")

@@ -32,6 +32,7 @@ app = typer.Typer(
 COMMANDS = {
     "finalize": "finalize",
     "eval": "evaluate",
+    "fit": "fit",
     "predict": "predict",
     "inspect": "inspect",
     "export-fakequant": "export_fakequant",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -102,22 +101,6 @@ def _print(found: dict[str, Any], rows: list[list[str]]) -> None:
         rows.append(["verified", "every byte is as it was written"])
     render.console().print(f"{found['path']}  context ({found['context_kind']})", markup=False)
     render.console().print(render.table("", ["", ""], [row for row in rows if row[1]]), markup=False)
-
-
-def written(out: Path, started: float) -> dict[str, Any]:
-    """What a command says of a context that it wrote to ``out``, ``started`` being its `time.monotonic` before."""
-    return {
-        "dry_run": False,
-        "file_bytes": sum(path.stat().st_size for path in out.iterdir()),
-        "seconds": round(time.monotonic() - started, 3),
-    }
-
-
-def closing(summary: dict[str, Any]) -> str:
-    """The last line of such a command."""
-    if summary["dry_run"]:
-        return "Dry run: nothing was written."
-    return f"{summary['out']}: {render.size(summary['file_bytes'])}, {summary['seconds']} s"
 
 
 def _where(base: dict[str, Any]) -> str:

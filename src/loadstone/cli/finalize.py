@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from loadstone.quantization import MixedRecipe, Recipe
     from loadstone.ranks import Ranks
 
-_INPUT, _OUTPUT, _QUANT, _FIT, _RUN = "Input", "Output", "Quantization", "Contexts", "Run"
+_INPUT, _OUTPUT, _QUANT, _RUN = "Input", "Output", "Quantization", "Run"
 
 
 def register(app: typer.Typer) -> None:
@@ -105,43 +105,6 @@ def command(
             "--max-shard-size", help="Largest file to write, such as 500MB.", rich_help_panel=_OUTPUT
         ),
     ] = "5GB",
-    fit: Annotated[
-        Path | None,
-        typer.Option(
-            "--fit",
-            metavar="FILE",
-            help="Fit an in-context model (default builtin:tiny-pfn) on this table.",
-            rich_help_panel=_FIT,
-        ),
-    ] = None,
-    target: Annotated[
-        str | None, typer.Option("--target", metavar="NAME", help="Column to predict.", rich_help_panel=_FIT)
-    ] = None,
-    task: Annotated[
-        str | None,
-        typer.Option(
-            "--task",
-            help="classification or regression; otherwise told from the column.",
-            rich_help_panel=_FIT,
-        ),
-    ] = None,
-    prefix: Annotated[
-        Path | None,
-        typer.Option(
-            "--prefix",
-            metavar="FILE",
-            help="Read this prompt once with a language model (.txt, or .json with chat messages).",
-            rich_help_panel=_FIT,
-        ),
-    ] = None,
-    cache_dtype: Annotated[
-        str | None,
-        typer.Option(
-            "--cache-dtype",
-            help="Keys and values: as the model (default), bfloat16, int8; of a prefix also fp8, hqqN, quantoN.",
-            rich_help_panel=_FIT,
-        ),
-    ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an existing output.", rich_help_panel=_OUTPUT)
     ] = False,
@@ -177,49 +140,22 @@ def command(
             "--trust-remote-code", help="Run Python code that came with the model.", rich_help_panel=_INPUT
         ),
     ] = False,
+    of_fit: Annotated[
+        list[str] | None,
+        typer.Option("--fit", "--prefix", "--target", "--task", "--cache-dtype", hidden=True),
+    ] = None,
 ) -> None:
     """Turn a checkpoint into a self-describing artifact, quantized or plain.
 
     Example: [bold]loadstone finalize -M run/checkpoint-900 --quantize int8-dynamic-act-int4-weight -o tiny-w4[/]
     """
+    if of_fit:
+        raise UsageError(
+            "--fit, --prefix, --target, --task and --cache-dtype belong to `loadstone fit`",
+            "Run loadstone fit --table FILE --target NAME -o OUT, or loadstone fit -M DIR --prompt FILE -o OUT",
+        )
     if list_recipes:
         return _list_recipes(as_json)
-    if fit is not None and prefix is not None:
-        raise UsageError("--fit and --prefix make different contexts", "Keep one")
-    if prefix is not None:
-        from loadstone.cli import prefixes
-
-        if quantize or recipe_file or skip or target or task:
-            raise UsageError(
-                "--prefix makes a context and quantizes nothing",
-                "Finalize with --quantize first, then make the prefix with that model",
-            )
-        if model is None or (out is None and not dry_run):
-            raise UsageError("finalize --prefix needs -M DIR and -o OUT", "See `loadstone finalize --help`")
-        return prefixes.make_prefix(
-            prefixes.PrefixRequest(
-                str(model), out, prefix, cache_dtype, dtype, device, checkpoint, overwrite, dry_run, as_json,
-                trust_remote_code,
-            )
-        )  # fmt: skip
-    if fit is not None:
-        from loadstone.cli import contexts
-
-        if quantize or skip or checkpoint:
-            raise UsageError(
-                "--fit makes a context and quantizes nothing", "Leave out --quantize, --skip, --checkpoint"
-            )
-        if out is None and not dry_run:
-            raise UsageError("finalize --fit needs -o OUT", "See `loadstone finalize --help`")
-        base = str(model or contexts.DEFAULT_BASE)
-        request = contexts.FitRequest(
-            base, out, fit, target, task, cache_dtype, device, overwrite, dry_run, as_json
-        )
-        return contexts.fit(request)
-    if target or task or cache_dtype:
-        raise UsageError(
-            "--target, --task and --cache-dtype go with --fit", "Add --fit train.csv (or --prefix prompt.txt)"
-        )
     if model is None or (out is None and not dry_run):
         raise UsageError("finalize needs -M DIR and -o OUT", "See `loadstone finalize --help`")
     # What is wrong with the words of the command is said before anything heavy is imported.

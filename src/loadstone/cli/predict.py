@@ -1,4 +1,4 @@
-"""`loadstone predict`: a fitted context answers for the rows of a table."""
+"""`loadstone predict`: predictions of a fitted context for the rows of a table."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from loadstone.cli import render
 from loadstone.errors import UsageError
 
 if TYPE_CHECKING:
-    from loadstone.context.pfn.fit import Predictions
+    from loadstone.context.tables.predictions import Predictions
 
 _INPUT, _OUTPUT = "Input", "Output"
 log = logging.getLogger("loadstone")
@@ -46,16 +46,24 @@ def command(
         ),
     ] = None,
     quantiles: Annotated[
-        str,
-        typer.Option(metavar="Q,Q", help="Quantiles of a regression's predictions.", rich_help_panel=_OUTPUT),
-    ] = "0.05,0.5,0.95",
+        str | None,
+        typer.Option(
+            metavar="Q,Q", help="Quantiles of a regression (default 0.05,0.5,0.95).", rich_help_panel=_OUTPUT
+        ),
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.", rich_help_panel=_INPUT)] = "auto",
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an existing file.", rich_help_panel=_OUTPUT)
     ] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="JSON instead of CSV.", rich_help_panel=_OUTPUT)
-    ] = False,
+    json_to: Annotated[
+        str | None,
+        typer.Option(
+            "--json",
+            metavar="FILE|-",
+            help="Write the predictions as JSON; - is stdout.",
+            rich_help_panel=_OUTPUT,
+        ),
+    ] = None,
 ) -> None:
     """Predict each row of a table with a fitted context.
 
@@ -64,29 +72,25 @@ def command(
 
     Example: [bold]loadstone predict -M fitted --data new.csv -o predictions.csv[/]
     """
-    levels = _levels(quantiles)
+    levels = None if quantiles is None else _levels(quantiles)
+    if overwrite and out is None:
+        raise UsageError("--overwrite is about -o FILE", "Add -o FILE, or leave --overwrite out")
     if out is not None and out.exists() and not overwrite:
         raise UsageError(f"the output '{out}' exists", "Choose another, or pass --overwrite to replace it")
     if out is not None:
         render.check_file("-o", out)
-    from loadstone.artifact.context_file import TABLE_KINDS, require_kind
+    render.check_json(json_to)
+    from loadstone.context.api import predict
 
-    require_kind(Path(model), *TABLE_KINDS, by="predict")
-    from loadstone.cli.contexts import open_table
-
-    context = open_table(model, base, device)
-    predictions = context.predict(data, quantiles=levels, measure=False)
-    if as_json:
-        columns = {name: column.tolist() for name, column in predictions.columns.items()}
-        facts = {"data": str(data), "model": model, "task": context.task, "columns": columns}
-        text = render.to_json(facts)
-    else:
-        text = _csv(predictions)
-    if out is None:
-        render.write(text)
-    else:
-        render.write_file(out, text)
-        log.info("%s: %d rows", out, len(next(iter(predictions.columns.values()))))
+    predictions = predict(model, data, base=base, quantiles=levels, device=device)
+    columns = {name: column.tolist() for name, column in predictions.columns.items()}
+    facts = {"data": str(data), "model": model, "task": predictions.task, "columns": columns}
+    took_stdout = render.write_json(json_to, facts)
+    if out is not None:
+        render.write_file(out, _csv(predictions))
+        log.info("%s: %d rows", out, predictions.rows)
+    elif not took_stdout:
+        render.write(_csv(predictions))
 
 
 def _csv(predictions: Predictions) -> str:
@@ -102,7 +106,7 @@ def _levels(text: str) -> tuple[float, ...]:
     try:
         levels = tuple(float(part) for part in text.split(",") if part.strip())
     except ValueError:
-        levels = (2.0,)
-    if not all(0 < level < 1 for level in levels):
+        levels = ()
+    if not levels or not all(0 < level < 1 for level in levels):
         raise UsageError(f"--quantiles {text} are not probabilities", "Example: --quantiles 0.1,0.9")
     return levels

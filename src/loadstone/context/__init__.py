@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from loadstone.context.api import fit as fit
+    from loadstone.context.api import predict as predict
     from loadstone.context.bayesopt.optimize import optimize_acquisition as optimize_acquisition
     from loadstone.context.opening import load_context as load_context
     from loadstone.context.pfn.bars import BarPosterior as BarPosterior
@@ -18,18 +20,22 @@ _HOMES = {
     "PFNConfig": "pfn.model",
     "BarPosterior": "pfn.bars",
     "TrainingContext": "pfn.training_context",
+    "fit": "api",
     "fit_context": "pfn.prefill",
     "load_context": "opening",
     "optimize_acquisition": "bayesopt.optimize",
+    "predict": "api",
 }
 __all__ = [
     "PFN",
     "BarPosterior",
     "PFNConfig",
     "TrainingContext",
+    "fit",
     "fit_context",
     "load_context",
     "optimize_acquisition",
+    "predict",
 ]
 
 

@@ -83,7 +83,7 @@ def choose_subjects(options: Options, device: str, *, referenced: bool = False) 
         if planned.artifact.kind == PFN:
             raise UsageError(
                 f"'{name}' predicts tables, and eval on text needs a language model",
-                "Fit it to a table first (finalize --fit), and evaluate the context",
+                "Fit it to a table first (loadstone fit --table), and evaluate the context",
             )
     if options.dtype == "auto":
         dtype, why = compute_dtype(plans[0], device)
@@ -125,7 +125,7 @@ def choose_prefixes(names: list[str], options: Options) -> list[ContextFile | No
         plain = names[files.index(None)]
         raise UsageError(
             f"'{plain}' is a model and '{found[0].path}' a prefix: they see different contexts",
-            "Make a prefix of the same prompt with it (finalize --prefix)",
+            "Make a prefix of the same prompt with it (loadstone fit --prompt)",
         )
     first = found[0].facts
     for other in found[1:]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from loadstone.artifact import Artifact
@@ -15,6 +14,7 @@ from loadstone.context.pfn.layout import CACHE_DTYPE_NAMES, context_tensors, tot
 from loadstone.context.pfn.model import CLASSIFICATION, TASKS, PFNConfig, check_task
 from loadstone.context.pfn.training_context import TrainingContext
 from loadstone.context.tables import table as tables
+from loadstone.context.tables.predictions import QUANTILES, Predictions, classified, read_queries, regressed
 from loadstone.errors import UsageError
 
 
@@ -111,55 +111,32 @@ def fit_table(
     return replace(context, schema=plan.schema.to_json())
 
 
-@dataclass(frozen=True)
-class Predictions:
-    """Of a table's rows: ``columns`` are what `loadstone predict` writes, each (rows,); ``targets`` are the true
-    values when the table has them, else None. ``metrics`` follow from the two."""
-
-    columns: dict[str, np.ndarray]
-    targets: np.ndarray | None
-    metrics: dict[str, float | None]
-
-
 def predict_table(
     context: TrainingContext,
     path: str | Path,
     *,
-    quantiles: tuple[float, ...] = (0.05, 0.5, 0.95),
+    quantiles: tuple[float, ...] = QUANTILES,
     measure: bool = True,
 ) -> Predictions:
-    """Predict each row of a table with the context's columns; with its target column, and unless ``measure`` is
-    False, measure the predictions.
+    """Predict each row of a table with the context's columns. Where the table has the target column, and unless
+    ``measure`` is False, the predictions are measured too.
 
-    Classification: ``prediction`` and a probability for each class. Regression: ``mean``, ``std`` and ``quantiles``.
     Raises `SchemaMismatch` for other columns than the fitted ones.
     """
-    from loadstone.context.tables.metrics import classification_metrics, regression_metrics
-
-    if context.schema is None:
-        raise UsageError(
-            "the context was not fitted on a table, its columns have no names", "Use ctx.logits(tensor)"
-        )
-    schema = tables.Schema.from_json(context.schema)
-    table = tables.read_table(path)
+    table, schema, known = read_queries(path, context.schema or {}, measure=measure)
     queries = torch.from_numpy(tables.features(table, schema)).to(context.device)
-    known = measure and schema.target in table.columns
     with torch.no_grad():
         if context.task == CLASSIFICATION:
             probabilities = context.probabilities(queries).cpu().numpy()
             labels = [str(label) for label in context.classes]
-            columns = {"prediction": np.array(labels, dtype=object)[probabilities.argmax(1)]}
-            columns |= {f"p({label})": probabilities[:, i] for i, label in enumerate(labels)}
-            if not known:
-                return Predictions(columns, None, {})
-            targets = tables.class_targets(table, schema.target, labels)[0]
-            return Predictions(columns, targets, classification_metrics(probabilities, targets))
+            return classified(probabilities, labels, table, schema.target, measure=known)
         posterior = context.posterior(queries)
         columns = {"mean": posterior.mean.cpu().numpy(), "std": posterior.std.cpu().numpy()}
         columns |= {f"q{q:g}": posterior.quantile(q).cpu().numpy() for q in quantiles}
         if not known:
-            return Predictions(columns, None, {})
+            return regressed(columns)
         targets = tables.number_targets(table, schema.target)
         y = torch.from_numpy(targets).to(context.device)
-        at_targets = posterior.log_prob(y).cpu().numpy(), posterior.cdf(y).cpu().numpy()
-        return Predictions(columns, targets, regression_metrics(columns["mean"], *at_targets, targets))
+        return regressed(
+            columns, (targets, posterior.log_prob(y).cpu().numpy(), posterior.cdf(y).cpu().numpy())
+        )

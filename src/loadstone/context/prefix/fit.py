@@ -28,7 +28,7 @@ def read_prompt(path: Path) -> str | list[dict[str, Any]]:
     """The prompt in a file: text as it stands, or of a ``.json`` file the list of chat messages in it."""
     if not path.is_file():
         raise UsageError(
-            f"there is no file '{path}'", "--prefix names a text file, or .json with chat messages"
+            f"there is no file '{path}'", "--prompt names a text file, or .json with chat messages"
         )
     try:
         text = path.read_text(encoding="utf-8")

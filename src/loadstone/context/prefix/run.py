@@ -1,4 +1,4 @@
-"""``finalize --prefix``: what will be read with what, and then reading and saving it."""
+"""A prefix from a prompt file: the plan, then reading the prompt and saving the result."""
 
 from __future__ import annotations
 

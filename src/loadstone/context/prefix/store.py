@@ -47,7 +47,7 @@ log = logging.getLogger(__name__)
 # Largest difference of a logit, relative to the largest, between the machine that read the prompt and this one.
 PROBE_TOLERANCE = {"float64": 1e-9, "float32": 2e-3, "bfloat16": 0.1, "float16": 0.05}
 _PREVIEW = 120
-_AGAIN = "Make the prefix again with finalize --prefix"
+_AGAIN = "Make the prefix again with loadstone fit --prompt"
 
 
 def save_prefix(

@@ -57,11 +57,11 @@ def read_table(path: str | Path) -> Table:
     header = [name.strip() for name in lines[0]]
     if len(set(header)) != len(header):
         twice = next(name for name in header if header.count(name) > 1)
-        raise ArtifactError(f"'{path}': the column '{twice}' stands twice in the header", "Rename one")
+        raise ArtifactError(f"'{path}': the column '{twice}' is duplicated in the header", "Rename one")
     for number, line in enumerate(lines[1:], 2):
         if len(line) != len(header):
             raise ArtifactError(
-                f"'{path}': row {number} has {len(line)} cells, the header {len(header)}", "Mend it"
+                f"'{path}': row {number} has {len(line)} cells, the header {len(header)}", "Correct the row"
             )
     return Table(str(path), {name: [line[i].strip() for line in lines[1:]] for i, name in enumerate(header)})
 
@@ -196,8 +196,8 @@ def number_targets(table: Table, target: str) -> np.ndarray:
     bad = next((i for i, cell in enumerate(cells) if not _is_number(cell)), None)
     if bad is not None:
         raise UsageError(
-            f"'{table.path}': the target of row {bad + 2} is '{cells[bad][:40]}', no number",
-            "Mend it, or use --task classification",
+            f"'{table.path}': the target of row {bad + 2} is '{cells[bad][:40]}', not a number",
+            "Correct it, or use --task classification",
         )
     return np.array([float(cell) for cell in cells])
 

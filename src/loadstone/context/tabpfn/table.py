@@ -1,4 +1,4 @@
-"""``finalize --fit`` and predictions on tables with TabPFN checkpoints: tables, schemas and figures as for PFNs."""
+"""Fit a TabPFN checkpoint on a table, and predict tables with it; schemas and metrics are those of PFNs."""
 
 from __future__ import annotations
 
@@ -8,12 +8,19 @@ from typing import Any
 
 import numpy as np
 
-from loadstone.context.pfn.fit import Predictions
 from loadstone.context.tables import table as tables
+from loadstone.context.tables.predictions import (
+    CLASSIFICATION,
+    QUANTILES,
+    TASKS,
+    Predictions,
+    classified,
+    read_queries,
+    regressed,
+)
 from loadstone.context.tabpfn import estimator as tabpfn
 from loadstone.errors import ArtifactError, LoadstoneError, UsageError
 
-CLASSIFICATION, REGRESSION = "classification", "regression"
 CHECKPOINTS = (".safetensors", ".ckpt")
 # Name on the command line -> tabpfn's kv_cache_precision.
 CACHE_PRECISIONS = {None: None, "auto": "auto", "int8": "int8", "fp8": "fp8"}
@@ -54,8 +61,8 @@ def plan_fit(
         raise UsageError(f"TabPFN cannot keep a cache in {cache_dtype!r}", f"One of {named}")
     table = tables.read_table(path)
     schema = tables.infer_schema(table, target)
-    if task not in (None, CLASSIFICATION, REGRESSION):
-        raise UsageError(f"--task {task} is not known", f"One of {CLASSIFICATION}, {REGRESSION}")
+    if task is not None and task not in TASKS:
+        raise UsageError(f"--task {task} is not known", f"One of {', '.join(TASKS)}")
     task = task or tables.guess_task(table, target)
     classes: tuple[str, ...] = ()
     if task == CLASSIFICATION:
@@ -113,33 +120,20 @@ def predict_table(
     facts: dict[str, Any],
     path: str | Path,
     *,
-    quantiles: tuple[float, ...] = (0.05, 0.5, 0.95),
+    quantiles: tuple[float, ...] = QUANTILES,
     measure: bool = True,
 ) -> Predictions:
-    """Predict each row of a table, as `loadstone.context.pfn.fit.predict_table` does. ``facts``: the context's."""
+    """Predict each row of a table, as `loadstone.context.pfn.fit.predict_table` does. ``facts``: the context.json."""
     import torch
 
-    from loadstone.context.tables.metrics import classification_metrics, regression_metrics
-
-    if "columns" not in facts["schema"]:
-        raise UsageError(
-            "the context was not fitted on a table, its columns have no names", "Use tabpfn's predict"
-        )
-    schema = tables.Schema.from_json(facts["schema"])
-    table = tables.read_table(path)
+    table, schema, known = read_queries(path, facts["schema"], measure=measure)
     x = tables.features(table, schema)
-    known = measure and schema.target in table.columns
     if facts["task"] == CLASSIFICATION:
         labels = [str(label) for label in facts["classes"]]
         # A class without a training row has no column.
         probabilities = np.zeros((len(x), len(labels)))
         probabilities[:, np.asarray(estimator.classes_, dtype=int)] = estimator.predict_proba(x)
-        columns = {"prediction": np.array(labels, dtype=object)[probabilities.argmax(1)]}
-        columns |= {f"p({label})": probabilities[:, i] for i, label in enumerate(labels)}
-        if not known:
-            return Predictions(columns, None, {})
-        targets = tables.class_targets(table, schema.target, labels)[0]
-        return Predictions(columns, targets, classification_metrics(probabilities, targets))
+        return classified(probabilities, labels, table, schema.target, measure=known)
     full = estimator.predict(x, output_type="full", quantiles=[float(q) for q in quantiles])
     criterion, logits = full["criterion"], full["logits"].float().cpu()
     criterion = criterion.to("cpu")
@@ -148,12 +142,12 @@ def predict_table(
         columns["std"] = criterion.variance(logits).sqrt().numpy().astype(np.float64)
         columns |= {f"q{q:g}": np.asarray(v) for q, v in zip(quantiles, full["quantiles"], strict=True)}
         if not known:
-            return Predictions(columns, None, {})
+            return regressed(columns)
         targets = tables.number_targets(table, schema.target)
         y = torch.from_numpy(targets).float()
         log_prob = -criterion(logits, y).double().numpy()
         below = criterion.cdf(logits, y[:, None])[:, 0].double().numpy()
-    return Predictions(columns, targets, regression_metrics(columns["mean"], log_prob, below, targets))
+    return regressed(columns, (targets, log_prob, below))
 
 
 def _description(path: Path) -> tuple[str, Any, Any]:
