@@ -312,7 +312,7 @@ def test_a_context_is_no_model(fitted: Path, pfn_dir: Path) -> None:
 def test_nothing_here_can_unpickle() -> None:
     """Of all modules that a context passes through on its way in."""
     root = Path(loadstone.__file__).parent
-    modules = [*root.glob("context/*.py"), root / "loading/own.py", root / "artifact/context_file.py"]
+    modules = [*root.rglob("context/**/*.py"), root / "loading/own.py", root / "artifact/context_file.py"]
     assert len(modules) > 12
     for module in modules:
         text = module.read_text()
