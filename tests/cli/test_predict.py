@@ -121,7 +121,7 @@ def test_inspect(fitted: dict[str, Path], capsys: pytest.CaptureFixture[str]) ->
         (["predict", "-M", "{t}/c-fitted", "--data", "{t}/c-new.csv", "--quantiles", "5"], 2, "--quantiles"),
         (["predict", "-M", "{t}/r-fitted", "--data", "{t}/r-new.csv", "--quantiles", ""], 2, "--quantiles"),
         (["predict", "-M", "{t}/c-fitted", "--data", "{t}/c-new.csv", "--quantiles", "0.5"], 2, "no quantiles"),
-        (["predict", "-M", "{t}/c-fitted", "--data", "{t}/c-new.csv", "--overwrite"], 2, "-o FILE"),
+        (["predict", "-M", "{t}/c-fitted", "--data", "{t}/c-new.csv", "--overwrite"], 2, "without --out"),
         (["predict", "-M", "{t}/c-fitted", "--data", "{t}/c-new.csv", "--json", "{t}"], 2, "is a directory"),
         (["predict", "-M", "{t}/c-fitted", "--data", "{t}/c-new.csv", "--base", "{t}/gone"], 2, "no directory"),
     ],

@@ -32,7 +32,6 @@ def evaluate(
         raise UsageError(
             "a fitted context is evaluated on a table", "Add --data test.csv, with the target's column"
         )
-    render.check_json(json_to)
     records = [measure_table(model, data, base, device=device) for model in models]
     verdicts = [
         {"gate": text, "model": record["path"], "value": record["metrics"][name], "failed": failed}
@@ -41,8 +40,7 @@ def evaluate(
         if (failed := _failed(record, name, compare, limit)) is not None
     ]
     outcome = {"protocol": {"data": data, "rows": records[0]["rows"]}, "models": records, "gates": verdicts}
-    if not render.write_json(json_to, outcome):
-        _show_metrics(records, data)
+    render.result(json_to, outcome, lambda: _show_metrics(records, data))
     failures = [f"{v['model']}: {v['gate']} failed (it is {v['value']:.6g})" for v in verdicts if v["failed"]]
     if failures:
         raise GateFailed("; ".join(failures))

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from loadstone.cli import render
+from loadstone.cli import options, render
+from loadstone.context.results import PromptFit, TableFit
 
-if TYPE_CHECKING:
-    from loadstone.context.api import PromptFit, TableFit
-
-_INPUT, _TABLE, _PROMPT, _OUTPUT = "Input", "Tables", "Prompts", "Output"
+_TABLE, _PROMPT = "Tables", "Prompts"
 
 
 def register(app: typer.Typer) -> None:
@@ -28,12 +26,10 @@ def command(
             "--model",
             metavar="BASE",
             help="Model that reads it: a PFN (default builtin:tiny-pfn), TabPFN checkpoint or language model.",
-            rich_help_panel=_INPUT,
+            rich_help_panel=options.INPUT,
         ),
     ] = None,
-    out: Annotated[
-        Path | None, typer.Option("-o", "--out", help="Directory to write.", rich_help_panel=_OUTPUT)
-    ] = None,
+    out: options.Out = None,
     table: Annotated[
         Path | None,
         typer.Option(
@@ -64,41 +60,20 @@ def command(
             rich_help_panel=_PROMPT,
         ),
     ] = None,
-    checkpoint: Annotated[
-        str | None,
-        typer.Option(
-            help="Of a training run: newest (default), best, a step or a folder.", rich_help_panel=_PROMPT
-        ),
-    ] = None,
-    trust_remote_code: Annotated[
-        bool,
-        typer.Option(
-            "--trust-remote-code",
-            help="Run Python code that came with the language model.",
-            rich_help_panel=_PROMPT,
-        ),
-    ] = False,
+    checkpoint: options.Checkpoint = None,
+    trust_remote_code: options.TrustRemoteCode = False,
     cache_dtype: Annotated[
         str | None,
         typer.Option(
             help="Dtype of stored keys and values (default: the model's): bfloat16, int8; TabPFN int8, fp8; "
             "prompts also fp8, hqqN, quantoN.",
-            rich_help_panel=_OUTPUT,
+            rich_help_panel=options.OUTPUT,
         ),
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.", rich_help_panel=_INPUT)] = "auto",
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an existing context.", rich_help_panel=_OUTPUT)
-    ] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show the plan and write nothing.", rich_help_panel=_OUTPUT)
-    ] = False,
-    json_to: Annotated[
-        str | None,
-        typer.Option(
-            "--json", metavar="FILE|-", help="Write the result as JSON; - is stdout.", rich_help_panel=_OUTPUT
-        ),
-    ] = None,
+    device: options.Device = "auto",
+    overwrite: options.Overwrite = False,
+    dry_run: options.DryRun = False,
+    json_to: options.Json = None,
 ) -> None:
     """Read a table or a prompt once with a frozen model, and keep its keys and values as a context without weights.
 
@@ -106,8 +81,7 @@ def command(
 
     Example: [bold]loadstone fit --table train.csv --target species -o fitted[/]
     """
-    render.check_json(json_to)
-    from loadstone.context.api import TableFit, fit
+    from loadstone.context.api import fit
 
     result = fit(
         model,
@@ -124,9 +98,11 @@ def command(
         dry_run=dry_run,
         trust_remote_code=trust_remote_code,
     )
-    if render.write_json(json_to, result.to_json()):
-        return
-    rows = _table_rows(result) if isinstance(result, TableFit) else _prompt_rows(result)
+    render.result(json_to, result.to_json(), lambda: _show(result))
+
+
+def _show(result: TableFit | PromptFit) -> None:
+    rows = _prompt_rows(result) if isinstance(result, PromptFit) else _table_rows(result)
     render.console().print(render.table("", ["", ""], rows), markup=False)
     if result.file_bytes is None:
         line = "Dry run: nothing was written."

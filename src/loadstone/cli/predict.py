@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from loadstone.cli import render
+from loadstone.cli import options, render
 from loadstone.errors import UsageError
 
 if TYPE_CHECKING:
     from loadstone.context.tables.predictions import Predictions
 
-_INPUT, _OUTPUT = "Input", "Output"
 log = logging.getLogger("loadstone")
 
 
@@ -26,44 +25,39 @@ def register(app: typer.Typer) -> None:
 
 
 def command(
+    context: typer.Context,
     model: Annotated[
-        str, typer.Option("-M", "--model", metavar="DIR", help="Fitted context.", rich_help_panel=_INPUT)
+        str,
+        typer.Option("-M", "--model", metavar="DIR", help="Fitted context.", rich_help_panel=options.INPUT),
     ],
     data: Annotated[
         Path,
-        typer.Option("--data", metavar="FILE", help="Table: .csv, .tsv or .parquet.", rich_help_panel=_INPUT),
+        typer.Option(
+            "--data", metavar="FILE", help="Table: .csv, .tsv or .parquet.", rich_help_panel=options.INPUT
+        ),
     ],
     out: Annotated[
         Path | None,
         typer.Option(
-            "-o", "--out", metavar="FILE", help="File to write; otherwise stdout.", rich_help_panel=_OUTPUT
+            "-o",
+            "--out",
+            metavar="FILE",
+            help="File to write; otherwise stdout.",
+            rich_help_panel=options.OUTPUT,
         ),
     ] = None,
-    base: Annotated[
-        str | None,
-        typer.Option(
-            metavar="DIR", help="Base model, where it is not the recorded one.", rich_help_panel=_INPUT
-        ),
-    ] = None,
+    base: options.Base = None,
     quantiles: Annotated[
         str | None,
         typer.Option(
-            metavar="Q,Q", help="Quantiles of a regression (default 0.05,0.5,0.95).", rich_help_panel=_OUTPUT
+            metavar="Q,Q",
+            help="Quantiles of a regression (default 0.05,0.5,0.95).",
+            rich_help_panel=options.OUTPUT,
         ),
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.", rich_help_panel=_INPUT)] = "auto",
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an existing file.", rich_help_panel=_OUTPUT)
-    ] = False,
-    json_to: Annotated[
-        str | None,
-        typer.Option(
-            "--json",
-            metavar="FILE|-",
-            help="Write the predictions as JSON; - is stdout.",
-            rich_help_panel=_OUTPUT,
-        ),
-    ] = None,
+    device: options.Device = "auto",
+    overwrite: options.Overwrite = False,
+    json_to: options.Json = None,
 ) -> None:
     """Predict each row of a table with a fitted context.
 
@@ -73,24 +67,20 @@ def command(
     Example: [bold]loadstone predict -M fitted --data new.csv -o predictions.csv[/]
     """
     levels = None if quantiles is None else _levels(quantiles)
-    if overwrite and out is None:
-        raise UsageError("--overwrite is about -o FILE", "Add -o FILE, or leave --overwrite out")
+    options.need(context, overwrite="out")
     if out is not None and out.exists() and not overwrite:
         raise UsageError(f"the output '{out}' exists", "Choose another, or pass --overwrite to replace it")
     if out is not None:
         render.check_file("-o", out)
-    render.check_json(json_to)
     from loadstone.context.api import predict
 
     predictions = predict(model, data, base=base, quantiles=levels, device=device)
     columns = {name: column.tolist() for name, column in predictions.columns.items()}
     facts = {"data": str(data), "model": model, "task": predictions.task, "columns": columns}
-    took_stdout = render.write_json(json_to, facts)
     if out is not None:
         render.write_file(out, _csv(predictions))
         log.info("%s: %d rows", out, predictions.rows)
-    elif not took_stdout:
-        render.write(_csv(predictions))
+    render.result(json_to, facts, lambda: None if out else render.write(_csv(predictions)))
 
 
 def _csv(predictions: Predictions) -> str:

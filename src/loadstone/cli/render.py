@@ -139,22 +139,6 @@ def write_file(path: Path, text: str) -> None:
         work.unlink(missing_ok=True)
 
 
-def check_json(to: str | None) -> None:
-    """Raise `UsageError` when ``--json FILE`` cannot be written."""
-    if to not in (None, "-"):
-        check_file("--json", Path(str(to)))
-
-
-def write_json(to: str | None, value: Any) -> bool:
-    """Write a result where ``--json FILE|-`` says; returns whether it took stdout, and nothing else belongs there."""
-    if to == "-":
-        print_json(value)
-        return True
-    if to is not None:
-        write_file(Path(to), to_json(value))
-    return False
-
-
 def size(nbytes: float) -> str:
     """Bytes in decimal units: ``269.1 MB``."""
     for unit in ("B", "kB", "MB", "GB"):
