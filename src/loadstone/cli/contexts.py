@@ -32,6 +32,8 @@ def evaluate(
         raise UsageError(
             "a fitted context is evaluated on a table", "Add --data test.csv, with the target's column"
         )
+    if json_to not in (None, "-"):
+        render.check_file("--json", Path(str(json_to)))
     records = [measure_table(model, data, base, device=device) for model in models]
     verdicts = [
         {"gate": text, "model": record["path"], "value": record["metrics"][name], "failed": failed}
