@@ -8,7 +8,7 @@ MODEL  := .cache/models/smollm2-135m
 # Without a GPU the CPU build of torch; it must be there before anything that depends on torch.
 TORCH  ?= torch==2.13.0
 
-.PHONY: setup demo three-way test test-slow test-modelopt test-serving test-vllm test-tabpfn bench lint format clean
+.PHONY: setup demo three-way test test-slow test-modelopt test-serving test-vllm test-tabpfn docs bench lint format clean
 
 setup: $(READY)
 
@@ -80,6 +80,10 @@ $(VENV)-tabpfn/.ready: $(READY)
 
 test-tabpfn: $(VENV)-tabpfn/.ready
 	PYTHONPATH=src $(VENV)-tabpfn/bin/python -m pytest tests/context/test_tabpfn.py
+
+# Run the commands in README.md and docs/, and write their output there.
+docs: $(READY)
+	$(PY) -m tests.docs --write
 
 bench: $(READY) $(MODEL)/config.json
 	$(PY) -m tests.bench $(BENCH)
