@@ -21,7 +21,7 @@ from loadstone.artifact.manifest import sha256_file
 from loadstone.context.tabpfn.estimator import packing
 from loadstone.context.tabpfn.packed_file import DESCRIPTION, PackedFile, packed_bytes, packed_parts
 from loadstone.context.tabpfn.packing import Packing, deflate, gather, inflate, pack, scatter, unpack
-from loadstone.context.writer import write_safetensors
+from loadstone.writing.shards import write_parts
 
 sys.path.insert(0, str(Path(__file__).parent))
 from packed_contexts import redescribe
@@ -161,7 +161,7 @@ def test_streams_of_another_size_are_refused(data: bytes) -> None:
 def write(folder: Path, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
     with ThreadPoolExecutor(2) as pool:
         parts, written = packed_parts(pool, {"what": "a test"}, tensors)
-        write_safetensors(folder / CONTEXT_TENSORS, parts)
+        write_parts(folder / CONTEXT_TENSORS, parts)
     return facts_of(folder, written())
 
 

@@ -29,12 +29,12 @@ from loadstone.artifact.context_errors import (
     ProbeFailed,
     UnsafeContent,
 )
-from loadstone.context.fingerprint import tensor_bytes
 from loadstone.context.tabpfn import estimator as contexts
 from loadstone.context.tabpfn.classes import ALLOWED
 from loadstone.context.tabpfn.object_tree import Decoder, Encoder, resolve
 from loadstone.context.tabpfn.probe import probe_of
 from loadstone.errors import MissingError, UsageError
+from loadstone.quantization.flatten import tensor_bytes
 
 sys.path.insert(0, str(Path(__file__).parent))
 from packed_contexts import rewrite, rewrite_description

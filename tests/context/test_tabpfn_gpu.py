@@ -20,10 +20,10 @@ from tests.helpers import run as command
 
 pytest.importorskip("tabpfn")
 
-from loadstone.context.fingerprint import tensor_bytes
 from loadstone.context.tabpfn import estimator as contexts
 from loadstone.context.tabpfn.classes import ALLOWED
 from loadstone.context.tabpfn.object_tree import Encoder
+from loadstone.quantization.flatten import tensor_bytes
 
 sys.path.insert(0, str(Path(__file__).parent))
 from tabpfn_checkpoints import SIZES, estimator, fit_command, table, write_checkpoint

@@ -189,21 +189,21 @@ def test_what_is_wrong_with_a_hook_is_said(fault: str, tmp_path: Path) -> None:
         up._hf_hook = type("Stranger", (ModelHook,), {})()
     with pytest.raises(ArtifactError, match=rf"'model\.layers\.0\.mlp\.up_proj\.weight'.*{says[fault]}"):
         export_fakequant(model, tmp_path / "out", format="fp8")
-    assert not (tmp_path / "out").exists() and not (tmp_path / ".out.export").exists()
+    assert not (tmp_path / "out").exists() and not (tmp_path / ".out.writing").exists()
 
 
 @pytest.mark.parametrize(
     "where",
     [
-        "shards.ShardWriter.__init__",
-        "shards.ShardWriter.write",
-        "export._write_index",
-        "export.copy_files",
-        "export.config_text",
-        "export.write_state",
-        "export.write_manifests",
-        "export._verify",
-        "export.publish",
+        "writing.shards.ShardWriter.__init__",
+        "writing.shards.ShardWriter.write",
+        "fakequant.export.write_index",
+        "fakequant.export.copy_files",
+        "fakequant.export.config_text",
+        "fakequant.export.write_state",
+        "fakequant.export.write_manifests",
+        "fakequant.export._verify",
+        "writing.publish.publish",
     ],
 )
 def test_a_failure_at_each_write_leaves_no_output_and_the_model_as_it_was(
@@ -215,9 +215,8 @@ def test_a_failure_at_each_write_leaves_no_output_and_the_model_as_it_was(
     def fail(*args: object, **options: object) -> None:
         raise OSError("disk full")
 
-    room = "loading" if where.startswith("shards") else "fakequant"
     with monkeypatch.context() as patch:
-        patch.setattr(f"loadstone.{room}.{where}", fail)
+        patch.setattr(f"loadstone.{where}", fail)
         with pytest.raises(OSError, match="disk full"):
             export_fakequant(model, tmp_path / "exports" / "out", format="fp8")
     assert not any((tmp_path / "exports").glob("*")) and not any((tmp_path / "exports").glob(".*"))
@@ -348,7 +347,7 @@ def test_a_model_trained_with_torchao_exports_what_it_computes(
     with pytest.raises(UsageError, match="weight quantizers of its own"):
         export_fakequant(model, tmp_path / "out", format="fp8")
     with monkeypatch.context() as patch:
-        patch.setattr("loadstone.fakequant.export.publish", lambda *args: 1 / 0)
+        patch.setattr("loadstone.writing.publish.publish", lambda *args: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             export_fakequant(model, tmp_path / "out")
     before.check()

@@ -133,7 +133,7 @@ def test_models_with_modelopt_quantizers(
     model = quantized(source, CONFIGS[text])
     before = Snapshot(model)
     with monkeypatch.context() as patch:
-        patch.setattr("loadstone.fakequant.export.publish", lambda *args: 1 / 0)
+        patch.setattr("loadstone.writing.publish.publish", lambda *args: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             export_fakequant(model, tmp_path / "live", emit="modelopt")
     before.check()

@@ -244,6 +244,30 @@ def test_another_jobs_partial_output_is_refused(tiny: Path, tmp_path: Path) -> N
     assert loadstone.detect(out).kind == "torchao"
 
 
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_directory_of_someone_else_at_the_working_name_is_refused(
+    tiny: Path, tmp_path: Path, resume: bool
+) -> None:
+    out = tmp_path / "out"
+    work_directory(out).mkdir()
+    (work_directory(out) / "precious").touch()
+    with pytest.raises(UsageError, match=r"\.out\.partial' was not made by loadstone"):
+        finalize(plan_of(tiny), out, resume=resume)
+    assert [p.name for p in work_directory(out).iterdir()] == ["precious"] and not out.exists()
+
+
+@pytest.mark.parametrize("left", [(), ("journal",), ("key.json.tmp",), ("loadstone.json", "config.json")])
+def test_what_a_run_killed_at_its_beginning_or_end_left(
+    tiny: Path, tmp_path: Path, undisturbed: dict[str, str], left: tuple[str, ...]
+) -> None:
+    out = tmp_path / "out"
+    work_directory(out).mkdir()
+    for name in left:
+        (work_directory(out) / name).mkdir() if name == "journal" else (work_directory(out) / name).touch()
+    finalize(many_shards(tiny), out)
+    assert snapshot(out) == undisturbed and not work_directory(out).exists()
+
+
 def test_one_writer_at_a_time(tiny: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with locked(out), pytest.raises(UsageError, match="another process is writing"):
@@ -303,6 +327,6 @@ def test_a_write_that_the_disk_failed_is_an_error(
 
     monkeypatch.setattr(run, "_FLUSH", 1000)
     monkeypatch.setattr(ShardWriter, "flush", fails)
-    with pytest.raises(OSError, match="Input/output error"):
+    with pytest.raises(MissingError, match="Input/output error"):
         finalize(plan_of(tiny), tmp_path / "out")
     assert not (tmp_path / "out").exists()

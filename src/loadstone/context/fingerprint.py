@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from loadstone.artifact.context_errors import ArchitectureMismatch, BaseMismatch
 from loadstone.errors import UsageError
+from loadstone.quantization.flatten import tensor_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -85,19 +86,6 @@ def _plain_parts(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
 def tensor_sha256(tensor: Tensor) -> str:
     """Hex sha256 of a tensor's bytes in row-major order."""
     return hashlib.sha256(tensor_bytes(tensor)).hexdigest()
-
-
-def tensor_bytes(tensor: Tensor) -> memoryview:
-    """A tensor's bytes in row-major order, read in place where it lies so on the CPU."""
-    import torch
-
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    if not flat.numel():
-        return memoryview(b"")
-    if flat.stride(0) != 1:
-        # One element with any stride counts as contiguous, and cannot be viewed as bytes.
-        flat = flat.new_empty(flat.shape).copy_(flat)
-    return flat.view(torch.uint8).numpy().data
 
 
 def check_same(wanted: Fingerprint, found: Fingerprint, base: str) -> None:

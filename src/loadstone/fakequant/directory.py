@@ -12,11 +12,12 @@ from loadstone.artifact.detect import DENSE, FAKEQUANT, QAT
 from loadstone.errors import ArtifactError
 from loadstone.fakequant.export import Beside, Exported, resolve_device, write_export
 from loadstone.fakequant.package import COPY, STRIP, code_files, without_auto_map
-from loadstone.fakequant.plan import SHARD_BYTES, ExportPlan, file_name, in_shards, make_plan
+from loadstone.fakequant.plan import ExportPlan, make_plan, with_files
 from loadstone.fakequant.roles import roles_by_name, roles_in
 from loadstone.fakequant.rules import RuleSet
 from loadstone.fakequant.state import QuantizerState
 from loadstone.loading.source import SourceReader
+from loadstone.writing.index import SHARD_BYTES, shard_name
 from loadstone.writing.publish import check_output
 from loadstone.writing.sidecars import sidecars_in
 
@@ -73,8 +74,8 @@ def _placed(artifact: Artifact, infos: dict[str, TensorInfo]) -> dict[str, Tenso
     """The same tensors with the output file of each: the source's own division into files, and for slices of a
     distributed checkpoint, which has none, shards of 5 GB."""
     if artifact.dcp is not None:
-        return in_shards(infos, SHARD_BYTES)
-    files = {f: file_name(n, len(artifact.weights.files)) for n, f in enumerate(artifact.weights.files)}
+        return with_files(infos, SHARD_BYTES)
+    files = {f: shard_name(n, len(artifact.weights.files)) for n, f in enumerate(artifact.weights.files)}
     return {name: info._replace(file=files[info.file]) for name, info in infos.items()}
 
 

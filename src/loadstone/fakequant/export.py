@@ -4,8 +4,6 @@ whole."""
 from __future__ import annotations
 
 import hashlib
-import json
-import shutil
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -19,15 +17,14 @@ from loadstone.fakequant.package import config_text, copy_files
 from loadstone.fakequant.plan import ExportPlan, Step
 from loadstone.fakequant.state import QuantizerState, write_manifests, write_state
 from loadstone.loading.devices import quantize_device
-from loadstone.quantization.flatten import dtype_name, torch_dtype
+from loadstone.quantization.flatten import dtype_name, tensor_bytes, torch_dtype
 from loadstone.quantization.schemes import Recipe
-from loadstone.writing.publish import check_output, check_space, locked, publish
+from loadstone.writing.index import write_index
+from loadstone.writing.publish import check_space, new_directory
 from loadstone.writing.shards import ShardWriter
 
 if TYPE_CHECKING:
     import torch
-
-INDEX = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -110,32 +107,20 @@ def write_export(
     started = time.monotonic()
     state = state or QuantizerState()
     check_space(plan.nbytes, out)
-    with locked(out):
-        # Another process may have finished it since the first look.
-        check_output(None, out, overwrite)
-        # Not the name that finalize works under: what it left there can be resumed.
-        work = out.with_name(f".{out.name}.export")
-        if work.exists():
-            shutil.rmtree(work)
-        work.mkdir(parents=True)
-        try:
-            _write_tensors(plan, tensors, work, device, on_progress)
-            _write_index(plan, work)
-            copy_files(beside.copies, work)
-            for name, text in beside.texts.items():
-                (work / name).write_text(text)
-            (work / "config.json").write_text(config_text(plan.config))
-            write_state(state, work)
-            if emit_modelopt:
-                from loadstone.fakequant.modelopt_state import write_modelopt_state
+    with new_directory(out, overwrite) as work:
+        _write_tensors(plan, tensors, work, device, on_progress)
+        write_index(work, {step.name: step.output.file for step in plan.steps}, plan.nbytes)
+        copy_files(beside.copies, work)
+        for name, text in beside.texts.items():
+            (work / name).write_text(text)
+        (work / "config.json").write_text(config_text(plan.config))
+        write_state(state, work)
+        if emit_modelopt:
+            from loadstone.fakequant.modelopt_state import write_modelopt_state
 
-                write_modelopt_state(plan, state, work)
-            files = write_manifests(plan, state, work, beside.source())
-            _verify(plan, work)
-            publish(work, out, overwrite)
-        except BaseException:
-            shutil.rmtree(work, ignore_errors=True)
-            raise
+            write_modelopt_state(plan, state, work)
+        files = write_manifests(plan, state, work, beside.source())
+        _verify(plan, work)
     return Exported(out, plan, state.specs, time.monotonic() - started, files)
 
 
@@ -232,16 +217,7 @@ def _folded(step: Step, tensor: torch.Tensor, device: str) -> torch.Tensor:
 
 
 def _digest(tensor: torch.Tensor) -> bytes:
-    import torch
-
-    raw = memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
-    return hashlib.sha256(raw).digest()
-
-
-def _write_index(plan: ExportPlan, work: Path) -> None:
-    weight_map = {step.name: step.output.file for step in plan.steps}
-    index = {"metadata": {"total_size": plan.nbytes}, "weight_map": dict(sorted(weight_map.items()))}
-    (work / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    return hashlib.sha256(tensor_bytes(tensor)).digest()
 
 
 def _verify(plan: ExportPlan, work: Path) -> None:

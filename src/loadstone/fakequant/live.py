@@ -17,11 +17,12 @@ from loadstone.fakequant.export import Beside, Exported, resolve_device, write_e
 from loadstone.fakequant.offload import data_of, return_memory
 from loadstone.fakequant.options import Options
 from loadstone.fakequant.package import COPY, code_files, without_auto_map
-from loadstone.fakequant.plan import SHARD_BYTES, ExportPlan, in_shards, make_plan
+from loadstone.fakequant.plan import ExportPlan, make_plan, with_files
 from loadstone.fakequant.quantizers import OwnQuantizers, find_quantizers, kind_of
 from loadstone.fakequant.roles import roles_in
 from loadstone.fakequant.state import QuantizerState, input_specs
 from loadstone.quantization.flatten import dtype_name
+from loadstone.writing.index import SHARD_BYTES
 from loadstone.writing.publish import check_output
 from loadstone.writing.sidecars import sidecars_in
 
@@ -146,7 +147,7 @@ def plan_model(live: LiveTensors, options: Options, max_shard_size: int) -> Expo
     config["architectures"] = [type(live.model).__name__]
     if options.remote_code != COPY:
         config = without_auto_map(config)
-    infos = in_shards(live.infos, max_shard_size)
+    infos = with_files(live.infos, max_shard_size)
     roles = live.quantizers.roles(roles_in(live.model, infos))
     return make_plan(
         live.quantizers.rules(rules, live.saved), infos, roles, live.ties, config, untie=options.untie

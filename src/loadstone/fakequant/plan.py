@@ -11,9 +11,7 @@ from loadstone.artifact import TensorInfo
 from loadstone.errors import ArtifactError, UsageError
 from loadstone.fakequant.formats import Format
 from loadstone.fakequant.rules import Decision, Role, RuleSet, decide
-
-# Of an output whose source has no division into files of its own.
-SHARD_BYTES = 5 * 10**9
+from loadstone.writing.index import in_shards, shard_name
 
 
 @dataclass(frozen=True)
@@ -124,7 +122,7 @@ def make_plan(
 def _numbered(steps: list[Step]) -> tuple[Step, ...]:
     """The steps with files counted anew: one that held aliases only is not written."""
     files = sorted({step.output.file for step in steps})
-    names = {file: file_name(number, len(files)) for number, file in enumerate(files)}
+    names = {file: shard_name(number, len(files)) for number, file in enumerate(files)}
     return tuple(replace(step, output=step.output._replace(file=names[step.output.file])) for step in steps)
 
 
@@ -136,24 +134,15 @@ def _set_untied(config: dict[str, Any]) -> dict[str, Any]:
     return changed
 
 
-def in_shards(infos: dict[str, TensorInfo], max_bytes: int) -> dict[str, TensorInfo]:
-    """The same tensors with the file that each goes to: greedily, in name order."""
-    groups: list[list[TensorInfo]] = [[]]
-    size = 0
-    for _, info in sorted(infos.items()):
-        if groups[-1] and size + info.nbytes > max_bytes:
-            groups.append([])
-            size = 0
-        groups[-1].append(info)
-        size += info.nbytes
+def with_files(infos: dict[str, TensorInfo], max_bytes: int) -> dict[str, TensorInfo]:
+    """The same tensors with the file that each goes to, in name order.
+
+    A single file is named as a shard too: with an index beside it, no reader takes the quantizer state for weights, as
+    vLLM would that globs a directory without one.
+    """
+    shards = in_shards([info for _, info in sorted(infos.items())], max_bytes)
     return {
-        info.name: info._replace(file=file_name(number, len(groups)))
-        for number, group in enumerate(groups)
-        for info in group
+        info.name: info._replace(file=shard_name(number, len(shards)))
+        for number, shard in enumerate(shards)
+        for info in shard
     }
-
-
-def file_name(number: int, count: int) -> str:
-    """Name of an output file. A single file is named as a shard too: with an index beside it, no reader
-    takes the quantizer state for weights, as vLLM would that globs a directory without one."""
-    return f"model-{number + 1:05d}-of-{count:05d}.safetensors"

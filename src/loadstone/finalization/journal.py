@@ -12,8 +12,10 @@ import os
 import shutil
 from pathlib import Path
 
+from loadstone.artifact.manifest import MANIFEST
 from loadstone.errors import UsageError
 from loadstone.finalization.plan import FinalizePlan
+from loadstone.writing.publish import PARTIAL, name_taken, remove_work, working_path
 
 NOTES = "journal"
 KEY = "key.json"
@@ -21,7 +23,7 @@ KEY = "key.json"
 
 def work_directory(out: Path) -> Path:
     """Where ``out`` is made: a hidden sibling, so that the last step is one rename."""
-    return out.with_name(f".{out.name}.partial")
+    return working_path(out, PARTIAL)
 
 
 def job_key(plan: FinalizePlan, versions: dict[str, str]) -> dict[str, str]:
@@ -44,24 +46,33 @@ def job_key(plan: FinalizePlan, versions: dict[str, str]) -> dict[str, str]:
     }
 
 
-def open_journal(plan: FinalizePlan, work: Path, versions: dict[str, str], resume: bool) -> None:
-    """Make the working directory, or take over one with the same key; raises `UsageError` for one of another job."""
+def open_journal(plan: FinalizePlan, out: Path, versions: dict[str, str], resume: bool) -> None:
+    """Make the working directory of ``out``, or take over one with the same key; raises `UsageError` for one of another
+    job, and for a directory that is not loadstone's."""
+    work = work_directory(out)
     key = job_key(plan, versions)
     if work.exists():
         found = _read(work / KEY)
         differs = [name for name in key if found.get(name) != key[name]]
-        if resume and not differs:
-            # Gone when the run was killed in the middle of `close_journal`.
-            (work / NOTES).mkdir(exist_ok=True)
+        # Without notes the run was killed after `close_journal`, with other files half written.
+        if resume and not differs and (work / NOTES).is_dir():
             return
+        if not found and not _is_ours(work):
+            raise name_taken(work, out)
         if resume and has_progress(work):
             raise UsageError(
                 f"'{work}' holds a partial output of another job (its {', '.join(differs)} differ)",
                 "Pass --no-resume to discard it, or choose another output",
             )
-        shutil.rmtree(work)
+        remove_work(work, out)
     (work / NOTES).mkdir(parents=True)
     _write(work / KEY, key)
+
+
+def _is_ours(work: Path) -> bool:
+    """Whether a directory without a key was left by a run killed before it wrote the key, or at its very end."""
+    names = {path.name for path in work.iterdir()}
+    return names <= {NOTES, KEY, f"{KEY}.tmp"} or MANIFEST in names
 
 
 def finished(work: Path, file: str) -> str | None:
@@ -84,12 +95,11 @@ def has_progress(work: Path) -> bool:
 
 
 def close_journal(work: Path) -> dict[str, str]:
-    """Remove the journal from a complete directory; returns the shards' sha256 by file."""
+    """Remove the notes from a complete directory; returns the shards' sha256 by file. The key stays until the end."""
     digests = {
         p.name.removesuffix(".json"): str(_read(p)["sha256"]) for p in sorted((work / NOTES).iterdir())
     }
     shutil.rmtree(work / NOTES)
-    (work / KEY).unlink()
     return digests
 
 

@@ -15,6 +15,7 @@ from loadstone.artifact.formats.safetensors import DTYPE_BITS, FLOAT_DTYPES
 from loadstone.errors import ArtifactError
 from loadstone.quantization import MixedRecipe, Recipe, Scheme
 from loadstone.quantization.flatten import SAFETENSORS_DTYPES
+from loadstone.writing.index import SHARD_BYTES, in_shards, weights_name
 
 if TYPE_CHECKING:
     from loadstone.finalization.encoders import Encoder, Encoding
@@ -94,8 +95,7 @@ class FinalizePlan:
 
     def file_name(self, shard: int) -> str:
         """transformers' name of an output file."""
-        count = len(self.shards)
-        return "model.safetensors" if count == 1 else f"model-{shard + 1:05d}-of-{count:05d}.safetensors"
+        return weights_name(shard, len(self.shards))
 
 
 def make_plan(
@@ -105,7 +105,7 @@ def make_plan(
     dtype: str = "auto",
     device: str = "cpu",
     skip: list[str] | None = None,
-    max_shard_bytes: int = 5 * 10**9,
+    max_shard_bytes: int = SHARD_BYTES,
     trust_remote_code: bool = False,
     encoder: Encoder | None = None,
 ) -> FinalizePlan:
@@ -173,7 +173,7 @@ def make_plan(
         for part in (config, config.get("text_config")):
             if isinstance(part, dict):
                 part["tie_word_embeddings"] = False
-    plan = FinalizePlan(artifact, recipe, dtype, _shards(steps, max_shard_bytes), config)
+    plan = FinalizePlan(artifact, recipe, dtype, in_shards(steps, max_shard_bytes), config)
     if recipe is None:
         return plan
     header = encoder.header({step.name: step.encoding for step in steps})
@@ -292,20 +292,6 @@ def _config(artifact: Artifact, dtype: str) -> dict[str, Any]:
         config.pop("torch_dtype", None)
         config["dtype"] = dtype
     return config
-
-
-def _shards(steps: list[Step], max_bytes: int) -> tuple[tuple[Step, ...], ...]:
-    """Greedy in name order: a shard closes when the next tensor would overfill it."""
-    shards: list[list[Step]] = [[]]
-    size = 0
-    for step in steps:
-        nbytes = step.nbytes
-        if shards[-1] and size + nbytes > max_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(step)
-        size += nbytes
-    return tuple(tuple(shard) for shard in shards)
 
 
 def weight_dtype(artifact: Artifact, dtype: str, *, trust_remote_code: bool = False) -> str:

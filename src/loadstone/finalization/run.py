@@ -5,13 +5,12 @@ from __future__ import annotations
 import errno
 import json
 import logging
-import shutil
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, nullcontext
+from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from loadstone.artifact.manifest import FORMAT_VERSION, MANIFEST, sha256_file, versions
 from loadstone.errors import MissingError
 from loadstone.finalization.journal import (
+    KEY,
     close_journal,
     finished,
     has_progress,
@@ -31,7 +31,8 @@ from loadstone.finalization.stream import stream
 from loadstone.finalization.units import Unit, units_of
 from loadstone.loading.source import SourceReader
 from loadstone.ranks import Ranks
-from loadstone.writing.publish import check_output, check_space, locked, publish
+from loadstone.writing.index import write_index
+from loadstone.writing.publish import check_output, check_space, locked, publish, remove_work
 from loadstone.writing.shards import ShardWriter
 from loadstone.writing.sidecars import copy_sidecars, find_sidecars
 
@@ -75,17 +76,19 @@ def finalize(
     ranks = ranks or Ranks()
     check_output(plan.source.root, out, overwrite)
     work = work_directory(out)
-    with locked(out) if ranks.rank == 0 else nullcontext():
+    with locked(out, overwrite) if ranks.rank == 0 else nullcontext():
         if ranks.rank == 0:
-            open_journal(plan, work, versions(), resume)
+            open_journal(plan, out, versions(), resume)
             check_space(plan.bytes_after, out, work)
         ranks.wait()
         try:
             files = _write_all_files(plan, work, device, ranks, on_progress)
             if ranks.rank == 0:
+                # Until here it tells whose work this is.
+                (work / KEY).unlink()
                 publish(work, out, overwrite)
         except OSError as error:
-            _discard_unless_resumable(work, ranks)
+            _discard_unless_resumable(work, out, ranks)
             if error.errno == errno.ENOSPC:
                 raise MissingError(
                     f"the disk of '{out.parent}' is full",
@@ -93,17 +96,18 @@ def finalize(
                 ) from None
             raise
         except BaseException:
-            _discard_unless_resumable(work, ranks)
+            _discard_unless_resumable(work, out, ranks)
             raise
         ranks.wait()
     return Finalized(out, plan, time.monotonic() - started, files)
 
 
-def _discard_unless_resumable(work: Path, ranks: Ranks) -> None:
+def _discard_unless_resumable(work: Path, out: Path, ranks: Ranks) -> None:
     if has_progress(work):
         log.info("finished shards are kept in %s: run the same command again to go on", work)
-    elif ranks.rank == 0:
-        shutil.rmtree(work, ignore_errors=True)
+    elif ranks.rank == 0 and work.exists():
+        with suppress(OSError):
+            remove_work(work, out)
 
 
 def _write_all_files(
@@ -125,7 +129,11 @@ def _write_all_files(
         if source_hash is None:
             return {}
         digests = close_journal(work)
-        _write_index(plan, work)
+        if len(plan.shards) > 1:
+            files = {
+                o.name: plan.file_name(n) for n, s in enumerate(plan.shards) for t in s for o in t.outputs
+            }
+            write_index(work, files, plan.bytes_after)
         for message in copy_sidecars(sidecars, work):
             log.warning("%s", message)
         (work / "config.json").write_text(json.dumps(plan.config, indent=2) + "\n")
@@ -189,24 +197,11 @@ def _finish(writer: ShardWriter, work: Path, name: str, syncer: ThreadPoolExecut
     note_finished(work, name, digest)
 
 
-def _write_index(plan: FinalizePlan, work: Path) -> None:
-    if len(plan.shards) == 1:
-        return
-    weight_map = {
-        output.name: plan.file_name(number)
-        for number, steps in enumerate(plan.shards)
-        for step in steps
-        for output in step.outputs
-    }
-    index = {"metadata": {"total_size": plan.bytes_after}, "weight_map": dict(sorted(weight_map.items()))}
-    (work / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-
-
 def _write_manifest(
     plan: FinalizePlan, work: Path, source_hash: str, digests: dict[str, str]
 ) -> dict[str, str]:
     """``digests``: sha256 of the shards, known already."""
-    paths = [p for p in sorted(work.rglob("*")) if p.is_file()]
+    paths = [p for p in sorted(work.rglob("*")) if p.is_file() and p.name != KEY]
     files = {
         name: digests.get(name) or sha256_file(work / name)
         for name in (str(p.relative_to(work)) for p in paths)

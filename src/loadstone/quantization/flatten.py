@@ -57,3 +57,16 @@ def torch_dtype(name: str) -> torch.dtype:
     import torch
 
     return getattr(torch, TORCH_DTYPES[name])
+
+
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """A tensor's bytes in row-major order, read in place where it lies so on the CPU."""
+    import torch
+
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    if not flat.numel():
+        return memoryview(b"")
+    if flat.stride(0) != 1:
+        # One element with any stride counts as contiguous, and cannot be viewed as bytes.
+        flat = flat.new_empty(flat.shape).copy_(flat)
+    return flat.view(torch.uint8).numpy().data

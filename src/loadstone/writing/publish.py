@@ -1,24 +1,45 @@
-"""An output directory that appears whole or not at all: checks and a lock before the work, one rename at its end."""
+"""An output directory that appears whole or not at all: checks and a lock before the work, one rename at its end.
+
+Beside ``OUT`` lie, while it is written, ``.OUT.lock``, the work (``.OUT.partial`` where a later run can resume it, else
+``.OUT.writing``), and for the moment of a replacement ``.OUT.replaced``. A name that holds anything else is refused.
+"""
 
 from __future__ import annotations
 
-import fcntl
+import errno
+import logging
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from loadstone.artifact.context_file import CONTEXT_JSON
+from loadstone.artifact.manifest import MANIFEST
 from loadstone.errors import MissingError, UsageError
+from loadstone.writing.filesystem import exchange, explain, lock, sync_directory, sync_tree
+
+log = logging.getLogger(__name__)
 
 # Room for config, tokenizer and index beside the weights.
 _SPARE_BYTES = 64 * 2**20
+LOCK, PARTIAL, WRITING, REPLACED = "lock", "partial", "writing", "replaced"
+# The one entry of `.OUT.writing` and `.OUT.replaced`, by which they are recognised as ours.
+_ENTRY = "output"
+
+
+def working_path(out: Path, ending: str) -> Path:
+    """A hidden sibling of ``out``, on its file system: renaming it is one step."""
+    return out.with_name(f".{out.name}.{ending}")
 
 
 def check_output(source: Path | None, out: Path, overwrite: bool) -> None:
-    """Refuse an existing output, and one that is or lies inside the source (or the other way round)."""
+    """Raise `UsageError` for an output that exists, overlaps its source, cannot be written, or whose working names are
+    taken by something else."""
     if out.name in ("", ".."):
         raise UsageError(f"the output '{out}' has no name of its own", "Name a directory to be made")
+    _check_length(out)
     target = out.resolve()
     if source is not None:
         root = source.resolve()
@@ -26,11 +47,14 @@ def check_output(source: Path | None, out: Path, overwrite: bool) -> None:
             raise UsageError(f"the output '{out}' and the source '{source}' overlap", "Choose another output")
     if not can_write(out):
         raise UsageError(f"cannot write '{out}'", "Choose another output, or change its folder's permissions")
-    exists = out.exists() or out.is_symlink()
+    exists = _exists(out)
     if exists and not overwrite:
-        raise UsageError(f"the output '{out}' exists", "Choose another, or pass --overwrite to replace it")
+        raise UsageError(
+            f"the output '{out}' exists", "Choose another, or pass --overwrite (overwrite=True) to replace it"
+        )
     if exists and not out.is_dir():
         raise UsageError(f"the output '{out}' is no directory", "Choose another")
+    _check_working_names(out)
 
 
 def can_write(path: Path) -> bool:
@@ -56,49 +80,120 @@ def check_space(nbytes: int, out: Path, *work: Path) -> None:
         )
 
 
-def publish(work: Path, out: Path, overwrite: bool) -> None:
-    """Make the output appear in one rename; what it replaces is set aside first and removed after.
+@contextmanager
+def new_directory(out: Path, overwrite: bool = False) -> Iterator[Path]:
+    """An empty directory to fill, which becomes ``out`` when the ``with`` block ends, or is removed when it raises.
 
-    Of a link to a directory only the link is replaced.
+    Raises `UsageError` when ``out`` cannot be made or another process is writing it, `MissingError` for disk errors.
     """
-    if out.exists() and overwrite:
-        old = out.with_name(f".{out.name}.replaced")
-        _remove(old)
-        out.rename(old)
+    with locked(out, overwrite):
+        container = working_path(out, WRITING)
+        work = container / _ENTRY
+        work.mkdir(parents=True)
         try:
-            work.rename(out)
-        except BaseException:
-            old.rename(out)
-            raise
-        _remove(old)
-    else:
+            yield work
+            publish(work, out, overwrite)
+        finally:
+            shutil.rmtree(container, ignore_errors=True)
+
+
+def remove_work(work: Path, out: Path) -> None:
+    """Remove a working directory of ``out``, under a name by which the next run knows it if this one is killed."""
+    container = working_path(out, WRITING)
+    container.mkdir()
+    work.rename(container / _ENTRY)
+    shutil.rmtree(container)
+
+
+def publish(work: Path, out: Path, overwrite: bool) -> None:
+    """Make the output appear in one step. With ``overwrite`` an earlier one is swapped against it and then removed; of
+    a link to a directory only the link is replaced.
+
+    Where the file system cannot swap two names the earlier output is set aside first; `locked` puts it back when the
+    run is killed in between.
+    """
+    sync_tree(work)
+    if not (overwrite and _exists(out)):
         work.rename(out)
-    directory = os.open(out.parent, os.O_RDONLY)
-    os.fsync(directory)
-    os.close(directory)
+        sync_directory(out.parent)
+        return
+    aside = working_path(out, REPLACED)
+    aside.mkdir()
+    try:
+        # Under this name a kill leaves what is safe to remove, be it the new output or the earlier one.
+        work.rename(aside / _ENTRY)
+        if not exchange(aside / _ENTRY, out):
+            (aside / _ENTRY).rename(work)
+            out.rename(aside / _ENTRY)
+            work.rename(out)
+        sync_directory(out.parent)
+    finally:
+        _settle_replacement(out)
 
 
-def _remove(path: Path) -> None:
-    if path.is_symlink():
-        path.unlink()
-    elif path.exists():
-        shutil.rmtree(path)
+def _settle_replacement(out: Path) -> str:
+    """Restore or remove what lies in ``.OUT.replaced``; returns what was done, empty where nothing lies there."""
+    aside = working_path(out, REPLACED)
+    if not aside.is_dir():
+        return ""
+    done = "what was left of it is removed"
+    if not _exists(out):
+        entry = aside / _ENTRY if _exists(aside / _ENTRY) else aside
+        entry.rename(out)
+        done = "the output is put back"
+    if (aside / _ENTRY).is_symlink():
+        (aside / _ENTRY).unlink()
+    if aside.exists():
+        shutil.rmtree(aside)
+    return done
 
 
 @contextmanager
-def locked(out: Path) -> Iterator[None]:
-    """Hold the output's lock for a block; raises `UsageError` when another process has it."""
-    path = out.with_name(f".{out.name}.lock")
+def locked(out: Path, overwrite: bool = False) -> Iterator[None]:
+    """Hold the output's lock for a block, in which ``out`` may be written.
+
+    What a run that was killed during a replacement left is restored or removed first. Raises `UsageError` when another
+    process has the lock or `check_output` refuses the output, and `MissingError` for disk errors in the block.
+    """
+    try:
+        with _lock_file(out):
+            _check_working_names(out)
+            if done := _settle_replacement(out):
+                log.warning("a run was killed while it replaced '%s': %s", out, done)
+            if (left := working_path(out, WRITING)).exists():
+                log.warning("'%s', which a killed run left, is removed", left)
+                shutil.rmtree(left)
+            check_output(None, out, overwrite)
+            yield
+    except OSError as error:
+        if (refusal := explain(error, out)) is None:
+            raise
+        raise refusal from error
+
+
+@contextmanager
+def _lock_file(out: Path) -> Iterator[None]:
+    path = working_path(out, LOCK)
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:
-        descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Not blocking: a named pipe would wait for a reader.
+            descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
+        except OSError as error:
+            if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+                raise name_taken(path, out) from None
+            raise
+        try:
+            _check_lock(path, os.fstat(descriptor), out)
+            lock(descriptor, path.parent)
         except BlockingIOError:
             os.close(descriptor)
             raise UsageError(
                 f"another process is writing '{out}'", "Wait for it, or choose another output"
             ) from None
+        except BaseException:
+            os.close(descriptor)
+            raise
         # The holder before may have removed the file between the two calls: then the lock is on nothing.
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(descriptor), path.stat()):
@@ -110,6 +205,55 @@ def locked(out: Path) -> Iterator[None]:
         # Removed while held: whoever opened it in between sees that it is gone.
         path.unlink(missing_ok=True)
         os.close(descriptor)
+
+
+def _check_working_names(out: Path) -> None:
+    """Raise `UsageError`, with its name, for what lies at a working name and is not of loadstone's making."""
+    for ending in (LOCK, PARTIAL, WRITING, REPLACED):
+        path = working_path(out, ending)
+        try:
+            found = path.lstat()
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        if ending == LOCK:
+            _check_lock(path, found, out)
+        elif not stat.S_ISDIR(found.st_mode) or not _is_ours(path, ending):
+            raise name_taken(path, out)
+
+
+def _check_lock(path: Path, found: os.stat_result, out: Path) -> None:
+    if not stat.S_ISREG(found.st_mode) or found.st_size:
+        raise name_taken(path, out)
+
+
+def _is_ours(path: Path, ending: str) -> bool:
+    if ending == PARTIAL:
+        # Its journal says (finalization/journal.py).
+        return True
+    names = {entry.name for entry in path.iterdir()}
+    # A bare artifact or context: earlier versions set an output aside by itself.
+    bare = ending == REPLACED and names & {MANIFEST, CONTEXT_JSON, "config.json"}
+    return names <= {_ENTRY} or bool(bare)
+
+
+def name_taken(path: Path, out: Path) -> UsageError:
+    """The error for something at the working name ``path`` that loadstone did not put there."""
+    return UsageError(
+        f"'{path}' was not made by loadstone, and writing '{out.name}' needs that name",
+        "Move it away, or choose another output",
+    )
+
+
+def _check_length(out: Path) -> None:
+    try:
+        working_path(out, REPLACED).lstat()
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise UsageError(f"the name of the output '{out}' is too long", "Choose a shorter one") from None
+
+
+def _exists(path: Path) -> bool:
+    return path.exists() or path.is_symlink()
 
 
 def _existing_parent(path: Path) -> Path:

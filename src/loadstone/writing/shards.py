@@ -1,7 +1,7 @@
-"""A safetensors shard written in place: header first, then each tensor's bytes at their offset, in any order.
+"""safetensors files written tensor by tensor, so that no file is ever held in memory.
 
-Sizes are known from the plan, so no shard is ever held in memory. Within a shard tensors lie by falling alignment,
-then name, as the reference writer lays them (https://github.com/huggingface/safetensors#format).
+Format and order of tensors (by falling alignment, then name) are the reference writer's:
+https://github.com/huggingface/safetensors#format.
 """
 
 from __future__ import annotations
@@ -9,33 +9,32 @@ from __future__ import annotations
 import json
 import os
 import struct
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from loadstone.artifact.formats.safetensors import DTYPE_BITS, TensorInfo
+from loadstone.quantization.flatten import dtype_name, tensor_bytes
 
 if TYPE_CHECKING:
     import torch
 
 
 class ShardWriter:
-    """One output file. ``write`` may be called from any thread; ``close`` syncs to disk."""
+    """A file whose tensors are known beforehand and may be written in any order, and by rows.
+
+    ``write`` may be called from any thread; ``close`` syncs to disk.
+    """
 
     def __init__(self, path: Path, tensors: list[TensorInfo], metadata: dict[str, str]) -> None:
         ordered = sorted(tensors, key=lambda t: (-DTYPE_BITS[t.dtype], t.name))
-        header: dict[str, object] = {"__metadata__": metadata}
         self._offsets: dict[str, int] = {}
         position = 0
         for tensor in ordered:
-            end = position + tensor.nbytes
-            header[tensor.name] = {
-                "dtype": tensor.dtype,
-                "shape": list(tensor.shape),
-                "data_offsets": [position, end],
-            }
             self._offsets[tensor.name] = position
-            position = end
-        raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+            position += tensor.nbytes
+        raw = _header([(t.name, t.dtype, t.shape, t.nbytes) for t in ordered], metadata)
         raw += b" " * (-len(raw) % 8)
         self._base = 8 + len(raw)
         self._file = os.open(path, os.O_CREAT | os.O_RDWR | os.O_TRUNC, 0o644)
@@ -48,10 +47,9 @@ class ShardWriter:
 
         if tensor.numel() == 0:
             return
-        tensor = tensor.detach().contiguous()
         if tensor.is_cuda:
             tensor = torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor)
-        raw = memoryview(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        raw = tensor_bytes(tensor)
         position = self._base + self._offsets[name] + offset
         while raw:
             count = os.pwrite(self._file, raw, position)
@@ -65,3 +63,56 @@ class ShardWriter:
         """Sync and close."""
         os.fsync(self._file)
         os.close(self._file)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One tensor of a file: its header entry, and what gives its bytes when its turn comes. Packed bytes ("U8") may
+    turn out fewer than ``nbytes``; ``shape`` follows."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+    chunks: Callable[[], Iterable[Any]]
+
+
+def plain_parts(tensors: dict[str, torch.Tensor]) -> list[Part]:
+    """Tensors as they are, in safetensors' order."""
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
+    return [
+        Part(name, dtype_name(t.dtype), tuple(t.shape), t.nbytes, lambda t=t: [tensor_bytes(t)])  # type: ignore[misc]
+        for name, t in ordered
+    ]
+
+
+def write_parts(path: Path, parts: list[Part]) -> None:
+    """Write ``parts``, of any device, to ``path`` and sync it to disk; one of them at a time is on the CPU."""
+    with path.open("wb") as file:
+        # The header comes first and is known last: room is left for its longest form.
+        room = len(_header([(p.name, p.dtype, p.shape, p.nbytes) for p in parts], {"format": "pt"}))
+        room += -room % 8
+        file.write(struct.pack("<Q", room) + b" " * room)
+        entries = []
+        for part in parts:
+            begin = file.tell()
+            for chunk in part.chunks():
+                file.write(chunk)
+            size = file.tell() - begin
+            entries.append((part.name, part.dtype, part.shape if size == part.nbytes else (size,), size))
+        header = _header(entries, {"format": "pt"})
+        file.seek(8)
+        file.write(header + b" " * (room - len(header)))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _header(entries: list[tuple[str, str, tuple[int, ...], int]], metadata: dict[str, str]) -> bytes:
+    """The JSON header of tensors that follow each other: (name, dtype, shape, bytes) each."""
+    header: dict[str, object] = {"__metadata__": metadata}
+    position = 0
+    for name, dtype, shape, nbytes in entries:
+        end = position + nbytes
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, end]}
+        position = end
+    return json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()

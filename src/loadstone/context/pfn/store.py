@@ -30,9 +30,10 @@ from loadstone.context.pfn.layer_cache import CACHE_DTYPES, LayerCache
 from loadstone.context.pfn.layout import CACHE_DTYPE_NAMES, PROBE_ROWS, context_tensors
 from loadstone.context.pfn.model import PFN, REGRESSION, TASKS, PFNConfig
 from loadstone.context.pfn.training_context import TrainingContext
-from loadstone.context.writer import finished, plain_parts, write_context
 from loadstone.errors import ArtifactError, LoadstoneError, UsageError
 from loadstone.loading.values import check_values
+from loadstone.writing.contexts import finished, write_context
+from loadstone.writing.shards import plain_parts
 
 # Largest difference of a logit, relative to the largest one of the probe, between the machine that fitted and this.
 PROBE_TOLERANCE = {"float64": 1e-9, "float32": 2e-3, "bfloat16": 0.1}

@@ -39,9 +39,10 @@ from loadstone.context.prefix.base import (
 from loadstone.context.prefix.cache import EMPTY, FULL, LINEAR, SLIDING, LayerState, Prefix, PrefixCache
 from loadstone.context.prefix.fit import compute_dtype, share_attention
 from loadstone.context.prefix.stored_states import CACHE_KINDS, Stored, check_kind
-from loadstone.context.writer import finished, plain_parts, write_context
 from loadstone.errors import ArtifactError, LoadstoneError, MissingError
 from loadstone.loading.values import check_values
+from loadstone.writing.contexts import finished, write_context
+from loadstone.writing.shards import plain_parts
 
 log = logging.getLogger(__name__)
 # Largest difference of a logit, relative to the largest, between the machine that read the prompt and this one.

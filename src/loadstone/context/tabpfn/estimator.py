@@ -36,8 +36,8 @@ from loadstone.context.tabpfn.classes import ALLOWED, TESTED
 from loadstone.context.tabpfn.object_tree import Decoder, Encoder
 from loadstone.context.tabpfn.packed_file import PackedFile, packed_bytes, packed_parts
 from loadstone.context.tabpfn.packing import WORKERS
-from loadstone.context.writer import finished, write_context
 from loadstone.errors import LoadstoneError, MissingError, UsageError
+from loadstone.writing.contexts import finished, write_context
 
 log = logging.getLogger(__name__)
 

@@ -28,8 +28,8 @@ from loadstone.context.tabpfn.packing import (
     scatter,
     unpack,
 )
-from loadstone.context.writer import Part
 from loadstone.quantization.flatten import dtype_name
+from loadstone.writing.shards import Part
 
 DESCRIPTION = "description"
 # More than any file: only the room that its digits take matters.

@@ -21,8 +21,7 @@ import torch
 from torch import Tensor
 
 from loadstone.artifact.context_errors import CorruptContext
-from loadstone.context.fingerprint import tensor_bytes
-from loadstone.quantization.flatten import dtype_name, torch_dtype
+from loadstone.quantization.flatten import dtype_name, tensor_bytes, torch_dtype
 
 # Below this many bytes a tensor goes into the common stream.
 LARGE = 1 << 16

@@ -1,0 +1,51 @@
+"""A fitted context's directory: ``context.safetensors``, written tensor by tensor, and ``context.json``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from loadstone._version import __version__
+from loadstone.artifact.context_file import CONTEXT_JSON, CONTEXT_TENSORS, FORMAT_VERSIONS, digest, is_context
+from loadstone.artifact.manifest import sha256_file
+from loadstone.errors import UsageError
+from loadstone.writing.publish import new_directory
+from loadstone.writing.shards import Part, write_parts
+
+
+def write_context(
+    path: Path, parts: list[Part], describe: Callable[[Path], dict[str, Any]], *, overwrite: bool
+) -> Path:
+    """Make the directory ``path`` of ``parts`` and of what ``describe`` says once they are written; returns it.
+
+    Tensors are written one after another, so this needs the memory of the largest of them. Raises `UsageError` for an
+    output that exists, or is no context that could be replaced, `MissingError` for disk errors.
+    """
+    if overwrite and path.exists() and not is_context(path):
+        raise UsageError(
+            f"the output '{path}' is no fitted context", "It will not be replaced: choose another"
+        )
+    with new_directory(path, overwrite) as work:
+        write_parts(work / CONTEXT_TENSORS, parts)
+        facts = describe(work / CONTEXT_TENSORS)
+        (work / CONTEXT_JSON).write_text(_lines(facts), encoding="utf-8")
+    return path
+
+
+def _lines(facts: dict[str, Any]) -> str:
+    """JSON with a line for each key: short, and still read by eye."""
+    rows = (
+        f"{json.dumps(key)}: {json.dumps(value, ensure_ascii=False, separators=(',', ':'))}"
+        for key, value in facts.items()
+    )
+    return "{\n" + ",\n".join(rows) + "\n}\n"
+
+
+def finished(facts: dict[str, Any], tensors: Path) -> dict[str, Any]:
+    """``facts`` with what every context.json holds: format, the tensors' hash, versions and its own digest."""
+    whole = {"format": "loadstone-context", "format_version": FORMAT_VERSIONS[facts["kind"]]} | facts
+    whole["files"] = {CONTEXT_TENSORS: {"sha256": sha256_file(tensors), "bytes": tensors.stat().st_size}}
+    whole["versions"] = {"loadstone": __version__}
+    return whole | {"digest": digest(whole)}

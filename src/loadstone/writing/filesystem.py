@@ -1,0 +1,98 @@
+"""Calls that not every file system has, each with what is done instead: swapping two names, directory sync, locks."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import logging
+import os
+import sys
+from pathlib import Path
+
+from loadstone.errors import LoadstoneError, MissingError, UsageError
+
+log = logging.getLogger(__name__)
+
+# What a kernel or file system answers to a call that it does not have.
+_UNSUPPORTED = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOTTY}
+_DISK_ERRORS = {
+    errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ESTALE,
+    errno.ENAMETOOLONG, errno.ENXIO, errno.ENODEV,
+}  # fmt: skip
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+_warned: set[int] = set()
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Swap two names of one file system in a single step; False where the system cannot."""
+    if sys.platform != "linux":
+        return False
+    try:
+        call = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return False
+    if call(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    # EPERM: container runtimes refuse system calls that they do not know.
+    if code in _UNSUPPORTED or code == errno.EPERM:
+        return False
+    raise OSError(code, os.strerror(code), str(one), None, str(other))
+
+
+def lock(descriptor: int, folder: Path) -> None:
+    """Lock an open file of ``folder``; raises `BlockingIOError` when another process has it."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise
+        _warn_once(folder, "has no file locks: make sure that no other process writes the same output")
+
+
+def sync_tree(folder: Path) -> None:
+    """Have the disk take every file below ``folder`` and the directories' entries."""
+    for path in folder.rglob("*"):
+        if path.is_dir():
+            sync_directory(path)
+        elif path.is_file():
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+    sync_directory(folder)
+
+
+def sync_directory(folder: Path) -> None:
+    """Have the disk take a directory's entries, where its file system can."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise
+        _warn_once(folder, "cannot sync directories: after a power failure an output may be missing")
+    finally:
+        os.close(descriptor)
+
+
+def explain(error: OSError, out: Path) -> LoadstoneError | None:
+    """What to tell a user whose disk refused a call while ``out`` was written; None for an error of another kind."""
+    if error.errno not in _DISK_ERRORS:
+        return None
+    where = f"'{error.filename}': " if isinstance(error.filename, str) else ""
+    message = f"'{out}' could not be written ({where}{error.strerror})"
+    if error.errno == errno.ENAMETOOLONG:
+        return UsageError(message, "Choose a shorter name")
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return MissingError(message, "Free some space and run again")
+    return MissingError(message, "Check the disk and its permissions, or choose another output")
+
+
+def _warn_once(folder: Path, what: str) -> None:
+    device = folder.stat().st_dev
+    if device not in _warned:
+        _warned.add(device)
+        log.warning("the file system of '%s' %s", folder, what)

@@ -1,0 +1,71 @@
+"""Files written tensor by tensor are those of the reference writer; the division into files and its index."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from loadstone.artifact import TensorInfo
+from loadstone.quantization.flatten import dtype_name
+from loadstone.writing.index import in_shards, shard_name, weights_name, write_index
+from loadstone.writing.shards import Part, ShardWriter, plain_parts, write_parts
+
+TENSORS = {
+    "b": torch.arange(6, dtype=torch.float32).view(2, 3),
+    "a": torch.ones(3, dtype=torch.bfloat16),
+    "é": torch.arange(5, dtype=torch.int8),
+    "scalar": torch.tensor(2.0, dtype=torch.float64),
+    "empty": torch.empty(0, 4),
+    "strided": torch.arange(12, dtype=torch.int16).view(3, 4).t(),
+}
+
+
+@pytest.fixture
+def reference(tmp_path: Path) -> bytes:
+    save_file({n: t.contiguous() for n, t in TENSORS.items()}, tmp_path / "ref", metadata={"format": "pt"})
+    return (tmp_path / "ref").read_bytes()
+
+
+def test_parts_in_order(tmp_path: Path, reference: bytes) -> None:
+    write_parts(tmp_path / "file", plain_parts(TENSORS))
+    assert (tmp_path / "file").read_bytes() == reference
+
+
+def test_tensors_in_any_order_and_by_rows(tmp_path: Path, reference: bytes) -> None:
+    infos = [TensorInfo(n, dtype_name(t.dtype), tuple(t.shape), "", 0, t.nbytes) for n, t in TENSORS.items()]
+    writer = ShardWriter(tmp_path / "file", infos, {"format": "pt"})
+    for name, tensor in reversed(TENSORS.items()):
+        if name == "b":
+            writer.write(name, tensor[1:], tensor[:1].nbytes)
+            tensor = tensor[:1]
+        writer.write(name, tensor)
+    writer.flush()
+    writer.close()
+    assert (tmp_path / "file").read_bytes() == reference
+
+
+def test_bytes_that_turn_out_fewer(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    write_parts(tmp_path / "file", [Part("packed", "U8", (100,), 100, lambda: [b"abc", b"de"])])
+    assert bytes(load_file(tmp_path / "file")["packed"].tolist()) == b"abcde"
+
+
+def test_a_file_closes_when_the_next_tensor_would_overfill_it() -> None:
+    items = [torch.empty(n, dtype=torch.int8) for n in (4, 6, 1, 20, 3, 3)]
+    shards = in_shards(items, 10)
+    assert [[t.nbytes for t in shard] for shard in shards] == [[4, 6], [1], [20], [3, 3]]
+    assert in_shards([], 10) == ((),)
+
+
+def test_names_and_index(tmp_path: Path) -> None:
+    assert shard_name(0, 1) == "model-00001-of-00001.safetensors"
+    assert weights_name(0, 1) == "model.safetensors" and weights_name(1, 3) == shard_name(1, 3)
+    write_index(tmp_path, {"b": "two", "a": "one"}, 7)
+    text = (tmp_path / "model.safetensors.index.json").read_text()
+    assert list(json.loads(text)["weight_map"]) == ["a", "b"]
+    assert json.loads(text)["metadata"] == {"total_size": 7}
