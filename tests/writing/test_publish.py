@@ -298,7 +298,7 @@ def test_odd_things_at_working_names_are_refused_by_name(
     tmp_path: Path, ending: str, odd: Callable[[Path], None]
 ) -> None:
     if (ending, odd) == ("partial", _directory):
-        pytest.skip("its journal says whose it is: tests/finalize/test_resume.py")
+        pytest.skip("its journal says whose it is: tests/finalization/test_resume.py")
     out = tmp_path / "out"
     odd(tmp_path / f".out.{ending}")
     before = list(_everything(tmp_path))
@@ -365,5 +365,5 @@ def test_disk_errors_are_told_with_the_path(tmp_path: Path, code: int, kind: typ
 
 def test_a_disk_with_too_little_space(tmp_path: Path) -> None:
     check_space(1, tmp_path / "out")
-    with pytest.raises(MissingError, match=r"the output needs 1000000000\.06 GB"):
+    with pytest.raises(MissingError, match=r"the output needs 1000000000\.07 GB"):
         check_space(10**18, tmp_path / "out")
