@@ -78,6 +78,30 @@ def tiny(make_model: Callable[..., Path]) -> Path:
 
 
 @pytest.fixture(scope="session")
+def gemma3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny multimodal Gemma3 (three vision layers, two language layers) with a tokenizer; read only."""
+    import torch
+    import transformers
+
+    text = _COMMON | {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 32}
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}
+    config = transformers.Gemma3Config(
+        text_config=text,
+        vision_config=vision | {"image_size": 28, "patch_size": 14},
+        mm_tokens_per_image=4,
+        image_token_index=255,
+        boi_token_index=254,
+        eoi_token_index=253,
+    )
+    torch.manual_seed(7)
+    model = transformers.Gemma3ForConditionalGeneration(config).to(torch.bfloat16)
+    path = tmp_path_factory.mktemp("gemma3") / "model"
+    model.save_pretrained(path)
+    _write_tokenizer(path)
+    return path
+
+
+@pytest.fixture(scope="session")
 def quantize_to(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """``quantize_to(source, recipe)``: the finalized directory, made once; read only."""
     made: dict[tuple[Path, str], Path] = {}

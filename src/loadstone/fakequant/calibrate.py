@@ -85,11 +85,12 @@ def calibrate(
 
 
 def _offloaded_layers(model: Any) -> list[Any]:
-    """Members of the model's lists of layers that accelerate brings in and out."""
-    import torch
+    """The decoder layers that accelerate moves to the device for a pass and back."""
+    from loadstone.loading.layers import layer_stack
 
-    lists = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList)]
-    return [m for each in lists for m in each if any(p.device.type == "meta" for p in m.parameters())]
+    stack = layer_stack(model)
+    layers: Any = [] if stack is None else stack.layers
+    return [layer for layer in layers if any(p.device.type == "meta" for p in layer.parameters())]
 
 
 def _resident(model: Any) -> bool:

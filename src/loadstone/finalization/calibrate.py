@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable
@@ -24,13 +25,14 @@ from loadstone.loading.source import SourceReader
 from loadstone.quantization.flatten import torch_dtype
 from loadstone.quantization.quantize import quantize_scaled, quantize_weight
 from loadstone.quantization.rounding import least_squares_weight
-from loadstone.quantization.schemes import CALIBRATED, rounding_of, scales_inputs
+from loadstone.quantization.schemes import CALIBRATED, rounding_choices, rounding_of, scales_inputs
 from loadstone.writing.publish import check_space
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+log = logging.getLogger(__name__)
 _SCALES = {"awq": awq_scale, "smoothquant": smooth_scale}
 
 
@@ -57,6 +59,7 @@ def calibrate(
     """
     import torch
 
+    from loadstone.loading.layers import layer_stack
     from loadstone.loading.meta import destinations
     from loadstone.loading.native import load_config, model_class_of
     from loadstone.loading.streamed import skeleton
@@ -69,20 +72,24 @@ def calibrate(
     config = load_config(plan.source, trust_remote_code)
     model_class = model_class_of(config, plan.source, trust_remote_code)
     model = skeleton(model_class, config, torch.float32).eval()
-    prefix, layers = _layer_stack(model)
-    outside = [name for name in wanted if not name.startswith(f"{prefix}.")]
-    if outside:
-        raise UsageError(
-            f"'{outside[0]}' lies in no decoder layer: it cannot be calibrated",
-            "Give it rounding=affine or mse",
-        )
-    folder = _folder(plan, rows, out)
-    check_space(plan.bytes_after + sum(s.nbytes for s in wanted.values()), out, work_directory(out), folder)
+    stack = layer_stack(model)
+    if stack is None:
+        raise ArtifactError(f"{type(model).__name__} has no list of decoder layers", _PLAIN)
+    prefix, layers = stack
     by_source = {s.source.name: s for s in plan.steps}
     steps: dict[str, Step] = {}
     for key, place in destinations(model, list(by_source)).items():
         if place is not None and not place.converted:
             steps[place.parameter] = by_source[key]
+    calibrated_here = {s.name for name, s in steps.items() if name.startswith(f"{prefix}.")}
+    outside = [step for name, step in wanted.items() if name not in calibrated_here]
+    _check_outside(outside, prefix)
+    if len(outside) == len(wanted):
+        raise UsageError(
+            f"no weight that {plan.recipe} quantizes is part of a decoder layer ({prefix})", _PLAIN
+        )
+    folder = _folder(plan, rows, out)
+    check_space(plan.bytes_after + sum(s.nbytes for s in wanted.values()), out, work_directory(out), folder)
     sources = {name: step.source for name, step in steps.items()}
     reader = SourceReader(plan.source)
     folder.mkdir(parents=True, exist_ok=True)
@@ -112,10 +119,34 @@ def calibrated(plan: FinalizePlan, rows: torch.Tensor, out: Path) -> FinalizePla
     for file in sorted(_folder(plan, rows, out).glob("*.safetensors")):
         with safe_open(file, framework="pt") as parts:
             ready |= dict.fromkeys(parts.keys(), str(file))
-    shards = tuple(
-        tuple(replace(s, ready=ready.get(s.outputs[0].name, "")) for s in shard) for shard in plan.shards
-    )
+    shards = tuple(tuple(_with_result(s, ready) for s in shard) for shard in plan.shards)
     return replace(plan, shards=shards)
+
+
+def _with_result(step: Step, ready: dict[str, str]) -> Step:
+    """The step with its calibrated tensors, or rounded without text if it is outside of the decoder layers."""
+    file = ready.get(step.outputs[0].name, "")
+    if not file and step.scheme is not None and rounding_of(step.scheme) in CALIBRATED:
+        plain = rounding_choices(step.scheme)[0]
+        return replace(step, scheme=replace(step.scheme, rounding=plain))  # type: ignore[call-arg, arg-type]
+    return replace(step, ready=file)
+
+
+def _check_outside(outside: list[Step], prefix: str) -> None:
+    """Warn about weights that are not in a decoder layer; raise `UsageError` for those that need text."""
+    for step in outside:
+        if scales_inputs(step.scheme):
+            raise UsageError(
+                f"'{step.name}' is not in a decoder layer ({prefix}): it cannot be calibrated",
+                "Give it the rule `skip`, or rounding=affine, in a recipe file",
+            )
+    if outside:
+        log.warning(
+            "%d weights outside of the decoder layers (%s) are rounded without calibration, the first is '%s'",
+            len(outside),
+            prefix,
+            outside[0].name,
+        )
 
 
 def discard(out: Path) -> None:
@@ -353,15 +384,6 @@ def _set(
     module = root.get_submodule(owner)
     value = reader.read(sources[full]).to(device=device, dtype=torch.float32)
     module._parameters[last] = torch.nn.Parameter(value, requires_grad=False)
-
-
-def _layer_stack(model: PreTrainedModel) -> tuple[str, torch.nn.ModuleList]:
-    import torch
-
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.ModuleList) and name.rpartition(".")[2] in ("layers", "h", "blocks"):
-            return name, module
-    raise ArtifactError(f"{type(model).__name__} has no list of decoder layers", _PLAIN)
 
 
 def _folder(plan: FinalizePlan, rows: torch.Tensor, out: Path) -> Path:

@@ -39,16 +39,6 @@ def model_map(artifact: Artifact, keys: list[str], trust_remote_code: bool = Fal
     return ModelMap(facts_of(model), destinations(model, keys))
 
 
-def layer_stack(model: Any) -> str | None:
-    """Name of the list of decoder layers: the outermost list of modules of one type; None if there is none."""
-    from torch import nn
-
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) and len({type(x) for x in module}) == 1:
-            return str(name)
-    return None
-
-
 class Destination(NamedTuple):
     """Where a checkpoint tensor goes: ``parameter`` in the model; ``converted`` when it is merged or reshaped there.
 

@@ -12,9 +12,10 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from loadstone.errors import ArtifactError
+from loadstone.loading.layers import layer_stack
 from loadstone.loading.lazy import lazy_state_dict
 from loadstone.loading.loader import import_libraries
-from loadstone.loading.meta import destinations, layer_stack
+from loadstone.loading.meta import destinations
 from loadstone.loading.native import (
     construction,
     load_config,
@@ -48,13 +49,13 @@ class StreamedModel:
             self.model = skeleton(model_class, config, dtype).eval()
         self._where = artifact.weights.index or artifact.weights.files[0]
         self._options = _load_options(self.model, device, dtype)
-        stack = layer_stack(self.model)
-        if stack is None:
+        found = layer_stack(self.model)
+        if found is None:
             raise ArtifactError(
                 f"'{artifact.root}' has no list of decoder layers that could be streamed",
                 "Use a larger machine",
             )
-        self.stack: nn.ModuleList = self.model.get_submodule(stack)  # type: ignore[assignment]
+        stack, self.stack = found
         self._parts: dict[int | None, dict[str, Any]] = {}
         for key, destination in destinations(self.model, list(state)).items():
             if destination is None:

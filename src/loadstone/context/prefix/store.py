@@ -354,11 +354,13 @@ def _read(file: ContextFile, model: Any, tokenizer: Any) -> Prefix:
 
 def _layer_devices(model: Any, count: int, default: torch.device) -> list[torch.device]:
     """Where each decoder layer of a model lies, which may be spread over several devices."""
-    for module in model.modules():
-        if isinstance(module, torch.nn.ModuleList) and len(module) == count:
-            parameters = [next(layer.parameters(), None) for layer in module]
-            return [default if p is None else p.device for p in parameters]
-    return [default] * count
+    from loadstone.loading.layers import layer_stack
+
+    stack = layer_stack(model)
+    if stack is None or len(stack.layers) != count:
+        return [default] * count
+    parameters = [next(layer.parameters(), None) for layer in stack.layers]
+    return [default if p is None else p.device for p in parameters]
 
 
 def _check_probe(cache: PrefixCache, file: ContextFile) -> None:

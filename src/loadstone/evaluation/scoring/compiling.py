@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from loadstone.loading.meta import layer_stack
+from loadstone.loading.layers import layer_stack
 
 log = logging.getLogger(__name__)
 # torchao's int8 recipes turn inductor's exhaustive tuning on for the whole process: minutes a layer for
@@ -46,4 +46,4 @@ def eagerly(model: Any) -> AbstractContextManager[object]:
 def decoder_layers(model: Any) -> list[nn.Module]:
     """The decoder layers; empty if there is no stack of them."""
     stack = layer_stack(model)
-    return [] if stack is None else list(model.get_submodule(stack))
+    return [] if stack is None else list(stack.layers)
