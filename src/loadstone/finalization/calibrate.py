@@ -25,7 +25,13 @@ from loadstone.loading.source import SourceReader
 from loadstone.quantization.flatten import torch_dtype
 from loadstone.quantization.quantize import quantize_scaled, quantize_weight
 from loadstone.quantization.rounding import least_squares_weight
-from loadstone.quantization.schemes import CALIBRATED, rounding_choices, rounding_of, scales_inputs
+from loadstone.quantization.schemes import (
+    CALIBRATED,
+    Int8DynActIntxWeight,
+    IntxWeightOnly,
+    rounding_choices,
+    rounding_of,
+)
 from loadstone.writing.publish import check_space
 
 if TYPE_CHECKING:
@@ -33,6 +39,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
+_INTX = (IntxWeightOnly, Int8DynActIntxWeight)
 _SCALES = {"awq": awq_scale, "smoothquant": smooth_scale}
 
 
@@ -185,22 +192,25 @@ def _round_layer(
     scales = _fold_scales(layer, wanted, inputs, lambda: _run(layer, hidden[0], call, device))
     parts: dict[str, torch.Tensor] = {}
     for name, step in wanted.items():
-        assert step.scheme is not None
+        assert step.encoding is not None and step.scheme is not None
         weight, algorithm = _weight(layer, name, step), rounding_of(step.scheme)
         if algorithm == "gptq":
             moment = inputs[name].moment
             assert moment is not None
             tensor = gptq(weight, moment, step.scheme)  # type: ignore[arg-type]
-        elif scales_inputs(step.scheme):
+        elif step.encoding.scales_inputs:
             scale = _SCALES[algorithm](inputs[name], [(weight, step.scheme)])
             tensor = quantize_scaled(weight, step.scheme, scale)
-        elif algorithm == "awq" and (moment := inputs[name].moment) is not None:
+        elif (
+            algorithm == "awq"
+            and isinstance(step.scheme, _INTX)
+            and (moment := inputs[name].moment) is not None
+        ):
             # The paper's clipping: each group's range is what changes the outputs least.
             matters = moment.diagonal() / scales[name].square() if name in scales else moment.diagonal()
-            tensor = least_squares_weight(weight, step.scheme, matters)  # type: ignore[arg-type]
+            tensor = least_squares_weight(weight, step.scheme, matters)
         else:
             tensor = quantize_weight(weight, step.scheme)
-        assert step.encoding is not None
         parts |= {n: p.cpu().contiguous() for n, p in step.encoding.store(tensor).items()}
     for name, old in before.items():
         new = layer.get_parameter(name)
@@ -226,7 +236,11 @@ def _fold_scales(
     run: Callable[[], torch.Tensor],
 ) -> dict[str, torch.Tensor]:
     """Scale the columns of Linears whose tensors cannot scale their inputs, and fold that; returns scales by Linear."""
-    names = [n for n, s in wanted.items() if rounding_of(s.scheme) in _SCALES and not scales_inputs(s.scheme)]
+    names = [
+        name
+        for name, step in wanted.items()
+        if rounding_of(step.scheme) in _SCALES and not (step.encoding and step.encoding.scales_inputs)
+    ]
     chosen = []
     for fold in find_folds(layer, names, run, list(wanted)) if names else []:
         members = [(_weight(layer, name, wanted[name]), wanted[name].scheme) for name in fold.linears]
@@ -390,7 +404,7 @@ def _folder(plan: FinalizePlan, rows: torch.Tensor, out: Path) -> Path:
     """A place for this calibration: other tokens, weights, recipes or versions never share files."""
     files = plan.source.weight_files
     stats = [(f, (s := (plan.source.path / f).stat()).st_size, s.st_mtime_ns) for f in files]
-    text = json.dumps([str(plan.recipe), plan.dtype, stats, list(rows.shape), versions()])
+    text = json.dumps([plan.kind, str(plan.recipe), plan.dtype, stats, list(rows.shape), versions()])
     return scratch(out) / hashlib.sha256(text.encode() + rows.numpy().tobytes()).hexdigest()[:16]
 
 

@@ -10,6 +10,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from loadstone.artifact import Artifact, TensorInfo
+from loadstone.artifact.compressed_tensors.merging import merged_sets
 from loadstone.artifact.detect import DENSE, OTHER_QUANTIZER, QAT_KEY
 from loadstone.artifact.formats.safetensors import DTYPE_BITS, FLOAT_DTYPES
 from loadstone.errors import ArtifactError
@@ -32,6 +33,7 @@ class Step:
 
     ``outputs``: the stored tensors, with sizes and no offsets yet. ``encoding``: how the weight is quantized; None for
     a tensor that is copied or cast. ``ready``: a safetensors file that holds the outputs already, made by calibration.
+    ``merged_with``: other source tensors whose largest value counts for the scale of the whole tensor.
     """
 
     sources: tuple[TensorInfo, ...]
@@ -40,6 +42,7 @@ class Step:
     encoding: Encoding | None = None
     reason: str = ""
     ready: str = ""
+    merged_with: tuple[TensorInfo, ...] = ()
 
     @property
     def action(self) -> str:
@@ -119,7 +122,6 @@ def make_plan(
     from loadstone.finalization.encoders.torchao import TorchaoEncoder
     from loadstone.loading.meta import model_map
     from loadstone.quantization.qat import recorded_recipe
-    from loadstone.quantization.rules import decide
 
     refuse_quantized(artifact)
     recipe = recorded_recipe(artifact, recipe)
@@ -127,11 +129,11 @@ def make_plan(
     mapped = model_map(artifact, list(found), trust_remote_code)
     model, where = mapped.facts, mapped.places
     sources = source_tensors(artifact, found, model)
-    decisions = decide(model, recipe, skip) if recipe else {}
+    encoder = encoder or TorchaoEncoder(device)
+    decisions = encoder.decide(model, recipe, skip) if recipe else {}
     present = {place.parameter for key in sources if (place := where[key])}
     untied = _untied(model, decisions, present)
     fused = _fused(model, sources, where)
-    encoder = encoder or TorchaoEncoder(device)
     steps: list[Step] = []
     for key, info in sources.items():
         place = where[key]
@@ -144,11 +146,17 @@ def make_plan(
             )
         stored = SAFETENSORS_DTYPES[dtype] if dtype != "auto" and info.dtype in FLOAT_DTYPES else info.dtype
         decision = decisions.get(place.parameter) if place else None
-        if recipe and decision and decision.scheme and place and not place.converted:
+        if encoder.keeps_names and decision and decision.scheme and place:
+            separate = _separate(info, artifact)
+            steps += [_quantize_step((part,), part.name, stored, decision, encoder) for part in separate]
+            if separate:
+                steps += _untied_steps(info, place.parameter, stored, decisions, untied, encoder)
+                continue
+        elif recipe and decision and decision.scheme and place and not place.converted:
             steps.append(_quantize_step((info,), place.parameter, stored, decision, encoder))
             steps += _untied_steps(info, place.parameter, stored, decisions, untied, encoder)
             continue
-        if recipe and decision and decision.scheme and place and place.parameter in fused:
+        elif recipe and decision and decision.scheme and place and place.parameter in fused:
             together = fused[place.parameter]
             if info is together[0]:
                 shape = next(w.shape for w in model.weights if w.name == place.parameter)
@@ -156,7 +164,11 @@ def make_plan(
             continue
         reason = decision.reason if decision else ("" if recipe is None else "not a matrix weight")
         if decision and decision.scheme:
-            reason = "merged with others on load: torchao's tensors cannot be merged"
+            reason = (
+                "experts in one tensor, which are divided in safetensors only"
+                if encoder.keeps_names
+                else "merged with others on load: torchao's tensors cannot be merged"
+            )
         output = TensorInfo(info.name, stored, info.shape, info.file, 0, _nbytes(info, stored))
         steps.append(Step((info,), key, (output,), reason=reason))
         if place is not None and untied:
@@ -168,7 +180,9 @@ def make_plan(
         )
     config = _config(artifact, dtype)
     if recipe:
-        config |= encoder.config(recipe, skip, decisions)
+        steps = _sharing_scales(steps)
+        stored_as = {step.name: step.encoding or step.outputs[0] for step in steps}
+        config |= encoder.config(recipe, skip, decisions, stored_as)
     if untied:
         for part in (config, config.get("text_config")):
             if isinstance(part, dict):
@@ -280,6 +294,48 @@ def _quantize_step(
     assert decision.scheme is not None
     encoding = encoder.encoding(parameter, decision.scheme, shape or sources[0].shape, stored)
     return Step(sources, parameter, encoding.outputs, encoding, decision.reason)
+
+
+def _separate(info: TensorInfo, artifact: Artifact) -> list[TensorInfo]:
+    """The matrices that a source tensor is stored as by name: itself, or each expert's; empty where it cannot be
+    divided.
+
+    A tensor of all experts (experts, out, in) of transformers' own kind holds gate above up.
+    """
+    if len(info.shape) == 2:
+        return [info]
+    owner, _, last = info.name.removesuffix(".weight").rpartition(".")
+    if len(info.shape) != 3 or artifact.weights.format != "safetensors":
+        return []
+    experts, rows, columns = info.shape
+    names = ("gate_proj", "up_proj") if last == "gate_up_proj" else (last,)
+    height = rows // len(names)
+    size = info.nbytes // (experts * len(names))
+    return [
+        info._replace(
+            name=f"{owner}.{expert}.{name}.weight",
+            shape=(height, columns),
+            begin=info.begin + (expert * len(names) + number) * size,
+            end=info.begin + (expert * len(names) + number + 1) * size,
+        )
+        for expert in range(experts)
+        for number, name in enumerate(names)
+    ]
+
+
+def _sharing_scales(steps: list[Step]) -> list[Step]:
+    """The steps, where layers that servers merge need one scale of the whole tensor, each with the others' sources."""
+    sharing = {
+        step.name.removesuffix(".weight"): step
+        for step in steps
+        if step.encoding and step.encoding.shares_scale
+    }
+    merged: dict[str, tuple[TensorInfo, ...]] = {}
+    for members in merged_sets(sharing):
+        for module in members:
+            others = tuple(sharing[other].source for other in members if other != module)
+            merged[f"{module}.weight"] = others
+    return [replace(step, merged_with=merged.get(step.name, ())) for step in steps] if merged else steps
 
 
 def _config(artifact: Artifact, dtype: str) -> dict[str, Any]:

@@ -11,10 +11,12 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
+from loadstone.artifact import TensorInfo
 from loadstone.finalization.plan import FinalizePlan
-from loadstone.finalization.units import Unit, encode_unit
+from loadstone.finalization.units import Unit, encode_unit, extremes_of
 from loadstone.loading.source import SourceReader
 
 if TYPE_CHECKING:
@@ -45,12 +47,17 @@ def stream(
     # Page-locked blocks are kept by torch for the next unit: fresh memory costs more than the copy into it.
     pinned = device.startswith("cuda")
 
+    @lru_cache(maxsize=64)
+    def extremes(info: TensorInfo) -> tuple[torch.Tensor, torch.Tensor]:
+        return extremes_of(info, reader)
+
     def work(unit: Unit) -> Unit:
         with budget.reserve(unit.nbytes), torch.no_grad():
             values = reader.span(
                 unit.step.sources[unit.number], unit.start, unit.stop, pinned=pinned and not unit.large
             )
-            parts = encode_unit(unit, values, device)
+            others = (extremes(info) for info in unit.step.merged_with)
+            parts = encode_unit(unit, values, device, others)
             if not unit.large:
                 for part in parts:
                     put(unit, *part)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from loadstone.artifact import TensorInfo
 from loadstone.errors import ArtifactError, UsageError
 from loadstone.finalization.plan import FinalizePlan, Step
+from loadstone.loading.source import SourceReader
 from loadstone.quantization.flatten import torch_dtype
 from loadstone.quantization.schemes import CALIBRATED, rounding_of
 
@@ -81,10 +82,13 @@ def _block(step: Step, source: TensorInfo, device: str) -> int:
     return min(rows * width, source.numel)
 
 
-def encode_unit(unit: Unit, values: torch.Tensor, device: str) -> Iterator[tuple[str, torch.Tensor, int]]:
+def encode_unit(
+    unit: Unit, values: torch.Tensor, device: str, others: Iterable[tuple[torch.Tensor, torch.Tensor]] = ()
+) -> Iterator[tuple[str, torch.Tensor, int]]:
     """Encode or cast a unit's ``values`` (elements,); yields (stored tensor's name, part of it, byte offset).
 
-    Raises `ArtifactError` for a weight that holds NaN or infinity.
+    ``others``: smallest and largest value of each tensor that the weight is merged with. Raises `ArtifactError` for a
+    weight that holds NaN or infinity.
     """
     step, encoding = unit.step, unit.step.encoding
     if step.ready:
@@ -109,16 +113,31 @@ def encode_unit(unit: Unit, values: torch.Tensor, device: str) -> Iterator[tuple
     target = torch_dtype(encoding.dtype)
     extremes = None
     if encoding.rows_together and encoding.row_multiple:
-        low, high = _finite_extremes(unit, values)
+        low, high = _finite_extremes(unit.source, values)
+        for least, largest in others:
+            low, high = low.minimum(least), high.maximum(largest)
         extremes = low.to(device, target), high.to(device, target)
     for at in range(0, len(values), block):
         rows = values[at : at + block].view(-1, width).to(device)
         if extremes is None:
-            _finite_extremes(unit, rows)
+            _finite_extremes(unit.source, rows)
         yield from encoding.encode(rows.to(target), first + at // width, extremes)
 
 
-def _finite_extremes(unit: Unit, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def extremes_of(info: TensorInfo, reader: SourceReader) -> tuple[torch.Tensor, torch.Tensor]:
+    """The smallest and the largest value of a source tensor, read block by block."""
+    size = BLOCK if reader.divisible else info.numel
+    found = [
+        _finite_extremes(info, reader.span(info, start, min(start + size, info.numel)))
+        for start in range(0, info.numel, size)
+    ]
+    low, high = found[0]
+    for least, largest in found[1:]:
+        low, high = low.minimum(least), high.maximum(largest)
+    return low, high
+
+
+def _finite_extremes(source: TensorInfo, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The smallest and the largest value; raises `ArtifactError` when any value is NaN or infinite."""
     import torch
 
@@ -126,7 +145,7 @@ def _finite_extremes(unit: Unit, values: torch.Tensor) -> tuple[torch.Tensor, to
     extremes = torch.aminmax(values)
     if not torch.stack(extremes).isfinite().all():
         raise ArtifactError(
-            f"{unit.source.file}: tensor '{unit.source.name}' holds NaN or infinity and cannot be quantized",
+            f"{source.file}: tensor '{source.name}' holds NaN or infinity and cannot be quantized",
             "Use another checkpoint",
         )
     return extremes.min, extremes.max

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -47,7 +48,10 @@ class Decision:
 
 
 def decide(
-    model: ModelFacts, recipe: Recipe | MixedRecipe, skip: list[str] | None = None
+    model: ModelFacts,
+    recipe: Recipe | MixedRecipe,
+    skip: list[str] | None = None,
+    experts_misfit: Callable[[Scheme, tuple[int, ...]], str] | None = None,
 ) -> dict[str, Decision]:
     """A decision for each matrix weight of ``model``.
 
@@ -55,6 +59,8 @@ def decide(
     except the output head, modules kept in float32, and modules that a ``skip`` pattern matches (see `matches`). A
     mixed one chooses by its rules, and may name embeddings and head. Raises `UsageError` for a pattern or rule that
     matches no Linear and no experts.
+
+    ``experts_misfit``: why a 3-D weight of some shape cannot take a scheme, where that is not `fused_misfit`.
     """
     mixed = recipe if isinstance(recipe, MixedRecipe) else MixedRecipe(recipe)
     for pattern in skip or ():
@@ -67,7 +73,7 @@ def decide(
         if weight.kind == LINEAR:
             decision = _decide_linear(weight, mixed, skip or [], used)
         elif weight.kind == FUSED:
-            decision = _decide_fused(weight, mixed, skip or [], used)
+            decision = _decide_fused(weight, mixed, skip or [], used, experts_misfit)
         elif weight.kind == EMBEDDING:
             chosen = mixed.embeddings if weight.table else None
             decision = _fitting(chosen, weight.shape, "embedding", table=weight.table)
@@ -102,7 +108,13 @@ def _kept(weight: Weight, mixed: MixedRecipe) -> bool:
     return weight.kept_float32 if mixed.lm_head else weight.kept
 
 
-def _decide_fused(weight: Weight, mixed: MixedRecipe, skip: list[str], used: set[str | Rule]) -> Decision:
+def _decide_fused(
+    weight: Weight,
+    mixed: MixedRecipe,
+    skip: list[str],
+    used: set[str | Rule],
+    experts_misfit: Callable[[Scheme, tuple[int, ...]], str] | None,
+) -> Decision:
     """A 3-D parameter: experts of transformers' own kind, (experts, out, in), are quantized row by row."""
 
     def named(pattern: str) -> bool:
@@ -123,10 +135,11 @@ def _decide_fused(weight: Weight, mixed: MixedRecipe, skip: list[str], used: set
         return Decision(
             None, f"{FUSED_EXPERTS}: stored (in, out), and torchao multiplies (out, in)", fused=True
         )
-    problem = fused_misfit(recipe.scheme)
+    problem = experts_misfit(recipe.scheme, weight.shape) if experts_misfit else fused_misfit(recipe.scheme)
     return Decision(
         None if problem else recipe.scheme,
         f"{FUSED_EXPERTS}: {problem}" if problem else FUSED_EXPERTS,
+        misfit=bool(problem),
         fused=True,
     )
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 from loadstone.artifact import TensorInfo
+from loadstone.quantization.model_facts import ModelFacts
 from loadstone.quantization.recipe_file import MixedRecipe
 from loadstone.quantization.rules import Decision
 from loadstone.quantization.schemes import Recipe, Scheme
@@ -51,6 +52,16 @@ class Encoding(Protocol):
         """Memory that `encode` takes, as a multiple of what casting takes: blocks are smaller by this factor."""
         ...
 
+    @property
+    def shares_scale(self) -> bool:
+        """Whether layers that servers merge take one scale of the whole tensor, from the largest value of all."""
+        ...
+
+    @property
+    def scales_inputs(self) -> bool:
+        """Whether the stored tensors hold a scale for the layer's inputs, where AWQ or SmoothQuant chose one."""
+        ...
+
     def encode(
         self, rows: torch.Tensor, first_row: int, extremes: tuple[torch.Tensor, torch.Tensor] | None
     ) -> Iterator[tuple[str, torch.Tensor, int]]:
@@ -78,8 +89,20 @@ class Encoder(Protocol):
         """Kind of the artifact, for its manifest."""
         ...
 
+    @property
+    def keeps_names(self) -> bool:
+        """Whether weights are stored under their names and shapes in the source checkpoint, experts one by one; else
+        as the model's parameters."""
+        ...
+
+    def decide(
+        self, model: ModelFacts, recipe: Recipe | MixedRecipe, skip: list[str] | None
+    ) -> dict[str, Decision]:
+        """What happens to each matrix weight of ``model``, by parameter name."""
+        ...
+
     def encoding(self, name: str, scheme: Scheme, shape: tuple[int, ...], dtype: str) -> Encoding:
-        """How the weight of parameter ``name`` is stored; ``dtype``: its floating dtype, in safetensors' spelling."""
+        """How the weight ``name`` is stored; ``dtype``: its floating dtype, in safetensors' spelling."""
         ...
 
     def header(self, encodings: Mapping[str, Encoding | None]) -> dict[str, str]:
@@ -87,9 +110,14 @@ class Encoder(Protocol):
         ...
 
     def config(
-        self, recipe: Recipe | MixedRecipe, skip: list[str] | None, decisions: Mapping[str, Decision]
+        self,
+        recipe: Recipe | MixedRecipe,
+        skip: list[str] | None,
+        decisions: Mapping[str, Decision],
+        stored: Mapping[str, Encoding | TensorInfo],
     ) -> dict[str, Any]:
-        """Entries to add to config.json, such as ``quantization_config``."""
+        """Entries to add to config.json, such as ``quantization_config``. ``stored``: everything in the output, plain
+        tensors as such."""
         ...
 
 

@@ -17,6 +17,7 @@ from loadstone.artifact.torchao.tensors import part_name
 from loadstone.errors import ArtifactError
 from loadstone.finalization.encoders.base import Encoding, row_offset
 from loadstone.quantization.flatten import describe, flatten
+from loadstone.quantization.model_facts import ModelFacts
 from loadstone.quantization.quantize import (
     dense,
     quantize_rows,
@@ -26,13 +27,14 @@ from loadstone.quantization.quantize import (
     whole_extremes,
 )
 from loadstone.quantization.recipe_file import MixedRecipe
-from loadstone.quantization.rules import KEPT, Decision
+from loadstone.quantization.rules import KEPT, Decision, decide
 from loadstone.quantization.schemes import (
     Int8DynActIntxWeight,
     IntxWeightOnly,
     Recipe,
     Scheme,
     rounding_of,
+    scales_inputs,
 )
 from loadstone.quantization.torchao_config import to_torchao
 
@@ -71,6 +73,12 @@ class TorchaoEncoding:
         intx = isinstance(self.scheme, IntxWeightOnly | Int8DynActIntxWeight)
         # torchao's own rounding makes four times as many float32 temporaries as ours.
         return 1 if intx and rounding_of(self.scheme) == "affine" else 4
+
+    shares_scale = False
+
+    @property
+    def scales_inputs(self) -> bool:
+        return scales_inputs(self.scheme)
 
     @cached_property
     def _parts(self) -> list[str]:
@@ -120,10 +128,16 @@ class TorchaoEncoder:
     """torchao tensors as made on ``device``: what a GPU packs depends on the card."""
 
     kind = "torchao"
+    keeps_names = False
 
     def __init__(self, device: str = "cpu") -> None:
         self._device = device
         self._templates: dict[tuple[Scheme, tuple[int, ...], str], FlatTensor] = {}
+
+    def decide(
+        self, model: ModelFacts, recipe: Recipe | MixedRecipe, skip: list[str] | None
+    ) -> dict[str, Decision]:
+        return decide(model, recipe, skip)
 
     def encoding(self, name: str, scheme: Scheme, shape: tuple[int, ...], dtype: str) -> TorchaoEncoding:
         key = (scheme, shape, dtype)
@@ -142,7 +156,11 @@ class TorchaoEncoder:
         return {"format": "pt", "tensor_names": json.dumps(list(encodings))} | entries
 
     def config(
-        self, recipe: Recipe | MixedRecipe, skip: list[str] | None, decisions: Mapping[str, Decision]
+        self,
+        recipe: Recipe | MixedRecipe,
+        skip: list[str] | None,
+        decisions: Mapping[str, Decision],
+        stored: Mapping[str, Encoding | TensorInfo],
     ) -> dict[str, Any]:
         return {"quantization_config": quantization_block(recipe, skip, decisions)}
 
