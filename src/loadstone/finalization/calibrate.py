@@ -142,7 +142,7 @@ def _with_result(step: Step, ready: dict[str, str]) -> Step:
 def _check_outside(outside: list[Step], prefix: str) -> None:
     """Warn about weights that are not in a decoder layer; raise `UsageError` for those that need text."""
     for step in outside:
-        if scales_inputs(step.scheme):
+        if step.encoding and step.encoding.scales_inputs:
             raise UsageError(
                 f"'{step.name}' is not in a decoder layer ({prefix}): it cannot be calibrated",
                 "Give it the rule `skip`, or rounding=affine, in a recipe file",
