@@ -9,15 +9,27 @@ if TYPE_CHECKING:
     from loadstone.context import fit as fit
     from loadstone.context import load_context as load_context
     from loadstone.context import predict as predict
+    from loadstone.evaluation import evaluate as evaluate
     from loadstone.fakequant import export_fakequant as export_fakequant
     from loadstone.loading import load as load
     from loadstone.loading import plan as plan
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "detect", "export_fakequant", "fit", "load", "load_context", "plan", "predict"]
+__all__ = [
+    "__version__",
+    "detect",
+    "evaluate",
+    "export_fakequant",
+    "fit",
+    "load",
+    "load_context",
+    "plan",
+    "predict",
+]
 
 _HOMES = {
     "detect": "loadstone.artifact",
+    "evaluate": "loadstone.evaluation",
     "export_fakequant": "loadstone.fakequant",
     "fit": "loadstone.context",
     "load": "loadstone.loading",

@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from tests.conftest import SMOLLM2
 
-from loadstone.evaluation.models import choose_subjects, opened
+from loadstone.evaluation.loaded import open_model
+from loadstone.evaluation.models import plan_models
 from loadstone.evaluation.options import Options
 from loadstone.evaluation.scoring.losses import BatchMaker, plan_batches, score
 from loadstone.evaluation.task import Task, make_task
@@ -120,13 +121,13 @@ def bench(path: str, args: argparse.Namespace, with_lm_eval: bool) -> None:
             protocol=protocol,
             context_length=args.context_length,
         )
-        subjects = choose_subjects(options, "auto")
-        tasks[protocol] = make_task(options, subjects)
+        models = plan_models(options, "auto")
+        tasks[protocol] = make_task(options, models)
     size = args.batch_size
     contenders = []
     from dataclasses import replace
 
-    with opened(subjects[0], options) as fast, opened(subjects[0], replace(options, fast=False)) as plain:
+    with open_model(models[0], options) as fast, open_model(models[0], replace(options, fast=False)) as plain:
         tokenizer = tasks["packed"].tokenizer
         contenders += [
             Contender("ours", "packed", ours(fast, size)),
@@ -150,7 +151,7 @@ def bench(path: str, args: argparse.Namespace, with_lm_eval: bool) -> None:
                 begin = time.process_time()
                 losses[contender] = contender.run(task)
                 speeds[contender].append(task.protocol.tokens / (time.process_time() - begin))
-    print(f"\n{path}: {tasks['packed'].protocol.tokens} tokens, {args.runs} runs, {subjects[0].plan.dtype}")
+    print(f"\n{path}: {tasks['packed'].protocol.tokens} tokens, {args.runs} runs, {models[0].plan.dtype}")
     print(f"{'':<20}{'protocol':<10}{'loss':>10}{'per CPU-s':>10}{'ours is':>9}")
     for contender in contenders:
         mine = next(c for c in contenders if c.protocol == contender.protocol and c.name == "ours")

@@ -16,7 +16,6 @@ import numpy as np
 
 from loadstone.evaluation.results.compare import Delta
 from loadstone.evaluation.results.gates import Gate, judge, parse_gate
-from loadstone.evaluation.results.statistics import ratio
 
 LIMIT, EFFECT = 0.03, 0.02
 # Spread of a document's mean difference, and of a token's: as measured for int4 weights on SmolLM2-135M.
@@ -36,8 +35,7 @@ def draw(rng: np.random.Generator, documents: int, truth: float, length_effect: 
 
 
 def fails(gate: Gate, sums: np.ndarray) -> bool:
-    delta = Delta(ratio(sums[:, 0], sums[:, 1]), 0.0, 0.0, 0.0, sums)
-    return judge(gate, {"path": "simulated"}, delta).failed
+    return judge(gate, "simulated", {}, Delta(sums, {})).failed
 
 
 def rate(documents: int, truth: float, length_effect: float, trials: int, seed: int = 1) -> float:

@@ -28,11 +28,11 @@ CLOCKED = ("tokens_per_second", "load_seconds", "peak_memory_bytes", "cached")
 
 def child(models: list[str], documents: int, cache: str, out: str) -> None:
     from loadstone.evaluation.options import Options
-    from loadstone.evaluation.run import evaluate
+    from loadstone.evaluation.run import run
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     kept = {"cache": cache, "resume": True, "save_every": 1.0} if cache else {}
-    outcome = evaluate(Options(tuple(models), data="austen", limit=documents, batch_size=1, **kept))  # type: ignore[arg-type]
+    outcome = run(Options(tuple(models), data="austen", limit=documents, batch_size=1, **kept))  # type: ignore[arg-type]
     if outcome.first:
         np.savez(out + ".npz", **{str(i): v["nll"] for i, v in enumerate(outcome.values.values())})  # type: ignore[arg-type]
         Path(out).write_text(json.dumps(outcome.as_json()))

@@ -64,17 +64,17 @@ def stock(model: Any) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
 def ours(model: Any, *, compiled: bool) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
     from loadstone.evaluation.fast.replace import speed_up
     from loadstone.evaluation.scoring.compiling import compile_layers
-    from loadstone.evaluation.scoring.head import chunk_rows, halve
+    from loadstone.evaluation.scoring.head import chunk_rows, split_head
     from loadstone.evaluation.scoring.losses import Batch, batch_losses
 
     speed_up(model)
     if compiled:
         compile_layers(model)
-    halves, rows = halve(model), chunk_rows(model, torch.device("cuda"))
+    split, rows = split_head(model), chunk_rows(model, torch.device("cuda"))
 
     def loop(ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         every = torch.arange(ids.numel(), device="cuda")
-        return batch_losses(halves, Batch(ids, every, targets.flatten(), every), rows).mean()
+        return batch_losses(split, Batch(ids, every, targets.flatten(), every), rows).mean()
 
     return loop
 

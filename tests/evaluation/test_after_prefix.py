@@ -16,7 +16,7 @@ from loadstone.context.prefix.fit import encode_prompt, make_prefix
 from loadstone.context.prefix.store import save_prefix
 from loadstone.errors import UsageError
 from loadstone.evaluation.options import Options
-from loadstone.evaluation.run import evaluate
+from loadstone.evaluation.run import run
 
 PROMPT = "It is a truth universally acknowledged, that a single man"
 TEXTS = ["in possession of a good fortune", "must be in want of a wife. " * 12, "x"]
@@ -47,7 +47,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_losses_are_those_of_the_whole_text(
     prefix: Path, data: Path, model: Any, tokenizer: Any, model_dir: Path
 ) -> None:
-    outcome = evaluate(Options(models=(str(prefix),), data=str(data), device="cpu"))
+    outcome = run(Options(models=(str(prefix),), data=str(data), device="cpu"))
     (values,) = outcome.values.values()
     start = tokenizer(PROMPT)["input_ids"]
     protocol = outcome.task.protocol
@@ -75,7 +75,7 @@ def test_quantized_caches_compare_with_plain_ones(
     prefix: Path, data: Path, model_dir: Path, tmp_path: Path
 ) -> None:
     rough = make(model_dir, tmp_path / "int8", kind="int8")
-    outcome = evaluate(
+    outcome = run(
         Options(models=(str(rough),), baseline=str(prefix), data=str(data), device="cpu", divergence=True)
     )
     record = outcome.records[1]
@@ -88,7 +88,7 @@ def test_scores_are_cached_by_prefix(prefix: Path, data: Path, model_dir: Path, 
     store = str(tmp_path / "store")
     losses = []
     for path, cached in ((prefix, False), (other, False), (prefix, True), (model_dir, False)):
-        outcome = evaluate(
+        outcome = run(
             Options(models=(str(path),), data=str(data), device="cpu", cache=store, protocol="rolling")
         )
         assert outcome.records[0]["cached"] == cached
@@ -108,7 +108,7 @@ def test_what_does_not_fit_together_is_refused(
         ({"models": (str(prefix),), "protocol": "strided"}, "scored alone"),
     ):
         with pytest.raises(UsageError, match=said):
-            evaluate(Options(**{"data": str(data), "device": "cpu", **options}))  # type: ignore[arg-type]
+            run(Options(**{"data": str(data), "device": "cpu", **options}))  # type: ignore[arg-type]
 
 
 def test_tasks_after_a_prefix(
@@ -118,14 +118,14 @@ def test_tasks_after_a_prefix(
     from lm_eval.api.instance import Instance
 
     from loadstone.evaluation.harness.sharing_lm import SharingLM
-    from loadstone.evaluation.scoring.head import Prefixed
+    from loadstone.evaluation.scoring.head import PrefixedModel
 
     model, tokenizer = model_factory(max_position_embeddings=512), tokenizer_factory()
     tokenizer.pad_token = tokenizer.eos_token
     # Ends in a space of its own, so that tokens of prompt and question are those of both together.
     prompt = "It is a truth universally acknowledged.\n\n"
     tokens = torch.tensor([tokenizer(prompt)["input_ids"]])
-    after = SharingLM(Prefixed(model, make_prefix(model, tokens)), tokenizer, batch_size=3)
+    after = SharingLM(PrefixedModel(model, make_prefix(model, tokens)), tokenizer, batch_size=3)
     whole = SharingLM(model, tokenizer, batch_size=3, share=False)
     contexts = ["Q: one?\nA:", "Q: number two?\nA:", "Q: three\nA:", ""]
     pairs = [(c, t) for c in contexts for t in (" yes", " no, never")]

@@ -16,7 +16,7 @@ import torch
 
 from loadstone.evaluation.fast.replace import speed_up
 from loadstone.evaluation.options import Options
-from loadstone.evaluation.run import evaluate
+from loadstone.evaluation.run import run
 from loadstone.evaluation.scoring.batching import choose_batch_size
 from loadstone.evaluation.scoring.losses import BatchMaker, plan_batches, score
 from loadstone.text.corpus import read_corpus
@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 def test_gpu_and_cpu_agree(model_dir: Path, worse_dir: Path) -> None:
     options = Options((str(model_dir), str(worse_dir)), limit=10, divergence=True, dtype="float32")
-    cpu, gpu = (evaluate(replace(options, device=device)) for device in ("cpu", "cuda"))
+    cpu, gpu = (run(replace(options, device=device)) for device in ("cpu", "cuda"))
     for a, b in zip(cpu.records, gpu.records, strict=True):
         assert b["device"].startswith("cuda") and b["loss"] == pytest.approx(a["loss"], abs=1e-4)
     assert gpu.records[1]["kl"] == pytest.approx(cpu.records[1]["kl"], rel=1e-2)
@@ -35,9 +35,7 @@ def test_gpu_and_cpu_agree(model_dir: Path, worse_dir: Path) -> None:
 
 def test_batch_size_does_not_matter_and_auto_fits(model_dir: Path) -> None:
     losses = [
-        evaluate(
-            Options((str(model_dir),), limit=10, dtype="float32", device="cuda", batch_size=size)
-        ).records[0]
+        run(Options((str(model_dir),), limit=10, dtype="float32", device="cuda", batch_size=size)).records[0]
         for size in (1, 16, None)
     ]
     assert losses[2]["batch_size"] >= 16
@@ -101,7 +99,7 @@ def test_fast_path_gives_the_same_bits(model_factory: Any, recipe: str) -> None:
     model = model_factory(hidden_size=128, intermediate_size=256).to("cuda", torch.bfloat16)
     quantize_(model.model, to_torchao(parse_recipe(recipe).scheme))
     fast = copy.deepcopy(model)
-    assert speed_up(fast).kept == 14
+    assert speed_up(fast).dequantized == 14
     ids = torch.randint(0, 400, (3, 50), generator=torch.Generator().manual_seed(1)).cuda()
     with torch.inference_mode():
         assert torch.equal(fast(input_ids=ids).logits, model(input_ids=ids).logits)
@@ -147,7 +145,7 @@ def test_quantized_and_compiled(
     text.write_text("It is a truth")
     for data, limit in ((str(text), None), ("sample", 4)):
         options = Options((str(tmp_path / "q"),), data=data, limit=limit, device="cuda", dtype="bfloat16")
-        eager, compiled = (evaluate(replace(options, compile=on)).records[0] for on in (False, True))
+        eager, compiled = (run(replace(options, compile=on)).records[0] for on in (False, True))
         assert compiled["loss"] == pytest.approx(eager["loss"], rel=0.03), data
 
 
@@ -169,7 +167,7 @@ def test_two_processes_on_one_gpu_give_the_result_of_one(
 
 def test_compiled_layers_agree(model_dir: Path) -> None:
     options = Options((str(model_dir),), limit=20, device="cuda", dtype="float32")
-    eager, compiled = (evaluate(replace(options, compile=on)) for on in (False, True))
+    eager, compiled = (run(replace(options, compile=on)) for on in (False, True))
     assert compiled.records[0]["loss"] == pytest.approx(eager.records[0]["loss"], abs=1e-4)
     a, b = (next(iter(o.values.values()))["nll"] for o in (eager, compiled))
     assert np.abs(a - b).max() < 1e-2
@@ -189,7 +187,7 @@ def test_streamed_layers_give_the_result_of_resident_ones(
     options = Options(
         (str(model_dir), str(tmp_path / "q")), limit=4, batch_size=4, divergence=True, device="cuda"
     )
-    resident, streamed = (evaluate(replace(options, stream=on)) for on in (False, True))
+    resident, streamed = (run(replace(options, stream=on)) for on in (False, True))
     for name, values in resident.values.items():
         for key, expected in values.items():
             assert np.array_equal(streamed.values[name][key], expected), (name, key)

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from loadstone.evaluation.passes import _cached, _run
-from loadstone.evaluation.ranks import Ranks
 from loadstone.evaluation.results.store import Store
 from loadstone.evaluation.scoring.losses import Timing
+from loadstone.ranks import Ranks
 
 KEY = "ab" * 32
 NAN = np.nan
@@ -37,7 +37,10 @@ class WithAnother(Ranks):
 def bench(directory: Path, ranks: Ranks) -> Any:
     options = SimpleNamespace(resume=True, save_every=0.0)
     return SimpleNamespace(
-        store=Store(directory), ranks=ranks, options=options, bar=lambda *a: nullcontext(lambda step: None)
+        store=Store(directory),
+        ranks=ranks,
+        options=options,
+        progress=lambda *a: nullcontext(lambda step: None),
     )
 
 

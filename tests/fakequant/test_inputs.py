@@ -259,13 +259,13 @@ def test_a_directory_larger_than_memory_calibrates_from_disk(
 
 def test_eval_applies_them(make_model: Callable[..., Path], tmp_path: Path) -> None:
     from loadstone.evaluation.options import Options
-    from loadstone.evaluation.run import evaluate
+    from loadstone.evaluation.run import run
 
     source = make_model("llama-tied")
     export_fakequant(source, tmp_path / "weights", format="mxfp4")
     export_fakequant(source, tmp_path / "both", format="mxfp4", activations=True)
     names = tuple(str(tmp_path / n) for n in ("weights", "both"))
-    outcome = evaluate(Options(models=names, limit=1, context_length=64, separator="1", device="cpu"))
+    outcome = run(Options(models=names, limit=1, context_length=64, separator="1", device="cpu"))
     # A cache of results goes by this: the same weights with other quantizers are another artifact.
     assert len({loadstone.detect(name).fingerprint() for name in names}) == 2
     weights, both = (record["loss"] for record in outcome.records)

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from loadstone.cli import render
-from loadstone.errors import GateFailed, UsageError
+from loadstone.cli.options import given
+from loadstone.errors import GateFailed
 
 if TYPE_CHECKING:
-    from loadstone.evaluation.run import Outcome
+    from loadstone.evaluation.result import Evaluation
 
 EXAMPLE = """
 [bold]Examples[/]
@@ -24,8 +25,6 @@ EXAMPLE = """
 
   loadstone eval -M tiny-w4 --baseline run/checkpoint-900 --fail-if 'dloss>0.03@95' --json result.json
 """
-# What a fitted table's evaluation takes of the options below.
-FOR_TABLES = {"models", "data", "base", "device", "fail_if", "json_to"}
 MODELS, TEXT, HOW, RESULT = "Models", "Text and protocol", "How to compute", "Results and gates"
 
 
@@ -150,7 +149,7 @@ def evaluate(
         str,
         typer.Option(
             metavar="NAME",
-            help="float32, bfloat16, float16, or auto: fastest exact-enough one here.",
+            help="float32, bfloat16, float16, or auto: float32 on a CPU, the stored dtype on a GPU.",
             rich_help_panel=HOW,
         ),
     ] = "auto",
@@ -158,7 +157,7 @@ def evaluate(
         bool,
         typer.Option(
             "--fast/--no-fast",
-            help="Keep dequantized weights where that gives the same bits; read common prefixes once.",
+            help="Cache dequantized weights where that gives the same bits; read common prefixes once.",
             rich_help_panel=HOW,
         ),
     ] = True,
@@ -181,7 +180,7 @@ def evaluate(
         str | None,
         typer.Option(
             metavar="DIR",
-            help="Find finished scores here, by content, and keep new ones.",
+            help="Store finished scores here, and reuse them for the same content.",
             rich_help_panel=HOW,
         ),
     ] = None,
@@ -189,7 +188,7 @@ def evaluate(
         bool,
         typer.Option(
             "--resume",
-            help="Go on where an interrupted run with the same cache stopped.",
+            help="Continue an interrupted run from its cache.",
             rich_help_panel=HOW,
         ),
     ] = False,
@@ -238,7 +237,8 @@ def evaluate(
         list[str] | None,
         typer.Option(
             metavar="GATE",
-            help="Exit 4 when so: 'dloss>0.03', 'ppl>20', 'dppl>1%', 'dloss>0.03@95'; repeatable.",
+            help="Exit with code 4 if the condition holds: 'dloss>0.03', 'ppl>20', 'dppl>1%', "
+            "'dloss>0.03@95', 'accuracy<0.9'; repeatable.",
             rich_help_panel=RESULT,
         ),
     ] = None,
@@ -250,128 +250,90 @@ def evaluate(
     ] = None,
 ) -> None:
     """Measure models on text: loss, perplexity and bits per byte with standard errors, and the paired
-    difference to a baseline on the same tokens. Any directory is loaded the one way that is right for it;
-    no flag says how."""
-    from loadstone.artifact.context_file import PREFIX, context_kind
-
-    kinds = [context_kind(Path(model)) for model in models]
-    if any(kind is not None and kind != PREFIX for kind in kinds):
-        from loadstone.cli import contexts
-
-        _refuse_for_tables(context)
-        return contexts.evaluate(
-            models, data=data, base=base, device=device, fail_if=fail_if or [], json_to=json_to
-        )
-    if base is not None and PREFIX not in kinds:
-        raise UsageError(f"--base {base} is for contexts", "Leave it out")
-    from loadstone.evaluation.results.gates import parse_gate
-
+    difference to a baseline on the same tokens. How a directory must be loaded is found out from its files."""
     if os.environ.get("RANK", "0") != "0":
         # Under torchrun the first process speaks for all.
         logging.getLogger("loadstone").setLevel(logging.ERROR)
-    gates = tuple(parse_gate(g) for g in fail_if or ())
-    size = _batch_size(batch_size)
     if json_to is not None and json_to != "-":
         render.check_file("--json", Path(json_to))
-    if report is not None:
-        from loadstone.evaluation.results.report import check_report
+    _refuse_for_tables(context, models)
+    from loadstone.evaluation.api import evaluate as run
 
-        check_report(report)
-
-    from loadstone.evaluation.options import Options
-    from loadstone.evaluation.run import evaluate as run
-
-    outcome = run(
-        Options(
-            models=tuple(models),
-            base=base,
-            baseline=baseline,
-            data=data,
-            text_column=text_column,
-            split=split,
-            limit=limit,
-            protocol=protocol,
-            context_length=context_length,
-            stride=stride,
-            separator=separator,
-            batch_size=size,
-            device=device,
-            dtype=dtype,
-            checkpoint=checkpoint,
-            no_checkpoint=no_checkpoint,
-            trust_remote_code=trust_remote_code,
-            divergence=kl,
-            worst=worst,
-            fast=fast,
-            compile=compile_layers,
-            stream=stream,
-            cache=cache,
-            resume=resume,
-            tasks=tuple(filter(None, map(str.strip, (tasks or "").split(",")))),
-            task_path=task_path,
-            speed=speed,
-            gates=gates,
-        ),
-        bar=lambda label, total: render.progress(Path(label).name, total),
+    result = run(
+        models,
+        data=data,
+        baseline=baseline,
+        base=base,
+        checkpoint=checkpoint,
+        no_checkpoint=no_checkpoint,
+        trust_remote_code=trust_remote_code,
+        text_column=text_column,
+        split=split,
+        limit=limit,
+        protocol=protocol,
+        context_length=context_length,
+        stride=stride,
+        separator=separator,
+        batch_size=batch_size,
+        device=device,
+        dtype=dtype,
+        fast=fast,
+        compile=compile_layers,
+        stream=stream,
+        cache=cache,
+        resume=resume,
+        kl=kl,
+        worst=worst,
+        tasks=tuple(filter(None, map(str.strip, (tasks or "").split(",")))),
+        task_path=task_path,
+        speed=speed,
+        report=report,
+        fail_if=fail_if or (),
+        progress=lambda label, total: render.progress(Path(label).name, total),
     )
-    if not outcome.first:
+    if not result.first:
         return
     if json_to == "-":
-        render.print_json(outcome.as_json())
+        render.print_json(result.as_json())
     else:
         if json_to is not None:
-            render.write_file(Path(json_to), render.to_json(outcome.as_json()))
-        _render(outcome)
-    if report is not None:
-        from loadstone.evaluation.results.report import write_report
-        from loadstone.evaluation.results.tables import describe
-
-        page = write_report(outcome, report, describe(outcome.task.protocol))
-        logging.getLogger("loadstone").info("report: %s", page)
-    if outcome.failures:
-        raise GateFailed("; ".join(v.describe() for v in outcome.failures))
+            render.write_file(Path(json_to), render.to_json(result.as_json()))
+        _render(result)
+    if result.failures:
+        raise GateFailed("; ".join(v.describe() for v in result.failures))
 
 
-def _refuse_for_tables(context: typer.Context) -> None:
-    """An option that says nothing about a fitted table is refused, not ignored."""
-    for option in context.command.params:
-        source = context.get_parameter_source(option.name or "")
-        if source is not None and source.name == "COMMANDLINE" and option.name not in FOR_TABLES:
-            raise UsageError(
-                f"{option.opts[0]} is about language models; a fitted context is evaluated on a table",
-                "Leave it out",
-            )
+def _refuse_for_tables(context: typer.Context, models: list[str]) -> None:
+    """Refuse options that do not apply to fitted tables, also when they are given with their default value."""
+    from loadstone.artifact.context_file import TABLE_KINDS, context_kind
+    from loadstone.evaluation.options import refuse_for_tables
+
+    if any(context_kind(Path(model)) in TABLE_KINDS for model in models):
+        refuse_for_tables([name for name in given(context) if name not in ("json_to", "fail_if")])
 
 
-def _batch_size(text: str) -> int | None:
-    if text == "auto":
-        return None
-    if not text.isdecimal() or int(text) < 1:
-        raise UsageError(f"--batch-size {text!r} is neither a positive number nor auto")
-    return int(text)
-
-
-def _render(outcome: Outcome) -> None:
+def _render(result: Evaluation) -> None:
     from rich.text import Text
 
-    from loadstone.evaluation.results.tables import describe, tables
+    from loadstone.evaluation.results.tables import tables
 
-    protocol = outcome.task.protocol
     out = render.console()
 
     def line(*parts: str | tuple[str, str]) -> None:
         # Never wrapped, and never markup: paths and text of documents may hold anything.
         out.print(Text.assemble(*parts), soft_wrap=True)
 
-    line(describe(protocol))
-    for columns, rows in tables(outcome.records):
-        render.print_whole(render.table("", columns, rows, right=tuple(range(1, len(columns)))))
-    line(f"± one standard error, by bootstrap over {protocol.resampled}")
-    for record in outcome.records:
+    line(result.description)
+    for table in tables(result.records):
+        right = tuple(range(table.left, len(table.columns)))
+        render.print_whole(render.table("", table.columns, table.rows, right=right))
+    if result.note:
+        line(result.note)
+    for record in result.records:
         for worst in record.get("worst_documents", ()):
             at = f"document {worst['document']}: KL {worst['kl']:.4f}, Δ loss {worst['delta_loss']:+.4f}"
             peak = f"worst token KL {worst['worst_token_kl']:.2f}: …{worst['before']}[{worst['worst_token']}]"
             line(render.printable(f"{record['path']}: {at}; {' '.join(peak.split())}"))
-    for verdict in outcome.verdicts:
+    for verdict in result.verdicts:
         state = ("failed", "red") if verdict.failed else ("passed", "green")
         line(f"gate {verdict.gate} ", state, f" for {verdict.model}: {verdict.value:.6g}")

@@ -1,5 +1,6 @@
-"""Judging a model: text and tokens, scoring, statistics, comparison, gates.
+"""Measure models: text and tokens, scoring, statistics, comparison, gates."""
 
-Import the modules themselves (``loadstone.evaluation.run``): nothing is imported here, so that the command
-line can reach the light ones (gates, protocol) without torch.
-"""
+from loadstone.evaluation.api import evaluate
+from loadstone.evaluation.result import Evaluation
+
+__all__ = ["Evaluation", "evaluate"]

@@ -1,12 +1,8 @@
-"""The models of one evaluation: planned once each, opened one at a time, all computing in one dtype."""
+"""The models of an evaluation: how each will be loaded, in one common dtype."""
 
 from __future__ import annotations
 
-import gc
 import logging
-import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,24 +13,18 @@ from loadstone.artifact import Artifact
 from loadstone.artifact.context_file import PREFIX, ContextFile, is_context, read_context, require_kind
 from loadstone.artifact.detect import FAKEQUANT, PFN
 from loadstone.errors import UsageError
-from loadstone.evaluation.fast.replace import FastPath, speed_up
-from loadstone.evaluation.measure import reset_peak
 from loadstone.evaluation.options import Options
-from loadstone.evaluation.scoring.compiling import compile_layers
-from loadstone.evaluation.scoring.head import Prefixed
-from loadstone.evaluation.scoring.streaming import StreamedLm, can_stream, must_stream
-from loadstone.loading import LoadPlan, load, plan
-from loadstone.loading.devices import resolve_device
-from loadstone.loading.streamed import streamed
+from loadstone.loading import LoadPlan, plan
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Subject:
-    """A model to be evaluated, as named by the user, and how it will be loaded. ``given``: named with
-    ``-M``, as opposed to being there as the baseline only. ``prefix``: the language-model prefix that was named; the
-    plan is its base's."""
+class EvalModel:
+    """A model to be evaluated and how it will be loaded.
+
+    ``name``: as the user gave it. ``reference``: the others are compared with it. ``given``: named among the models,
+    not as the baseline only. ``prefix``: the language-model prefix when one was named; ``plan`` is then its base's."""
 
     name: str
     plan: LoadPlan
@@ -42,20 +32,19 @@ class Subject:
     given: bool
     prefix: ContextFile | None = None
 
+    @property
+    def has_quantizers(self) -> bool:
+        """Whether it is a fake-quant export, whose modules get quantizers of inputs, keys and values as hooks."""
+        return self.plan.artifact.kind == FAKEQUANT
 
-@dataclass(frozen=True, eq=False)
-class Opened:
-    """A loaded model. ``device`` is where its inputs go; ``fast_modules`` how many Linears keep
-    dequantized weights."""
-
-    model: Any
-    device: torch.device
-    load_seconds: float
-    parameters: int
-    fast: FastPath
+    def fingerprint(self) -> str:
+        """Content hash of its weights, and of the prefix before them."""
+        log.debug("hashing %s", self.name)
+        weights = self.plan.artifact.fingerprint()
+        return weights if self.prefix is None else f"{weights} {self.prefix.facts['digest']}"
 
 
-def choose_subjects(options: Options, device: str, *, referenced: bool = False) -> tuple[Subject, ...]:
+def plan_models(options: Options, device: str, *, referenced: bool = False) -> tuple[EvalModel, ...]:
     """Plan every model, the reference (the baseline, or the first of several) first, in one common dtype.
 
     ``referenced``: the reference is a saved result, so none of these is.
@@ -90,7 +79,7 @@ def choose_subjects(options: Options, device: str, *, referenced: bool = False) 
         log.info("computing in %s: %s", dtype, why)
         plans = [replace(p, dtype=dtype) for p in plans]
     return tuple(
-        Subject(
+        EvalModel(
             name,
             p,
             reference=len(names) > 1 and i == 0 and not referenced,
@@ -102,10 +91,10 @@ def choose_subjects(options: Options, device: str, *, referenced: bool = False) 
 
 
 def choose_prefixes(names: list[str], options: Options) -> list[ContextFile | None]:
-    """The language-model prefix behind each name, None for a plain model.
+    """The language-model prefix that each name stands for, None for a plain model.
 
-    All or none of the models of a run come after a prefix, and all after the same one: their losses are compared token
-    by token. Raises UsageError when it is otherwise, and for options that a prefix has no use for.
+    Losses are compared token by token, so either no model has a prefix or all have prefixes of the same prompt. Raises
+    UsageError otherwise, and for options that do not apply to a prefix.
     """
     from loadstone.context.prefix.store import check_facts
 
@@ -161,121 +150,19 @@ def find_prefix_base(file: ContextFile, options: Options) -> Artifact:
 
 
 def compute_dtype(reference: LoadPlan, device: str) -> tuple[str, str]:
-    """The fastest type of the device that is exact enough, and the reason for it."""
+    """float32 on a CPU, the stored dtype on a GPU; and the reason for it."""
     on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
     if not on_gpu:
         return (
             "float32",
-            "most CPUs emulate bfloat16 products, several times slower; float32 agrees between CPUs",
+            "most CPUs emulate bfloat16 and are several times slower with it; float32 agrees between CPUs",
         )
     config = reference.artifact.config
     config = {**config, **(config.get("text_config") or {})}
     stored = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16").removeprefix("torch.")
     return (
         stored if stored in ("float32", "float16") else "bfloat16"
-    ), "the type the reference model is stored in"
-
-
-def has_quantizers(subject: Subject) -> bool:
-    """Whether a model is a fake-quant export, whose modules have quantizers hooked to them."""
-    return subject.plan.artifact.kind == FAKEQUANT
-
-
-def _apply_quantizers(model: Any, subject: Subject) -> int:
-    """Turn on a fake-quant export's quantizers of inputs, keys and values; how many there are."""
-    if not has_quantizers(subject):
-        return 0
-    from loadstone.fakequant.inputs import apply_export
-
-    count = apply_export(model, subject.plan.artifact)
-    log.info("%s: folded weights and %d quantizers of inputs", subject.name, count)
-    return count
-
-
-@contextmanager
-def opened(subject: Subject, options: Options) -> Iterator[Opened]:
-    """Load a model for the length of a ``with`` block; its memory is free again after it."""
-    reset_peak(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    clock = time.perf_counter()
-    with ExitStack() as stack:
-        if options.stream:
-            device = input_device(subject.plan)
-            source = stack.enter_context(streamed(subject.plan, device))
-            parameters = _count(source.model)
-            model: Any = StreamedLm(source, fast=options.fast)
-            fast = model.fast
-        else:
-            model = load(subject.plan)
-            parameters = _count(model)
-            device = model.get_input_embeddings().weight.device
-            hooked = _apply_quantizers(model, subject)
-            cache = None
-            if subject.prefix is not None:
-                from loadstone.context.prefix.store import bind_prefix
-
-                # Before the fast path: its modules hold weights that no fingerprint knows.
-                name = str(subject.plan.artifact.root)
-                cache = bind_prefix(subject.prefix, model, None, name, share=options.fast)
-            # The fast path would put other modules in the place of those with hooks.
-            fast = speed_up(model) if options.fast and not hooked else FastPath()
-            if options.compile:
-                compile_layers(model)
-            if cache is not None:
-                model = Prefixed(model, cache)
-                del cache
-        it = Opened(model, device, time.perf_counter() - clock, parameters, fast)
-        del model
-        try:
-            yield it
-        finally:
-            # The caller's variable still names this record: what it holds has to go, not the record.
-            object.__setattr__(it, "model", None)
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-
-
-def _count(model: Any) -> int:
-    return sum(p.numel() for p in model.parameters())
-
-
-def input_device(plan: LoadPlan) -> torch.device:
-    """The one device that streamed layers compute on. Raises as a load does when it is not there."""
-    if plan.device == "auto":
-        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-    place = resolve_device(plan.device, plan.artifact)
-    return torch.device("cpu" if place is None else place[""])
-
-
-def choose_streaming(subjects: tuple[Subject, ...], options: Options) -> bool:
-    """Whether models are streamed layer by layer: as asked, else when those held at once do not fit the memory.
-
-    Raises UsageError when it was asked for and cannot be.
-    """
-    if any(s.prefix is not None for s in subjects):
-        if options.stream:
-            raise UsageError("--stream has no meaning after a prefix", "Leave it out")
-        return False
-    cannot = [s.name for s in subjects if not can_stream(s.plan)]
-    if options.stream and cannot:
-        raise UsageError(
-            f"--stream: the layers of '{cannot[0]}' cannot be read one at a time",
-            "Only dense and torchao safetensors can: leave --stream out, or finalize it",
-        )
-    if options.stream is not None or cannot:
-        return bool(options.stream)
-    plans = [s.plan for s in subjects]
-    several = plans[0].device == "auto" and torch.cuda.is_available()
-    devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())] if several else []
-    devices = devices or [input_device(plans[0])]
-    alone = any(must_stream([p], devices) for p in plans)
-    pairs = options.measures_divergence and any(must_stream([plans[0], p], devices) for p in plans[1:])
-    if alone or pairs:
-        log.info(
-            "%s not fit the memory here: streamed layer by layer",
-            "a model does" if alone else "model and reference do",
-        )
-    return alone or pairs
+    ), "the dtype of the reference model's weights"
 
 
 def context_limit(config: dict[str, Any]) -> int | None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from loadstone.artifact.context_file import CONTEXT_TENSORS, ContextFile
 from loadstone.errors import UsageError
-from loadstone.evaluation.models import Subject, context_limit
+from loadstone.evaluation.models import EvalModel, context_limit
 from loadstone.evaluation.options import DEFAULT_CACHE, Options
 from loadstone.evaluation.results.compare import Units, make_units
 from loadstone.loading import load_tokenizer
@@ -37,7 +37,7 @@ class Task:
     tokenizer: Any
 
 
-def make_task(options: Options, subjects: tuple[Subject, ...]) -> Task:
+def make_task(options: Options, subjects: tuple[EvalModel, ...]) -> Task:
     """Read and tokenize the text with the reference's tokenizer. Raises UsageError when another model of
     the run tokenizes it differently, or cannot take the context."""
     corpus = read_corpus(options.data, column=options.text_column, split=options.split, limit=options.limit)

@@ -1,4 +1,4 @@
-"""The modules that stand in for quantized Linears while a model is evaluated (`fastpath` chooses)."""
+"""Modules that replace Linear layers while a model is evaluated; `replace` chooses among them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# Products of two int8 values are at most 2**14: so many of them sum exactly in float32.
+# Products of two int8 values are at most 2**14, so float32 sums this many of them exactly.
 _EXACT_TERMS = 1024
 # How many products MKL adds before it starts a new sum.
 _MKL_TERMS = 192
@@ -20,7 +20,7 @@ Rounding = Callable[[torch.Tensor], Any]
 
 
 class Product(nn.Module):
-    """x (..., in) times a weight (out, in), transposed."""
+    """x (..., in) times the transpose of a weight (out, in), plus a bias (out,)."""
 
     def __init__(self, weight: torch.Tensor) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class Product(nn.Module):
 
 
 class PackedProduct(nn.Module):
-    """The same with a weight in oneDNN's own layout; float32 on a CPU only."""
+    """`Product` with the weight in oneDNN's blocked layout; float32 on a CPU only."""
 
     def __init__(self, weight: torch.Tensor) -> None:
         super().__init__()
@@ -42,17 +42,17 @@ class PackedProduct(nn.Module):
         return result
 
 
-class PackedInOrder(nn.Module):
-    """The same to the bit of torch's own product there: MKL's kernel for AMD CPUs adds ``_MKL_TERMS`` products
-    one after the other, and these sums one after the other, whatever the number of rows from four on; oneDNN's
-    adds up to 512 one after the other. A recipe that rounds activations needs the bits: what differs in the
-    last digit before the rounding differs by a whole level after it.
+class PackedProductInOrder(nn.Module):
+    """`PackedProduct` with the bits of torch's own product on AMD CPUs. MKL adds ``_MKL_TERMS`` products one after the
+    other and then these sums, for any number of rows from four on; oneDNN adds up to 512 one after the other. A recipe
+    that rounds activations needs the bits: a difference in the last digit before rounding can become a whole level
+    after it.
     """
 
     def __init__(self, weight: torch.Tensor) -> None:
         super().__init__()
         terms = weight.shape[1]
-        # What is more than one sum and less than two is halved.
+        # A remainder of more than one block and less than two is split in half.
         self.terms = terms // 2 if _MKL_TERMS < terms < 2 * _MKL_TERMS else _MKL_TERMS
         self.packed = [
             torch.ops.mkldnn._reorder_linear_weight(part.contiguous(), None)
@@ -62,7 +62,7 @@ class PackedInOrder(nn.Module):
     def forward(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         multiply = torch.ops.mkldnn._linear_pointwise
         pieces: list[torch.Tensor] = []
-        # A few rows at a time, so that sums stay in the cache until they are whole.
+        # A few rows at a time, so that partial sums stay in the CPU cache.
         for rows in x.reshape(-1, x.shape[-1]).split(_ROWS_AT_ONCE):
             first, *rest = zip(rows.split(self.terms, 1), self.packed, strict=True)
             total = multiply(first[0].contiguous(), first[1], None, "none", [], "")
@@ -74,8 +74,8 @@ class PackedInOrder(nn.Module):
         return torch.cat(pieces).reshape(*x.shape[:-1], -1)
 
 
-class Kept(nn.Module):
-    """A Linear whose weight was dequantized once; ``rounding`` is what its recipe does to activations."""
+class DequantizedLinear(nn.Module):
+    """A Linear layer with a cached dequantized weight; ``rounding`` is how its recipe rounds activations."""
 
     def __init__(
         self, weight: torch.Tensor, bias: torch.Tensor | None, rounding: Rounding | None = None
@@ -89,8 +89,8 @@ class Kept(nn.Module):
         return self.products[0](x if self.rounding is None else self.rounding(x), self.bias)
 
 
-class KeptPlain(nn.Module):
-    """A plain Linear with a packed weight."""
+class PackedLinear(nn.Module):
+    """An unquantized Linear layer with a packed weight."""
 
     def __init__(self, linear: nn.Linear, product: Callable[[torch.Tensor], nn.Module]) -> None:
         super().__init__()
@@ -102,16 +102,16 @@ class KeptPlain(nn.Module):
         return result
 
 
-class KeptBiasLast(Kept):
-    """The same where torchao adds the bias to the rounded product."""
+class DequantizedLinearBiasLast(DequantizedLinear):
+    """`DequantizedLinear` where torchao adds the bias to the rounded product."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out = self.products[0](x)
         return out if self.bias is None else out + self.bias
 
 
-class KeptBfloat16(Kept):
-    """The same where the kernel computes in bfloat16 whatever comes in (tinygemm)."""
+class DequantizedLinearBfloat16(DequantizedLinear):
+    """`DequantizedLinear` where the kernel computes in bfloat16 for any input dtype (tinygemm)."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out = self.products[0](x.to(torch.bfloat16))
@@ -119,8 +119,8 @@ class KeptBfloat16(Kept):
         return out.to(x.dtype)
 
 
-class KeptInt8(Kept):
-    """int8 weights widened once; the scale (out,) multiplies the product, as torchao does it."""
+class Int8WeightLinear(DequantizedLinear):
+    """int8 weights converted to the input dtype once; the scale (out,) multiplies the product, as in torchao."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, scale: torch.Tensor) -> None:
         super().__init__(weight, bias)
@@ -131,8 +131,8 @@ class KeptInt8(Kept):
         return out if self.bias is None else out + self.bias
 
 
-class KeptInt8Dynamic(nn.Module):
-    """int8 activations times int8 weights (out, in): ``multiply`` gives the exact integers, in any way."""
+class Int8DynamicLinear(nn.Module):
+    """int8 activations times int8 weights (out, in). Subclasses differ in how ``multiply`` gets the exact integers."""
 
     def __init__(
         self, weight: torch.Tensor, bias: torch.Tensor | None, scale: torch.Tensor, rounding: Rounding
@@ -141,13 +141,13 @@ class KeptInt8Dynamic(nn.Module):
         self.bias = bias
         self.scale = nn.Parameter(scale, requires_grad=False)
         self.rounding = rounding
-        self.keep(weight)
+        self.set_weight(weight)
 
-    def keep(self, weight: torch.Tensor) -> None:
+    def set_weight(self, weight: torch.Tensor) -> None:
         raise NotImplementedError
 
     def multiply(self, rows: torch.Tensor) -> torch.Tensor:
-        """Integers (n, out) from int8 rows (n, in), as a number type that float32 is made of by rounding once."""
+        """Integers (n, out) from int8 rows (n, in), in a dtype that converts to float32 with one rounding."""
         raise NotImplementedError
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -158,10 +158,10 @@ class KeptInt8Dynamic(nn.Module):
         return (out if self.bias is None else out + self.bias).to(x.dtype)
 
 
-class InFloats(KeptInt8Dynamic):
-    """The integer product computed exactly in float32, for CPUs without integer products."""
+class Int8LinearFloat32(Int8DynamicLinear):
+    """The integer product computed exactly in float32, for CPUs without int8 instructions."""
 
-    def keep(self, weight: torch.Tensor) -> None:
+    def set_weight(self, weight: torch.Tensor) -> None:
         parts = weight.float().split(_EXACT_TERMS, 1)
         self.products = nn.ModuleList([Product(part.contiguous()) for part in parts])
 
@@ -170,15 +170,15 @@ class InFloats(KeptInt8Dynamic):
             product(part)
             for product, part in zip(self.products, rows.float().split(_EXACT_TERMS, 1), strict=True)
         ]
-        # Exact parts, added without rounding and rounded once, as an integer is when it turns to float.
+        # Exact partial sums are added in float64 and rounded once, as an integer is when converted to float32.
         return parts[0] if len(parts) == 1 else torch.stack(parts).double().sum(0)
 
 
-class OnTensorCores(KeptInt8Dynamic):
-    """The integer product of a GPU. torchao copies the weight to the layout that cuBLAS is slowest with at
-    every eager call, and gives up (falls back, or fails when compiled) below 17 rows."""
+class Int8LinearCuda(Int8DynamicLinear):
+    """The integer product on a GPU. At every eager call torchao copies the weight to the layout that cuBLAS is slowest
+    with; below 17 rows it falls back to the CPU, or fails when compiled."""
 
-    def keep(self, weight: torch.Tensor) -> None:
+    def set_weight(self, weight: torch.Tensor) -> None:
         self.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
 
     def multiply(self, rows: torch.Tensor) -> torch.Tensor:
@@ -188,11 +188,11 @@ class OnTensorCores(KeptInt8Dynamic):
         return torch._int_mm(rows, self.weight.t())[:count]
 
 
-class OnVnni(KeptInt8Dynamic):
-    """The integer product of CPUs that multiply unsigned by signed: torchao's, its correction for the sign
+class Int8LinearVnni(Int8DynamicLinear):
+    """The integer product on CPUs that multiply unsigned by signed bytes (VNNI), with torchao's correction for the sign
     computed once."""
 
-    def keep(self, weight: torch.Tensor) -> None:
+    def set_weight(self, weight: torch.Tensor) -> None:
         self.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
         self.correction = nn.Parameter(128 * weight.sum(1, dtype=torch.int32), requires_grad=False)
 

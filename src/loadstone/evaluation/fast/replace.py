@@ -1,14 +1,14 @@
-"""Linears at the speed of the machine: dequantized weights kept, and on some CPUs weights packed.
+"""Replace Linear layers by faster ones with the same results: cached dequantized weights, repacked weights.
 
-**Kept.** torchao's kernels for CPUs (and most for GPUs) dequantize a weight at every call and then
-multiply. Where that is the recipe's arithmetic, the dequantized weight is kept instead, so each call is the
-multiplication alone. A module is replaced only after its replacement gave the same bits on probe inputs.
+**Dequantized.** torchao's CPU kernels (and most of its GPU kernels) dequantize a weight at every call and then
+multiply. Where that is the recipe's arithmetic, the dequantized weight is cached, so that each call is the
+multiplication alone. A module is replaced only if its replacement gives the same bits on probe inputs.
 
-**Packed.** In float32 on an AMD CPU torch multiplies with MKL, which leaves half of the machine unused
+**Repacked.** In float32 on an AMD CPU torch multiplies with MKL, which leaves half of the machine unused
 there; oneDNN's products over weights packed once are about twice as fast. They add in another order, so
-results agree to float32 rounding (losses to 1e-6), not to the bit; where activations are rounded to integers,
-the sums are added in MKL's order, to the same bits. On a GPU tinygemm's int4 kernel is made for a few
-tokens; the weight it stands for, multiplied by cuBLAS, is fifteen times as fast on many, to bfloat16 rounding.
+results agree to float32 rounding (losses to 1e-6), not to the bit. Where activations are rounded to integers,
+sums are added in MKL's order, to the same bits. On a GPU tinygemm's int4 kernel is made for a few tokens; its
+dequantized weight, multiplied by cuBLAS, is fifteen times as fast on many, to bfloat16 rounding.
 """
 
 from __future__ import annotations
@@ -23,28 +23,28 @@ import torch
 from torch import nn
 
 from loadstone.evaluation.fast.products import (
-    InFloats,
-    Kept,
-    KeptBfloat16,
-    KeptBiasLast,
-    KeptInt8,
-    KeptInt8Dynamic,
-    KeptPlain,
-    OnTensorCores,
-    OnVnni,
-    PackedInOrder,
+    DequantizedLinear,
+    DequantizedLinearBfloat16,
+    DequantizedLinearBiasLast,
+    Int8DynamicLinear,
+    Int8LinearCuda,
+    Int8LinearFloat32,
+    Int8LinearVnni,
+    Int8WeightLinear,
+    PackedLinear,
     PackedProduct,
+    PackedProductInOrder,
     Product,
     Rounding,
 )
-from loadstone.evaluation.fast.rounding import Shared, int8_round_trip, int8_rows, mx_round_trip
+from loadstone.evaluation.fast.rounding import SharedRounding, int8_round_trip, int8_rows, mx_round_trip
 from loadstone.evaluation.measure import free_bytes
 
 log = logging.getLogger(__name__)
 # Rows of the probes: more than the 16 that some integer kernels ask for, a single one, and many.
 _PROBES = ((1, 1), (2, 9))
 _MANY = ((2, 9), (1, 300))
-# Half of what is free: activations and the other model of a pair need room too.
+# Share of free memory to use: activations and the other model of a pair need the rest.
 _SHARE = 0.5
 # Largest difference of a product whose sum was reordered, relative to its largest element.
 _TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-7}
@@ -53,32 +53,36 @@ _EYE_ROWS = 1024
 
 @dataclass(frozen=True)
 class FastPath:
-    """How many Linears were sped up: ``kept`` to the same bits, ``packed`` to rounding."""
+    """How many Linear layers were replaced. ``dequantized``: their weight is cached dequantized, with the same bits as
+    before. ``repacked``: another kernel multiplies, to rounding."""
 
-    kept: int = 0
-    packed: int = 0
+    dequantized: int = 0
+    repacked: int = 0
+
+    def __add__(self, other: FastPath) -> FastPath:
+        return FastPath(self.dequantized + other.dequantized, self.repacked + other.repacked)
 
 
 def speed_up(model: Any) -> FastPath:
-    """Replace what can be replaced among the Linears of ``model``, in place, while memory lasts."""
+    """Replace the Linear layers of ``model`` in place, as many as memory allows."""
     packs = packs_here(model.get_input_embeddings().weight)
     fast, found = _speed_up(model, model.get_output_embeddings() if packs else None, packs=packs)
     if found:
-        log.info("%d of %d quantized Linears keep their dequantized weights (faster)", fast.kept, found)
+        log.info("caching dequantized weights of %d/%d quantized Linear layers", fast.dequantized, found)
     return fast
 
 
 def speed_up_layer(layer: Any, *, like: torch.Tensor) -> FastPath:
-    """The same for one decoder layer of a model that computes as the weight ``like`` does."""
+    """The same for one decoder layer, of a model whose other weights have the device and dtype of ``like``."""
     return _speed_up(layer, None, packs=packs_here(like))[0]
 
 
 def _speed_up(model: Any, head: nn.Module | None, *, packs: bool) -> tuple[FastPath, int]:
-    kept, reordered, found = _keep_dequantized(model)
+    exact, rounded, found = _cache_dequantized(model)
     _share_rounding(model)
     packed = _pack(model, head) if packs else 0
     _unwrap(model)
-    return FastPath(kept, reordered + packed), found
+    return FastPath(exact, rounded + packed), found
 
 
 @lru_cache(maxsize=1)
@@ -93,8 +97,8 @@ def _has_int8_products() -> bool:
 
 
 def packs_here(weight: torch.Tensor) -> bool:
-    """Whether packing pays for weights like this one. By the make of the CPU, never by a timing: results
-    must not depend on how busy the machine was."""
+    """Whether packing pays for weights like this one. Decided by the vendor of the CPU, never by a timing: results must
+    not depend on how busy the machine is."""
     return (
         weight.device.type == "cpu"
         and weight.dtype == torch.float32
@@ -104,33 +108,36 @@ def packs_here(weight: torch.Tensor) -> bool:
     )
 
 
-def _keep_dequantized(model: Any) -> tuple[int, int, int]:
-    """Replace quantized Linears: how many keep the same bits, how many agree to rounding, how many there are."""
+def _cache_dequantized(model: Any) -> tuple[int, int, int]:
+    """Replace quantized Linear layers. Returns how many give the same bits, how many agree to rounding, and how many
+    there are."""
     found = [
         (name, m) for name, m in model.named_modules() if type(m) is nn.Linear and _is_quantized(m.weight)
     ]
     if not found:
         return 0, 0, 0
     room = _SHARE * free_bytes(found[0][1].weight.device)
-    kept = reordered = 0
+    same = rounded = 0
     for name, module in found:
         room -= module.weight.numel() * module.weight.element_size()
         if room < 0:
             break
         replacement = _replacement(module)
-        exactly = not isinstance(replacement, KeptBfloat16)
+        exactly = not isinstance(replacement, DequantizedLinearBfloat16)
         if replacement is not None and _agree(module, replacement, exactly=exactly):
             model.set_submodule(name, replacement)
-            kept += exactly
-            reordered += not exactly
-    return kept, reordered, len(found)
+            same += exactly
+            rounded += not exactly
+    return same, rounded, len(found)
 
 
 def _unwrap(model: Any) -> None:
-    """A product that is a plain Linear's becomes one: two more modules a call are half the time of a small model
-    that writes one token at a time."""
+    """Turn replacements that are plain products into `nn.Linear`: two more modules per call take half the time of a
+    small model that generates one token at a time."""
     for name, module in list(model.named_modules()):
-        plain = type(module) is Kept or (type(module) is KeptBiasLast and module.bias is None)
+        plain = type(module) is DequantizedLinear or (
+            type(module) is DequantizedLinearBiasLast and module.bias is None
+        )
         if not plain or module.rounding is not None or type(module.products[0]) is not Product:
             continue
         weight = module.products[0].weight
@@ -140,16 +147,16 @@ def _unwrap(model: Any) -> None:
 
 
 def _share_rounding(model: Any) -> None:
-    """Let the Linears of one module round their common input once."""
+    """Let Linear layers of one parent module, such as q, k and v, round their common input once."""
     for parent in model.modules():
-        shared: dict[Rounding, Shared] = {}
+        shared: dict[Rounding, SharedRounding] = {}
         for module in parent.children():
-            if isinstance(module, Kept | KeptInt8Dynamic) and module.rounding is not None:
-                module.rounding = shared.setdefault(module.rounding, Shared(module.rounding))
+            if isinstance(module, DequantizedLinear | Int8DynamicLinear) and module.rounding is not None:
+                module.rounding = shared.setdefault(module.rounding, SharedRounding(module.rounding))
 
 
 def _pack(model: Any, head: nn.Module | None) -> int:
-    """Pack the weights of plain Linears and of what was kept; how many Linears that are."""
+    """Pack the weights of plain and of dequantized Linear layers. Returns how many layers that are."""
     room = _SHARE * free_bytes(torch.device("cpu"))
     modules = dict(model.named_modules())
     rounding = any(_rounds_activations(m) for m in modules.values())
@@ -162,10 +169,10 @@ def _pack(model: Any, head: nn.Module | None) -> int:
         if room < 0:
             break
         owner = name if plain else name.rpartition(".products")[0]
-        # Integers that float32 holds exactly may be added in any order, and nothing is rounded after the head.
-        in_order = rounding and module is not head and not isinstance(modules[owner], InFloats)
-        product = PackedInOrder if in_order else PackedProduct
-        new = KeptPlain(module, product) if plain else product(module.weight)
+        # Integers that float32 holds exactly may be added in any order, and no activations are rounded after the head.
+        in_order = rounding and module is not head and not isinstance(modules[owner], Int8LinearFloat32)
+        product = PackedProductInOrder if in_order else PackedProduct
+        new = PackedLinear(module, product) if plain else product(module.weight)
         # One row alone takes another way through MKL; batches have more.
         if _agree(module, new, exactly=in_order, probes=_MANY if in_order else _PROBES):
             model.set_submodule(name, new)
@@ -174,10 +181,12 @@ def _pack(model: Any, head: nn.Module | None) -> int:
 
 
 def _rounds_activations(module: nn.Module) -> bool:
-    if isinstance(module, Kept):
+    if isinstance(module, DequantizedLinear):
         return module.rounding is not None
     # A quantized Linear that was not replaced may do anything.
-    return isinstance(module, KeptInt8Dynamic) or (type(module) is nn.Linear and _is_quantized(module.weight))
+    return isinstance(module, Int8DynamicLinear) or (
+        type(module) is nn.Linear and _is_quantized(module.weight)
+    )
 
 
 def _is_quantized(weight: torch.Tensor) -> bool:
@@ -187,8 +196,7 @@ def _is_quantized(weight: torch.Tensor) -> bool:
 
 
 def _replacement(module: nn.Linear) -> nn.Module | None:
-    """A module that should compute what ``module`` does, or None for a kind of weight that is not known
-    here."""
+    """A faster module for the same computation, or None for a type of weight without one."""
     weight: Any = module.weight
     match type(weight).__name__:
         case "IntxUnpackedToInt8Tensor":
@@ -199,31 +207,32 @@ def _replacement(module: nn.Linear) -> nn.Module | None:
             if dynamic:
                 on_cpu = weight.device.type == "cpu"
                 rounding = int8_round_trip if on_cpu else intx._apply_int8_act_asym_per_token_quant_dequant
-            return Kept(weight.dequantize(), module.bias, rounding)
+            return DequantizedLinear(weight.dequantize(), module.bias, rounding)
         case "NVFP4Tensor" if weight.act_quant_kwargs is None:
-            return Kept(weight.dequantize(weight.orig_dtype), module.bias)
+            return DequantizedLinear(weight.dequantize(weight.orig_dtype), module.bias)
         case "MXTensor" if str(weight.kernel_preference).endswith("EMULATED"):
             return _microscaled(weight, module.bias)
         case "Float8Tensor" if weight.act_quant_kwargs is None:
-            return KeptBiasLast(weight.dequantize(), module.bias)
+            return DequantizedLinearBiasLast(weight.dequantize(), module.bias)
         case "Int8Tensor" if weight.act_pre_scale is None:
             return _int8(weight, module.bias)
         case "Int4TilePackedTo4dTensor" if weight.act_pre_scale is None and weight.dim() == 2:
-            return KeptBfloat16(_from_tiles(weight), module.bias)
+            return DequantizedLinearBfloat16(_from_tiles(weight), module.bias)
     return None
 
 
 def _microscaled(weight: Any, bias: torch.Tensor | None) -> nn.Module | None:
-    """MX formats that no unit of this device multiplies: torchao dequantizes both sides and multiplies."""
+    """MX formats that this device cannot multiply: torchao dequantizes both sides and multiplies."""
     how = weight.act_quant_kwargs
     if how is None or not str(how.kernel_preference).endswith("EMULATED"):
         return None
     rounding = mx_round_trip(how.elem_dtype, how.block_size, how.scaling_mode)
-    return Kept(weight.dequantize(weight.orig_dtype), bias, rounding)
+    return DequantizedLinear(weight.dequantize(weight.orig_dtype), bias, rounding)
 
 
 def _from_tiles(weight: Any) -> torch.Tensor:
-    """The bfloat16 weight (out, in) that tinygemm's kernel multiplies by, by multiplying rows of the identity."""
+    """The bfloat16 weight (out, in) that tinygemm's kernel multiplies by, read from its products with rows of the
+    identity."""
     out_features, in_features = weight.shape
     group = weight.block_size[-1]
     padded = weight.scale_and_zero.shape[0] * group
@@ -239,20 +248,22 @@ def _from_tiles(weight: Any) -> torch.Tensor:
 
 def _int8(weight: Any, bias: torch.Tensor | None) -> nn.Module | None:
     if weight.block_size[-1] < weight.qdata.shape[-1]:
-        return KeptBiasLast(weight.dequantize(), bias) if weight.act_quant_kwargs is None else None
+        return (
+            DequantizedLinearBiasLast(weight.dequantize(), bias) if weight.act_quant_kwargs is None else None
+        )
     if weight.act_quant_kwargs is None:
-        return KeptInt8(weight.qdata.to(weight.dtype), bias, weight.scale.to(weight.dtype).flatten())
+        return Int8WeightLinear(weight.qdata.to(weight.dtype), bias, weight.scale.to(weight.dtype).flatten())
     if "ASYMMETRIC" in str(weight.act_quant_kwargs.mapping_type):
         return None
     return _integer_module(weight)(weight.qdata, bias, weight.scale.flatten(), _int8_rounding(weight))
 
 
-def _integer_module(weight: Any) -> type[KeptInt8Dynamic]:
-    """What multiplies integers best here."""
+def _integer_module(weight: Any) -> type[Int8DynamicLinear]:
+    """The fastest exact integer product on the weight's device."""
     if weight.device.type == "cuda":
         # cuBLAS's conditions; torchao multiplies on the CPU where they do not hold.
-        return OnTensorCores if all(size % 8 == 0 for size in weight.shape) else InFloats
-    return OnVnni if _has_int8_products() else InFloats
+        return Int8LinearCuda if all(size % 8 == 0 for size in weight.shape) else Int8LinearFloat32
+    return Int8LinearVnni if _has_int8_products() else Int8LinearFloat32
 
 
 def _int8_rounding(weight: Any) -> Rounding:

@@ -1,4 +1,4 @@
-"""How recipes round activations: torchao's operations in torchao's order, to the same bits, in fewer passes."""
+"""Rounding of activations: torchao's operations in torchao's order, with the same bits, in fewer passes over memory."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _HALF_RANGE = 127.5
 
 
 def int8_round_trip(x: torch.Tensor) -> torch.Tensor:
-    """x (..., in) rounded to int8 per token, asymmetrically, and back: in place and on a few rows at a time,
-    so that the passes run out of the cache."""
+    """x (..., in) quantized to int8 per token, asymmetrically, and dequantized; a few rows at a time, so that the
+    passes stay in the CPU cache."""
     rows = x.reshape(-1, x.shape[-1])
     out = torch.empty_like(rows)
-    # A compiler makes one pass of it all; pieces would only be unrolled.
+    # The compiler fuses the passes; blocks would only be unrolled.
     at_once = max(1, len(rows) if torch.compiler.is_compiling() else _CACHED_ELEMENTS // x.shape[-1])
     for some, rounded in zip(rows.split(at_once), out.split(at_once), strict=True):
         # Two reductions: `aminmax` is ten times slower than both.
@@ -41,7 +41,7 @@ def int8_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def mx_round_trip(
     elem_dtype: Any, block_size: int, scaling_mode: Any
 ) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Rounding of x (..., in) to an MX format and back; one function for each format, so that it is shared."""
+    """A function that quantizes x (..., in) to an MX format and dequantizes it; the same one for the same format."""
     from torchao.prototype.mx_formats.mx_tensor import to_dtype, to_mx
 
     def rounding(x: torch.Tensor) -> torch.Tensor:
@@ -53,11 +53,11 @@ def mx_round_trip(
     return rounding
 
 
-class Shared:
-    """A way of rounding that siblings share: q, k and v (gate and up) are handed one tensor, rounded once.
+class SharedRounding:
+    """A rounding that is computed once for modules that get the same input, such as q, k and v, or gate and up.
 
-    The result lives as long as the tensor it was made of, and is found by that tensor's identity: modules
-    that share must not change their input in place.
+    The result lives as long as the input tensor, and is found by the tensor's identity: modules that share it must not
+    change their input in place.
     """
 
     def __init__(self, rounding: Callable[[torch.Tensor], Any]) -> None:
@@ -77,6 +77,6 @@ class Shared:
         if self._source is source:
             self._source = self._result = None
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Shared:
-        memo[id(self)] = copy = Shared(self.rounding)
+    def __deepcopy__(self, memo: dict[int, Any]) -> SharedRounding:
+        memo[id(self)] = copy = SharedRounding(self.rounding)
         return copy

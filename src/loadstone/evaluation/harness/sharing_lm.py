@@ -9,7 +9,7 @@ import torch
 from lm_eval.models.huggingface import HFLM
 
 from loadstone.evaluation.scoring.common import SHORTEST, common_prefixes, overhead
-from loadstone.evaluation.scoring.head import Prefixed, halve
+from loadstone.evaluation.scoring.head import PrefixedModel, split_head
 
 log = logging.getLogger(__name__)
 Request = tuple[Any, list[int], list[int]]
@@ -23,17 +23,17 @@ class SharingLM(HFLM):  # type: ignore[misc]
     """
 
     def __init__(self, model: Any, tokenizer: Any, *, batch_size: int, share: bool = True) -> None:
-        self._fixed = model.cache if isinstance(model, Prefixed) else None
+        self._fixed = model.cache if isinstance(model, PrefixedModel) else None
         self._current: Any = self._fixed
         self._last: tuple[list[int], Any] | None = None
         self._sharing = share
-        plain = model.model if isinstance(model, Prefixed) else model
+        plain = model.model if isinstance(model, PrefixedModel) else model
         options: dict[str, Any] = {}
         if self._fixed is not None:
             # No second BOS in the middle; the prefix takes its place in the model's positions.
             options["add_bos_token"] = False
         super().__init__(pretrained=plain, tokenizer=tokenizer, batch_size=batch_size, **options)
-        self._halves: Any = None
+        self._own_split: Any = None
 
     @property
     def prefix_token_id(self) -> int:
@@ -94,12 +94,12 @@ class SharingLM(HFLM):  # type: ignore[misc]
     def _model_call(self, inps: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self._current is None:
             return super()._model_call(inps, *args, **kwargs)  # type: ignore[no-any-return]
-        if self._halves is None:
-            self._halves = halve(self.model)
-        halves = Prefixed(self.model, self._current, self._halves).halves
+        if self._own_split is None:
+            self._own_split = split_head(self.model)
+        split = PrefixedModel(self.model, self._current, self._own_split).split_model
         with torch.no_grad():
-            hidden = halves.backbone(inps)
-            return halves.head(hidden.flatten(0, 1)[None] if not halves.whole else hidden[None]).view(
+            hidden = split.backbone(inps)
+            return split.head(hidden.flatten(0, 1)[None] if not split.whole else hidden[None]).view(
                 *inps.shape, -1
             )
 

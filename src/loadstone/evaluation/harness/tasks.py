@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from loadstone.errors import MissingError, UsageError
-from loadstone.evaluation.ranks import Ranks
+from loadstone.ranks import Ranks
 
 # lm-eval writes "acc,none": metric, comma, filter.
 _STDERR = "_stderr"
@@ -69,9 +69,9 @@ def run_tasks(
 ) -> list[TaskScore]:
     """Run lm-eval tasks (``include``: a folder of task YAMLs besides lm-eval's own) on a loaded model.
 
-    Each process computes every ``ranks.count``-th piece of the requests; the pieces do not depend on their
+    Each process computes every ``ranks.size``-th piece of the requests; the pieces do not depend on their
     number, so the scores do not either. ``share``: read beginnings that many requests of a piece have in common once.
-    A model after a prefix (`head.Prefixed`) answers every request after it. Raises as `task_manager` does.
+    A model after a prefix (`head.PrefixedModel`) answers every request after it. Raises as `task_manager` does.
     """
     manager = task_manager(names, include)
     import lm_eval
@@ -120,7 +120,7 @@ def divide(compute: Callable[..., Any], requests: Sequence[Any], batch_size: int
     size = _PIECE_BATCHES * batch_size
     pieces = [order[at : at + size] for at in range(0, len(order), size)]
     mine: dict[int, Any] = {}
-    for piece in pieces[ranks.rank :: ranks.count]:
+    for piece in pieces[ranks.rank :: ranks.size]:
         mine.update(zip(piece, compute([requests[i] for i in piece], disable_tqdm=True), strict=True))
     whole: dict[int, Any] = {}
     for part in ranks.gather(mine):

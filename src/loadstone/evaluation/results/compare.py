@@ -1,4 +1,4 @@
-"""Losses to figures: one model's, and the paired difference of two on the same tokens."""
+"""Metrics from losses: of one model, and the paired difference of two on the same tokens."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from loadstone.errors import UsageError
+from loadstone.evaluation.results.metrics import Estimate
 from loadstone.evaluation.results.statistics import Ratio, bound, ratio
 from loadstone.text.tokens import Protocol, TokenStream, resampling_units
 
@@ -25,45 +26,16 @@ class Units:
         return np.bincount(self.of_token, weights=values.astype(np.float64), minlength=len(self.tokens))
 
 
-@dataclass(frozen=True)
-class Figures:
-    """One model's result. ``loss``: nats per token; ``perplexity``: its exponential; ``bits_per_byte`` and
-    the word- and byte-normalised perplexities do not depend on the tokenizer and may be compared between
-    vocabularies."""
-
-    loss: Ratio
-    bits_per_byte: Ratio
-    word_perplexity: float
-    byte_perplexity: float
-
-    @property
-    def perplexity(self) -> float:
-        return _exp(self.loss.value)
-
-    @property
-    def perplexity_stderr(self) -> float:
-        # First order: d exp(x) = exp(x) dx.
-        return self.perplexity * self.loss.stderr
-
-
 @dataclass(frozen=True, eq=False)
 class Delta:
-    """A model's loss minus the baseline's, paired by unit. ``units``: the per-unit sums behind it, float64
-    (units, 2), difference in nats and tokens. ``relative_perplexity``: ppl / baseline ppl - 1."""
+    """A model's losses minus the baseline's, paired by unit. ``units``: float64 (units, 2), the difference in nats and
+    the number of tokens of each unit; ``estimates``: the metrics of group DELTA."""
 
-    loss: Ratio
-    perplexity: float
-    bits_per_byte: float
-    baseline_loss: float
     units: np.ndarray
-
-    @property
-    def relative_perplexity(self) -> float:
-        return _exp(self.loss.value) - 1
+    estimates: dict[str, Estimate]
 
     def loss_bound(self, level: float) -> float:
-        """One-sided confidence bound of the loss difference: the truth lies below it with this
-        probability."""
+        """One-sided confidence bound of the loss difference: the true difference is below it with this probability."""
         return bound(self.units[:, 0], self.units[:, 1], level)
 
 
@@ -81,33 +53,41 @@ def make_units(stream: TokenStream, protocol: Protocol) -> Units:
     )
 
 
-def summarize(sums: np.ndarray, units: Units, protocol: Protocol) -> Figures:
-    """Figures from a model's loss sums per unit, float64 (units,)."""
+def measure(sums: np.ndarray, units: Units, protocol: Protocol) -> dict[str, Estimate]:
+    """The metrics of group LOSS from a model's loss sums per unit, float64 (units,)."""
     total = float(sums.sum())
+    loss = ratio(sums, units.tokens)
+    perplexity = _exp(loss.value)
     # Bits per byte: the nats a model needs for the text, in bits, over the text's UTF-8 bytes. It is what
-    # an ideal compressor driven by the model would use, and the one figure that a different tokenizer
+    # an ideal compressor driven by the model would use, and the one metric that a different tokenizer
     # leaves comparable.
     bits = ratio(sums / math.log(2), units.bytes)
-    return Figures(
-        loss=ratio(sums, units.tokens),
-        bits_per_byte=bits,
-        word_perplexity=_exp(total / protocol.words),
-        byte_perplexity=_exp(total / protocol.bytes),
-    )
+    return {
+        "loss": _estimate(loss),
+        # First order: d exp(x) = exp(x) dx.
+        "perplexity": Estimate(perplexity, perplexity * loss.stderr),
+        "bits_per_byte": _estimate(bits),
+        "word_perplexity": Estimate(_exp(total / protocol.words)),
+        "byte_perplexity": Estimate(_exp(total / protocol.bytes)),
+    }
 
 
 def difference(sums: np.ndarray, baseline: np.ndarray, units: Units, protocol: Protocol) -> Delta:
     """Paired difference of two models' loss sums per unit, float64 (units,) both."""
     apart = sums - baseline
     tokens = units.tokens.sum()
-    base = float(baseline.sum() / tokens)
-    return Delta(
-        loss=ratio(apart, units.tokens),
-        perplexity=_exp(float(sums.sum() / tokens)) - _exp(base),
-        bits_per_byte=float(apart.sum() / math.log(2) / protocol.bytes),
-        baseline_loss=base,
-        units=np.stack([apart, units.tokens], axis=1),
-    )
+    loss = ratio(apart, units.tokens)
+    estimates = {
+        "delta_loss": _estimate(loss),
+        "delta_perplexity": Estimate(_exp(float(sums.sum() / tokens)) - _exp(float(baseline.sum() / tokens))),
+        "delta_perplexity_relative": Estimate(_exp(loss.value) - 1),
+        "delta_bits_per_byte": Estimate(float(apart.sum() / math.log(2) / protocol.bytes)),
+    }
+    return Delta(np.stack([apart, units.tokens], axis=1), estimates)
+
+
+def _estimate(value: Ratio) -> Estimate:
+    return Estimate(value.value, value.stderr, (value.lower, value.upper))
 
 
 def require_same(a: Protocol, b: Protocol, names: tuple[str, str]) -> None:

@@ -1,31 +1,22 @@
-"""``--fail-if``: limits that make a run fail, such as ``dloss>0.03``, ``dppl>1%`` or ``dloss>0.03@95``."""
+"""``--fail-if``: limits that make a run fail, such as ``dloss>0.03``, ``dppl>1%``, ``dloss>0.03@95`` or
+``accuracy<0.9``."""
 
 from __future__ import annotations
 
 import math
+import operator
 import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from loadstone.errors import UsageError
+from loadstone.evaluation.results.metrics import BY_GATE, DELTA, DIVERGENCE, Metric, gate_names
 
-# Metric -> the key of a model's JSON record that holds it. `d…` metrics compare with the baseline.
-METRICS = {
-    "loss": "loss",
-    "ppl": "perplexity",
-    "bpb": "bits_per_byte",
-    "dloss": "delta_loss",
-    "dppl": "delta_perplexity",
-    "dbpb": "delta_bits_per_byte",
-    "kl": "kl",
-    "kl99": "kl_p99",
-    "top1": "top1_agreement",
-}
-COMPARING = ("dloss", "dppl", "dbpb", "kl", "kl99", "top1")
-DIVERGENCE = ("kl", "kl99", "top1")
+_OPERATORS = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le}
 GRAMMAR = (
-    "METRIC > NUMBER[%][@CONFIDENCE] (or >=, <, <=), METRIC one of " + ", ".join(METRICS) + "; "
-    "examples: 'dloss>0.03', 'ppl>20', 'dppl>1%', 'dloss>0.03@95', 'top1<98%'"
+    "METRIC > NUMBER[%][@CONFIDENCE] (or >=, <, <=), METRIC one of " + ", ".join(BY_GATE) + "; "
+    "examples: 'dloss>0.03', 'ppl>20', 'dppl>1%', 'dloss>0.03@95', 'top1<98%', 'accuracy<0.9'"
 )
 _FORM = re.compile(
     r"\s*(?P<metric>[a-z0-9_]+)\s*(?P<op>>=|<=|>|<)\s*(?P<limit>[-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?)"
@@ -34,13 +25,20 @@ _FORM = re.compile(
 )
 
 
+class LossDifference(Protocol):
+    """What a gate with a confidence needs of the paired difference of two models."""
+
+    def loss_bound(self, level: float) -> float:
+        """One-sided confidence bound of the loss difference."""
+
+
 @dataclass(frozen=True)
 class Gate:
-    """A limit. ``confidence`` (percent) asks for the one-sided bound, not the estimate, to cross the
-    limit."""
+    """A limit on a metric. ``confidence`` (percent): the gate fails only if the one-sided confidence bound, not just
+    the estimate, is beyond the limit."""
 
     text: str
-    metric: str
+    metric: Metric
     operator: str
     limit: float
     percent: bool
@@ -49,12 +47,17 @@ class Gate:
     @property
     def compares(self) -> bool:
         """Whether the gate needs a baseline."""
-        return self.metric in COMPARING
+        return bool({DELTA, DIVERGENCE} & set(self.metric.groups))
+
+    @property
+    def needs_divergence(self) -> bool:
+        """Whether the gate needs the predictions of both models, as ``--kl`` does."""
+        return DIVERGENCE in self.metric.groups
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """A gate's outcome for one model. ``value`` is what was compared: the estimate, or its confidence
+    """The outcome of a gate for one model. ``value``: what was compared with the limit, the estimate or its confidence
     bound."""
 
     gate: str
@@ -64,8 +67,9 @@ class Verdict:
     failed: bool
 
     def describe(self) -> str:
+        """One line on a failed gate."""
         if not math.isfinite(self.value):
-            return f"{self.model}: {self.gate} failed: it cannot be told ({self.value})"
+            return f"{self.model}: {self.gate} failed: the value cannot be determined ({self.value})"
         by = abs(self.value - self.limit)
         return f"{self.model}: {self.gate} failed by {by:.4g} ({self.value:.6g} against {self.limit:.6g})"
 
@@ -75,65 +79,59 @@ def parse_gate(text: str) -> Gate:
     match = _FORM.fullmatch(text)
     if match is None:
         raise UsageError(f"--fail-if {text!r} is not a gate", f"The form is {GRAMMAR}")
-    metric = match["metric"].lower()
-    if metric not in METRICS:
-        raise UsageError(f"--fail-if {text!r}: unknown metric {metric!r}", f"The form is {GRAMMAR}")
+    metric = BY_GATE.get(match["metric"].lower())
+    if metric is None:
+        raise UsageError(f"--fail-if {text!r}: unknown metric {match['metric']!r}", f"The form is {GRAMMAR}")
     percent, confidence = bool(match["percent"]), match["confidence"]
-    if percent and metric not in ("dloss", "dppl", "dbpb", "top1"):
+    if percent and not (metric.relative_to or metric.fraction):
         raise UsageError(
-            f"--fail-if {text!r}: {metric} has no baseline to be a percentage of", f"The form is {GRAMMAR}"
+            f"--fail-if {text!r}: {metric.gate} is neither a fraction nor relative to a baseline, so % has no meaning",
+            f"The form is {GRAMMAR}",
         )
     if confidence is not None:
-        if (
-            metric not in ("dloss", "dppl")
-            or (metric == "dppl" and not percent)
-            or (metric == "dloss" and percent)
-        ):
+        if metric.confidence != ("relative" if percent else "absolute"):
             raise UsageError(
                 f"--fail-if {text!r}: @CONFIDENCE goes with dloss in nats and dppl in percent",
                 f"The form is {GRAMMAR}",
             )
         if not 50 <= float(confidence) < 100:
             raise UsageError(f"--fail-if {text!r}: the confidence must be at least 50 and below 100 percent")
-    return Gate(
-        text.strip(),
-        metric,
-        match["op"],
-        float(match["limit"]),
-        percent,
-        float(confidence) if confidence else None,
-    )
+    limit = float(match["limit"])
+    return Gate(text.strip(), metric, match["op"], limit, percent, float(confidence) if confidence else None)
 
 
-def judge(gate: Gate, record: dict[str, Any], delta: Any = None) -> Verdict:
-    """Hold a model's JSON record against a gate; ``delta`` is its `compare.Delta` where there is a baseline.
-
-    A figure that is not finite fails every gate.
-    """
-    value = _value(gate, record, delta)
-    crossed = {
-        ">": value > gate.limit,
-        ">=": value >= gate.limit,
-        "<": value < gate.limit,
-        "<=": value <= gate.limit,
-    }[gate.operator]
-    return Verdict(gate.text, str(record["path"]), value, gate.limit, crossed or not math.isfinite(value))
+def check_gates(gates: Collection[Gate], groups: Collection[str], what: str) -> None:
+    """Raise UsageError for a gate on a metric that is in none of ``groups``: what is evaluated does not have it."""
+    for gate in gates:
+        if not set(gate.metric.groups) & set(groups):
+            raise UsageError(
+                f"--fail-if '{gate.text}': {what} has no {gate.metric.gate}",
+                f"It has {', '.join(gate_names(groups))}",
+            )
 
 
-def _value(gate: Gate, record: dict[str, Any], delta: Any) -> float:
+def judge(gate: Gate, model: str, figures: Mapping[str, Any], delta: LossDifference | None = None) -> Verdict:
+    """Compare a model's metrics with a gate's limit. ``figures``: metrics by JSON key; ``delta``: the paired difference
+    to the baseline, which gates with a confidence need. A value that is not finite fails every gate."""
+    value = _value(gate, figures, delta)
+    crossed = _OPERATORS[gate.operator](value, gate.limit)
+    return Verdict(gate.text, model, value, gate.limit, crossed or not math.isfinite(value))
+
+
+def _value(gate: Gate, figures: Mapping[str, Any], delta: LossDifference | None) -> float:
+    metric = gate.metric
     if gate.confidence is not None:
+        assert delta is not None
         # The gate fails only if even the favourable end of the interval is beyond the limit.
         level = gate.confidence / 100
-        nats = delta.loss_bound(1 - level if gate.operator.startswith(">") else level)
-        return float(nats) if gate.metric == "dloss" else 100 * math.expm1(nats)
-    value = record.get(METRICS[gate.metric])
+        nats = float(delta.loss_bound(1 - level if gate.operator.startswith(">") else level))
+        return 100 * math.expm1(nats) if gate.percent else nats
+    value = figures.get(metric.key)
     if value is None:
         return math.nan
     if not gate.percent:
         return float(value)
-    if gate.metric == "top1":
+    if metric.fraction:
         return 100 * float(value)
-    if gate.metric == "dppl":
-        return 100 * float(delta.relative_perplexity)
-    whole = record["loss" if gate.metric == "dloss" else "bits_per_byte"]
-    return 100 * value / (whole - value)
+    whole = figures.get(metric.relative_to)
+    return math.nan if whole is None else 100 * value / (whole - value)

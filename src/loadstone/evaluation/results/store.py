@@ -1,5 +1,4 @@
-"""Finished and half-finished scores on disk, found again by content: weights, text, protocol and code,
-never paths."""
+"""Finished and partial scores on disk, keyed by content: weights, text, protocol and code, never paths."""
 
 from __future__ import annotations
 
@@ -13,8 +12,7 @@ from typing import Any
 import numpy as np
 
 from loadstone.errors import UsageError
-from loadstone.evaluation.scoring.losses import Values
-from loadstone.text.arrays import read_arrays, write_arrays
+from loadstone.text.arrays import Arrays, read_arrays, write_arrays
 from loadstone.text.tokens import Protocol
 
 # Raise when a change to scoring changes a number: older entries are then no longer found.
@@ -27,23 +25,23 @@ class Store:
 
     directory: Path
 
-    def finished(self, key: str) -> tuple[Values, dict[str, Any]] | None:
+    def finished(self, key: str) -> tuple[Arrays, dict[str, Any]] | None:
         """Values and facts of a finished evaluation, or None."""
         return read_arrays(self._path(key, "scores"))
 
-    def finish(self, key: str, values: Values, facts: dict[str, Any]) -> None:
-        """Keep a finished evaluation, and drop what was kept of it half done."""
+    def finish(self, key: str, values: Arrays, facts: dict[str, Any]) -> None:
+        """Store a finished evaluation, and remove its partial scores."""
         write_arrays(self._path(key, "scores"), values, facts)
         for partial in self._partials(key):
             partial.unlink(missing_ok=True)
 
-    def partial(self, key: str) -> Values | None:
-        """What earlier runs, of any number of processes, got done before they stopped; None if nothing."""
+    def partial(self, key: str) -> Arrays | None:
+        """The scores of interrupted runs, of any number of processes, merged; None if there are none."""
         found = map(read_arrays, self._partials(key))
         return merge_partials([values for values, _ in filter(None, found)])
 
-    def save_partial(self, key: str, rank: int, values: Values) -> None:
-        """Keep what one process got done so far."""
+    def save_partial(self, key: str, rank: int, values: Arrays) -> None:
+        """Store the scores that one process has so far."""
         write_arrays(self._path(key, f"partial{rank}"), values, {})
 
     def _path(self, key: str, suffix: str) -> Path:
@@ -53,9 +51,9 @@ class Store:
         return sorted((self.directory / key[:2]).glob(f"{key}.partial*.npz"))
 
 
-def merge_partials(parts: Iterable[Values | None]) -> Values | None:
-    """Half-done evaluations put together: every token that one of them has; None when there are none."""
-    merged: Values | None = None
+def merge_partials(parts: Iterable[Arrays | None]) -> Arrays | None:
+    """Merge partial scores: every token that one of them has; None when there are none."""
+    merged: Arrays | None = None
     for values in parts:
         if merged is None or values is None:
             merged = merged if values is None else values
@@ -65,7 +63,7 @@ def merge_partials(parts: Iterable[Values | None]) -> Values | None:
 
 
 def open_store(directory: str) -> Store:
-    """Use a directory as a store. Raises UsageError when it cannot be one."""
+    """Use a directory as a store, made if absent. Raises UsageError when that is not possible."""
     path = Path(directory).expanduser()
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -75,18 +73,18 @@ def open_store(directory: str) -> Store:
 
 
 def entry_key(protocol: Protocol, fingerprints: Sequence[str], mode: dict[str, Any]) -> str:
-    """The key of an evaluation: what was computed (weights, tokens, windows, dtype), and with what."""
+    """The key of an evaluation: weights, tokens, windows and dtype, and the versions of what computed it."""
     import torch
     import transformers
 
     from loadstone._version import __version__
 
     facts = asdict(protocol)
-    # The name of the text and of its tokenizer do not matter, what they come to does.
+    # Names of the text and the tokenizer do not matter: the hash of the tokens does.
     for name in ("data", "tokenizer_sha256"):
         del facts[name]
     if not protocol.prefix_tokens:
-        # Scores of runs without a prefix keep the keys they have.
+        # Scores of runs without a prefix keep the keys they had before prefixes.
         del facts["prefix_tokens"], facts["prefix_sha256"]
     facts |= {
         "fingerprints": list(fingerprints),

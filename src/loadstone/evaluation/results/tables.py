@@ -1,27 +1,51 @@
-"""What the command prints: records as columns and rows of text."""
+"""Records as tables of text, for the terminal and the HTML report."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from loadstone.evaluation.results.metrics import (
+    COST,
+    DELTA,
+    DIVERGENCE,
+    LOSS,
+    SPEED,
+    TABLE_GROUPS,
+    Metric,
+    columns,
+)
 from loadstone.text.tokens import Protocol
 
 Records = Sequence[dict[str, Any]]
-Table = tuple[list[str], list[list[str]]]
 
 
-def tables(records: Records) -> list[Table]:
-    """Every table that the records have figures for: column names, and rows."""
-    wanted = [losses(records)]
-    for key, make in (("kl", divergences), ("tasks", tasks), ("speed", speeds)):
-        if any(record.get(key) for record in records):
-            wanted.append(make(records))
+@dataclass(frozen=True)
+class Table:
+    """Rows of text under column names. ``left``: how many columns hold words; the others hold numbers."""
+
+    title: str
+    columns: list[str]
+    rows: list[list[str]]
+    left: int = 1
+
+
+def tables(records: Records, *, names: Sequence[str] | None = None, report: bool = False) -> list[Table]:
+    """Every table that the records have metrics for. ``names``: of the models, instead of their paths; ``report``: with
+    the columns of the HTML report."""
+    shown = [{**r, "path": n} for r, n in zip(records, names or [r["path"] for r in records], strict=True)]
+    if any("metrics" in record for record in shown):
+        return [_fitted_tables(shown)]
+    wanted = [_losses(shown, report)]
+    for key, make in (("kl", _divergences), ("tasks", _tasks), ("speed", _speeds)):
+        if any(record.get(key) for record in shown):
+            wanted.append(make(shown))
     return wanted
 
 
 def describe(protocol: Protocol) -> str:
-    """One line that says what was asked of the models."""
+    """One line on the text and how it is divided into windows."""
     start = "every document and window" if protocol.bos_each_window else "every document"
     if protocol.prefix_tokens:
         start = f"a prefix of {protocol.prefix_tokens} tokens comes before every document and window"
@@ -34,83 +58,60 @@ def describe(protocol: Protocol) -> str:
     )
 
 
-def losses(records: Records) -> Table:
-    """Loss, perplexity and bits per byte, differences where there are any, and what it took."""
+def _losses(records: Records, report: bool) -> Table:
     compared = any(r["delta_loss"] is not None for r in records)
-    deltas = ["Δ loss", "Δ ppl"] if compared else []
-    columns = ["model", "loss", "perplexity", "bits/byte", *deltas, "tokens/s", "peak MiB", "load s"]
-    return columns, [_loss_row(record, compared) for record in records]
+    deltas = columns(DELTA) if compared else []
+    metrics = [*columns(LOSS), *deltas, *columns(COST, report=report)]
+    return Table(
+        "Loss", _headings(["model"], metrics), [[r["path"], *_loss_cells(r, metrics)] for r in records]
+    )
 
 
-def _loss_row(record: dict[str, Any], compared: bool) -> list[str]:
-    delta: list[str] = []
-    if compared and record["delta_loss"] is None:
-        delta = ["reference", ""]
-    elif compared:
-        relative = record["delta_perplexity_relative"]
-        shown = "inf" if relative is None else f"{100 * relative:+.2f} %"
-        delta = [_pm(record["delta_loss"], record["delta_loss_stderr"], "+.4f"), shown]
-    speed = record["tokens_per_second"]
-    return [
-        record["path"],
-        _pm(record["loss"], record["loss_stderr"], ".4f"),
-        _pm(record["perplexity"], record["perplexity_stderr"], ".3f"),
-        _pm(record["bits_per_byte"], record["bits_per_byte_stderr"], ".4f"),
-        *delta,
-        "" if speed is None else f"{speed:.0f}",
-        f"{record['peak_memory_bytes'] / 2**20:.0f}",
-        f"{record['load_seconds']:.1f}",
-    ]
+def _loss_cells(record: dict[str, Any], metrics: list[Metric]) -> list[str]:
+    # The reference's row says so once: its other differences stay empty.
+    skip = {m.key for m in columns(DELTA)[1:]} if record["delta_loss"] is None else set()
+    return ["" if m.key in skip else m.cell(record) for m in metrics]
 
 
-def divergences(records: Records) -> Table:
-    """KL divergence and its quantiles, of the models that have them."""
-    columns = ["model", "KL", "KL reverse", "median", "90 %", "99 %", "99.9 %", "max", "same top-1"]
+def _divergences(records: Records) -> Table:
+    metrics = columns(DIVERGENCE)
+    rows = [[r["path"], *(m.cell(r) for m in metrics)] for r in records if "kl" in r]
+    return Table("Divergence from the reference", _headings(["model"], metrics), rows)
+
+
+def _tasks(records: Records) -> Table:
+    value = Metric("value", (), "", stderr=True)
+    delta = Metric("delta", (), "", form="+.4f", stderr=True)
+    p_value = Metric("p_value", (), "", form=".3f")
     rows = [
-        [
-            r["path"],
-            _pm(r["kl"], r["kl_stderr"], ".5f"),
-            _pm(r["kl_reverse"], r["kl_reverse_stderr"], ".5f"),
-            *(f"{r[key]:.4g}" for key in ("kl_median", "kl_p90", "kl_p99", "kl_p999", "kl_max")),
-            f"{100 * r['top1_agreement']:.2f} %",
-        ]
+        [r["path"], t["task"], t["metric"], *(m.cell(t) for m in (value, delta, p_value))]
         for r in records
-        if "kl" in r
+        for t in r.get("tasks", ())
     ]
-    return columns, rows
+    return Table("Tasks", ["model", "task", "metric", "value", "paired Δ", "p"], rows, left=3)
 
 
-def tasks(records: Records) -> Table:
-    """A row for each model, task and metric."""
-    rows = []
-    for r in records:
-        for t in r.get("tasks", ()):
-            delta = "" if t["delta"] is None else _pm(t["delta"], t["delta_stderr"], "+.4f")
-            p_value = "" if t["p_value"] is None else f"{t['p_value']:.3f}"
-            rows.append(
-                [r["path"], t["task"], t["metric"], _pm(t["value"], t["stderr"], ".4f"), delta, p_value]
-            )
-    return ["model", "task", "metric", "value", "paired Δ", "p"], rows
-
-
-def speeds(records: Records) -> Table:
-    """A row for each model and batch size."""
+def _speeds(records: Records) -> Table:
+    metrics = columns(SPEED)
+    # Peak memory last: it is a cost, not a speed.
+    metrics.sort(key=lambda m: COST in m.groups)
     rows = [
-        [
-            r["path"],
-            str(s["batch_size"]),
-            f"{s['prefill_tokens_per_second']:.0f}",
-            f"{1000 * s['first_token_seconds']:.0f}",
-            f"{s['decode_tokens_per_second']:.1f}",
-            f"{s['peak_memory_bytes'] / 2**20:.0f}",
-        ]
+        [r["path"], str(s["batch_size"]), *(m.cell(s) for m in metrics)]
         for r in records
         for s in r.get("speed", ())
     ]
-    return ["model", "batch", "prefill tokens/s", "first token ms", "decode tokens/s", "peak MiB"], rows
+    return Table("Speed", _headings(["model", "batch"], metrics), rows)
 
 
-def _pm(value: float | None, error: float | None, form: str) -> str:
-    if value is None:
-        return "inf"
-    return format(value, form) if error is None else f"{value:{form}} ± {error:{form.lstrip('+')}}"
+def _fitted_tables(records: Records) -> Table:
+    measured = {key for record in records for key in record["metrics"]}
+    metrics = [m for m in columns(*TABLE_GROUPS) if m.key in measured]
+    rows = [
+        [r["path"], str(r["training_rows"]), *(m.cell(r["metrics"]) or m.missing for m in metrics)]
+        for r in records
+    ]
+    return Table("Predictions", _headings(["context", "fitted on"], metrics), rows)
+
+
+def _headings(first: list[str], metrics: list[Metric]) -> list[str]:
+    return first + [m.heading for m in metrics]

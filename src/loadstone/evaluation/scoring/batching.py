@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from loadstone.evaluation.scoring.compiling import eagerly
-from loadstone.evaluation.scoring.head import chunk_rows, halve
+from loadstone.evaluation.scoring.head import chunk_rows, split_head
 from loadstone.evaluation.scoring.losses import BatchMaker, batch_losses, plan_batches
 
 # Tokens per batch that saturate the device; more only costs memory.
@@ -41,6 +41,6 @@ def _peak(model: Any, maker: BatchMaker, windows: int) -> int:
     before = torch.cuda.memory_allocated(maker.device)
     torch.cuda.reset_peak_memory_stats(maker.device)
     with torch.no_grad(), eagerly(model):
-        batch_losses(halve(model), maker(members), chunk_rows(model, maker.device))
+        batch_losses(split_head(model), maker(members), chunk_rows(model, maker.device))
     peak = torch.cuda.max_memory_allocated(maker.device) - before
     return peak

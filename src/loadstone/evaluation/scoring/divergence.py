@@ -1,4 +1,4 @@
-"""How far a model's predictions are from a reference's: one pass over both, no logits on disk."""
+"""KL divergence between a model and a reference: one pass over both, no logits on disk."""
 
 from __future__ import annotations
 
@@ -13,9 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from loadstone.errors import UsageError
-from loadstone.evaluation.results.compare import Units
-from loadstone.evaluation.results.statistics import ratio
-from loadstone.evaluation.scoring.head import chunk_rows, halve
+from loadstone.evaluation.scoring.head import chunk_rows, split_head
 from loadstone.evaluation.scoring.losses import (
     Batch,
     BatchMaker,
@@ -25,10 +23,7 @@ from loadstone.evaluation.scoring.losses import (
     run_batches,
     widen,
 )
-from loadstone.text.tokens import TokenStream
 
-QUANTILES = {"kl_median": 0.5, "kl_p90": 0.9, "kl_p99": 0.99, "kl_p999": 0.999, "kl_max": 1.0}
-_EXCERPT = 160
 # Losses as `score` gives them; divergences in float64, for they are small differences of large numbers.
 _DTYPES = {
     "nll_reference": torch.float32,
@@ -41,7 +36,7 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class PairTiming:
-    """Time that each of the two models took, of a pass over both."""
+    """The time of each model in a pass over both."""
 
     reference: Timing
     model: Timing
@@ -64,11 +59,11 @@ def score_pair(
     `run_batches`'s. Raises UsageError when the vocabularies differ, ArtifactError when a loss is not
     finite.
     """
-    halves = halve(reference), halve(model)
+    splits = split_head(reference), split_head(model)
     # Two sets of logits and their float64 copies are held at once.
     at_once = max(1, chunk_rows(reference, maker.device) // 4)
     spent = [0.0, 0.0]
-    looked = False
+    checked = False
 
     def timed(which: int, call: Callable[[], torch.Tensor]) -> torch.Tensor:
         begin = time.perf_counter()
@@ -79,17 +74,17 @@ def score_pair(
         return result
 
     def compute(some: Sequence[Batch]) -> Iterator[dict[str, torch.Tensor]]:
-        both = [half.hidden([b.ids for b in some]) for half in halves]
+        both = [split.hidden([b.ids for b in some]) for split in splits]
         for batch in some:
             yield compare(batch, [timed(i, both[i].__next__).flatten(0, 1) for i in (0, 1)])
 
     def compare(batch: Batch, hidden: list[torch.Tensor]) -> dict[str, torch.Tensor]:
-        nonlocal looked
+        nonlocal checked
         rows = [batch.rows.to(h.device) for h in hidden]
         parts: list[dict[str, torch.Tensor]] = []
         for at in range(0, len(batch.rows), at_once):
             part = slice(at, at + at_once)
-            logits = [timed(i, partial(halves[i].head, hidden[i][rows[i][part]][None])) for i in (0, 1)]
+            logits = [timed(i, partial(splits[i].head, hidden[i][rows[i][part]][None])) for i in (0, 1)]
             if logits[0].shape != logits[1].shape:
                 raise UsageError(
                     f"'{names[0]}' and '{names[1]}' have vocabularies of {logits[0].shape[-1]} and "
@@ -99,10 +94,10 @@ def score_pair(
                 diverge(logits[0], logits[1].to(logits[0].device), batch.targets[part].to(logits[0].device))
             )
         values = {key: torch.cat([p[key] for p in parts]) for key in _DTYPES}
-        if not looked:
+        if not checked:
             check_finite(values["nll_reference"], names[0])
             check_finite(values["nll"], names[1])
-            looked = True
+            checked = True
         return values
 
     together = min(getattr(m, "together", 1) for m in (reference, model))
@@ -127,48 +122,3 @@ def _expectation(log_weight: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     # A token masked to probability 0 contributes 0, though its value is inf - inf.
     weight = log_weight.exp()
     return torch.where(weight > 0, weight * value, 0.0).sum(-1)
-
-
-def divergence_record(values: Values, units: Units) -> dict[str, Any]:
-    """The divergence keys of a model's JSON record, from `score_pair`'s values."""
-    kl, reverse = (ratio(units.sums(values[key]), units.tokens) for key in ("kl", "kl_reverse"))
-    agreement = ratio(units.sums(values["top1"]), units.tokens)
-    quantiles = np.quantile(values["kl"], list(QUANTILES.values()))
-    return {
-        "kl": kl.value,
-        "kl_stderr": kl.stderr if np.isfinite(kl.stderr) else None,
-        "kl_reverse": reverse.value,
-        "kl_reverse_stderr": reverse.stderr if np.isfinite(reverse.stderr) else None,
-        **dict(zip(QUANTILES, map(float, quantiles), strict=True)),
-        "top1_agreement": agreement.value,
-        "top1_agreement_stderr": agreement.stderr if np.isfinite(agreement.stderr) else None,
-    }
-
-
-def worst_documents(values: Values, stream: TokenStream, tokenizer: Any, count: int) -> list[dict[str, Any]]:
-    """The documents with the highest mean KL, worst first, each with the text around its worst token."""
-    owner = stream.document[stream.scored]
-    tokens = np.bincount(owner, minlength=len(stream.bytes))
-    mean = np.bincount(owner, weights=values["kl"], minlength=len(tokens)) / np.maximum(tokens, 1)
-    found = []
-    for document in np.argsort(-mean, kind="stable")[:count]:
-        mine = np.flatnonzero(owner == document)
-        if not len(mine):
-            continue
-        worst = int(mine[values["kl"][mine].argmax()])
-        position = stream.scored[worst]
-        before = stream.ids[max(stream.scored[mine[0]], position - 40) : position]
-        found.append(
-            {
-                "document": int(document),
-                "kl": float(mean[document]),
-                "delta_loss": float(
-                    (values["nll"][mine] - values["nll_reference"][mine]).mean(dtype=np.float64)
-                ),
-                "tokens": len(mine),
-                "worst_token_kl": float(values["kl"][worst]),
-                "worst_token": tokenizer.decode([int(stream.ids[position])]),
-                "before": tokenizer.decode(before.tolist())[-_EXCERPT:],
-            }
-        )
-    return found

@@ -1,4 +1,4 @@
-"""A causal language model in two halves, so that the logits of a long context are never held at once."""
+"""A causal language model split into backbone and head, so that logits are computed for a few positions at a time."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ _PROBE_TOKENS = 8
 
 
 @dataclass(frozen=True)
-class Halves:
-    """``backbone``: token ids (B, L), and a transformers cache they come after or None, to hidden states (B, L, H).
-    ``head``: hidden states (1, n, H) to logits (n, V).
+class SplitModel:
+    """A causal language model in two parts.
 
-    When ``whole`` the model could not be divided: ``backbone`` then gives logits (B, L, V) and ``head``
-    passes them on. ``together``: ``backbone`` for several batches at a time, where that saves something.
+    ``backbone``: token ids (B, L), and a transformers cache that they follow or None, to hidden states (B, L, H).
+    ``head``: hidden states (1, n, H) to logits (n, V). ``whole``: the model could not be split; ``backbone`` then gives
+    logits (B, L, V), and ``head`` passes them on. ``together``: ``backbone`` for several batches at a time, for models
+    that gain from it.
     """
 
     backbone: Callable[..., torch.Tensor]
@@ -33,18 +34,21 @@ class Halves:
     together: Callable[[Sequence[torch.Tensor]], Iterator[torch.Tensor]] | None = None
 
     def hidden(self, many: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
-        """Hidden states for each of the ids, one after the other."""
+        """Hidden states (B, L, H) for each batch of ids (B, L), in order."""
         return map(self.backbone, many) if self.together is None else self.together(many)
 
 
 @dataclass(frozen=True, eq=False)
-class Prefixed:
-    """A model after a prefix: the first column of its inputs stands for the prefix's last token, whatever id is there,
-    and every row comes after the whole prefix (a `PrefixCache`)."""
+class PrefixedModel:
+    """A model whose inputs all follow a prefix, a `PrefixCache`.
+
+    The first column of its inputs stands for the prefix's last token, whatever id it holds. ``inner``: the model's own
+    split, if it is known.
+    """
 
     model: Any
     cache: Any
-    inner: Halves | None = None
+    inner: SplitModel | None = None
 
     @property
     def config(self) -> Any:
@@ -54,11 +58,11 @@ class Prefixed:
         return self.model.get_input_embeddings()
 
     @property
-    def halves(self) -> Halves:
-        """The model's own halves (``inner``, where they are known), after the prefix."""
-        inner = self.inner or halve(self.model)
+    def split_model(self) -> SplitModel:
+        """The model's backbone and head, following the prefix."""
+        inner = self.inner or split_head(self.model)
         prefix = self.cache.prefix
-        # What stands at the prefix's last position: its hidden state, or its logits where a model has no halves.
+        # The prefix's last position: its hidden state, or its logits for a model that could not be split.
         last = prefix.logits[:, None] if inner.whole else prefix.hidden
 
         def backbone(ids: torch.Tensor) -> torch.Tensor:
@@ -69,18 +73,18 @@ class Prefixed:
             rest = inner.backbone(ids[:, 1:], self.cache.fork(batch=batch, keeps=False))
             return torch.cat([first.to(rest), rest], 1)
 
-        return Halves(backbone, inner.head, inner.whole)
+        return SplitModel(backbone, inner.head, inner.whole)
 
 
-def halve(model: Any) -> Halves:
-    """Divide a transformers causal model; checked on a few tokens, bit for bit, before it is trusted.
+def split_head(model: Any) -> SplitModel:
+    """Split a transformers causal model into backbone and head.
 
-    The head half is the model's own ``forward`` with its base model answering from a given hidden state, so
-    logit scales, soft caps and whatever else an architecture does after the base model are applied as the
-    model applies them. A model for which that does not reproduce its logits exactly is left whole.
+    The head is the model's own ``forward`` with its base model replaced by a given hidden state, so logit scales, soft
+    caps and whatever else an architecture applies after the base model are included. A model whose logits this does not
+    reproduce bit for bit, on a few tokens, is left whole.
     """
-    if hasattr(model, "halves"):
-        return model.halves  # type: ignore[no-any-return]
+    if hasattr(model, "split_model"):
+        return model.split_model  # type: ignore[no-any-return]
     base = getattr(model, "base_model", model)
 
     def logits_of(ids: torch.Tensor, cache: Any = None) -> torch.Tensor:
@@ -88,21 +92,21 @@ def halve(model: Any) -> Halves:
             output = model(input_ids=ids, **_after(cache))
         return output.logits  # type: ignore[no-any-return]
 
-    whole = Halves(logits_of, lambda logits: logits[0], True)
+    whole = SplitModel(logits_of, lambda logits: logits[0], True)
     if base is model:
         return whole
-    halves = divide(model, base)
+    split = split_unchecked(model, base)
     ids = torch.arange(_PROBE_TOKENS, device=model.get_input_embeddings().weight.device)[None]
     try:
         with torch.no_grad(), eagerly(model):
-            same = torch.equal(halves.head(halves.backbone(ids)), logits_of(ids)[0])
+            same = torch.equal(split.head(split.backbone(ids)), logits_of(ids)[0])
     except (AttributeError, TypeError, IndexError):
         same = False
-    return halves if same else whole
+    return split if same else whole
 
 
-def divide(model: Any, base: Any) -> Halves:
-    """The two halves of a model around its base model, not checked."""
+def split_unchecked(model: Any, base: Any) -> SplitModel:
+    """Split a model at its base model, without comparing logits."""
     output_types: list[type] = []
 
     def backbone(ids: torch.Tensor, cache: Any = None) -> torch.Tensor:
@@ -112,11 +116,11 @@ def divide(model: Any, base: Any) -> Halves:
         return output.last_hidden_state  # type: ignore[no-any-return]
 
     def head(hidden: torch.Tensor) -> torch.Tensor:
-        with _answering(base, output_types[0](last_hidden_state=hidden)):
+        with _returning(base, output_types[0](last_hidden_state=hidden)):
             ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
             return model(input_ids=ids, use_cache=False).logits[0]  # type: ignore[no-any-return]
 
-    return Halves(backbone, head, False)
+    return SplitModel(backbone, head, False)
 
 
 def _after(cache: Any) -> dict[str, Any]:
@@ -127,10 +131,9 @@ def _after(cache: Any) -> dict[str, Any]:
 def flat_attention() -> Iterator[None]:
     """Attention whose memory does not grow with the square of the context, for the length of a block.
 
-    transformers hands SDPA fewer key than query heads (``enable_gqa``). In float32 on CUDA no kernel but the
-    plain one takes that, and it holds a (length x length) matrix for every head: there keys and values are
-    repeated instead, which the memory-efficient kernel takes.
-    """
+    transformers passes SDPA fewer key than query heads (``enable_gqa``). In float32 on CUDA only the math kernel
+    accepts that, and it holds a (length x length) matrix for every head. Here keys and values are repeated instead, so
+    that the memory-efficient kernel is used."""
     module, asked, flat = _gqa()
     module.use_gqa_in_sdpa = flat
     try:
@@ -154,9 +157,8 @@ def _gqa() -> tuple[Any, Callable[..., bool], Callable[..., bool]]:
 
 
 @contextmanager
-def _answering(module: Any, output: Any) -> Iterator[None]:
-    # An instance attribute shadows the class's forward (accelerate's hooks live there too: put back what
-    # was).
+def _returning(module: Any, output: Any) -> Iterator[None]:
+    # An instance attribute shadows the class's forward. accelerate's hooks are set there too, so restore it.
     before = module.__dict__.get("forward")
     module.forward = lambda *args, **kwargs: output
     try:

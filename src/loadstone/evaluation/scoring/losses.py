@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from loadstone.errors import ArtifactError
-from loadstone.evaluation.scoring.head import Halves, chunk_rows, halve
+from loadstone.evaluation.scoring.head import SplitModel, chunk_rows, split_head
 from loadstone.text.tokens import Protocol, TokenStream, Windows
 
 _NARROWEST = 64
@@ -22,9 +22,12 @@ Progress = Callable[[int], None]
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """A group of windows on the device. ``ids``: (B, L), rows padded on the right, which causal models
-    cannot see. ``rows``: (n,) positions in the flattened (B * L) inputs whose next token is scored;
-    ``targets``: (n,) that token; ``slots``: (n,) where its loss goes in the vector over all scored tokens."""
+    """A group of windows on the device.
+
+    ``ids``: int64 (B, L), padded on the right, where causal attention does not look. ``rows``: int64 (n,), positions in
+    the flattened (B * L) inputs whose next token is scored. ``targets``: int64 (n,), that token. ``slots``: int64 (n,),
+    the index of its loss in the vector over all scored tokens.
+    """
 
     ids: torch.Tensor
     rows: torch.Tensor
@@ -35,7 +38,7 @@ class Batch:
 def plan_batches(windows: Windows, batch_size: int) -> list[np.ndarray]:
     """Window indices of each batch, longest windows first, and none padded by more than a quarter of its length.
 
-    The plan depends on nothing else: any number of processes divides the same batches, to the same bits.
+    The batches depend on nothing else, so any number of processes divides the same batches and gets the same bits.
     """
     batches: list[list[int]] = []
     for index in np.argsort(-windows.length, kind="stable").tolist():
@@ -52,10 +55,10 @@ def plan_batches(windows: Windows, batch_size: int) -> list[np.ndarray]:
 
 
 class BatchMaker:
-    """Builds batches from a stream that was moved to the device once.
+    """Builds batches from a token stream that is moved to the device once.
 
-    ``rows`` fixes the shapes for compiled models: every batch is padded to that many rows, and to a width
-    that is a power of two or the context length, so that a handful of graphs serves all.
+    ``rows``: for compiled models every batch is padded to that many rows, and to a width that is a power of two or the
+    context length, so that few graphs are compiled.
     """
 
     rows: int | None = None
@@ -73,11 +76,11 @@ class BatchMaker:
         self.tokens = int(self._is_text.sum())
 
     def slots(self, members: np.ndarray) -> np.ndarray:
-        """Where the losses of these windows go in the vector over all scored tokens: int64 (n,)."""
+        """Indices, in the vector over all scored tokens, of the losses of these windows: int64 (n,)."""
         return self.slots_at(np.concatenate([self._targets(i) for i in members]))
 
     def slots_at(self, positions: np.ndarray) -> np.ndarray:
-        """Where the losses of these positions of text go: int64, as many."""
+        """The same for positions of the stream that are text: int64, one each."""
         return self._slot[positions]
 
     def _targets(self, window: int) -> np.ndarray:
@@ -116,7 +119,8 @@ class BatchMaker:
 
 @dataclass(frozen=True)
 class Timing:
-    """Wall time of a scoring pass and the tokens it scored (those of this process and session only)."""
+    """Wall time of a scoring pass in seconds, and the tokens scored in it by this process (not those it resumed
+    from)."""
 
     seconds: float
     tokens: int
@@ -141,9 +145,9 @@ def run_batches(
 ) -> tuple[Values, Timing]:
     """Compute per-token values batch by batch: of the batches that ``values`` lacks, every ``share[1]``-th.
 
-    ``compute`` is given ``together`` batches at a time, and gives for each of them and each name in
-    ``dtypes`` a tensor (n,) for the batch's ``slots``. ``save`` is handed what is done every ``save_every``
-    seconds and when the run is interrupted; given back as ``values``, it is gone on from.
+    ``compute`` receives ``together`` batches at a time and yields, for each batch, a tensor (n,) for each name in
+    ``dtypes``, in the order of the batch's ``slots``. ``save`` is called with the values so far every ``save_every``
+    seconds and when the run is interrupted; passed as ``values`` to another call, the run continues from them.
     """
     have = {} if values is None else values
     tensors = {
@@ -161,7 +165,7 @@ def run_batches(
     begin = saved_at = time.perf_counter()
 
     def on_host() -> Values:
-        # The one place that waits for the device.
+        # Nothing else waits for the device.
         return {name: tensor.cpu().numpy().copy() for name, tensor in tensors.items()}
 
     try:
@@ -193,37 +197,37 @@ def score(
 
     Raises ArtifactError, naming the model, when a loss is not finite.
     """
-    halves, rows = halve(model), chunk_rows(model, maker.device)
-    looked = False
+    split, rows = split_head(model), chunk_rows(model, maker.device)
+    checked = False
 
     def compute(some: Sequence[Batch]) -> Iterator[dict[str, torch.Tensor]]:
-        nonlocal looked
-        for batch, hidden in zip(some, halves.hidden([b.ids for b in some]), strict=True):
-            losses = losses_of(hidden, halves, batch, rows)
-            if not looked:
-                # A broken model is broken on its first batch: say so now rather than after an hour.
+        nonlocal checked
+        for batch, hidden in zip(some, split.hidden([b.ids for b in some]), strict=True):
+            losses = losses_of(hidden, split, batch, rows)
+            if not checked:
+                # A broken model already fails on its first batch: report it now rather than after an hour.
                 check_finite(losses, name)
-                looked = True
+                checked = True
             yield {"nll": losses}
 
     together = getattr(model, "together", 1)
     return run_batches(compute, {"nll": torch.float32}, maker, batches, together=together, **options)
 
 
-def batch_losses(halves: Halves, batch: Batch, rows_at_once: int) -> torch.Tensor:
+def batch_losses(split: SplitModel, batch: Batch, rows_at_once: int) -> torch.Tensor:
     """Losses of one batch, (n,): the head is computed ``rows_at_once`` rows at a time."""
-    return losses_of(halves.backbone(batch.ids), halves, batch, rows_at_once)
+    return losses_of(split.backbone(batch.ids), split, batch, rows_at_once)
 
 
-def losses_of(hidden: torch.Tensor, halves: Halves, batch: Batch, rows_at_once: int) -> torch.Tensor:
-    """The same from the backbone's hidden states (B, L, H)."""
+def losses_of(hidden: torch.Tensor, split: SplitModel, batch: Batch, rows_at_once: int) -> torch.Tensor:
+    """Losses of one batch, (n,), from the backbone's hidden states (B, L, H)."""
     hidden = hidden.flatten(0, 1)
-    # A model spread over several devices ends on another one than it begins.
+    # The last layers of a model spread over several devices are on another one than the first.
     rows, targets = batch.rows.to(hidden.device), batch.targets.to(hidden.device)
     parts = []
     for at in range(0, len(batch.rows), rows_at_once):
         part = slice(at, at + rows_at_once)
-        logits = widen(halves.head(hidden[rows[part]][None])).to(hidden.device)
+        logits = widen(split.head(hidden[rows[part]][None])).to(hidden.device)
         parts.append(F.cross_entropy(logits, targets[part], reduction="none"))
     return torch.cat(parts) if parts else hidden.new_zeros(0)
 
@@ -238,6 +242,6 @@ def check_finite(losses: torch.Tensor | np.ndarray, name: str) -> None:
     bad = int((~torch.isfinite(torch.as_tensor(losses))).sum())
     if bad:
         raise ArtifactError(
-            f"'{name}' gives losses that are not finite ({bad} of the {len(losses)} tokens looked at)",
+            f"'{name}' gives losses that are not finite ({bad} of the {len(losses)} tokens checked)",
             "Its weights or scales hold NaN or infinity, or the dtype overflows: try --dtype float32",
         )

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from loadstone.evaluation.scoring.common import common_prefixes, overhead
-from loadstone.evaluation.scoring.head import Prefixed
+from loadstone.evaluation.scoring.head import PrefixedModel
 from loadstone.evaluation.scoring.losses import BatchMaker, Timing, Values, plan_batches, score
 from loadstone.text.tokens import ROLLING, Protocol, TokenStream, Windows
 
@@ -63,7 +63,7 @@ def score_shared(
         cache = _read(model, stream.ids[start[0] : start[0] + length])
         rest = Windows(start + length - 1, windows.length[members] - (length - 1), start + length)
         values, timing = _part(
-            Prefixed(model, cache), maker, rest, size, name=name, values=values, share=share, **options
+            PrefixedModel(model, cache), maker, rest, size, name=name, values=values, share=share, **options
         )
         seconds, tokens = seconds + timing.seconds, tokens + timing.tokens
         left[members] = False

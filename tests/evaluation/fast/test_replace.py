@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from loadstone.evaluation.fast.products import Kept, OnVnni, PackedInOrder
+from loadstone.evaluation.fast.products import DequantizedLinear, Int8LinearVnni, PackedProductInOrder
 from loadstone.evaluation.fast.replace import FastPath, _amd, speed_up
-from loadstone.evaluation.fast.rounding import Shared, int8_round_trip, int8_rows
+from loadstone.evaluation.fast.rounding import SharedRounding, int8_round_trip, int8_rows
 
 
 def configs() -> dict[str, Any]:
@@ -79,7 +79,7 @@ def test_same_bits(
     quantize_(model.model, configs()[name])
     fast = copy.deepcopy(model)
     monkeypatch.setattr("loadstone.evaluation.fast.replace._amd", lambda: False)
-    assert speed_up(fast) == FastPath(kept=14)
+    assert speed_up(fast) == FastPath(dequantized=14)
     ids = torch.randint(0, 400, (3, 50), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         assert torch.equal(fast(input_ids=ids).logits, model(input_ids=ids).logits)
@@ -97,7 +97,7 @@ def test_bias_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
         model.get_input_embeddings = lambda: torch.nn.Embedding(2, 2)
         quantize_(model, config)
         expected = model(torch.ones(2, 64, dtype=dtype))
-        assert speed_up(model).kept == 1, name
+        assert speed_up(model).dequantized == 1, name
         assert torch.equal(model(torch.ones(2, 64, dtype=dtype)), expected), name
 
 
@@ -113,8 +113,8 @@ def test_integer_products_of_the_cpu(
     model = model_factory(hidden_size=64, intermediate_size=1088).to(dtype)
     quantize_(model.model, configs()["int8-dynamic-act-int8"])
     fast = copy.deepcopy(model)
-    assert speed_up(fast) == FastPath(kept=14)
-    assert isinstance(fast.model.layers[0].mlp.down_proj, OnVnni)
+    assert speed_up(fast) == FastPath(dequantized=14)
+    assert isinstance(fast.model.layers[0].mlp.down_proj, Int8LinearVnni)
     ids = torch.randint(0, 400, (3, 50), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         assert torch.equal(fast(input_ids=ids).logits, model(input_ids=ids).logits)
@@ -129,7 +129,7 @@ def test_weight_only_becomes_plain_linears(model_factory: Any, monkeypatch: pyte
     ids = torch.randint(0, 400, (3, 50), generator=torch.Generator().manual_seed(1))
     expected = model(input_ids=ids).logits
     modules = len(list(model_factory(hidden_size=64).modules()))
-    assert speed_up(model).kept == 14 and len(list(model.modules())) == modules
+    assert speed_up(model).dequantized == 14 and len(list(model.modules())) == modules
     assert type(model.model.layers[0].mlp.down_proj.weight.data) is torch.Tensor
     assert torch.equal(model(input_ids=ids).logits, expected)
 
@@ -141,9 +141,9 @@ def test_a_replacement_that_differs_is_not_used(model_factory: Any, monkeypatch:
     quantize_(model.model, configs()["int8"])
     monkeypatch.setattr(
         "loadstone.evaluation.fast.replace._replacement",
-        lambda m: Kept(m.weight.dequantize() * 1.0001, m.bias, None),
+        lambda m: DequantizedLinear(m.weight.dequantize() * 1.0001, m.bias, None),
     )
-    assert speed_up(model).kept == 0
+    assert speed_up(model).dequantized == 0
 
 
 def test_memory_is_respected(model_factory: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,7 +152,7 @@ def test_memory_is_respected(model_factory: Any, monkeypatch: pytest.MonkeyPatch
     model = model_factory(hidden_size=64)
     quantize_(model.model, configs()["int8"])
     monkeypatch.setattr("loadstone.evaluation.fast.replace.free_bytes", lambda device: 2 * 4 * 64 * 64 * 2)
-    assert 0 < speed_up(model).kept < 14
+    assert 0 < speed_up(model).dequantized < 14
 
 
 @pytest.mark.skipif(not _amd(), reason="weights are packed on AMD CPUs only")
@@ -164,7 +164,7 @@ def test_packed_to_float32_rounding(model_factory: Any, name: str | None) -> Non
     if name is not None:
         quantize_(model.model, configs()[name])
     fast = copy.deepcopy(model)
-    assert speed_up(fast) == FastPath(kept=0 if name is None else 14, packed=15)
+    assert speed_up(fast) == FastPath(dequantized=0 if name is None else 14, repacked=15)
     ids = torch.randint(0, 400, (3, 50), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         expected, got = model(input_ids=ids).logits, fast(input_ids=ids).logits
@@ -185,7 +185,7 @@ def test_integer_products_stay_exact_when_packed() -> None:
     fast: Any = copy.deepcopy(model)
     fast.get_input_embeddings = lambda: torch.nn.Embedding(2, 2)
     fast.get_output_embeddings = lambda: None
-    assert speed_up(fast).kept == 1
+    assert speed_up(fast).dequantized == 1
     x = 0.9 + 0.1 * torch.rand(17, 2100, generator=torch.Generator().manual_seed(3))
     assert torch.equal(fast(x), model(x))
 
@@ -203,7 +203,7 @@ def test_layers_that_round_activations_stay_exact(model_factory: Any, name: str)
     model = model_factory(hidden_size=256, intermediate_size=1088)
     quantize_(model.model, configs()[name])
     fast = copy.deepcopy(model)
-    assert speed_up(fast) == FastPath(kept=14, packed=15)
+    assert speed_up(fast) == FastPath(dequantized=14, repacked=15)
     ids = torch.randint(0, 400, (3, 50), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         assert torch.equal(fast.model(input_ids=ids)[0], model.model(input_ids=ids)[0])
@@ -215,7 +215,7 @@ def test_layers_that_round_activations_stay_exact(model_factory: Any, name: str)
 def test_packed_sums_are_added_in_mkls_order(shape: tuple[int, int]) -> None:
     generator = torch.Generator().manual_seed(1)
     weight, bias = torch.randn(shape[::-1], generator=generator), torch.randn(shape[1], generator=generator)
-    packed = PackedInOrder(weight)
+    packed = PackedProductInOrder(weight)
     for rows in (4, 33, 300, 700):
         x = torch.randn(1, rows, shape[0], generator=generator)
         assert torch.equal(packed(x), torch.nn.functional.linear(x, weight)), rows
@@ -251,7 +251,7 @@ def test_int8_rows_are_torchaos(dtype: torch.dtype) -> None:
 
 def test_siblings_round_their_input_once() -> None:
     calls: list[int] = []
-    shared = Shared(lambda x: (calls.append(1), x.round())[1])
+    shared = SharedRounding(lambda x: (calls.append(1), x.round())[1])
     x = torch.randn(3)
     assert torch.equal(shared(x), x.round()) and shared(x) is shared(x)
     assert len(calls) == 1

@@ -12,27 +12,29 @@ from safetensors.torch import load_file, save_file
 
 import loadstone
 from loadstone.errors import ArtifactError, UsageError
-from loadstone.evaluation.models import choose_streaming, choose_subjects
+from loadstone.evaluation.loaded import choose_streaming
+from loadstone.evaluation.models import plan_models
 from loadstone.evaluation.options import Options
-from loadstone.evaluation.run import Outcome, evaluate
+from loadstone.evaluation.result import Evaluation
+from loadstone.evaluation.run import run
 from loadstone.finalization import finalize, make_plan
 from loadstone.loading.streamed import StreamedModel
 from loadstone.quantization import parse_recipe
 
 
-def losses(outcome: Outcome) -> list[np.ndarray]:
+def losses(outcome: Evaluation) -> list[np.ndarray]:
     return [v for values in outcome.values.values() for v in values.values()]
 
 
 @pytest.fixture(scope="module")
 def quantize(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path, str], Path]:
-    def run(source: Path, recipe: str) -> Path:
+    def make(source: Path, recipe: str) -> Path:
         out: Path = tmp_path_factory.mktemp("q") / "out"
         finalize(make_plan(loadstone.detect(source), parse_recipe(recipe)), out)
         tokenizer.save_pretrained(out)
         return out
 
-    return run
+    return make
 
 
 @pytest.mark.parametrize(
@@ -45,11 +47,11 @@ def test_divergence_is_that_of_resident_models(
     options = Options(
         (str(model_dir), str(quantize(model_dir, recipe))), limit=4, batch_size=3, divergence=True, fast=fast
     )
-    resident, streamed = (evaluate(replace(options, stream=on)) for on in (False, True))
+    resident, streamed = (run(replace(options, stream=on)) for on in (False, True))
     for a, b in zip(losses(resident), losses(streamed), strict=True):
         assert np.array_equal(a, b)
     for a, b in zip(resident.records, streamed.records, strict=True):
-        for name in ("loss", "kept_linears", "packed_linears", "parameters", "batch_size"):
+        for name in ("loss", "dequantized_linears", "repacked_linears", "parameters", "batch_size"):
             assert a[name] == b[name], name
     assert streamed.records[1]["kl"] > 0
 
@@ -58,7 +60,7 @@ def test_divergence_is_that_of_resident_models(
 def test_families(model_factory: Any, save_model: Any, tokenizer: Any, tmp_path: Path, family: str) -> None:
     model = model_factory(family=family, **({"num_hidden_layers": 3} if family != "gpt2" else {}))
     options = Options((str(save_model(model, tokenizer, tmp_path / "m")),), limit=3, batch_size=2)
-    resident, streamed = (evaluate(replace(options, stream=on)) for on in (False, True))
+    resident, streamed = (run(replace(options, stream=on)) for on in (False, True))
     assert np.array_equal(losses(resident)[0], losses(streamed)[0])
 
 
@@ -84,7 +86,7 @@ def test_two_layers_at_most_and_each_read_once_a_round(
 
     monkeypatch.setattr(StreamedModel, "layer", layer)
     options = Options((str(path),), limit=6, batch_size=2, stream=True)
-    whole = evaluate(options)
+    whole = run(options)
     assert read == list(range(6)) and max(most) <= 2
     # With room for the states of two batches only, there are more rounds, to the same bits.
     read.clear()
@@ -92,7 +94,7 @@ def test_two_layers_at_most_and_each_read_once_a_round(
     monkeypatch.setattr(
         "loadstone.evaluation.scoring.streaming.free_bytes", lambda device: 4 * 2 * hidden_bytes
     )
-    rounds = evaluate(options)
+    rounds = run(options)
     assert len(read) > 6 and read[:12] == [*range(6), *range(6)]
     assert np.array_equal(losses(whole)[0], losses(rounds)[0])
 
@@ -112,12 +114,12 @@ def test_chosen_when_memory_is_short(
             "loadstone.evaluation.scoring.streaming.free_bytes", lambda device, free=free: free
         )
         options = Options((str(model_dir), str(worse_dir)), divergence=kl, device="cpu")
-        assert choose_streaming(choose_subjects(options, "cpu"), options) is streams
-        assert choose_streaming(choose_subjects(options, "cpu"), replace(options, stream=False)) is False
+        assert choose_streaming(plan_models(options, "cpu"), options) is streams
+        assert choose_streaming(plan_models(options, "cpu"), replace(options, stream=False)) is False
     # Four processes of one machine hold four copies.
     monkeypatch.setattr("loadstone.evaluation.scoring.streaming.free_bytes", lambda device: 4 * size)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert choose_streaming(choose_subjects(options, "cpu"), options)
+    assert choose_streaming(plan_models(options, "cpu"), options)
     assert "model and reference do not fit the memory here: streamed layer by layer" in caplog.text
 
 
@@ -140,7 +142,7 @@ def test_damaged_weights(model_dir: Path, tmp_path: Path) -> None:
         change(tensors)
         save_file(tensors, file, {"format": "pt"})
         with pytest.raises(ArtifactError, match=message):
-            evaluate(options)
+            run(options)
 
 
 def test_what_cannot_be_streamed_is_refused(model_dir: Path, tmp_path: Path) -> None:
@@ -150,4 +152,4 @@ def test_what_cannot_be_streamed_is_refused(model_dir: Path, tmp_path: Path) -> 
     torch.save(load_file(tmp_path / "m" / "model.safetensors"), tmp_path / "m" / "pytorch_model.bin")
     (tmp_path / "m" / "model.safetensors").unlink()
     with pytest.raises(UsageError, match="--stream"):
-        evaluate(Options((str(tmp_path / "m"),), limit=1, stream=True))
+        run(Options((str(tmp_path / "m"),), limit=1, stream=True))

@@ -9,7 +9,8 @@ import torch
 
 from loadstone.errors import ArtifactError, UsageError
 from loadstone.evaluation.results.compare import make_units
-from loadstone.evaluation.scoring.divergence import diverge, divergence_record, score_pair, worst_documents
+from loadstone.evaluation.results.documents import divergence_record, worst_documents
+from loadstone.evaluation.scoring.divergence import diverge, score_pair
 from loadstone.evaluation.scoring.losses import BatchMaker, Values, plan_batches, score
 from loadstone.text.corpus import read_corpus
 from loadstone.text.tokens import TokenStream, make_protocol, make_windows, tokenize

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from loadstone.evaluation.options import Options
-from loadstone.evaluation.run import evaluate
+from loadstone.evaluation.run import run
 from loadstone.evaluation.scoring.common import Group, common_prefixes
 
 START = "It is a truth universally acknowledged, that a single man in possession of a fortune. "
@@ -94,10 +94,10 @@ def test_shared_text_scores_as_if_read_whole(
     )
     options = Options(models=(str(model_dir),), data=str(questions), protocol="rolling", device="cpu")
     with caplog.at_level("INFO", logger="loadstone"):
-        shared = evaluate(options)
+        shared = run(options)
     assert "documents begin with the same" in caplog.text
     caplog.clear()
-    whole = evaluate(Options(**{**vars(options), "fast": False}))
+    whole = run(Options(**{**vars(options), "fast": False}))
     assert "documents begin with the same" not in caplog.text
     (a,), (b,) = (list(o.values.values()) for o in (shared, whole))
     assert abs(a["nll"] - b["nll"]).max() < 2e-5

@@ -14,8 +14,8 @@ import pytest
 from loadstone.errors import MissingError, UsageError
 from loadstone.evaluation.harness.tasks import TaskScore, divide, run_tasks, task_records
 from loadstone.evaluation.options import Options
-from loadstone.evaluation.ranks import Ranks
-from loadstone.evaluation.run import evaluate
+from loadstone.evaluation.run import run
+from loadstone.ranks import Ranks
 from loadstone.text.corpus import read_corpus
 
 PERPLEXITIES = ("word_perplexity", "byte_perplexity", "bits_per_byte")
@@ -82,7 +82,7 @@ def test_rolling_agrees_with_lm_eval(
     chosen = tokenizer if separator == "eos" else bos_tokenizer
     directory = save_model(model, chosen, task_path.parent / "model")
     data = str(task_path.parent / "text.jsonl")
-    ours = evaluate(Options((str(directory),), data=data, protocol="rolling")).records[0]
+    ours = run(Options((str(directory),), data=data, protocol="rolling")).records[0]
     import lm_eval
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
@@ -102,7 +102,7 @@ def test_rolling_agrees_with_lm_eval(
 def test_tasks_in_a_comparison(model_dir: Path, worse_dir: Path, task_path: Path) -> None:
     models = (str(model_dir), str(worse_dir))
     options = Options(models, limit=20, tasks=("local_choice",), task_path=str(task_path), batch_size=4)
-    base, worse = (r["tasks"][0] for r in evaluate(options).records)
+    base, worse = (r["tasks"][0] for r in run(options).records)
     assert (base["task"], base["metric"], base["examples"]) == ("local_choice", "acc", 20)
     assert base["delta"] is None and worse["delta"] == pytest.approx(worse["value"] - base["value"])
     assert 0 <= worse["p_value"] <= 1 and base["stderr"] > 0
@@ -171,12 +171,12 @@ def test_tasks_are_looked_up_before_anything_loads(monkeypatch: pytest.MonkeyPat
     def no_load(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError("planned a model for nothing")
 
-    monkeypatch.setattr("loadstone.evaluation.run.choose_subjects", no_load)
+    monkeypatch.setattr("loadstone.evaluation.run.plan_models", no_load)
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(MissingError, match=r"loadstone\[tasks\]"):
-        evaluate(Options(("m",), tasks=("x",)))
+        run(Options(("m",), tasks=("x",)))
     with pytest.raises(UsageError, match="--task-path is for --tasks"):
-        evaluate(Options(("m",), task_path="folder"))
+        run(Options(("m",), task_path="folder"))
 
 
 def test_examples_that_all_differ_alike() -> None:

@@ -11,13 +11,13 @@ from loadstone.errors import MissingError
 from loadstone.evaluation.options import Options
 from loadstone.evaluation.results.gates import parse_gate
 from loadstone.evaluation.results.report import short_names, write_report
-from loadstone.evaluation.run import evaluate
+from loadstone.evaluation.run import run
 
 
 def test_page_stands_alone(model_dir: Path, worse_dir: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     models = (str(model_dir), str(worse_dir))
-    outcome = evaluate(Options(models, limit=4, divergence=True, gates=(parse_gate("dloss>-1"),)))
+    outcome = run(Options(models, limit=4, divergence=True, gates=(parse_gate("dloss>-1"),)))
     page = write_report(outcome, tmp_path / "new" / "report", "text & <protocol>").read_text()
     assert {p.name for p in (tmp_path / "new" / "report").iterdir()} == {
         "index.html", "size.png", "documents.png", "tokens.png", "kl.png"
@@ -29,7 +29,7 @@ def test_page_stands_alone(model_dir: Path, worse_dir: Path, tmp_path: Path) -> 
 
 def test_one_model_alone(model_dir: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    write_report(evaluate(Options((str(model_dir),), limit=2)), tmp_path, "x")
+    write_report(run(Options((str(model_dir),), limit=2)), tmp_path)
     assert {p.name for p in tmp_path.iterdir()} == {"index.html", "size.png"}
 
 
@@ -40,7 +40,7 @@ def test_opens_in_a_browser(model_dir: Path, worse_dir: Path, tmp_path: Path) ->
     if browser is None:
         pytest.skip("no browser here")
     options = Options((str(model_dir), str(worse_dir)), limit=25, divergence=True)
-    page = write_report(evaluate(options), tmp_path / "report", "text")
+    page = write_report(run(options), tmp_path / "report", "text")
     # The page has no script of its own: this one, in a copy, writes down what the browser made of it.
     probe = """<script>addEventListener("load", () => {
       const broken = [...document.images].filter(i => !i.complete || i.naturalWidth < 200).length
@@ -59,7 +59,7 @@ def test_opens_in_a_browser(model_dir: Path, worse_dir: Path, tmp_path: Path) ->
 def test_without_matplotlib(model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
     with pytest.raises(MissingError, match=r"loadstone\[report\]"):
-        write_report(evaluate(Options((str(model_dir),), limit=1)), tmp_path, "x")
+        write_report(run(Options((str(model_dir),), limit=1)), tmp_path)
 
 
 def test_short_names() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from loadstone.errors import ArtifactError
-from loadstone.evaluation.scoring.head import halve
+from loadstone.evaluation.scoring.head import split_head
 from loadstone.evaluation.scoring.losses import BatchMaker, Timing, Values, plan_batches, score
 from loadstone.text.corpus import Corpus, read_corpus
 from loadstone.text.tokens import PROTOCOLS, TokenStream, make_protocol, make_windows, tokenize
@@ -57,7 +57,7 @@ def test_agrees_with_a_float64_loop(model_factory: Any, tokenizer: Any, family: 
     protocol = make_protocol(stream, dtype="float32", longest=128, context_length=96)
     expected = reference_losses(model, stream, protocol)
     nll = run(model, stream, protocol)
-    assert not halve(model).whole
+    assert not split_head(model).whole
     assert nll.dtype == np.float32 and len(nll) == protocol.tokens
     assert np.abs(nll - expected).max() < 1e-4
     assert abs(nll.astype(np.float64).mean() - expected.mean()) < 1e-6
@@ -123,7 +123,7 @@ def test_a_model_that_cannot_be_divided_is_scored_whole(model: Any, tokenizer: A
             return self.inner.get_output_embeddings()
 
     shifted = Shifted().eval()
-    assert halve(shifted).whole
+    assert split_head(shifted).whole
     stream = tokenize(read_corpus(limit=1), tokenizer)
     protocol = make_protocol(stream, dtype="float32", longest=128, context_length=64)
     expected = reference_losses(shifted, stream, protocol)

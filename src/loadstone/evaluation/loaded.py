@@ -1,0 +1,136 @@
+"""Load a model for evaluation: whole or streamed layer by layer, with its fast path, quantizers and prefix."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from loadstone.errors import UsageError
+from loadstone.evaluation.fast.replace import FastPath, speed_up
+from loadstone.evaluation.measure import reset_peak
+from loadstone.evaluation.models import EvalModel
+from loadstone.evaluation.options import Options
+from loadstone.evaluation.scoring.compiling import compile_layers
+from loadstone.evaluation.scoring.head import PrefixedModel
+from loadstone.evaluation.scoring.streaming import StreamedLm, can_stream, must_stream
+from loadstone.loading import LoadPlan, load
+from loadstone.loading.devices import resolve_device
+from loadstone.loading.streamed import streamed
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedModel:
+    """A loaded model. ``device``: where its inputs go; ``fast``: how many Linear layers were replaced by faster
+    ones."""
+
+    model: Any
+    device: torch.device
+    load_seconds: float
+    parameters: int
+    fast: FastPath
+
+
+@contextmanager
+def open_model(model: EvalModel, options: Options) -> Iterator[LoadedModel]:
+    """Load a model for the length of a ``with`` block; its memory is freed at the end."""
+    reset_peak(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    clock = time.perf_counter()
+    with ExitStack() as stack:
+        if options.stream:
+            device = input_device(model.plan)
+            source = stack.enter_context(streamed(model.plan, device))
+            parameters = _count(source.model)
+            module: Any = StreamedLm(source, fast=options.fast)
+            fast = module.fast
+        else:
+            module = load(model.plan)
+            parameters = _count(module)
+            device = module.get_input_embeddings().weight.device
+            hooked = _apply_quantizers(module, model)
+            cache = None
+            if model.prefix is not None:
+                from loadstone.context.prefix.store import bind_prefix
+
+                # Before the fast path: the fingerprint covers the weights as loaded, not the modules it puts there.
+                name = str(model.plan.artifact.root)
+                cache = bind_prefix(model.prefix, module, None, name, share=options.fast)
+            # The fast path replaces modules, and the hooks of quantizers would be lost with them.
+            fast = speed_up(module) if options.fast and not hooked else FastPath()
+            if options.compile:
+                compile_layers(module)
+            if cache is not None:
+                module = PrefixedModel(module, cache)
+                del cache
+        loaded = LoadedModel(module, device, time.perf_counter() - clock, parameters, fast)
+        del module
+        try:
+            yield loaded
+        finally:
+            # The caller's variable still refers to this record, so the model is removed from it.
+            object.__setattr__(loaded, "model", None)
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+
+def _apply_quantizers(module: Any, model: EvalModel) -> int:
+    """Turn on a fake-quant export's quantizers of inputs, keys and values; returns how many there are."""
+    if not model.has_quantizers:
+        return 0
+    from loadstone.fakequant.inputs import apply_export
+
+    count = apply_export(module, model.plan.artifact)
+    log.info("%s: fake-quantized weights and %d input quantizers", model.name, count)
+    return count
+
+
+def _count(module: Any) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def input_device(plan: LoadPlan) -> torch.device:
+    """The one device that streamed layers compute on. Raises as a load does when the device is not available."""
+    if plan.device == "auto":
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    place = resolve_device(plan.device, plan.artifact)
+    return torch.device("cpu" if place is None else place[""])
+
+
+def choose_streaming(models: Sequence[EvalModel], options: Options) -> bool:
+    """Whether to stream layer by layer: as asked, otherwise when the models held at once do not fit in memory.
+
+    Raises UsageError when streaming was asked for and is not possible.
+    """
+    if any(m.prefix is not None for m in models):
+        if options.stream:
+            raise UsageError("--stream has no meaning after a prefix", "Leave it out")
+        return False
+    cannot = [m.name for m in models if not can_stream(m.plan)]
+    if options.stream and cannot:
+        raise UsageError(
+            f"--stream: the layers of '{cannot[0]}' cannot be read one at a time",
+            "Only dense and torchao safetensors can: leave --stream out, or finalize it",
+        )
+    if options.stream is not None or cannot:
+        return bool(options.stream)
+    plans = [m.plan for m in models]
+    several = plans[0].device == "auto" and torch.cuda.is_available()
+    devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())] if several else []
+    devices = devices or [input_device(plans[0])]
+    alone = any(must_stream([p], devices) for p in plans)
+    pairs = options.measures_divergence and any(must_stream([plans[0], p], devices) for p in plans[1:])
+    if alone or pairs:
+        log.info(
+            "%s not fit in memory: streaming layer by layer",
+            "a model does" if alone else "model and reference do",
+        )
+    return alone or pairs
