@@ -147,7 +147,7 @@ def test_a_gate_without_a_figure_fails_and_is_null(
         capsys, "-M", dirs["noisy"], "--baseline", dirs["base"], "--data", str(tmp_path / "short.txt"),
         "--fail-if", "dloss>9@95", "--json", str(file),
     )  # fmt: skip
-    assert code == 4 and "dloss>9@95 failed: it cannot be told (nan)" in err
+    assert code == 4 and "dloss>9@95 failed: the value cannot be determined (nan)" in err
     assert json.loads(file.read_text())["gates"][0]["value"] is None
 
 

@@ -246,7 +246,7 @@ def test_the_size_of_a_distributed_checkpoint(model: Any, model_dir: Path, tmp_p
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"protocol": {"name": "packed"}, "models": []}'])
 def test_files_that_are_no_result(model_dir: Path, tmp_path: Path, content: str) -> None:
     (tmp_path / "r.json").write_text(content)
-    with pytest.raises(UsageError, match="is no result"):
+    with pytest.raises(UsageError, match="is not a result"):
         run(Options((str(model_dir),), baseline=str(tmp_path / "r.json"), limit=1))
 
 

@@ -120,7 +120,7 @@ def test_chosen_when_memory_is_short(
     monkeypatch.setattr("loadstone.evaluation.scoring.streaming.free_bytes", lambda device: 4 * size)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert choose_streaming(plan_models(options, "cpu"), options)
-    assert "model and reference do not fit the memory here: streamed layer by layer" in caplog.text
+    assert "model and reference do not fit in memory: streaming layer by layer" in caplog.text
 
 
 def test_damaged_weights(model_dir: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A result that an earlier run wrote with ``--json``, to compare with without loading its model again."""
+"""A result written by an earlier run with ``--json``, used as the baseline without loading its model again."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Saved:
 
 
 def read_saved(path: str) -> Saved:
-    """The reference of a saved result, or its only model. Raises UsageError when the file is no such result."""
+    """The reference of a saved result, or its only model. Raises UsageError for any other file."""
     try:
         result = json.loads(Path(path).read_text(encoding="utf-8"))
         protocol = Protocol(**result["protocol"])
@@ -34,7 +34,7 @@ def read_saved(path: str) -> Saved:
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         reason = " ".join(str(error).split())[:120]
         raise UsageError(
-            f"'{path}' is no result of this version of `loadstone eval --json` ({type(error).__name__}: {reason})",
+            f"'{path}' is not a result of this version of `loadstone eval --json` ({type(error).__name__}: {reason})",
             "Name a model directory, or write the result again",
         ) from None
     return Saved(protocol, {**chosen, "reference": True, "cached": True}, sums)

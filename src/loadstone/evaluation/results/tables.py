@@ -86,7 +86,7 @@ def _tasks(records: Records) -> Table:
     rows = [
         [r["path"], t["task"], t["metric"], *(m.cell(t) for m in (value, delta, p_value))]
         for r in records
-        for t in r.get("tasks", ())
+        for t in ({**task, "value_stderr": task["stderr"]} for task in r.get("tasks", ()))
     ]
     return Table("Tasks", ["model", "task", "metric", "value", "paired Δ", "p"], rows, left=3)
 
