@@ -109,11 +109,12 @@ def quantize_to(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]
     def make(source: Path, recipe: str) -> Path:
         if (source, recipe) not in made:
             from loadstone.artifact import detect
-            from loadstone.finalization import finalize, make_plan
+            from loadstone.finalization.plan import make_plan
+            from loadstone.finalization.run import write_plan
             from loadstone.quantization import parse_recipe
 
             out = tmp_path_factory.mktemp("finalized") / "model"
-            finalize(make_plan(detect(source), parse_recipe(recipe)), out)
+            write_plan(make_plan(detect(source), parse_recipe(recipe)), out)
             made[source, recipe] = out
         return made[source, recipe]
 

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from loadstone.context import predict as predict
     from loadstone.evaluation import evaluate as evaluate
     from loadstone.fakequant import export_fakequant as export_fakequant
+    from loadstone.finalization import finalize as finalize
+    from loadstone.finalization import plan_finalize as plan_finalize
     from loadstone.loading import load as load
     from loadstone.loading import plan as plan
 
@@ -20,10 +22,12 @@ __all__ = [
     "detect",
     "evaluate",
     "export_fakequant",
+    "finalize",
     "fit",
     "load",
     "load_context",
     "plan",
+    "plan_finalize",
     "predict",
 ]
 
@@ -31,10 +35,12 @@ _HOMES = {
     "detect": "loadstone.artifact",
     "evaluate": "loadstone.evaluation",
     "export_fakequant": "loadstone.fakequant",
+    "finalize": "loadstone.finalization",
     "fit": "loadstone.context",
     "load": "loadstone.loading",
     "load_context": "loadstone.context",
     "plan": "loadstone.loading",
+    "plan_finalize": "loadstone.finalization",
     "predict": "loadstone.context",
 }
 

@@ -45,11 +45,12 @@ else:
     from transformers import AutoModelForCausalLM, TorchAoConfig
     transformers.utils.logging.disable_progress_bar()
     import loadstone
-    from loadstone.finalization import finalize, make_plan
+    from loadstone.finalization.plan import make_plan
+    from loadstone.finalization.run import write_plan
     from loadstone.quantization import parse_recipe, to_torchao
     def work(source, out):
         if who == "loadstone":
-            finalize(make_plan(loadstone.detect(source), parse_recipe(recipe)), Path(out))
+            write_plan(make_plan(loadstone.detect(source), parse_recipe(recipe)), Path(out))
         else:
             config = TorchAoConfig(to_torchao(parse_recipe(recipe).scheme))
             model = AutoModelForCausalLM.from_pretrained(source, quantization_config=config, device_map="cpu")

@@ -77,10 +77,11 @@ def make_llama(layers: int, out: Path) -> None:
 
 def quantize(source: Path, recipe: str, out: Path) -> Path:
     from loadstone.artifact import detect
-    from loadstone.finalization import finalize, make_plan
+    from loadstone.finalization.plan import make_plan
+    from loadstone.finalization.run import write_plan
     from loadstone.quantization import parse_recipe
 
-    finalize(make_plan(detect(source), parse_recipe(recipe)), out)
+    write_plan(make_plan(detect(source), parse_recipe(recipe)), out)
     return out
 
 

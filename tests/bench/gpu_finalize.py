@@ -33,7 +33,8 @@ from transformers.models.llama.modeling_llama import LlamaForCausalLM
 transformers.utils.logging.disable_progress_bar()
 from pathlib import Path
 import loadstone
-from loadstone.finalization import finalize, make_plan
+from loadstone.finalization.plan import make_plan
+from loadstone.finalization.run import write_plan
 from loadstone.quantization import parse_recipe, to_torchao
 
 def held():
@@ -50,7 +51,7 @@ base, peak, stop = held(), [0], threading.Event()
 threading.Thread(target=watch, daemon=True).start()
 start = time.perf_counter()
 if who == "loadstone":
-    finalize(make_plan(loadstone.detect(source), parse_recipe(recipe), device="cuda:0"), Path(out), device="cuda:0")
+    write_plan(make_plan(loadstone.detect(source), parse_recipe(recipe), device="cuda:0"), Path(out), device="cuda:0")
 else:
     config = TorchAoConfig(to_torchao(parse_recipe(recipe).scheme))
     model = AutoModelForCausalLM.from_pretrained(source, quantization_config=config, device_map={"": "cuda:0"})

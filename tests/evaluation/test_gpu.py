@@ -135,11 +135,12 @@ def test_quantized_and_compiled(
 ) -> None:
     """A text so short that its only batch has fewer rows than integer products take."""
     import loadstone
-    from loadstone.finalization import finalize, make_plan
+    from loadstone.finalization.plan import make_plan
+    from loadstone.finalization.run import write_plan
     from loadstone.quantization import parse_recipe
 
     plan = make_plan(loadstone.detect(model_dir), parse_recipe(recipe), device="cuda:0")
-    finalize(plan, tmp_path / "q", device="cuda:0")
+    write_plan(plan, tmp_path / "q", device="cuda:0")
     tokenizer.save_pretrained(tmp_path / "q")
     text = tmp_path / "t.txt"
     text.write_text("It is a truth")
@@ -178,11 +179,12 @@ def test_streamed_layers_give_the_result_of_resident_ones(
     model_dir: Path, tmp_path: Path, tokenizer: Any, recipe: str
 ) -> None:
     import loadstone
-    from loadstone.finalization import finalize, make_plan
+    from loadstone.finalization.plan import make_plan
+    from loadstone.finalization.run import write_plan
     from loadstone.quantization import parse_recipe
 
     plan = make_plan(loadstone.detect(model_dir), parse_recipe(recipe), device="cuda:0")
-    finalize(plan, tmp_path / "q", device="cuda:0")
+    write_plan(plan, tmp_path / "q", device="cuda:0")
     tokenizer.save_pretrained(tmp_path / "q")
     options = Options(
         (str(model_dir), str(tmp_path / "q")), limit=4, batch_size=4, divergence=True, device="cuda"

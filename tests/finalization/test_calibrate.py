@@ -11,9 +11,10 @@ from tests.helpers import TOKENS, logits, run
 import loadstone
 from loadstone.errors import ArtifactError, MissingError, UsageError
 from loadstone.finalization import calibrate as module
-from loadstone.finalization import finalize, make_plan
 from loadstone.finalization.calibrate import calibrate, calibrated
 from loadstone.finalization.gptq import gptq
+from loadstone.finalization.plan import make_plan
+from loadstone.finalization.run import write_plan
 from loadstone.finalization.smooth import Inputs, awq_scale, find_folds, smooth_scale
 from loadstone.finalization.verify import verify
 from loadstone.quantization import parse_recipe, read_recipe
@@ -65,7 +66,7 @@ def test_better_rounding_reloads_like_any_other(
     from transformers import AutoModelForCausalLM
 
     plan = make_plan(loadstone.detect(make_model("llama-tied")), parse_recipe(recipe))
-    finalize(plan, tmp_path / "out")
+    write_plan(plan, tmp_path / "out")
     assert verify(plan, tmp_path / "out") > 0
     ours, stock = loadstone.load(tmp_path / "out"), AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert torch.equal(logits(ours), logits(stock))
@@ -179,9 +180,9 @@ def test_scales_are_folded_into_what_comes_before(
     changed = {s.name for s in plan.steps if s.ready and not s.scheme}
     norms = {f"model.layers.{n}.{name}.weight" for n in (0, 1) for name in FOLDS[arch] if "norm" in name}
     assert changed == norms if algorithm == "smoothquant" else changed <= norms
-    finalize(plan, tmp_path / "out")
+    write_plan(plan, tmp_path / "out")
     plain = parse_recipe("int8-dynamic-act-intx-weight")
-    finalize(make_plan(loadstone.detect(source), plain), tmp_path / "plain")
+    write_plan(make_plan(loadstone.detect(source), plain), tmp_path / "plain")
     wanted = logits(loadstone.load(source))
     distances = [
         float((logits(loadstone.load(tmp_path / name)) - wanted).abs().max()) for name in ("out", "plain")
@@ -263,16 +264,16 @@ def test_calibrated_artifact_is_like_any_other(
     rows = torch.randint(3, 250, (8, 64))
     plan = make_plan(loadstone.detect(source), recipe)
     with pytest.raises(UsageError, match="--calibrate"):
-        finalize(plan, tmp_path / "none")
+        write_plan(plan, tmp_path / "none")
     ready = calibrate(plan, rows, tmp_path / "out")
     assert {bool(s.ready) for s in ready.steps if s.scheme} == {True}
-    finalize(ready, tmp_path / "out")
+    write_plan(ready, tmp_path / "out")
     assert verify(ready, tmp_path / "out") > 0
     ours = loadstone.load(tmp_path / "out")
     assert torch.equal(logits(ours), logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")))
     # Nearer to the source than plain rounding, on the text it was calibrated with; smoothing a random model, which
     # has no large features, gains nothing.
-    finalize(make_plan(loadstone.detect(source), parse_recipe(name)), tmp_path / "plain")
+    write_plan(make_plan(loadstone.detect(source), parse_recipe(name)), tmp_path / "plain")
     with torch.inference_mode():
         wanted = loadstone.load(source)(rows).logits.float()
         errors = [
@@ -294,7 +295,7 @@ def test_layers_run_one_by_one_as_in_the_model(
     source = make_model(arch, "float32")
     recipe = parse_recipe("intx4-weight-only:bits=8,rounding=gptq")
     plan = calibrate(make_plan(loadstone.detect(source), recipe), TOKENS, tmp_path / "out")
-    finalize(plan, tmp_path / "out")
+    write_plan(plan, tmp_path / "out")
     distance = (logits(loadstone.load(tmp_path / "out")) - logits(loadstone.load(source))).abs().max()
     assert distance < 0.05
 

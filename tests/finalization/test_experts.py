@@ -10,7 +10,9 @@ from tests.helpers import TOKENS, stock
 
 import loadstone
 from loadstone.cli import main
-from loadstone.finalization import finalize, make_plan, units
+from loadstone.finalization import units
+from loadstone.finalization.plan import make_plan
+from loadstone.finalization.run import write_plan
 from loadstone.finalization.verify import verify
 from loadstone.quantization import parse_recipe, read_recipe, to_torchao
 
@@ -66,7 +68,7 @@ def test_float8_experts_are_torchaos_own(moe: Path, tmp_path: Path, monkeypatch:
     plan = make_plan(loadstone.detect(moe), parse_recipe(FLOAT8))
     experts = [s for s in plan.steps if s.scheme and ".experts." in s.name]
     assert experts and not [s.name for s in plan.steps if ".experts." in s.name and not s.scheme]
-    finalize(plan, tmp_path / "out")
+    write_plan(plan, tmp_path / "out")
     assert verify(plan, tmp_path / "out") > 0
     ours = loadstone.load(tmp_path / "out")
     assert torch.equal(logits(ours), logits(stock(tmp_path / "out")))
@@ -84,7 +86,7 @@ def test_float8_experts_are_torchaos_own(moe: Path, tmp_path: Path, monkeypatch:
         assert torch.equal(a.scale, b.scale)
     # Blocks of rows, and blocks that end inside an expert, make no difference.
     monkeypatch.setattr(units, "BLOCK", 1000)
-    finalize(plan, tmp_path / "blocks")
+    write_plan(plan, tmp_path / "blocks")
     assert snapshot(tmp_path / "blocks") == snapshot(tmp_path / "out")
 
 
@@ -129,7 +131,7 @@ def test_rules_name_experts(make_model: Callable[..., Path], tmp_path: Path) -> 
     assert {s.reason for s in plan.steps if ".1.mlp.experts." in s.name and "down" in s.name} == {
         "skipped as asked"
     }
-    finalize(plan, tmp_path / "out")
+    write_plan(plan, tmp_path / "out")
     ours, theirs = loadstone.load(tmp_path / "out"), stock(tmp_path / "out")
     assert torch.equal(logits(ours), logits(theirs))
     assert type(ours.get_parameter(EXPERTS[0])).__name__ == "Float8Tensor"

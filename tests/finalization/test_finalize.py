@@ -13,7 +13,9 @@ from tests.helpers import logits
 import loadstone
 from loadstone.artifact.manifest import sha256_file, verify_files
 from loadstone.errors import ArtifactError, MissingError, UsageError
-from loadstone.finalization import finalize, make_plan, run
+from loadstone.finalization import run
+from loadstone.finalization.plan import make_plan
+from loadstone.finalization.run import write_plan
 from loadstone.quantization import RECIPES, parse_recipe, to_torchao
 
 from .headers import write_headers
@@ -84,8 +86,8 @@ def test_writes_what_save_pretrained_writes(
 
 @pytest.mark.parametrize("recipe", [None, W4])
 def test_shards_hold_the_same_tensors(tiny: Path, tmp_path: Path, recipe: str | None) -> None:
-    finalize(plan_of(tiny, recipe), tmp_path / "one")
-    finalize(plan_of(tiny, recipe, max_shard_bytes=30_000), tmp_path / "many")
+    write_plan(plan_of(tiny, recipe), tmp_path / "one")
+    write_plan(plan_of(tiny, recipe, max_shard_bytes=30_000), tmp_path / "many")
     files = sorted(p.name for p in (tmp_path / "many").glob("*.safetensors"))
     assert len(files) > 2 and files[0] == f"model-00001-of-{len(files):05d}.safetensors"
     index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
@@ -100,7 +102,7 @@ def test_shards_hold_the_same_tensors(tiny: Path, tmp_path: Path, recipe: str | 
 
 def test_the_same_bytes_every_time(tiny: Path, tmp_path: Path) -> None:
     for name in "ab":
-        finalize(plan_of(tiny), tmp_path / name)
+        write_plan(plan_of(tiny), tmp_path / name)
     assert snapshot(tmp_path / "a") == snapshot(tmp_path / "b")
 
 
@@ -111,7 +113,7 @@ def test_source_is_untouched_and_sidecars_come_along(tiny: Path, tmp_path: Path)
     (source / "README.md").write_text("# card")
     before = snapshot(source)
     out = tmp_path / "out"
-    finalize(plan_of(source), out)
+    write_plan(plan_of(source), out)
     assert snapshot(source) == before
     assert {"tokenizer.json", "tokenizer_config.json", "preprocessor_config.json", "README.md"} <= set(
         {p.name for p in out.iterdir()}
@@ -127,7 +129,7 @@ def test_one_chat_template(tiny: Path, tmp_path: Path) -> None:
     config = json.loads((source / "tokenizer_config.json").read_text())
     (source / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": "inline"}))
     (source / "chat_template.jinja").write_text("file")
-    finalize(plan_of(source, None), tmp_path / "out")
+    write_plan(plan_of(source, None), tmp_path / "out")
     assert "chat_template" not in json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
     assert loadstone.loading.load_tokenizer(tmp_path / "out").chat_template == "file"
 
@@ -136,13 +138,13 @@ def test_plain_finalize_of_a_bin(tiny: Path, tmp_path: Path) -> None:
     source = tmp_path / "bin"
     shutil.copytree(tiny, source, ignore=shutil.ignore_patterns("*.safetensors"))
     torch.save(loadstone.load(tiny).state_dict(), source / "pytorch_model.bin")
-    finalize(plan_of(source, None), tmp_path / "out")
+    write_plan(plan_of(source, None), tmp_path / "out")
     assert loadstone.detect(tmp_path / "out").weights.format == "safetensors"
     assert torch.equal(logits(loadstone.load(tmp_path / "out")), logits(loadstone.load(tiny)))
 
 
 def test_dtype_casts_floats(tiny: Path, tmp_path: Path) -> None:
-    finalize(plan_of(tiny, None, dtype="float32"), tmp_path / "out")
+    write_plan(plan_of(tiny, None, dtype="float32"), tmp_path / "out")
     model = loadstone.load(tmp_path / "out")
     assert model.dtype == torch.float32
     assert torch.equal(logits(model), logits(loadstone.load(tiny, dtype="float32")))
@@ -159,7 +161,7 @@ def test_the_size_is_known_before(
     make_model: Callable[..., Path], tmp_path: Path, arch: str, recipe: str | None
 ) -> None:
     plan = plan_of(make_model(arch), recipe)
-    finalize(plan, tmp_path / "out")
+    write_plan(plan, tmp_path / "out")
     table = loadstone.detect(tmp_path / "out").table
     assert plan.bytes_after == sum(t.nbytes for t in table.tensors.values())
     assert plan.bytes_before == sum(
@@ -184,7 +186,7 @@ def test_skip_and_misfits_are_named_in_the_block(tiny: Path, tmp_path: Path) -> 
     assert {s.reason for s in plan.steps if "down_proj" in s.name} == {"skipped as asked"}
     names = plan.config["quantization_config"]["modules_to_not_convert"]
     assert {"lm_head", "model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"} == set(names)
-    finalize(plan, tmp_path / "out")
+    write_plan(plan, tmp_path / "out")
     from transformers import AutoModelForCausalLM
 
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -200,20 +202,20 @@ def test_skip_and_misfits_are_named_in_the_block(tiny: Path, tmp_path: Path) -> 
 
 def test_refusals(tiny: Path, quantize_to: Callable[..., Path], tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="already quantized"):
-        plan_of(quantize_to(tiny, W4))
+        loadstone.finalize(quantize_to(tiny, W4), tmp_path / "out")
     (tmp_path / "there").mkdir()
     with pytest.raises(UsageError, match="--overwrite"):
-        finalize(plan_of(tiny), tmp_path / "there")
+        write_plan(plan_of(tiny), tmp_path / "there")
     for inside in (tiny, tiny / "out", tiny.parent):
         with pytest.raises(UsageError, match="overlap"):
-            finalize(plan_of(tiny), inside, overwrite=True)
+            write_plan(plan_of(tiny), inside, overwrite=True)
 
 
 def test_overwrite_replaces_whole(tiny: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
     (out / "stale.safetensors").write_text("old")
-    finalize(plan_of(tiny), out, overwrite=True)
+    write_plan(plan_of(tiny), out, overwrite=True)
     assert not (out / "stale.safetensors").exists()
     assert {p.name for p in tmp_path.iterdir()} == {"out"}
 
@@ -222,20 +224,20 @@ def test_too_little_disk(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(run.shutil, "disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(MissingError, match="GB free and the output needs"):
-        finalize(plan_of(tiny), tmp_path / "out")
+        write_plan(plan_of(tiny), tmp_path / "out")
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, OSError])
 def test_a_failure_leaves_no_output(tiny: Path, tmp_path: Path, stop: type[BaseException]) -> None:
     out = tmp_path / "out"
-    finalize(plan_of(tiny, None), out)
+    write_plan(plan_of(tiny, None), out)
     before = snapshot(out)
 
     def fail(count: int) -> None:
         raise stop
 
     with pytest.raises(stop):
-        finalize(plan_of(tiny), out, overwrite=True, on_progress=fail)
+        write_plan(plan_of(tiny), out, overwrite=True, on_progress=fail)
     assert snapshot(out) == before
 
 
@@ -246,5 +248,5 @@ def test_nan_in_a_weight_is_refused(tiny: Path, tmp_path: Path) -> None:
     raw[info.begin : info.begin + 2] = b"\xc0\x7f"
     (source / info.file).write_bytes(raw)
     with pytest.raises(ArtifactError, match=r"layers.0.mlp.up_proj.weight' holds NaN"):
-        finalize(plan_of(source), tmp_path / "out")
+        write_plan(plan_of(source), tmp_path / "out")
     assert not (tmp_path / "out").exists()

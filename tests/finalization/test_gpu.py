@@ -11,8 +11,10 @@ import torch
 
 import loadstone
 from loadstone.errors import LoadstoneError
-from loadstone.finalization import finalize, make_plan, units
+from loadstone.finalization import units
 from loadstone.finalization.calibrate import calibrate
+from loadstone.finalization.plan import make_plan
+from loadstone.finalization.run import write_plan
 from loadstone.quantization import RECIPES, parse_recipe
 from loadstone.quantization.quantize import check_runs
 
@@ -40,9 +42,9 @@ def test_row_blocks_give_the_same_bytes(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: str
 ) -> None:
     plan = plan_on_cuda(tiny, spelled(recipe))
-    finalize(plan, tmp_path / "whole", device=CUDA)
+    write_plan(plan, tmp_path / "whole", device=CUDA)
     monkeypatch.setattr(units, "GPU_BLOCK", 1000)
-    finalize(plan, tmp_path / "blocks", device=CUDA)
+    write_plan(plan, tmp_path / "blocks", device=CUDA)
     assert snapshot(tmp_path / "whole") == snapshot(tmp_path / "blocks")
 
 
@@ -69,8 +71,8 @@ def test_calibrated_on_cuda(make_model: Callable[..., Path], tmp_path: Path) -> 
     torch.manual_seed(0)
     rows = torch.randint(3, 250, (8, 64))
     plan = plan_on_cuda(source, "intx4-weight-only:rounding=gptq")
-    finalize(calibrate(plan, rows, tmp_path / "work", device=CUDA), tmp_path / "gptq", device=CUDA)
-    finalize(plan_on_cuda(source, "intx4-weight-only"), tmp_path / "plain", device=CUDA)
+    write_plan(calibrate(plan, rows, tmp_path / "work", device=CUDA), tmp_path / "gptq", device=CUDA)
+    write_plan(plan_on_cuda(source, "intx4-weight-only"), tmp_path / "plain", device=CUDA)
     with torch.inference_mode():
         wanted = loadstone.load(source, device="cpu")(rows).logits.float()
         errors = [

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 import loadstone
-from loadstone.finalization import make_plan
-from loadstone.finalization.plan import weight_dtype
+from loadstone.finalization.plan import make_plan, weight_dtype
 from loadstone.quantization import parse_recipe
 
 from .test_finalize import W4

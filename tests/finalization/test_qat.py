@@ -11,7 +11,7 @@ from tests.helpers import TOKENS, logits, run
 import loadstone
 from loadstone.artifact.detect import QAT, QAT_KEY
 from loadstone.errors import ArtifactError, UsageError
-from loadstone.finalization import finalize, make_plan
+from loadstone.finalization import plan_finalize
 from loadstone.quantization import RECIPES, parse_recipe
 from loadstone.quantization.qat import prepare, record, supports_qat
 
@@ -44,7 +44,7 @@ def test_prepared_and_converted_logits_are_equal_in_bf16(tiny: Path, tmp_path: P
     artifact = loadstone.detect(tmp_path / "qat")
     assert artifact.kind == QAT and artifact.config[QAT_KEY] == {"recipe": recipe}
     assert not torch.equal(logits(prepared), logits(loadstone.load(tiny)))
-    finalize(make_plan(artifact, None), tmp_path / "out")
+    loadstone.finalize(artifact, tmp_path / "out")
     assert QAT_KEY not in json.loads((tmp_path / "out" / "config.json").read_text())
     assert json.loads((tmp_path / "out" / "loadstone.json").read_text())["recipe"] == recipe
     assert torch.equal(logits(prepared), logits(loadstone.load(tmp_path / "out")))
@@ -74,9 +74,9 @@ def test_another_recipe_is_refused_naming_both(
     record(source, "intx4-weight-only:group_size=64")
     artifact = loadstone.detect(source)
     same = parse_recipe("intx4-weight-only:group_size=64")
-    assert make_plan(artifact, same).recipe == make_plan(artifact, None).recipe == same
+    assert plan_finalize(artifact, recipe=same).recipe == plan_finalize(artifact).recipe == same
     with pytest.raises(UsageError, match=r"'intx4-weight-only:group_size=64', and 'int8-weight-only'"):
-        make_plan(artifact, parse_recipe("int8-weight-only"))
+        plan_finalize(artifact, recipe="int8-weight-only")
     code, _, err = run(
         capsys, "finalize", "-M", source, "--quantize", "intx4-weight-only", "-o", tmp_path / "o"
     )
@@ -91,7 +91,7 @@ def test_a_record_that_cannot_be_used_is_named(tiny: Path, tmp_path: Path, entry
     file = tmp_path / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {QAT_KEY: entry}))
     with pytest.raises(ArtifactError, match="loadstone_qat cannot be used"):
-        make_plan(loadstone.detect(tmp_path), None)
+        plan_finalize(tmp_path)
 
 
 def test_record_needs_a_config(tmp_path: Path) -> None:

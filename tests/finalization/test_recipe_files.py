@@ -12,7 +12,8 @@ from tests.helpers import logits, run
 import loadstone
 from loadstone.artifact.manifest import sha256_file
 from loadstone.errors import ArtifactError, UsageError
-from loadstone.finalization import finalize, make_plan
+from loadstone.finalization.plan import make_plan
+from loadstone.finalization.run import write_plan
 from loadstone.quantization import MixedRecipe, parse_recipe, read_recipe
 
 SHIPPED = Path(__file__).resolve().parents[2] / "recipes" / "mixed-8-4.yaml"
@@ -53,7 +54,7 @@ def test_a_file_of_one_default_gives_the_same_bytes_as_the_name(
 ) -> None:
     name = "int8-dynamic-act-int4-weight"
     file = write(tmp_path / "r.yaml", f"default: {name}\n")
-    finalize(make_plan(loadstone.detect(tiny), read_recipe(file)), tmp_path / "out")
+    write_plan(make_plan(loadstone.detect(tiny), read_recipe(file)), tmp_path / "out")
     for path in quantize_to(tiny, name).iterdir():
         assert sha256_file(path) == sha256_file(tmp_path / "out" / path.name), path.name
 
@@ -132,7 +133,7 @@ def test_mixed_schemes_reload_in_stock_transformers(
     block = plan.config["quantization_config"]
     assert block["quant_type"]["default"]["_type"] == "FqnToConfig"
     assert "model.layers.0.self_attn.q_proj" in block["modules_to_not_convert"]
-    finalize(plan, tmp_path / "out")
+    write_plan(plan, tmp_path / "out")
     ours, theirs = loadstone.load(tmp_path / "out"), stock(tmp_path / "out")
     assert torch.equal(logits(ours), logits(theirs))
     assert quantized_classes(ours) == quantized_classes(theirs)
@@ -157,7 +158,7 @@ def test_eight_bit_attention_four_bit_mlp_two_layers_skipped(
         "  - {modules: self_attn, scheme: int8-dynamic-act-int8-weight}\n"
         "  - {modules: mlp, scheme: int8-dynamic-act-int4-weight}\n",
     )
-    finalize(make_plan(loadstone.detect(make_model("llama-tied")), read_recipe(file)), tmp_path / "out")
+    write_plan(make_plan(loadstone.detect(make_model("llama-tied")), read_recipe(file)), tmp_path / "out")
     assert torch.equal(logits(loadstone.load(tmp_path / "out")), logits(stock(tmp_path / "out")))
     assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is True
 
@@ -182,7 +183,7 @@ def test_embeddings_and_head_reload_in_stock_transformers(
         with pytest.raises(UsageError, match="lose the scale that Gemma2TextScaledWordEmbedding"):
             make_plan(loadstone.detect(source), recipe)
         return
-    finalize(make_plan(loadstone.detect(source), recipe), tmp_path / "out")
+    write_plan(make_plan(loadstone.detect(source), recipe), tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["tie_word_embeddings"] is False
     assert config["quantization_config"]["include_input_output_embeddings"] is True
@@ -200,7 +201,7 @@ def test_one_class_two_schemes(tiny: Path, tmp_path: Path) -> None:
     """Layers of one tensor class, with and without activation quantization, are no damage when the config says so."""
     text = "default: int8-dynamic-act-int4-weight\nrules: [{modules: layers.1, scheme: intx4-weight-only}]\n"
     out = tmp_path / "out"
-    finalize(make_plan(loadstone.detect(tiny), read_recipe(write(tmp_path / "r.yaml", text))), out)
+    write_plan(make_plan(loadstone.detect(tiny), read_recipe(write(tmp_path / "r.yaml", text))), out)
     assert torch.equal(logits(loadstone.load(out)), logits(stock(out)))
     config = json.loads((out / "config.json").read_text())
     table = config["quantization_config"]["quant_type"]["default"]["_data"]["fqn_to_config"]

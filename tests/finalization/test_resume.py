@@ -16,8 +16,10 @@ import torch
 
 import loadstone
 from loadstone.errors import ArtifactError, MissingError, UsageError
-from loadstone.finalization import finalize, make_plan, units
+from loadstone.finalization import units
 from loadstone.finalization.journal import work_directory
+from loadstone.finalization.plan import make_plan
+from loadstone.finalization.run import write_plan
 from loadstone.finalization.verify import verify
 from loadstone.loading.source import SourceReader
 from loadstone.quantization import parse_recipe
@@ -35,7 +37,7 @@ def test_row_blocks_give_the_same_bytes(
     tiny: Path, quantize_to: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: str
 ) -> None:
     monkeypatch.setattr(units, "BLOCK", 1000)
-    finalize(plan_of(tiny, recipe), tmp_path / "out")
+    write_plan(plan_of(tiny, recipe), tmp_path / "out")
     assert snapshot(tmp_path / "out") == snapshot(quantize_to(tiny, recipe))
 
 
@@ -44,10 +46,10 @@ def test_blocks_of_tensors_that_are_read_whole(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: str | None, dtype: str
 ) -> None:
     """As of distributed checkpoints, whose tensors cannot be read in parts."""
-    finalize(plan_of(tiny, recipe, dtype=dtype), tmp_path / "once")
+    write_plan(plan_of(tiny, recipe, dtype=dtype), tmp_path / "once")
     monkeypatch.setattr(units, "BLOCK", 1000)
     monkeypatch.setattr(SourceReader, "divisible", False)
-    finalize(plan_of(tiny, recipe, dtype=dtype), tmp_path / "blocks")
+    write_plan(plan_of(tiny, recipe, dtype=dtype), tmp_path / "blocks")
     assert snapshot(tmp_path / "blocks") == snapshot(tmp_path / "once")
 
 
@@ -79,7 +81,7 @@ def test_blocks_of_weights_of_many_tiles(
     model.save_pretrained(tmp_path / "source")
     monkeypatch.setattr(units, "BLOCK", 4 * 64 * 130)
     plan = plan_of(tmp_path / "source", recipe)
-    finalize(plan, tmp_path / "out")
+    write_plan(plan, tmp_path / "out")
     assert verify(plan, tmp_path / "out")
     with safe_open(tmp_path / "out" / "model.safetensors", "pt") as stored:
         for name in ("up_proj", "gate_proj", "down_proj"):
@@ -103,7 +105,7 @@ def test_many_threads_give_the_same_bytes(
     monkeypatch.setattr(units, "BLOCK", 1000)
     torch.set_num_threads(3)
     try:
-        finalize(plan_of(tiny, W4), tmp_path / "out")
+        write_plan(plan_of(tiny, W4), tmp_path / "out")
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(1)
@@ -111,15 +113,15 @@ def test_many_threads_give_the_same_bytes(
 
 
 def test_cast_in_blocks(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    finalize(plan_of(tiny, None, dtype="float32"), tmp_path / "whole")
+    write_plan(plan_of(tiny, None, dtype="float32"), tmp_path / "whole")
     monkeypatch.setattr(units, "BLOCK", 1000)
-    finalize(plan_of(tiny, None, dtype="float32"), tmp_path / "blocks")
+    write_plan(plan_of(tiny, None, dtype="float32"), tmp_path / "blocks")
     assert snapshot(tmp_path / "whole") == snapshot(tmp_path / "blocks")
 
 
 @pytest.fixture
 def undisturbed(tiny: Path, tmp_path: Path) -> dict[str, str]:
-    finalize(many_shards(tiny), tmp_path / "undisturbed")
+    write_plan(many_shards(tiny), tmp_path / "undisturbed")
     return snapshot(tmp_path / "undisturbed")
 
 
@@ -139,7 +141,7 @@ def test_interrupted_at_every_shard(tiny: Path, tmp_path: Path, undisturbed: dic
                 raise KeyboardInterrupt
 
         try:
-            finalize(many_shards(tiny), out, on_progress=stop_soon)
+            write_plan(many_shards(tiny), out, on_progress=stop_soon)
         except KeyboardInterrupt:
             assert not out.exists()
     assert runs > 2
@@ -148,7 +150,7 @@ def test_interrupted_at_every_shard(tiny: Path, tmp_path: Path, undisturbed: dic
 
 
 def _child(source: Path, out: Path) -> None:
-    finalize(many_shards(source), out, on_progress=lambda count: time.sleep(0.002))
+    write_plan(many_shards(source), out, on_progress=lambda count: time.sleep(0.002))
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM], ids=["kill", "term"])
@@ -167,7 +169,7 @@ def test_killed_at_random_moments(tiny: Path, tmp_path: Path, undisturbed: dict[
         if out.exists():
             assert snapshot(out) == undisturbed
             shutil.rmtree(out)
-    finalize(many_shards(tiny), out)
+    write_plan(many_shards(tiny), out)
     assert snapshot(out) == undisturbed and snapshot(tiny) == before
 
 
@@ -176,9 +178,9 @@ def test_killed_while_the_journal_is_removed(tiny: Path, tmp_path: Path, undistu
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("loadstone.finalization.run.close_journal", lambda work: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            finalize(many_shards(tiny), out)
+            write_plan(many_shards(tiny), out)
     shutil.rmtree(work_directory(out) / "journal")
-    finalize(many_shards(tiny), out)
+    write_plan(many_shards(tiny), out)
     assert snapshot(out) == undisturbed
 
 
@@ -201,10 +203,10 @@ def test_a_full_disk(
 
     monkeypatch.setattr(ShardWriter, "write", fails)
     with pytest.raises(MissingError, match="finished shards are kept"):
-        finalize(many_shards(tiny), out)
+        write_plan(many_shards(tiny), out)
     assert not out.exists() and work_directory(out).exists()
     monkeypatch.undo()
-    finalize(many_shards(tiny), out)
+    write_plan(many_shards(tiny), out)
     assert snapshot(out) == undisturbed
 
 
@@ -221,9 +223,9 @@ def test_a_full_tmpfs(
     try:
         monkeypatch.setattr(run, "check_space", lambda *args: None)
         with pytest.raises(MissingError, match="is full"):
-            finalize(many_shards(tiny), mount / "out")
+            write_plan(many_shards(tiny), mount / "out")
         subprocess.run(["mount", "-o", "remount,size=4m", mount], check=True)
-        finalize(many_shards(tiny), mount / "out")
+        write_plan(many_shards(tiny), mount / "out")
         assert snapshot(mount / "out") == undisturbed
     finally:
         subprocess.run(["umount", mount], check=True)
@@ -237,10 +239,10 @@ def test_another_jobs_partial_output_is_refused(tiny: Path, tmp_path: Path) -> N
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        finalize(many_shards(tiny), out, on_progress=stop)
+        write_plan(many_shards(tiny), out, on_progress=stop)
     with pytest.raises(UsageError, match=r"another job \(its recipe, layout differ\).*--no-resume"):
-        finalize(many_shards(tiny, "int8-weight-only"), out)
-    finalize(many_shards(tiny, "int8-weight-only"), out, resume=False)
+        write_plan(many_shards(tiny, "int8-weight-only"), out)
+    write_plan(many_shards(tiny, "int8-weight-only"), out, resume=False)
     assert loadstone.detect(out).kind == "torchao"
 
 
@@ -252,7 +254,7 @@ def test_a_directory_of_someone_else_at_the_working_name_is_refused(
     work_directory(out).mkdir()
     (work_directory(out) / "precious").touch()
     with pytest.raises(UsageError, match=r"\.out\.partial' was not made by loadstone"):
-        finalize(plan_of(tiny), out, resume=resume)
+        write_plan(plan_of(tiny), out, resume=resume)
     assert [p.name for p in work_directory(out).iterdir()] == ["precious"] and not out.exists()
 
 
@@ -264,25 +266,25 @@ def test_what_a_run_killed_at_its_beginning_or_end_left(
     work_directory(out).mkdir()
     for name in left:
         (work_directory(out) / name).mkdir() if name == "journal" else (work_directory(out) / name).touch()
-    finalize(many_shards(tiny), out)
+    write_plan(many_shards(tiny), out)
     assert snapshot(out) == undisturbed and not work_directory(out).exists()
 
 
 def test_one_writer_at_a_time(tiny: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with locked(out), pytest.raises(UsageError, match="another process is writing"):
-        finalize(plan_of(tiny), out)
-    finalize(plan_of(tiny), out)
+        write_plan(plan_of(tiny), out)
+    write_plan(plan_of(tiny), out)
     assert {p.name for p in tmp_path.iterdir()} == {"out"}
 
 
 def test_verify(tiny: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     plan = many_shards(tiny)
-    finalize(plan, out)
+    write_plan(plan, out)
     assert verify(plan, out) == sum(len(step.outputs) for step in plan.steps)
     other = tmp_path / "other"
-    finalize(
+    write_plan(
         make_plan(loadstone.detect(tiny), parse_recipe("int8-dynamic-act-int4-weight:mapping=asymmetric")),
         other,
     )
@@ -328,5 +330,5 @@ def test_a_write_that_the_disk_failed_is_an_error(
     monkeypatch.setattr(run, "_FLUSH", 1000)
     monkeypatch.setattr(ShardWriter, "flush", fails)
     with pytest.raises(MissingError, match="Input/output error"):
-        finalize(plan_of(tiny), tmp_path / "out")
+        write_plan(plan_of(tiny), tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import loadstone
-from loadstone.finalization import make_plan, units
+from loadstone.finalization import units
 from loadstone.finalization.encoders import torchao
-from loadstone.finalization.plan import QUANTIZE
+from loadstone.finalization.plan import QUANTIZE, make_plan
 from loadstone.finalization.stream import _MemoryBudget, stream
 from loadstone.finalization.units import Unit, units_of
 from loadstone.loading.source import SourceReader

@@ -9,7 +9,8 @@ from tests.helpers import logits, stock
 
 import loadstone
 from loadstone.errors import ArtifactError
-from loadstone.finalization import finalize, make_plan
+from loadstone.finalization.plan import make_plan
+from loadstone.finalization.run import write_plan
 from loadstone.quantization import parse_recipe
 
 from .test_native import W4
@@ -35,7 +36,7 @@ def test_loads(run: Path, tiny: Path) -> None:
 @pytest.mark.parametrize("recipe", [None, W4])
 def test_finalizes(run: Path, tiny: Path, quantize_to, tmp_path: Path, recipe: str | None) -> None:
     out = tmp_path / "out"
-    finalize(make_plan(loadstone.detect(run), parse_recipe(recipe) if recipe else None), out)
+    write_plan(make_plan(loadstone.detect(run), parse_recipe(recipe) if recipe else None), out)
     reference = quantize_to(tiny, recipe) if recipe else tiny
     assert torch.equal(logits(loadstone.load(out)), logits(loadstone.load(reference)))
     assert (out / "tokenizer.json").is_file()

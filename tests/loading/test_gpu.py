@@ -8,7 +8,8 @@ import torch
 
 import loadstone
 from loadstone.errors import LoadstoneError, MissingError
-from loadstone.finalization import finalize, make_plan
+from loadstone.finalization.plan import make_plan
+from loadstone.finalization.run import write_plan
 from loadstone.quantization import RECIPES, parse_recipe, to_torchao
 from loadstone.quantization.quantize import check_runs
 
@@ -42,7 +43,7 @@ def spelled(name: str) -> str:
 
 
 def finalize_on(device: str, source: Path, recipe: str, out: Path) -> Path:
-    finalize(
+    write_plan(
         make_plan(loadstone.detect(source), parse_recipe(spelled(recipe)), device=device), out, device=device
     )
     return out
@@ -127,7 +128,7 @@ def test_the_same_bytes_from_cpu_and_cuda(tiny: Path, tmp_path: Path, recipe: st
 
     for device in ("cpu", "cuda:0"):
         scheme = parse_recipe(recipe) if recipe else None
-        finalize(
+        write_plan(
             make_plan(loadstone.detect(tiny), scheme, device=device), tmp_path / device[:4], device=device
         )
     a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("cpu", "cuda"))

@@ -625,7 +625,8 @@ def bases(
     make_model: Callable, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, tuple[Path, torch.Tensor]]:
     """Undamaged directories by name, with their logits."""
-    from loadstone.finalization import finalize, make_plan
+    from loadstone.finalization.plan import make_plan
+    from loadstone.finalization.run import write_plan
     from loadstone.quantization import parse_recipe
 
     root = tmp_path_factory.mktemp("bases")
@@ -646,7 +647,7 @@ def bases(
             parse_recipe(recipe) if recipe else None,
             max_shard_bytes=size if isinstance(size, int) else 5 * 10**9,
         )
-        finalize(plan, root / name)
+        write_plan(plan, root / name)
         made[name] = (root / name, logits(root / name))
     return made
 

@@ -108,7 +108,8 @@ def test_trusted_code_is_the_models_class(remote: Path, tiny: Path, tmp_path: Pa
     import torch
 
     from loadstone.fakequant import export_fakequant
-    from loadstone.finalization import finalize, make_plan
+    from loadstone.finalization.plan import make_plan
+    from loadstone.finalization.run import write_plan
     from loadstone.loading.meta import meta_model
 
     artifact = loadstone.detect(remote)
@@ -118,7 +119,7 @@ def test_trusted_code_is_the_models_class(remote: Path, tiny: Path, tmp_path: Pa
     export_fakequant(
         artifact, tmp_path / "folded", format="fp8", trust_remote_code=True, calibrate=["Some text."]
     )
-    finalize(make_plan(artifact, None, trust_remote_code=True), tmp_path / "out")
+    write_plan(make_plan(artifact, None, trust_remote_code=True), tmp_path / "out")
     model = loadstone.load(tmp_path / "out", trust_remote_code=True)
     assert type(model).__name__ == "OwnModel" and torch.equal(logits(model), logits(stock(tiny)))
 

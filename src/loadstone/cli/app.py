@@ -114,8 +114,6 @@ def main(argv: list[str] | None = None) -> None:
 def _with_json_target(args: list[str]) -> list[str]:
     """``--json`` with nothing behind it, or another option, means ``--json -``: typer has no optional values."""
     found: list[str] = []
-    if "finalize" in args:
-        return args
     for this, following in zip(args, [*args[1:], "--"], strict=True):
         found.append(this)
         if this == "--json" and following.startswith("-") and following != "-":

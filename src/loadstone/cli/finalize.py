@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from loadstone.cli import render
+from loadstone.cli import options, render
 from loadstone.cli.finalize_tables import show_done, show_plan
 from loadstone.errors import UsageError
-
-if TYPE_CHECKING:
-    from loadstone.finalization import FinalizePlan
-    from loadstone.quantization import MixedRecipe, Recipe
-    from loadstone.ranks import Ranks
 
 _INPUT, _OUTPUT, _QUANT, _RUN = "Input", "Output", "Quantization", "Run"
 
@@ -131,9 +125,7 @@ def command(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the plan and write nothing.", rich_help_panel=_RUN)
     ] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the result as JSON.", rich_help_panel=_RUN)
-    ] = False,
+    json_to: options.Json = None,
     trust_remote_code: Annotated[
         bool,
         typer.Option(
@@ -155,160 +147,60 @@ def command(
             "Run loadstone fit --table FILE --target NAME -o OUT, or loadstone fit -M DIR --prompt FILE -o OUT",
         )
     if list_recipes:
-        return _list_recipes(as_json)
+        return _list_recipes(json_to)
     if model is None or (out is None and not dry_run):
         raise UsageError("finalize needs -M DIR and -o OUT", "See `loadstone finalize --help`")
-    # What is wrong with the words of the command is said before anything heavy is imported.
-    asked = _asked_recipe(quantize, recipe_file)
-    max_bytes = _parse_size(max_shard_size)
-    from loadstone.loading import plan as load_plan
-    from loadstone.quantization.qat import recorded_recipe
-    from loadstone.quantization.recipe_file import recipes_in
-    from loadstone.quantization.schemes import CALIBRATED, rounding_of
-
-    artifact = load_plan(
-        model, dtype=dtype, checkpoint=checkpoint, trust_remote_code=trust_remote_code
-    ).artifact
-    recipe = recorded_recipe(artifact, asked)
-    if calibrate_on and recipe is None:
-        raise UsageError("--calibrate is about quantization", "Add --quantize RECIPE or --recipe FILE")
-    algorithm = "gptq" if calibrate_on and not algorithm else algorithm
-    recipe = _with_options(recipe, algorithm, skip)
-    for each in recipes_in(recipe):
-        if rounding_of(each.scheme) in CALIBRATED and not calibrate_on:
-            raise UsageError(f"{each} needs text to calibrate with", "Add --calibrate FILE")
-    from loadstone.finalization import make_plan
-    from loadstone.finalization.plan import refuse_quantized, weight_dtype
-    from loadstone.loading.devices import quantize_device
-    from loadstone.loading.loader import import_libraries
-    from loadstone.quantization.quantize import check_runs
-    from loadstone.writing.publish import check_output
-
-    refuse_quantized(artifact)
-    import_libraries()
-    where = quantize_device(device)
-    for each in recipes_in(recipe):
-        stored = weight_dtype(artifact, dtype, trust_remote_code=trust_remote_code)
-        check_runs(each, where, stored)
-    plan = make_plan(
-        artifact,
-        recipe,
-        dtype=dtype,
-        device=where,
-        skip=skip,
-        max_shard_bytes=max_bytes,
-        trust_remote_code=trust_remote_code,
-    )
-    if out is not None:
-        check_output(plan.source.root, out, overwrite or dry_run)
-    if dry_run:
-        return show_plan(plan, out, as_json)
-    assert out is not None
-    from loadstone.finalization.calibrate import discard
-    from loadstone.finalization.run import finalize
-    from loadstone.finalization.verify import verify as verify_artifact
-    from loadstone.ranks import joined
-
-    with joined() as ranks:
-        if ranks.size > 1 and where.startswith("cuda"):
-            where = f"cuda:{ranks.local_rank}"
-        if calibrate_on:
-            plan = _calibrated(plan, calibrate_on, calibrate_tokens, out, where, trust_remote_code, ranks)
-        share = sum(step.source_bytes for shard in plan.shards[ranks.rank :: ranks.size] for step in shard)
-        with render.progress(f"finalize {out.name}", share, unit_bytes=True) as advance:
-            done = finalize(
-                plan, out, device=where, overwrite=overwrite, resume=resume, ranks=ranks, on_progress=advance
-            )
-    if ranks.rank != 0:
-        return
-    verified = None
-    if verify:
-        total = sum(step.source_bytes for step in plan.steps)
-        with render.progress(f"verify {out.name}", total, unit_bytes=True) as advance:
-            verified = verify_artifact(plan, out, device=where, on_progress=advance)
-    discard(out)
-    show_done(done, verified, as_json)
-
-
-def _calibrated(
-    plan: FinalizePlan, data: str, tokens: int, out: Path, device: str, trust_remote_code: bool, ranks: Ranks
-) -> FinalizePlan:
-    """The plan with its weights rounded on ``data``, by rank 0: the text in order, cut into rows of 512 tokens."""
-    import torch
-
-    from loadstone.finalization.calibrate import calibrate, calibrated
-    from loadstone.loading import load_tokenizer
-    from loadstone.text.corpus import read_corpus
-
-    tokenizer = load_tokenizer(plan.source, trust_remote_code=trust_remote_code)
-    limit = int(plan.config.get("max_position_embeddings") or 512)
-    length = min(512, limit)
-    ids: list[int] = []
-    for document in read_corpus(data).documents:
-        ids += tokenizer(document, add_special_tokens=False)["input_ids"]
-        if len(ids) >= tokens:
-            break
-    count = min(len(ids), tokens) // length
-    if count == 0:
-        raise UsageError(f"--calibrate {data} holds {len(ids)} tokens", f"At least {length} are needed")
-    rows = torch.tensor(ids[: count * length]).view(count, length)
-    layers = len({re.sub(r"^(.*?\.\d+)\..*", r"\1", s.name) for s in plan.steps if s.scheme})
-    if ranks.rank == 0:
-        with render.progress(f"calibrate on {rows.numel():,} tokens", layers) as advance:
-            calibrate(
-                plan, rows, out, device=device, trust_remote_code=trust_remote_code, on_progress=advance
-            )
-    ranks.wait()
-    return calibrated(plan, rows, out)
-
-
-def _asked_recipe(quantize: str | None, recipe_file: Path | None) -> Recipe | MixedRecipe | None:
-    from loadstone.quantization import parse_recipe, read_recipe
-
     if quantize and recipe_file:
         raise UsageError("--quantize and --recipe exclude each other", "Keep one")
-    return read_recipe(recipe_file) if recipe_file else parse_recipe(quantize) if quantize else None
+    from loadstone.finalization import finalize, plan_finalize
+
+    recipe = recipe_file or quantize
+    if dry_run:
+        plan = plan_finalize(
+            model, out, recipe=recipe, algorithm=algorithm, calibrate=calibrate_on, skip=skip or (),
+            checkpoint=checkpoint, dtype=dtype, max_shard_size=max_shard_size, device=device, overwrite=True,
+            trust_remote_code=trust_remote_code,
+        )  # fmt: skip
+        return show_plan(plan, out, json_to)
+    assert out is not None
+    labels = {stage: f"{stage} {out.name}" for stage in ("calibrate", "write", "verify")}
+    with render.stages(labels, in_layers=("calibrate",)) as advance:
+        done = finalize(
+            model, out, recipe=recipe, algorithm=algorithm, calibrate=calibrate_on,
+            calibrate_tokens=calibrate_tokens, skip=skip or (), checkpoint=checkpoint, dtype=dtype,
+            max_shard_size=max_shard_size, device=device, overwrite=overwrite, resume=resume, verify=verify,
+            trust_remote_code=trust_remote_code, on_progress=advance,
+        )  # fmt: skip
+    # Of several ranks the first one shows the result.
+    if done.files:
+        show_done(done, json_to)
 
 
-def _with_options(
-    recipe: Recipe | MixedRecipe | None, algorithm: str | None, skip: list[str] | None
-) -> Recipe | MixedRecipe | None:
-    from loadstone.quantization.recipe_file import with_algorithm
-
-    for flag, value in (("--skip", skip), ("--algorithm", algorithm)):
-        if value and recipe is None:
-            raise UsageError(f"{flag} is about quantization", "Add --quantize RECIPE or --recipe FILE")
-    return with_algorithm(recipe, algorithm) if recipe and algorithm else recipe
-
-
-def _parse_size(text: str) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMGT]?)i?B?", text.strip())
-    if not match or float(match[1]) <= 0:
-        raise UsageError(f"--max-shard-size '{text}' is no size", "Examples: 500MB, 5GB")
-    scale = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}[match[2]]
-    return int(float(match[1]) * scale)
-
-
-def _list_recipes(as_json: bool) -> None:
+def _list_recipes(json_to: str | None) -> None:
     from dataclasses import asdict
 
     from loadstone.quantization import RECIPES
 
-    if as_json:
-        return render.print_json(
-            [
-                {
-                    "name": r.name,
-                    "options": asdict(r.scheme),
-                    "devices": list(r.devices),
-                    "nominal_bits": r.nominal_bits,
-                    "stored_bits": round(r.stored_bits(), 3),
-                    "needs": r.needs,
-                    "instead": r.instead,
-                }
-                for r in RECIPES.values()
-            ]
-        )
+    recipes = [
+        {
+            "name": r.name,
+            "options": asdict(r.scheme),
+            "devices": list(r.devices),
+            "nominal_bits": r.nominal_bits,
+            "stored_bits": round(r.stored_bits(), 3),
+            "needs": r.needs,
+            "instead": r.instead,
+        }
+        for r in RECIPES.values()
+    ]
+    render.result(json_to, recipes, _print_recipes)
+
+
+def _print_recipes() -> None:
+    from dataclasses import asdict
+
+    from loadstone.quantization import RECIPES
+
     rows = [
         [
             r.name,

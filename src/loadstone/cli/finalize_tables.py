@@ -97,9 +97,13 @@ def _ranges(numbers: list[str]) -> str:
     return " ".join(str(a) if a == b else f"{a}-{b}" for a, b in found)
 
 
-def show_plan(plan: FinalizePlan, out: Path | None, as_json: bool) -> None:
-    if as_json:
-        return render.print_json({"dry_run": True, "out": str(out) if out else None} | _summary(plan))
+def show_plan(plan: FinalizePlan, out: Path | None, json_to: str | None) -> None:
+    """The result of a dry run."""
+    facts = {"dry_run": True, "out": str(out) if out else None} | _summary(plan)
+    render.result(json_to, facts, lambda: _print_plan(plan))
+
+
+def _print_plan(plan: FinalizePlan) -> None:
     console = render.console()
     _print_groups(plan)
     if plan.recipe:
@@ -117,22 +121,23 @@ def show_plan(plan: FinalizePlan, out: Path | None, as_json: bool) -> None:
     console.print("Dry run: nothing was written.")
 
 
-def show_done(done: Finalized, verified: int | None, as_json: bool) -> None:
-    if as_json:
-        return render.print_json(
-            {
-                "out": str(done.out),
-                "seconds": round(done.seconds, 3),
-                "files": done.files,
-                "verified_tensors": verified,
-            }
-            | _summary(done.plan)
-        )
+def show_done(done: Finalized, json_to: str | None) -> None:
+    """The result of a finalize."""
+    facts = {
+        "out": str(done.out),
+        "seconds": round(done.seconds, 3),
+        "files": done.files,
+        "verified_tensors": done.verified,
+    }
+    render.result(json_to, facts | _summary(done.plan), lambda: _print_done(done))
+
+
+def _print_done(done: Finalized) -> None:
     _print_groups(done.plan)
     render.console().print(
         f"{done.out}: {len(done.files) + 1} files, {render.size(done.plan.bytes_after)} of weights "
         f"in {len(done.plan.shards)} shard(s), {done.seconds:.1f} s"
-        + (f", {verified} tensors verified" if verified is not None else ""),
+        + (f", {done.verified} tensors verified" if done.verified is not None else ""),
         markup=False,
         soft_wrap=True,
     )

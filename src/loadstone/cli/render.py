@@ -8,7 +8,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -169,3 +169,27 @@ def progress(label: str, total: int, *, unit_bytes: bool = False) -> Iterator[Ca
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(label, total=total)
         yield lambda count: bar.advance(task, count)
+
+
+@contextmanager
+def stages(
+    labels: dict[str, str], *, in_layers: tuple[str, ...] = ()
+) -> Iterator[Callable[[str, int, int], None]]:
+    """One bar after another for work in stages: yields ``advance(stage, done, total)``.
+
+    ``labels``: what to show for each stage; ``in_layers``: stages that are counted in layers, others in bytes.
+    """
+    shown, before = "", 0
+    with ExitStack() as bar:
+        step: Callable[[int], None] = lambda count: None  # noqa: E731
+
+        def advance(stage: str, done: int, total: int) -> None:
+            nonlocal shown, before, step
+            if stage != shown:
+                bar.close()
+                step = bar.enter_context(progress(labels[stage], total, unit_bytes=stage not in in_layers))
+                shown, before = stage, 0
+            step(done - before)
+            before = done
+
+        yield advance

@@ -9,8 +9,7 @@ import hashlib
 import json
 import logging
 import os
-import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from loadstone.artifact.manifest import versions
 from loadstone.errors import ArtifactError, UsageError
 from loadstone.finalization.gptq import gptq
-from loadstone.finalization.journal import work_directory
+from loadstone.finalization.journal import calibration_directory, work_directory
 from loadstone.finalization.plan import QUANTIZE, FinalizePlan, Step
 from loadstone.finalization.smooth import Inputs, awq_scale, find_folds, smooth_scale
 from loadstone.loading.source import SourceReader
@@ -32,6 +31,7 @@ from loadstone.quantization.schemes import (
     rounding_choices,
     rounding_of,
 )
+from loadstone.ranks import Ranks
 from loadstone.writing.publish import check_space
 
 if TYPE_CHECKING:
@@ -40,12 +40,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 _INTX = (IntxWeightOnly, Int8DynActIntxWeight)
+# Tokens of one calibration sequence.
+_ROW_TOKENS = 512
 _SCALES = {"awq": awq_scale, "smoothquant": smooth_scale}
-
-
-def scratch(out: Path) -> Path:
-    """Where the calibrated tensors of ``out`` wait until they are written: a hidden sibling."""
-    return out.with_name(f".{out.name}.calibrated")
 
 
 def calibrate(
@@ -55,14 +52,14 @@ def calibrate(
     *,
     device: str = "cpu",
     trust_remote_code: bool = False,
-    on_progress: Callable[[int], None] | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> FinalizePlan:
     """The plan with every calibrated step made ready from ``rows``, token ids (rows, length).
 
     Results go beside ``out``, a file for each layer; those that a killed run finished for the same tokens, weights and
-    recipe are taken over. ``on_progress`` is told of each finished layer. Raises `UsageError` when nothing in the plan
-    is calibrated, `MissingError` for too little disk space, `ArtifactError` for a model whose layers cannot be run one
-    by one or allow no scaling of inputs.
+    recipe are taken over. ``on_progress(done, total)`` is told the finished layers. Raises `UsageError` when nothing in
+    the plan is calibrated, `MissingError` for too little disk space, `ArtifactError` for a model whose layers cannot be
+    run one by one or allow no scaling of inputs.
     """
     import torch
 
@@ -114,8 +111,57 @@ def calibrate(
             hidden = [_run(layer, x, calls[number], device) for x in hidden]
             layer.to("meta")
             if on_progress:
-                on_progress(1)
+                on_progress(number + 1, len(layers))
     return calibrated(plan, rows, out)
+
+
+def calibrate_plan(
+    plan: FinalizePlan,
+    text: str | Path | Sequence[str],
+    tokens: int,
+    out: Path,
+    device: str,
+    ranks: Ranks,
+    trust_remote_code: bool,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> FinalizePlan:
+    """The plan with its weights rounded by rank 0 on the first ``tokens`` tokens of ``text``; see `calibrate`."""
+    rows = calibration_rows(plan, text, tokens, trust_remote_code)
+    if ranks.rank == 0:
+        calibrate(
+            plan, rows, out, device=device, trust_remote_code=trust_remote_code, on_progress=on_progress
+        )
+    ranks.wait()
+    return calibrated(plan, rows, out)
+
+
+def calibration_rows(
+    plan: FinalizePlan, text: str | Path | Sequence[str], tokens: int, trust_remote_code: bool = False
+) -> torch.Tensor:
+    """Token ids (rows, length), at most 512 a row, of the first ``tokens`` tokens of ``text``, in order.
+
+    ``text``: a file or data set as `read_corpus` takes it, or documents. Raises `UsageError` for too little text.
+    """
+    import torch
+
+    from loadstone.loading import load_tokenizer
+    from loadstone.text.corpus import read_corpus
+
+    tokenizer = load_tokenizer(plan.source, trust_remote_code=trust_remote_code)
+    length = min(_ROW_TOKENS, int(plan.config.get("max_position_embeddings") or _ROW_TOKENS))
+    documents = read_corpus(str(text)).documents if isinstance(text, str | Path) else text
+    ids: list[int] = []
+    for document in documents:
+        ids += tokenizer(document, add_special_tokens=False)["input_ids"]
+        if len(ids) >= tokens:
+            break
+    count = min(len(ids), tokens) // length
+    if count == 0:
+        name = f"'{text}'" if isinstance(text, str | Path) else "the calibration text"
+        raise UsageError(
+            f"{name} gives {min(len(ids), tokens)} calibration tokens", f"At least {length} are needed"
+        )
+    return torch.tensor(ids[: count * length]).view(count, length)
 
 
 def calibrated(plan: FinalizePlan, rows: torch.Tensor, out: Path) -> FinalizePlan:
@@ -134,8 +180,9 @@ def _with_result(step: Step, ready: dict[str, str]) -> Step:
     """The step with its calibrated tensors, or rounded without text if it is outside of the decoder layers."""
     file = ready.get(step.outputs[0].name, "")
     if not file and step.scheme is not None and rounding_of(step.scheme) in CALIBRATED:
-        plain = rounding_choices(step.scheme)[0]
-        return replace(step, scheme=replace(step.scheme, rounding=plain))  # type: ignore[call-arg, arg-type]
+        assert step.encoding is not None
+        plain = replace(step.scheme, rounding=rounding_choices(step.scheme)[0])  # type: ignore[call-arg, arg-type]
+        return replace(step, encoding=step.encoding.with_scheme(plain))
     return replace(step, ready=file)
 
 
@@ -154,11 +201,6 @@ def _check_outside(outside: list[Step], prefix: str) -> None:
             prefix,
             outside[0].name,
         )
-
-
-def discard(out: Path) -> None:
-    """Remove the calibration's files, once the artifact is written."""
-    shutil.rmtree(scratch(out), ignore_errors=True)
 
 
 def _wanted(plan: FinalizePlan) -> dict[str, Step]:
@@ -405,7 +447,8 @@ def _folder(plan: FinalizePlan, rows: torch.Tensor, out: Path) -> Path:
     files = plan.source.weight_files
     stats = [(f, (s := (plan.source.path / f).stat()).st_size, s.st_mtime_ns) for f in files]
     text = json.dumps([plan.kind, str(plan.recipe), plan.dtype, stats, list(rows.shape), versions()])
-    return scratch(out) / hashlib.sha256(text.encode() + rows.numpy().tobytes()).hexdigest()[:16]
+    digest = hashlib.sha256(text.encode() + rows.numpy().tobytes()).hexdigest()
+    return calibration_directory(out) / digest[:16]
 
 
 _PLAIN = "Use a rounding that needs no text: affine, mse or hqq"

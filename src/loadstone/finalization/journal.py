@@ -26,6 +26,16 @@ def work_directory(out: Path) -> Path:
     return working_path(out, PARTIAL)
 
 
+def calibration_directory(out: Path) -> Path:
+    """Where the calibrated tensors of ``out`` are kept until they are written: a hidden sibling."""
+    return out.with_name(f".{out.name}.calibrated")
+
+
+def discard_calibration(out: Path) -> None:
+    """Remove the calibrated tensors, once the artifact is written."""
+    shutil.rmtree(calibration_directory(out), ignore_errors=True)
+
+
 def job_key(plan: FinalizePlan, versions: dict[str, str]) -> dict[str, str]:
     """What must be equal for a partial output to be continued, by name, so that a mismatch can be named."""
     files = plan.source.weight_files

@@ -116,15 +116,12 @@ def make_plan(
 
     ``dtype``: floating dtype that plain tensors (and weights before quantization) are cast to, ``auto`` keeps the
     stored one. ``skip``: module name patterns left unquantized. ``encoder``: the format of quantized weights, torchao's
-    when None. A checkpoint that records its QAT recipe takes that one. Raises `ArtifactError` when the source is
-    quantized already or does not match its config, `UsageError` for a recipe that the model or its record contradicts.
+    when None. Raises `ArtifactError` when the source does not match its config, `UsageError` for a recipe that does not
+    fit the model.
     """
     from loadstone.finalization.encoders.torchao import TorchaoEncoder
     from loadstone.loading.meta import model_map
-    from loadstone.quantization.qat import recorded_recipe
 
-    refuse_quantized(artifact)
-    recipe = recorded_recipe(artifact, recipe)
     found = stored_tensors(artifact)
     mapped = model_map(artifact, list(found), trust_remote_code)
     model, where = mapped.facts, mapped.places

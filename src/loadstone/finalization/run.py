@@ -47,15 +47,16 @@ _FLUSH = 1 << 28
 
 @dataclass(frozen=True)
 class Finalized:
-    """What a finalize wrote."""
+    """What a finalize wrote. ``files``: sha256 of each by name; ``verified``: tensors that were compared, if any."""
 
     out: Path
     plan: FinalizePlan
     seconds: float
     files: dict[str, str]
+    verified: int | None = None
 
 
-def finalize(
+def write_plan(
     plan: FinalizePlan,
     out: Path,
     *,

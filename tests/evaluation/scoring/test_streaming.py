@@ -17,7 +17,8 @@ from loadstone.evaluation.models import plan_models
 from loadstone.evaluation.options import Options
 from loadstone.evaluation.result import Evaluation
 from loadstone.evaluation.run import run
-from loadstone.finalization import finalize, make_plan
+from loadstone.finalization.plan import make_plan
+from loadstone.finalization.run import write_plan
 from loadstone.loading.streamed import StreamedModel
 from loadstone.quantization import parse_recipe
 
@@ -30,7 +31,7 @@ def losses(outcome: Evaluation) -> list[np.ndarray]:
 def quantize(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path, str], Path]:
     def make(source: Path, recipe: str) -> Path:
         out: Path = tmp_path_factory.mktemp("q") / "out"
-        finalize(make_plan(loadstone.detect(source), parse_recipe(recipe)), out)
+        write_plan(make_plan(loadstone.detect(source), parse_recipe(recipe)), out)
         tokenizer.save_pretrained(out)
         return out
 

@@ -72,6 +72,10 @@ class Encoding(Protocol):
         """
         ...
 
+    def with_scheme(self, scheme: Scheme) -> Encoding:
+        """The same stored tensors with values rounded by ``scheme``, which differs in its rounding alone."""
+        ...
+
     def store(self, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
         """The stored tensors, by name, of a whole weight that is quantized already (a torchao tensor)."""
         ...

@@ -98,6 +98,9 @@ class PackedEncoding:
             for name, tensor in self._whole(parts).items():
                 yield name, tensor, 0
 
+    def with_scheme(self, scheme: Scheme) -> PackedEncoding:
+        return replace(self, scheme=scheme)
+
     def store(self, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
         parts = _parts(tensor)
         if "act_pre_scale" in parts:

@@ -7,7 +7,7 @@ import json
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -102,6 +102,9 @@ class TorchaoEncoding:
                     parts[part],
                     row_offset(output, first_row, self.rows, self.row_multiple or 1),
                 )
+
+    def with_scheme(self, scheme: Scheme) -> TorchaoEncoding:
+        return replace(self, scheme=scheme)
 
     def store(self, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
         _, parts = flatten(self.name, tensor)

@@ -1,0 +1,216 @@
+"""`loadstone.finalize` and `loadstone.plan_finalize`: from options to an artifact, or to the plan of one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from loadstone.artifact import Artifact
+from loadstone.errors import UsageError
+from loadstone.finalization.journal import discard_calibration
+from loadstone.finalization.plan import FinalizePlan, make_plan, refuse_quantized, weight_dtype
+from loadstone.finalization.run import Finalized, write_plan
+from loadstone.quantization.recipe_file import MixedRecipe, read_recipe, recipes_in, with_algorithm
+from loadstone.quantization.schemes import CALIBRATED, Recipe, parse_recipe, rounding_of
+from loadstone.ranks import joined
+from loadstone.writing.publish import check_output
+
+OnProgress = Callable[[str, int, int], None]
+CALIBRATE, WRITE, VERIFY = "calibrate", "write", "verify"
+
+
+def finalize(
+    source: str | Path | Artifact,
+    out: str | Path,
+    *,
+    recipe: str | Path | Recipe | MixedRecipe | None = None,
+    algorithm: str | None = None,
+    calibrate: str | Path | Sequence[str] | None = None,
+    calibrate_tokens: int = 32768,
+    skip: Sequence[str] = (),
+    checkpoint: str | None = None,
+    dtype: str = "auto",
+    max_shard_size: int | str = "5GB",
+    device: str = "auto",
+    overwrite: bool = False,
+    resume: bool = True,
+    verify: bool = False,
+    trust_remote_code: bool = False,
+    on_progress: OnProgress | None = None,
+) -> Finalized:
+    """Write a checkpoint as a self-describing artifact, quantized or plain; ``out`` appears whole or not at all.
+
+    source: a checkpoint, a training run, or an `Artifact` that `detect` returned. It is never changed.
+    out: the directory to write.
+    recipe: how weights are quantized: a name with options (``"intx4-weight-only:group_size=64"``), a recipe file (a
+        path that ends in .yaml or .yml), or a recipe object. None writes plain safetensors, and converts a QAT
+        checkpoint by the recipe that it records.
+    algorithm: how weights are rounded: affine, mse or hqq; with ``calibrate`` also gptq (then the default), awq or
+        smoothquant.
+    calibrate: text to calibrate on: a file or data set as `evaluate` takes it, or a list of documents.
+    calibrate_tokens: number of calibration tokens.
+    skip: modules to leave unquantized: names or parts of them, globs or ``re:REGEX``.
+    checkpoint: of a training run: newest (default), best, a step or a folder.
+    dtype: floating dtype of unquantized tensors: auto (as stored), float32, bfloat16 or float16.
+    max_shard_size: bytes of the largest file to write, or a text such as ``"500MB"``.
+    device: where weights are quantized: auto, cpu, cuda or cuda:N.
+    overwrite: replace an existing ``out``.
+    resume: take over the finished shards of a run that was killed; False starts again.
+    verify: read every tensor back and compare it with a fresh quantization.
+    trust_remote_code: run Python code that came with the model.
+    on_progress: called as ``on_progress(stage, done, total)``; the stage is calibrate (in layers), write or verify (in
+        source bytes).
+
+    Under ``torchrun`` each rank writes its share of the shards; ``files`` of the result is empty on all but rank 0.
+
+    Raises `UsageError` for options that contradict each other, the model or the disk, `ArtifactError` for a source that
+    is damaged or quantized already, `MissingError` where the recipe cannot run here or the disk is full.
+    """
+    from loadstone.finalization.verify import verify as verify_output
+    from loadstone.loading.devices import quantize_device
+
+    out = Path(out)
+    plan = plan_finalize(
+        source,
+        out,
+        recipe=recipe,
+        algorithm=algorithm,
+        calibrate=calibrate,
+        skip=skip,
+        checkpoint=checkpoint,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        device=device,
+        overwrite=overwrite,
+        trust_remote_code=trust_remote_code,
+    )
+    with joined() as ranks:
+        where = quantize_device(device)
+        if ranks.size > 1 and where.startswith("cuda"):
+            where = f"cuda:{ranks.local_rank}"
+        if calibrate is not None:
+            from loadstone.finalization.calibrate import calibrate_plan
+
+            layers = partial(on_progress, CALIBRATE) if on_progress else None
+            plan = calibrate_plan(
+                plan, calibrate, calibrate_tokens, out, where, ranks, trust_remote_code, layers
+            )
+        share = sum(step.source_bytes for shard in plan.shards[ranks.rank :: ranks.size] for step in shard)
+        report = _reporter(on_progress, WRITE, share)
+        done = write_plan(
+            plan, out, device=where, overwrite=overwrite, resume=resume, ranks=ranks, on_progress=report
+        )
+        if ranks.rank != 0:
+            return done
+    if verify:
+        report = _reporter(on_progress, VERIFY, sum(step.source_bytes for step in plan.steps))
+        done = replace(done, verified=verify_output(plan, out, device=where, on_progress=report))
+    discard_calibration(out)
+    return done
+
+
+def plan_finalize(
+    source: str | Path | Artifact,
+    out: str | Path | None = None,
+    *,
+    recipe: str | Path | Recipe | MixedRecipe | None = None,
+    algorithm: str | None = None,
+    calibrate: str | Path | Sequence[str] | None = None,
+    skip: Sequence[str] = (),
+    checkpoint: str | None = None,
+    dtype: str = "auto",
+    max_shard_size: int | str = "5GB",
+    device: str = "auto",
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+) -> FinalizePlan:
+    """What `finalize` would do with the same options, from headers alone: nothing is written.
+
+    ``out`` is only checked, where it is given. Takes the options of `finalize` and raises the same errors.
+    """
+    # Errors in the options themselves come before anything heavy is imported.
+    asked = _recipe(recipe)
+    max_shard_bytes = parse_size(max_shard_size)
+    from loadstone.loading import plan as load_plan
+    from loadstone.loading.devices import quantize_device
+    from loadstone.loading.loader import import_libraries
+    from loadstone.quantization.qat import recorded_recipe
+    from loadstone.quantization.quantize import check_runs
+
+    artifact = load_plan(
+        source, dtype=dtype, checkpoint=checkpoint, trust_remote_code=trust_remote_code
+    ).artifact
+    refuse_quantized(artifact)
+    chosen = recorded_recipe(artifact, asked)
+    chosen = _with_options(chosen, algorithm, calibrate is not None, skip)
+    if out is not None:
+        check_output(artifact.root, Path(out), overwrite)
+    import_libraries()
+    where = quantize_device(device)
+    for each in recipes_in(chosen):
+        stored = weight_dtype(artifact, dtype, trust_remote_code=trust_remote_code)
+        check_runs(each, where, stored)
+    return make_plan(
+        artifact,
+        chosen,
+        dtype=dtype,
+        device=where,
+        skip=list(skip),
+        max_shard_bytes=max_shard_bytes,
+        trust_remote_code=trust_remote_code,
+    )
+
+
+def parse_size(size: int | str) -> int:
+    """Bytes of a size such as ``5GB``, ``200KB`` (powers of 1000) or ``2GiB`` (of 1024), in any case.
+
+    Raises `UsageError` for a text of another form, and for a size of 0 or less.
+    """
+    text = str(size).strip()
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", text, re.IGNORECASE)
+    nbytes = 0
+    if match and (match[2] or not match[3]):
+        power = " kmgt".index(match[2].lower() or " ")
+        nbytes = int(float(match[1]) * (1024 if match[3] else 1000) ** power)
+    if nbytes <= 0:
+        raise UsageError(f"the shard size '{text}' is not a size", "Examples: 500MB, 5GB, 2GiB")
+    return nbytes
+
+
+def _recipe(recipe: str | Path | Recipe | MixedRecipe | None) -> Recipe | MixedRecipe | None:
+    if isinstance(recipe, Path) or (isinstance(recipe, str) and recipe.endswith((".yaml", ".yml"))):
+        return read_recipe(recipe)
+    return parse_recipe(recipe) if isinstance(recipe, str) else recipe
+
+
+def _with_options(
+    recipe: Recipe | MixedRecipe | None, algorithm: str | None, calibrated: bool, skip: Sequence[str]
+) -> Recipe | MixedRecipe | None:
+    """The recipe with the options applied that belong to it."""
+    for flag, value in (("--skip", skip), ("--algorithm", algorithm), ("--calibrate", calibrated)):
+        if value and recipe is None:
+            raise UsageError(f"{flag} is about quantization", "Add --quantize RECIPE or --recipe FILE")
+    algorithm = algorithm or ("gptq" if calibrated else None)
+    if recipe and algorithm:
+        recipe = with_algorithm(recipe, algorithm)
+    for each in recipes_in(recipe):
+        if rounding_of(each.scheme) in CALIBRATED and not calibrated:
+            raise UsageError(f"{each} needs text to calibrate with", "Add --calibrate FILE")
+    return recipe
+
+
+def _reporter(on_progress: OnProgress | None, stage: str, total: int) -> Callable[[int], None] | None:
+    """A callback that adds up what it is told and reports the sum."""
+    if on_progress is None:
+        return None
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        on_progress(stage, done, total)
+
+    return advance
