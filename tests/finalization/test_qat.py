@@ -13,7 +13,7 @@ from loadstone.artifact.detect import QAT, QAT_KEY
 from loadstone.errors import ArtifactError, UsageError
 from loadstone.finalization import plan_finalize
 from loadstone.quantization import RECIPES, parse_recipe
-from loadstone.quantization.qat import prepare, record, supports_qat
+from loadstone.quantization.qat import prepare, record
 
 TRAINABLE = [
     "int8-dynamic-act-int4-weight",
@@ -58,7 +58,9 @@ def test_gradients_pass_and_the_head_stays_plain(tiny: Path) -> None:
     assert type(model.model.layers[0].mlp.up_proj).__name__ == "FakeQuantizedLinear"
 
 
-@pytest.mark.parametrize("name", [name for name, recipe in RECIPES.items() if not supports_qat(recipe)])
+@pytest.mark.parametrize(
+    "name", [name for name, recipe in RECIPES.items() if not recipe.scheme.trains_exactly]
+)
 def test_recipes_without_exact_fake_quantization_are_refused(tiny: Path, name: str) -> None:
     with pytest.raises(UsageError, match="intx4-weight-only"):
         prepare(loadstone.load(tiny), name)

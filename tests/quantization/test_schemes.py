@@ -4,7 +4,7 @@ import pytest
 
 from loadstone.errors import UsageError
 from loadstone.quantization import RECIPES, parse_recipe, recipe_for
-from loadstone.quantization.schemes import Int8DynActIntxWeight, IntxWeightOnly, stored_bits
+from loadstone.quantization.schemes import CALIBRATED, Int8DynActIntxWeight, IntxWeightOnly
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -45,4 +45,26 @@ def test_four_bits_are_stored_in_eight() -> None:
     assert RECIPES["int8-dynamic-act-int4-weight"].stored_bits() == 8.75
     assert RECIPES["int8-dynamic-act-int4-weight"].nominal_bits == 4
     scheme = replace(RECIPES["intx2-weight-only"].scheme, group_size=0)
-    assert stored_bits(scheme, in_features=64, out_features=64) == 8 + 24 / 64
+    assert scheme.stored_bits(in_features=64, out_features=64) == 8 + 24 / 64
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_scheme_states_its_facts(name: str) -> None:
+    scheme = RECIPES[name].scheme
+    assert 0 < scheme.nominal_bits <= scheme.stored_bits(4096, 4096)
+    assert scheme.misfit(128, 256) == ""
+    assert scheme.algorithm == (scheme.algorithms[0] if scheme.algorithms else "")
+    assert not scheme.calibrated and not scheme.scales_inputs
+    for algorithm in scheme.algorithms:
+        other = scheme.rounded_by(algorithm)
+        assert other.algorithm == algorithm and other.calibrated == (algorithm in CALIBRATED)
+    # A scale of the whole weight can only follow from known extremes where rows can be quantized in blocks.
+    assert scheme.row_multiple or not scheme.whole_extremes
+
+
+def test_shapes_that_do_not_fit_are_named() -> None:
+    assert "group size 32" in RECIPES["intx4-weight-only"].scheme.misfit(64, 48)
+    assert "multiple of 16" in RECIPES["nvfp4-weight-only"].scheme.misfit(40, 64)
+    assert RECIPES["int8-weight-only"].scheme.misfit(7, 5) == ""
+    assert RECIPES["float8-weight-only"].scheme.experts_misfit() == ""
+    assert "2-D" in RECIPES["intx4-weight-only"].scheme.experts_misfit()

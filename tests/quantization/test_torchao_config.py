@@ -5,7 +5,7 @@ import torch
 
 from loadstone.artifact import FlatTensor
 from loadstone.errors import ArtifactError, MissingError
-from loadstone.quantization import RECIPES, parse_recipe, scheme_of, stored_bits, to_torchao
+from loadstone.quantization import RECIPES, parse_recipe, scheme_of, to_torchao
 from loadstone.quantization.flatten import describe, flatten
 from loadstone.quantization.quantize import check_runs, quantize_weight, template
 
@@ -37,7 +37,7 @@ def test_round_trip(text: str, dtype: torch.dtype) -> None:
     assert scheme == recipe.scheme
     assert type(to_torchao(scheme)) is type(to_torchao(recipe.scheme))
     bits = 8 * sum(p.nbytes for p in parts.values()) / (64 * 128)
-    expected = stored_bits(recipe.scheme, 128, 64, scale_bits=8 * dtype.itemsize)
+    expected = recipe.scheme.stored_bits(128, 64, scale_bits=8 * dtype.itemsize)
     # Block-scaled formats pad their scales to tiles of 128x4, which counts at this size only.
     assert bits >= expected - 1e-9 if "fp4" in text or "fp8" in text else bits == pytest.approx(expected)
 

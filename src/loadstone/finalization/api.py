@@ -14,7 +14,7 @@ from loadstone.finalization.journal import discard_calibration
 from loadstone.finalization.plan import FinalizePlan, make_plan, refuse_quantized, weight_dtype
 from loadstone.finalization.run import Finalized, write_plan
 from loadstone.quantization.recipe_file import MixedRecipe, read_recipe, recipes_in, with_algorithm
-from loadstone.quantization.schemes import CALIBRATED, Recipe, parse_recipe, rounding_of
+from loadstone.quantization.schemes import Recipe, parse_recipe
 from loadstone.ranks import joined
 from loadstone.writing.publish import check_output
 
@@ -197,7 +197,7 @@ def _with_options(
     if recipe and algorithm:
         recipe = with_algorithm(recipe, algorithm)
     for each in recipes_in(recipe):
-        if rounding_of(each.scheme) in CALIBRATED and not calibrated:
+        if each.scheme.calibrated and not calibrated:
             raise UsageError(f"{each} needs text to calibrate with", "Add --calibrate FILE")
     return recipe
 

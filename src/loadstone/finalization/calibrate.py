@@ -18,18 +18,15 @@ from loadstone.artifact.manifest import versions
 from loadstone.errors import ArtifactError, UsageError
 from loadstone.finalization.gptq import gptq
 from loadstone.finalization.journal import calibration_directory, work_directory
-from loadstone.finalization.plan import QUANTIZE, FinalizePlan, Step
+from loadstone.finalization.plan import FinalizePlan, Step
 from loadstone.finalization.smooth import Inputs, awq_scale, find_folds, smooth_scale
 from loadstone.loading.source import SourceReader
 from loadstone.quantization.flatten import torch_dtype
 from loadstone.quantization.quantize import quantize_scaled, quantize_weight
 from loadstone.quantization.rounding import least_squares_weight
 from loadstone.quantization.schemes import (
-    CALIBRATED,
     Int8DynActIntxWeight,
     IntxWeightOnly,
-    rounding_choices,
-    rounding_of,
 )
 from loadstone.ranks import Ranks
 from loadstone.writing.publish import check_space
@@ -179,10 +176,9 @@ def calibrated(plan: FinalizePlan, rows: torch.Tensor, out: Path) -> FinalizePla
 def _with_result(step: Step, ready: dict[str, str]) -> Step:
     """The step with its calibrated tensors, or rounded without text if it is outside of the decoder layers."""
     file = ready.get(step.outputs[0].name, "")
-    if not file and step.scheme is not None and rounding_of(step.scheme) in CALIBRATED:
-        assert step.encoding is not None
-        plain = replace(step.scheme, rounding=rounding_choices(step.scheme)[0])  # type: ignore[call-arg, arg-type]
-        return replace(step, encoding=step.encoding.with_scheme(plain))
+    if not file and step.encoding and step.encoding.scheme.calibrated:
+        scheme = step.encoding.scheme
+        return replace(step, encoding=step.encoding.with_scheme(scheme.rounded_by(scheme.algorithms[0])))
     return replace(step, ready=file)
 
 
@@ -204,7 +200,7 @@ def _check_outside(outside: list[Step], prefix: str) -> None:
 
 
 def _wanted(plan: FinalizePlan) -> dict[str, Step]:
-    return {s.name: s for s in plan.steps if s.action == QUANTIZE and rounding_of(s.scheme) in CALIBRATED}
+    return {s.name: s for s in plan.steps if s.scheme and s.scheme.calibrated}
 
 
 def _round_layer(
@@ -221,7 +217,7 @@ def _round_layer(
     wanted = {
         name.removesuffix(".weight"): step
         for name, step in inside.items()
-        if rounding_of(step.scheme) in CALIBRATED
+        if step.scheme and step.scheme.calibrated
     }
     inputs = _watched(layer, wanted, hidden, call, device)
     for name, step in wanted.items():
@@ -235,7 +231,7 @@ def _round_layer(
     parts: dict[str, torch.Tensor] = {}
     for name, step in wanted.items():
         assert step.encoding is not None and step.scheme is not None
-        weight, algorithm = _weight(layer, name, step), rounding_of(step.scheme)
+        weight, algorithm = _weight(layer, name, step), step.scheme.algorithm
         if algorithm == "gptq":
             moment = inputs[name].moment
             assert moment is not None
@@ -281,12 +277,14 @@ def _fold_scales(
     names = [
         name
         for name, step in wanted.items()
-        if rounding_of(step.scheme) in _SCALES and not (step.encoding and step.encoding.scales_inputs)
+        if step.scheme
+        and step.scheme.algorithm in _SCALES
+        and not (step.encoding and step.encoding.scales_inputs)
     ]
     chosen = []
     for fold in find_folds(layer, names, run, list(wanted)) if names else []:
         members = [(_weight(layer, name, wanted[name]), wanted[name].scheme) for name in fold.linears]
-        algorithms = {rounding_of(scheme) for _, scheme in members}
+        algorithms = {scheme.algorithm for _, scheme in members if scheme}
         if len(algorithms) == 1:
             scale = _SCALES[algorithms.pop()](inputs[fold.linears[0]], members, fold.repeat)  # type: ignore[arg-type]
             chosen.append((fold, scale))
@@ -312,7 +310,7 @@ def _watched(
     """Statistics of the inputs of each named Linear; Linears that share an input share them."""
     found: dict[str, Inputs] = {}
     seen: list[tuple[torch.Tensor, str]] = []
-    moments = any(rounding_of(step.scheme) != "smoothquant" for step in wanted.values())
+    moments = any(s.scheme and s.scheme.algorithm != "smoothquant" for s in wanted.values())
 
     def watch(name: str) -> Callable[..., None]:
         def hook(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:

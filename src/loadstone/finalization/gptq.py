@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from loadstone.errors import ArtifactError
-from loadstone.quantization.schemes import Int8DynActIntxWeight, IntxWeightOnly
+from loadstone.quantization.schemes import Intx
 
 if TYPE_CHECKING:
     import torch
@@ -21,9 +21,7 @@ _DAMP = 0.01
 _COLUMNS = 128
 
 
-def gptq(
-    weight: torch.Tensor, hessian: torch.Tensor, scheme: Int8DynActIntxWeight | IntxWeightOnly
-) -> torch.Tensor:
+def gptq(weight: torch.Tensor, hessian: torch.Tensor, scheme: Intx) -> torch.Tensor:
     """torchao's tensor for ``weight`` (out, in), rounded so that its product with inputs of second moment ``hessian``
     (in, in) changes least."""
     import torch

@@ -12,7 +12,6 @@ from loadstone.errors import ArtifactError, UsageError
 from loadstone.finalization.plan import FinalizePlan, Step
 from loadstone.loading.source import SourceReader
 from loadstone.quantization.flatten import torch_dtype
-from loadstone.quantization.schemes import CALIBRATED, rounding_of
 
 if TYPE_CHECKING:
     import torch
@@ -104,9 +103,10 @@ def encode_unit(
         for at in range(0, len(values), block):
             yield step.name, values[at : at + block].to(target), (unit.start + at) * target.itemsize
         return
-    if (rounding := rounding_of(encoding.scheme)) in CALIBRATED:
+    if encoding.scheme.calibrated:
         raise UsageError(
-            f"rounding={rounding} needs text to calibrate '{step.name}' with", "Add --calibrate FILE"
+            f"rounding={encoding.scheme.algorithm} needs text to calibrate '{step.name}' with",
+            "Add --calibrate FILE",
         )
     width = unit.source.shape[-1]
     first = sum(prod(s.shape[:-1]) for s in step.sources[: unit.number]) + unit.start // width

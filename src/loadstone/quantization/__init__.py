@@ -5,10 +5,8 @@ from loadstone.quantization.schemes import (
     RECIPES,
     Recipe,
     Scheme,
-    nominal_bits,
     parse_recipe,
     recipe_for,
-    stored_bits,
 )
 from loadstone.quantization.torchao_config import scheme_of, to_torchao
 
@@ -18,11 +16,9 @@ __all__ = [
     "Recipe",
     "Rule",
     "Scheme",
-    "nominal_bits",
     "parse_recipe",
     "read_recipe",
     "recipe_for",
     "scheme_of",
-    "stored_bits",
     "to_torchao",
 ]

@@ -15,28 +15,16 @@ from loadstone.artifact.detect import CONFIG, QAT, QAT_KEY
 from loadstone.artifact.files import read_json
 from loadstone.errors import ArtifactError, UsageError
 from loadstone.quantization.recipe_file import MixedRecipe
-from loadstone.quantization.schemes import RECIPES, Int8DynActIntxWeight, IntxWeightOnly, Recipe, parse_recipe
+from loadstone.quantization.schemes import RECIPES, Recipe, parse_recipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def supports_qat(recipe: Recipe) -> bool:
-    """Whether torchao's fake quantization computes what the recipe's converted tensors compute.
-
-    True of symmetric intx weights of 2 bits or more, plainly rounded. For the rest torchao has no fake quantization,
-    or one that converts to another packing than the recipe's.
-    """
-    scheme = recipe.scheme
-    if not isinstance(scheme, Int8DynActIntxWeight | IntxWeightOnly):
-        return False
-    return scheme.mapping == "symmetric" and scheme.rounding == "affine" and scheme.bits >= 2
-
-
 def check_qat(recipe: Recipe | MixedRecipe) -> Recipe:
     """The recipe itself; raises `UsageError` naming the recipes that can be trained when this one cannot."""
-    if isinstance(recipe, MixedRecipe) or not supports_qat(recipe):
-        able = ", ".join(r.name for r in RECIPES.values() if supports_qat(r))
+    if isinstance(recipe, MixedRecipe) or not recipe.scheme.trains_exactly:
+        able = ", ".join(r.name for r in RECIPES.values() if r.scheme.trains_exactly)
         raise UsageError(
             f"torchao has no fake quantization that converts exactly to '{recipe}'",
             f"Train with one of {able} (mapping=symmetric, rounding=affine)",

@@ -9,18 +9,10 @@ from loadstone.errors import MissingError
 from loadstone.quantization.flatten import flatten, torch_dtype
 from loadstone.quantization.rounding import least_squares_weight, plain_weight
 from loadstone.quantization.schemes import (
-    Float8DynActFloat8Weight,
-    Float8WeightOnly,
-    Int8DynActInt8Weight,
-    Int8DynActIntxWeight,
-    Int8WeightOnly,
-    IntxWeightOnly,
-    MxDynActMxWeight,
+    Intx,
     Nvfp4WeightOnly,
     Recipe,
     Scheme,
-    rounding_of,
-    scales_inputs,
 )
 from loadstone.quantization.torchao_config import to_torchao
 
@@ -33,10 +25,10 @@ def quantize_weight(weight: torch.Tensor, scheme: Scheme) -> torch.Tensor:
     import torch
     from torchao.quantization import quantize_
 
-    if isinstance(scheme, Int8DynActIntxWeight | IntxWeightOnly):
-        if rounding_of(scheme) == "mse":
+    if isinstance(scheme, Intx):
+        if scheme.algorithm == "mse":
             return least_squares_weight(weight, scheme)
-        if rounding_of(scheme) != "hqq" and weight.device.type == "cpu":
+        if scheme.algorithm != "hqq" and weight.device.type == "cpu":
             return plain_weight(weight, scheme)
     linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     linear.weight = torch.nn.Parameter(weight, requires_grad=False)
@@ -48,7 +40,7 @@ def quantize_rows(
     rows: torch.Tensor, scheme: Scheme, low: torch.Tensor, high: torch.Tensor
 ) -> dict[str, torch.Tensor]:
     """The parts that some rows of a weight have, where scales follow from the whole weight's extremes ``low`` and
-    ``high`` (see `whole_extremes`)."""
+    ``high`` (see `Scheme.whole_extremes`)."""
     import torch
 
     if isinstance(scheme, Nvfp4WeightOnly):
@@ -94,42 +86,6 @@ def dense(tensor: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.linear(eye, tensor).t()
 
 
-def row_block(scheme: Scheme, shape: tuple[int, ...], elements: int) -> int:
-    """Rows of a weight that can be quantized apart from the others, about ``elements`` values; all, where none can.
-
-    Rows are independent wherever scales belong to a row or a group within it, or follow from extremes that are known
-    (`whole_extremes`). Block-scaled formats lay scales out in tiles of 128 rows. hqq needs the whole tensor: its
-    iterations stop by the error of all of it. So do tensors packed for a kernel.
-    """
-    tile = row_tile(scheme)
-    return max(elements // (shape[1] * tile), 1) * tile if tile else shape[0]
-
-
-def whole_extremes(scheme: Scheme) -> bool:
-    """Whether rows are quantized by the smallest and largest value of the whole weight."""
-    match scheme:
-        case Nvfp4WeightOnly():
-            return True
-        case Int8WeightOnly() | Int8DynActInt8Weight() | Float8WeightOnly():
-            return scheme.granularity == "tensor"
-    return False
-
-
-def row_tile(scheme: Scheme) -> int:
-    """Weights can be cut after any multiple of so many rows; 0 where they cannot be cut."""
-    match scheme:
-        case Int8DynActIntxWeight(rounding="affine" | "mse") | IntxWeightOnly(rounding="affine" | "mse"):
-            return 1
-        case Int8WeightOnly(rounding="affine") | Int8DynActInt8Weight(rounding="affine") | Float8WeightOnly():
-            return 1
-        case Float8DynActFloat8Weight(granularity="row"):
-            # torchao passes over weights whose sides are no multiple of 16.
-            return 16
-        case MxDynActMxWeight() | Nvfp4WeightOnly():
-            return 128
-    return 0
-
-
 def template(scheme: Scheme, shape: tuple[int, ...], dtype: str, device: str) -> FlatTensor:
     """What quantizing a weight of this shape will store: class, attributes, dtypes and shapes of its parts.
 
@@ -140,7 +96,7 @@ def template(scheme: Scheme, shape: tuple[int, ...], dtype: str, device: str) ->
         import torch
 
         weight = torch.zeros(shape, dtype=torch_dtype(dtype), device=where)
-        if scales_inputs(scheme):
+        if scheme.scales_inputs:
             ones = torch.ones(shape[-1], dtype=weight.dtype, device=where)
             return flatten("template.weight", quantize_scaled(weight, scheme, ones))[0]
         return flatten("template.weight", quantize_weight(weight, scheme))[0]

@@ -9,11 +9,9 @@ from typing import Any
 from loadstone.errors import UsageError
 from loadstone.quantization.schemes import (
     RECIPES,
-    IntxWeightOnly,
     Recipe,
     parse_recipe,
     round_by,
-    rounding_choices,
 )
 from loadstone.quantization.yaml_file import mapping, pattern, place, read_yaml, rules_in, text
 
@@ -98,8 +96,8 @@ def with_algorithm(recipe: Recipe | MixedRecipe, algorithm: str) -> Recipe | Mix
 
     Raises `UsageError` for an unknown algorithm, and when no scheme of the recipe has a choice.
     """
-    if not any(rounding_choices(each.scheme) for each in recipes_in(recipe)):
-        able = [r.name for r in RECIPES.values() if rounding_choices(r.scheme)]
+    if not any(each.scheme.algorithms for each in recipes_in(recipe)):
+        able = [r.name for r in RECIPES.values() if r.scheme.algorithms]
         raise UsageError(
             f"--algorithm {algorithm}: {recipe} has one way of rounding only",
             f"Those with a choice: {', '.join(able)}",
@@ -107,13 +105,13 @@ def with_algorithm(recipe: Recipe | MixedRecipe, algorithm: str) -> Recipe | Mix
     if isinstance(recipe, Recipe):
         return round_by(recipe, algorithm)
 
-    if not any(algorithm in ("affine", *rounding_choices(each.scheme)) for each in recipes_in(recipe)):
+    if not any(algorithm in ("affine", *each.scheme.algorithms) for each in recipes_in(recipe)):
         raise UsageError(
             f"--algorithm {algorithm} is possible with nothing in {recipe}", "See docs/recipes.md"
         )
 
     def changed(each: Recipe | None) -> Recipe | None:
-        able = each and rounding_choices(each.scheme)
+        able = each and each.scheme.algorithms
         return round_by(each, algorithm) if each and able and algorithm in ("affine", *able) else each
 
     return replace(
@@ -127,7 +125,7 @@ def with_algorithm(recipe: Recipe | MixedRecipe, algorithm: str) -> Recipe | Mix
 
 def _embeddings(path: Path, node: Any) -> Recipe | None:
     recipe = _recipe(path, node) if node is not None else None
-    if recipe is not None and not isinstance(recipe.scheme, IntxWeightOnly):
+    if recipe is not None and not recipe.scheme.embeds:
         raise UsageError(
             f"{place(path, node)}: embeddings cannot take {recipe}: torchao looks rows up in intx weights only",
             "Use intx4-weight-only, or intx4-weight-only:bits=8,group_size=0",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from loadstone.quantization.schemes import Int8DynActIntxWeight, IntxWeightOnly
+from loadstone.quantization.schemes import Intx
 
 if TYPE_CHECKING:
     import torch
@@ -21,13 +21,12 @@ def intx_tensor(
     qdata: torch.Tensor,
     scale: torch.Tensor,
     zero_point: torch.Tensor,
-    scheme: Int8DynActIntxWeight | IntxWeightOnly,
+    scheme: Intx,
 ) -> torch.Tensor:
     """torchao's tensor of integers, scales and zero points by group that were chosen elsewhere."""
     import torch
     from torchao.quantization import IntxUnpackedToInt8Tensor
 
-    dynamic = isinstance(scheme, Int8DynActIntxWeight)
     return IntxUnpackedToInt8Tensor(
         qdata.to(torch.int8),
         scale,
@@ -36,13 +35,11 @@ def intx_tensor(
         (1, scheme.group_size or qdata.shape[1]),
         scale.dtype,
         # The text, as torchao's own configs give it: the enum's member would be saved under its class's name.
-        "int8_asym_per_token" if dynamic else None,
+        "int8_asym_per_token" if scheme.dynamic_inputs else None,
     )
 
 
-def plain_scales(
-    weight: torch.Tensor, scheme: Int8DynActIntxWeight | IntxWeightOnly
-) -> tuple[torch.Tensor, torch.Tensor]:
+def plain_scales(weight: torch.Tensor, scheme: Intx) -> tuple[torch.Tensor, torch.Tensor]:
     """torchao's plain scale and zero point for each group of ``weight`` (out, in)."""
     import torch
     from torchao.quantization.quant_primitives import MappingType, choose_qparams_affine_with_min_max
@@ -72,7 +69,7 @@ def plain_scales(
 
 def least_squares_scales(
     weight: torch.Tensor,
-    scheme: Int8DynActIntxWeight | IntxWeightOnly,
+    scheme: Intx,
     importance: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale and zero point for each group with the least squared error, among shares of the plain scale.
@@ -112,7 +109,7 @@ def least_squares_scales(
 
 def least_squares_weight(
     weight: torch.Tensor,
-    scheme: Int8DynActIntxWeight | IntxWeightOnly,
+    scheme: Intx,
     importance: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """torchao's tensor for ``weight`` with scales that make the squared error of each group least.
@@ -131,7 +128,7 @@ def least_squares_weight(
     return intx_tensor(round_to(weight, scale, zero_point, scheme), scale, zero_point, scheme)
 
 
-def plain_weight(weight: torch.Tensor, scheme: Int8DynActIntxWeight | IntxWeightOnly) -> torch.Tensor:
+def plain_weight(weight: torch.Tensor, scheme: Intx) -> torch.Tensor:
     """What torchao makes of ``weight`` by plain rounding, bit for bit."""
     scale, zero_point = plain_scales(weight, scheme)
     return intx_tensor(round_to(weight, scale, zero_point, scheme), scale, zero_point, scheme)
@@ -141,7 +138,7 @@ def round_to(
     weight: torch.Tensor,
     scale: torch.Tensor,
     zero_point: torch.Tensor,
-    scheme: Int8DynActIntxWeight | IntxWeightOnly,
+    scheme: Intx,
 ) -> torch.Tensor:
     """The integers of ``weight`` for given scales: torchao's `quantize_affine`, without its copies."""
     import torch

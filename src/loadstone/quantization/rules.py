@@ -11,17 +11,6 @@ from loadstone.errors import UsageError
 from loadstone.quantization.model_facts import EMBEDDING, FUSED, LINEAR, ModelFacts, Weight
 from loadstone.quantization.recipe_file import MixedRecipe, Rule
 from loadstone.quantization.schemes import (
-    Float8DynActFloat8Weight,
-    Float8DynActInt4Weight,
-    Float8WeightOnly,
-    Int4WeightOnly,
-    Int8DynActInt8Weight,
-    Int8DynActIntxWeight,
-    Int8WeightOnly,
-    IntxWeightOnly,
-    MxDynActMxWeight,
-    Nvfp4DynActNvfp4Weight,
-    Nvfp4WeightOnly,
     Recipe,
     Scheme,
 )
@@ -55,12 +44,12 @@ def decide(
 ) -> dict[str, Decision]:
     """A decision for each matrix weight of ``model``.
 
-    A plain recipe quantizes the weights of `nn.Linear`, and fused experts where torchao can (see `fused_misfit`),
-    except the output head, modules kept in float32, and modules that a ``skip`` pattern matches (see `matches`). A
-    mixed one chooses by its rules, and may name embeddings and head. Raises `UsageError` for a pattern or rule that
-    matches no Linear and no experts.
+    A plain recipe quantizes the weights of `nn.Linear`, and fused experts where torchao can, except the output head,
+    modules kept in float32, and modules that a ``skip`` pattern matches (see `matches`). A mixed one chooses by its
+    rules, and may name embeddings and head. Raises `UsageError` for a pattern or rule that matches no Linear and no
+    experts.
 
-    ``experts_misfit``: why a 3-D weight of some shape cannot take a scheme, where that is not `fused_misfit`.
+    ``experts_misfit``: why a 3-D weight of some shape cannot take a scheme, where that is not `Scheme.experts_misfit`.
     """
     mixed = recipe if isinstance(recipe, MixedRecipe) else MixedRecipe(recipe)
     for pattern in skip or ():
@@ -135,42 +124,20 @@ def _decide_fused(
         return Decision(
             None, f"{FUSED_EXPERTS}: stored (in, out), and torchao multiplies (out, in)", fused=True
         )
-    problem = experts_misfit(recipe.scheme, weight.shape) if experts_misfit else fused_misfit(recipe.scheme)
+    scheme = recipe.scheme
+    problem = experts_misfit(scheme, weight.shape) if experts_misfit else scheme.experts_misfit()
     return Decision(
-        None if problem else recipe.scheme,
+        None if problem else scheme,
         f"{FUSED_EXPERTS}: {problem}" if problem else FUSED_EXPERTS,
         misfit=bool(problem),
         fused=True,
     )
 
 
-def fused_misfit(scheme: Scheme) -> str:
-    """Why 3-D weights are not quantized by ``scheme`` (torchao 0.18); empty for float8 with a scale for each row.
-
-    transformers multiplies fused experts by ``grouped_mm``, which of torchao's tensors Float8Tensor alone implements.
-    """
-    match scheme:
-        case Float8WeightOnly(granularity="row") | Float8DynActFloat8Weight(granularity="row"):
-            return ""
-        case Float8WeightOnly() | Float8DynActFloat8Weight():
-            return "one scale for the whole tensor would need all of them at once"
-        case Int8WeightOnly() | Int8DynActInt8Weight():
-            return "torchao's int8 tensors have no grouped product"
-        case IntxWeightOnly() | Int8DynActIntxWeight():
-            return "torchao's intx tensors are 2-D"
-        case Int4WeightOnly() | Float8DynActInt4Weight():
-            return "torchao's int4 tensors have no grouped product"
-        case Nvfp4WeightOnly() | Nvfp4DynActNvfp4Weight():
-            return "torchao's NVFP4 configs take weights of Linears only"
-        case MxDynActMxWeight():
-            return "torchao's MX configs take 2-D weights only"
-    return "torchao has no fused weights of this scheme"
-
-
 def _fitting(
     recipe: Recipe | None, shape: tuple[int, ...], what: str, *, linear: bool = False, table: bool = False
 ) -> Decision:
-    problem = misfit(recipe.scheme, *shape) if recipe else ""
+    problem = recipe.scheme.misfit(*shape) if recipe else ""
     if problem:
         return Decision(None, problem, linear, misfit=True, table=table)
     return Decision(recipe.scheme if recipe else None, what, linear, table=table)
@@ -206,22 +173,3 @@ def matches(pattern: str, module: str) -> bool:
     if pattern.startswith("re:"):
         return re.fullmatch(pattern[3:], module) is not None
     return fnmatchcase(module, pattern) or f".{pattern}." in f".{module}."
-
-
-def misfit(scheme: Scheme, out_features: int, in_features: int) -> str:
-    """Why a weight of this shape cannot take ``scheme``; empty when it can."""
-    match scheme:
-        case (
-            Int8DynActIntxWeight(group_size=group)
-            | IntxWeightOnly(group_size=group)
-            | Int4WeightOnly(group_size=group)
-        ):
-            if group and in_features % group:
-                return f"{in_features} input features are no multiple of the group size {group}"
-        case Nvfp4WeightOnly() | Nvfp4DynActNvfp4Weight() | Float8DynActFloat8Weight():
-            if in_features % 16 or out_features % 16:
-                return f"shape {out_features}x{in_features} is no multiple of 16"
-        case MxDynActMxWeight():
-            if in_features % 32 or out_features % 32:
-                return f"shape {out_features}x{in_features} is no multiple of 32"
-    return ""

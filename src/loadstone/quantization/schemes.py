@@ -8,111 +8,318 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass, fields, replace
-from typing import Literal, get_type_hints
+from typing import ClassVar, Literal, Self, get_type_hints
 
 from loadstone.errors import UsageError
 
 Mapping = Literal["symmetric", "asymmetric"]
 Granularity = Literal["row", "tensor"]
-Rounding = Literal["affine", "mse", "hqq", "gptq", "awq"]
 # These need text: `finalize --calibrate`. The others look at the weight alone.
 CALIBRATED = ("gptq", "awq", "smoothquant")
 
 
 @dataclass(frozen=True)
-class Int8DynActIntxWeight:
-    """int8 dynamic activations (asymmetric, per token), intx weights in groups (``group_size`` 0: per row)."""
+class Scheme:
+    """How one weight is stored and multiplied. Subclasses are frozen: their fields are the options of a recipe.
 
-    bits: int = 4
-    group_size: int = 32
-    mapping: Mapping = "symmetric"
-    rounding: Literal["affine", "mse", "hqq", "gptq", "awq", "smoothquant"] = "affine"
+    A class that has ways of rounding holds the chosen one in a field ``rounding``, the plain way first.
+    """
+
+    # Whether torchao's tensor has a place for a scale of the layer's inputs (``act_pre_scale``).
+    input_scale: ClassVar[bool] = False
+    # Whether torchao looks up rows in such a tensor, as an embedding does.
+    embeds: ClassVar[bool] = False
+    # Why fused experts, 3-D weights, are left unquantized (torchao 0.18); empty where they can be quantized.
+    # transformers multiplies them by `grouped_mm`, which of torchao's tensors Float8Tensor alone implements.
+    experts_problem: ClassVar[str] = "torchao has no fused weights of this scheme"
+    # Both sides of a weight must be a multiple of this.
+    side_multiple: ClassVar[int] = 1
+
+    @property
+    def nominal_bits(self) -> float:
+        """Bits per weight of the number format alone."""
+        return 8
+
+    def stored_bits(self, in_features: int, out_features: int, scale_bits: int = 16) -> float:
+        """Bits per weight that torchao stores, scales included; ``scale_bits`` is the width of the model's dtype."""
+        raise NotImplementedError
+
+    @property
+    def row_multiple(self) -> int:
+        """Rows of a weight can be quantized in blocks of any multiple of this number; 0: only all of them at once.
+
+        Rows are independent wherever a scale belongs to a row or a group within it, or follows from extremes that are
+        known (`whole_extremes`). hqq needs the whole tensor, since its iterations stop by the error of all of it, and
+        so do tensors that are packed for a kernel.
+        """
+        return 0
+
+    @property
+    def whole_extremes(self) -> bool:
+        """Whether a scale follows from the smallest and the largest value of the whole weight."""
+        return False
+
+    @property
+    def temporaries(self) -> int:
+        """Memory of quantizing as a multiple of that of a cast: torchao's own rounding takes four times as much."""
+        return 4
+
+    @property
+    def trains_exactly(self) -> bool:
+        """Whether torchao's fake quantization in training computes what the converted tensors compute.
+
+        For many schemes torchao has no fake quantization, or one that converts to other tensors.
+        """
+        return False
+
+    def misfit(self, out_features: int, in_features: int) -> str:
+        """Why a weight of this shape cannot be quantized; empty when it can."""
+        side = self.side_multiple
+        if in_features % side or out_features % side:
+            return f"shape {out_features}x{in_features} is no multiple of {side}"
+        return ""
+
+    def experts_misfit(self) -> str:
+        """Why fused experts (experts, out, in) cannot be quantized; empty when they can."""
+        return self.experts_problem
+
+    @property
+    def algorithm(self) -> str:
+        """How weights are rounded; empty where there is one way only."""
+        return str(getattr(self, "rounding", ""))
+
+    @property
+    def algorithms(self) -> tuple[str, ...]:
+        """The ways of rounding, the plain one first; empty where there is one way only."""
+        hint = get_type_hints(type(self)).get("rounding")
+        return tuple(hint.__args__) if hint else ()
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether rounding needs text."""
+        return self.algorithm in CALIBRATED
+
+    @property
+    def scales_inputs(self) -> bool:
+        """Whether the tensors hold a scale for their inputs, as AWQ and SmoothQuant choose one."""
+        return self.input_scale and self.calibrated
+
+    def rounded_by(self, algorithm: str) -> Self:
+        """The scheme with another way of rounding."""
+        return replace(self, rounding=algorithm)  # type: ignore[call-arg]
+
+
+def _group_misfit(group_size: int, in_features: int) -> str:
+    if group_size and in_features % group_size:
+        return f"{in_features} input features are no multiple of the group size {group_size}"
+    return ""
+
+
+def _scale_bits(granularity: str, bits: int, in_features: int, out_features: int) -> float:
+    """Bits per weight of one scale of ``bits`` for each row, or for the whole tensor."""
+    return bits / (in_features if granularity == "row" else in_features * out_features)
 
 
 @dataclass(frozen=True)
-class IntxWeightOnly:
+class Intx(Scheme):
     """intx weights in groups (``group_size`` 0: per row), one int8 per value on disk."""
 
     bits: int = 4
     group_size: int = 32
     mapping: Mapping = "symmetric"
-    rounding: Rounding = "affine"
+
+    experts_problem = "torchao's intx tensors are 2-D"
+    # Whether the layer's inputs are quantized to int8 as it runs.
+    dynamic_inputs: ClassVar[bool] = False
+
+    @property
+    def nominal_bits(self) -> float:
+        return self.bits
+
+    def stored_bits(self, in_features: int, out_features: int, scale_bits: int = 16) -> float:
+        # UNPACKED_TO_INT8: a whole byte a value whatever `bits` says, plus scale and int8 zero point a group.
+        return 8 + (scale_bits + 8) / (self.group_size or in_features)
+
+    @property
+    def row_multiple(self) -> int:
+        return int(self.algorithm in ("affine", "mse"))
+
+    @property
+    def temporaries(self) -> int:
+        # Plain rounding is our own (`rounding.plain_weight`).
+        return 1 if self.algorithm == "affine" else 4
+
+    @property
+    def trains_exactly(self) -> bool:
+        return self.mapping == "symmetric" and self.algorithm == "affine" and self.bits >= 2
+
+    def misfit(self, out_features: int, in_features: int) -> str:
+        return _group_misfit(self.group_size, in_features)
 
 
 @dataclass(frozen=True)
-class Int8DynActInt8Weight:
-    """int8 dynamic activations (per token or per tensor), int8 weights of the same granularity."""
+class Int8DynActIntxWeight(Intx):
+    """int8 dynamic activations (asymmetric, per token), intx weights in groups (``group_size`` 0: per row)."""
+
+    rounding: Literal["affine", "mse", "hqq", "gptq", "awq", "smoothquant"] = "affine"
+
+    dynamic_inputs = True
+
+
+@dataclass(frozen=True)
+class IntxWeightOnly(Intx):
+    """intx weights in groups (``group_size`` 0: per row), one int8 per value on disk."""
+
+    rounding: Literal["affine", "mse", "hqq", "gptq", "awq"] = "affine"
+
+    embeds = True
+
+
+@dataclass(frozen=True)
+class _Int8(Scheme):
+    """int8 weights, symmetric, with a float32 scale for each row or for the tensor."""
 
     granularity: Granularity = "row"
+
+    input_scale = True
+    experts_problem = "torchao's int8 tensors have no grouped product"
+
+    def stored_bits(self, in_features: int, out_features: int, scale_bits: int = 16) -> float:
+        return 8 + _scale_bits(self.granularity, 32 + 8, in_features, out_features)
+
+    @property
+    def row_multiple(self) -> int:
+        return int(self.algorithm == "affine")
+
+    @property
+    def whole_extremes(self) -> bool:
+        return self.granularity == "tensor"
+
+
+@dataclass(frozen=True)
+class Int8DynActInt8Weight(_Int8):
+    """int8 dynamic activations (per token or per tensor), int8 weights of the same granularity."""
+
     act_mapping: Mapping = "symmetric"
     rounding: Literal["affine", "smoothquant"] = "affine"
 
 
 @dataclass(frozen=True)
-class Int8WeightOnly:
+class Int8WeightOnly(_Int8):
     """int8 weights, symmetric."""
 
-    granularity: Granularity = "row"
     rounding: Literal["affine", "awq"] = "affine"
 
 
 @dataclass(frozen=True)
-class Int4WeightOnly:
+class Int4WeightOnly(Scheme):
     """uint4 weights in groups, packed for the tinygemm CUDA kernel (tile_packed_to_4d)."""
 
     group_size: Literal[32, 64, 128, 256] = 128
     rounding: Literal["tinygemm", "hqq", "awq"] = "tinygemm"
 
+    nominal_bits = 4
+    input_scale = True
+    experts_problem = "torchao's int4 tensors have no grouped product"
+
+    def stored_bits(self, in_features: int, out_features: int, scale_bits: int = 16) -> float:
+        return 4 + 2 * scale_bits / self.group_size
+
+    def misfit(self, out_features: int, in_features: int) -> str:
+        return _group_misfit(self.group_size, in_features)
+
 
 @dataclass(frozen=True)
-class Float8WeightOnly:
+class _Float8(Scheme):
     """float8 e4m3 weights with float32 scales."""
 
     granularity: Granularity = "row"
 
+    def stored_bits(self, in_features: int, out_features: int, scale_bits: int = 16) -> float:
+        return 8 + _scale_bits(self.granularity, 32, in_features, out_features)
+
+    def experts_misfit(self) -> str:
+        row = self.granularity == "row"
+        return "" if row else "one scale for the whole tensor would need all of them at once"
+
 
 @dataclass(frozen=True)
-class Float8DynActFloat8Weight:
+class Float8WeightOnly(_Float8):
+    """float8 e4m3 weights with float32 scales."""
+
+    row_multiple = 1
+
+    @property
+    def whole_extremes(self) -> bool:
+        return self.granularity == "tensor"
+
+
+@dataclass(frozen=True)
+class Float8DynActFloat8Weight(_Float8):
     """float8 e4m3 dynamic activations and weights."""
 
-    granularity: Granularity = "row"
+    side_multiple = 16
+
+    @property
+    def row_multiple(self) -> int:
+        # torchao passes over weights whose sides are not a multiple of 16.
+        return 16 if self.granularity == "row" else 0
 
 
 @dataclass(frozen=True)
-class Float8DynActInt4Weight:
+class Float8DynActInt4Weight(Scheme):
     """float8 e4m3 dynamic activations per row, int4 weights in groups of 128 (preshuffled)."""
 
+    nominal_bits = 4
+    experts_problem = "torchao's int4 tensors have no grouped product"
+
+    def stored_bits(self, in_features: int, out_features: int, scale_bits: int = 16) -> float:
+        return 4 + 2 * scale_bits / 128
+
 
 @dataclass(frozen=True)
-class Nvfp4WeightOnly:
+class _Nvfp4(Scheme):
     """NVFP4 weights: e2m1 in blocks of 16 with e4m3 scales and one float32 scale per tensor."""
 
+    nominal_bits = 4
+    side_multiple = 16
+    experts_problem = "torchao's NVFP4 configs take weights of Linears only"
+
+    def stored_bits(self, in_features: int, out_features: int, scale_bits: int = 16) -> float:
+        return 4 + 8 / 16
+
 
 @dataclass(frozen=True)
-class Nvfp4DynActNvfp4Weight:
+class Nvfp4WeightOnly(_Nvfp4):
+    """NVFP4 weights: e2m1 in blocks of 16 with e4m3 scales and one float32 scale per tensor."""
+
+    # Scales are stored in tiles of 128 rows.
+    row_multiple = 128
+    whole_extremes = True
+
+
+@dataclass(frozen=True)
+class Nvfp4DynActNvfp4Weight(_Nvfp4):
     """NVFP4 dynamic activations and weights."""
 
 
 @dataclass(frozen=True)
-class MxDynActMxWeight:
+class MxDynActMxWeight(Scheme):
     """OCP microscaling activations and weights in blocks of 32 with e8m0 scales, products computed by emulation."""
 
     bits: Literal[4, 8] = 4
 
+    # Scales are stored in tiles of 128 rows.
+    row_multiple = 128
+    side_multiple = 32
+    experts_problem = "torchao's MX configs take 2-D weights only"
 
-Scheme = (
-    Int8DynActIntxWeight
-    | IntxWeightOnly
-    | Int8DynActInt8Weight
-    | Int8WeightOnly
-    | Int4WeightOnly
-    | Float8WeightOnly
-    | Float8DynActFloat8Weight
-    | Float8DynActInt4Weight
-    | Nvfp4WeightOnly
-    | Nvfp4DynActNvfp4Weight
-    | MxDynActMxWeight
-)
+    @property
+    def nominal_bits(self) -> float:
+        return self.bits
+
+    def stored_bits(self, in_features: int, out_features: int, scale_bits: int = 16) -> float:
+        return self.bits + 8 / 32
 
 
 @dataclass(frozen=True)
@@ -129,11 +336,11 @@ class Recipe:
     @property
     def nominal_bits(self) -> float:
         """Bits per weight of the number format alone."""
-        return nominal_bits(self.scheme)
+        return self.scheme.nominal_bits
 
     def stored_bits(self, in_features: int = 4096, out_features: int = 4096, scale_bits: int = 16) -> float:
         """Bits per weight that torchao stores, scales and zero points included, for a weight of this shape."""
-        return stored_bits(self.scheme, in_features, out_features, scale_bits)
+        return self.scheme.stored_bits(in_features, out_features, scale_bits)
 
     def __str__(self) -> str:
         return spell(self)
@@ -189,7 +396,7 @@ def parse_recipe(text: str) -> Recipe:
     recipe = RECIPES[name]
     if not options:
         return recipe
-    hints = get_type_hints(type(recipe.scheme))
+    hints = {field.name: get_type_hints(type(recipe.scheme))[field.name] for field in fields(recipe.scheme)}
     changes: dict[str, object] = {}
     for option in options.split(","):
         key, _, value = option.strip().partition("=")
@@ -201,37 +408,20 @@ def parse_recipe(text: str) -> Recipe:
     return _possible(replace(recipe, scheme=replace(recipe.scheme, **changes)))  # type: ignore[type-var, arg-type]
 
 
-def rounding_choices(scheme: Scheme) -> tuple[str, ...]:
-    """The ways of rounding that a scheme can take, the plain one first; empty when it has no choice."""
-    hint = get_type_hints(type(scheme)).get("rounding")
-    return tuple(hint.__args__) if hint else ()
-
-
-def rounding_of(scheme: Scheme | None) -> str:
-    """How a scheme rounds, empty when it has no choice."""
-    return str(getattr(scheme, "rounding", ""))
-
-
-def scales_inputs(scheme: Scheme | None) -> bool:
-    """Whether its tensors hold a scale for their inputs (torchao's ``act_pre_scale``)."""
-    kinds = (Int8DynActInt8Weight, Int8WeightOnly, Int4WeightOnly)
-    return isinstance(scheme, kinds) and rounding_of(scheme) in CALIBRATED
-
-
 def round_by(recipe: Recipe, algorithm: str) -> Recipe:
     """The recipe with its weights rounded by ``algorithm`` (``affine`` is any scheme's plain way)."""
-    choices = rounding_choices(recipe.scheme)
+    choices = recipe.scheme.algorithms
     value = choices[0] if choices and algorithm == "affine" else algorithm
     if value not in choices:
         known = ", ".join(("affine", *choices[1:]))
         raise UsageError(f"--algorithm {algorithm} is not possible with {recipe.name}", f"One of {known}")
-    return _possible(replace(recipe, scheme=replace(recipe.scheme, rounding=value)))  # type: ignore[call-arg, arg-type]
+    return _possible(replace(recipe, scheme=recipe.scheme.rounded_by(value)))
 
 
 def _possible(recipe: Recipe) -> Recipe:
     """The recipe; raises `UsageError` for options that torchao takes together and then ignores one of."""
     asymmetric = getattr(recipe.scheme, "mapping", "") == "asymmetric"
-    if asymmetric and getattr(recipe.scheme, "rounding", "") == "hqq":
+    if asymmetric and recipe.scheme.algorithm == "hqq":
         raise UsageError(
             f"{recipe}: torchao's hqq is symmetric only", "Use rounding=mse or mapping=symmetric"
         )
@@ -257,35 +447,6 @@ def recipe_for(scheme: Scheme) -> Recipe:
     return replace((same_bits or same_class)[0], scheme=scheme)
 
 
-def nominal_bits(scheme: Scheme) -> float:
-    """Bits per weight of the number format alone."""
-    match scheme:
-        case Int8DynActIntxWeight(bits=bits) | IntxWeightOnly(bits=bits) | MxDynActMxWeight(bits=bits):
-            return bits
-        case Int4WeightOnly() | Float8DynActInt4Weight() | Nvfp4WeightOnly() | Nvfp4DynActNvfp4Weight():
-            return 4
-    return 8
-
-
-def stored_bits(scheme: Scheme, in_features: int, out_features: int, scale_bits: int = 16) -> float:
-    """Bits per weight in torchao's storage for a weight of this shape; ``scale_bits`` of the model's own dtype."""
-    match scheme:
-        case Int8DynActIntxWeight(group_size=group) | IntxWeightOnly(group_size=group):
-            # UNPACKED_TO_INT8: a whole byte a value whatever `bits` says, plus scale and int8 zero point a group.
-            return 8 + (scale_bits + 8) / (group or in_features)
-        case Int4WeightOnly(group_size=group):
-            return 4 + 2 * scale_bits / group
-        case Int8WeightOnly(granularity=granularity) | Int8DynActInt8Weight(granularity=granularity):
-            return 8 + (32 + 8) / (in_features if granularity == "row" else in_features * out_features)
-        case Float8WeightOnly(granularity=granularity) | Float8DynActFloat8Weight(granularity=granularity):
-            return 8 + 32 / (in_features if granularity == "row" else in_features * out_features)
-        case Nvfp4WeightOnly() | Nvfp4DynActNvfp4Weight():
-            return 4 + 8 / 16
-        case MxDynActMxWeight(bits=bits):
-            return bits + 8 / 32
-    return 4 + 2 * scale_bits / 128
-
-
 def _option(name: str, key: str, value: str, hint: object) -> object:
     choices = getattr(hint, "__args__", None)
     if choices:
@@ -297,7 +458,7 @@ def _option(name: str, key: str, value: str, hint: object) -> object:
         )
     # Nine digits are beyond any model; Python refuses to read thousands of them.
     if not value.isdecimal() or len(value) > 9:
-        raise UsageError(f"recipe '{name}': {key}='{value}' is no whole number", "Example: group_size=64")
+        raise UsageError(f"recipe '{name}': {key}='{value}' is not a whole number", "Example: group_size=64")
     number = int(value)
     if key == "bits" and not 1 <= number <= 8:
         raise UsageError(f"recipe '{name}': bits={number} is not possible", "1 to 8")

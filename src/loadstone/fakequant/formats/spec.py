@@ -147,7 +147,5 @@ def misfit(spec: WeightSpec, shape: tuple[int, ...]) -> str:
         case Staged(stages=stages):
             return next((text for stage in stages if (text := misfit(stage, shape))), "")
         case Recipe(scheme=scheme):
-            from loadstone.quantization.rules import misfit as recipe_misfit
-
-            return recipe_misfit(scheme, *shape[-2:]).replace("shape", "its shape")
+            return scheme.misfit(*shape[-2:]).replace("shape", "its shape")
     return ""

@@ -24,10 +24,10 @@ from loadstone.finalization.encoders.base import Encoding
 from loadstone.quantization.flatten import torch_dtype
 from loadstone.quantization.model_facts import ModelFacts
 from loadstone.quantization.packing import decode_rows
-from loadstone.quantization.quantize import quantize_rows, quantize_weight, row_tile, whole_extremes
+from loadstone.quantization.quantize import quantize_rows, quantize_weight
 from loadstone.quantization.recipe_file import MixedRecipe
-from loadstone.quantization.rules import Decision, decide, misfit
-from loadstone.quantization.schemes import Recipe, Scheme, rounding_of
+from loadstone.quantization.rules import Decision, decide
+from loadstone.quantization.schemes import Recipe, Scheme
 from loadstone.quantization.serving import layer_scheme, rounding_scheme, stored_rows, whole_tensors
 
 if TYPE_CHECKING:
@@ -62,17 +62,16 @@ class PackedEncoding:
 
     @property
     def row_multiple(self) -> int:
-        tile = row_tile(self.rounding)
+        tile = self.rounding.row_multiple
         return lcm(tile, layout_tile(self.layer)) if tile else 0
 
     @property
     def rows_together(self) -> int:
-        return self.shape[0] if whole_extremes(self.rounding) or not self.row_multiple else 0
+        return self.shape[0] if self.rounding.whole_extremes or not self.row_multiple else 0
 
     @property
     def temporaries(self) -> int:
-        # torchao's own rounding makes four times as many float32 temporaries as ours.
-        return 1 if self.layer.weights.type == "int" and rounding_of(self.scheme) == "affine" else 4
+        return self.rounding.temporaries
 
     scales_inputs = False
 
@@ -192,7 +191,7 @@ def _experts_misfit(scheme: Scheme, shape: tuple[int, ...]) -> str:
     The rows may be those of gate and up together, which are stored apart.
     """
     rows, columns = shape[-2:]
-    return misfit(scheme, rows, columns) or misfit(scheme, rows // 2, columns)
+    return scheme.misfit(rows, columns) or scheme.misfit(rows // 2, columns)
 
 
 def _merged_together(decisions: dict[str, Decision]) -> dict[str, Decision]:

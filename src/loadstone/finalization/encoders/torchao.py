@@ -22,19 +22,13 @@ from loadstone.quantization.quantize import (
     dense,
     quantize_rows,
     quantize_weight,
-    row_tile,
     template,
-    whole_extremes,
 )
 from loadstone.quantization.recipe_file import MixedRecipe
 from loadstone.quantization.rules import KEPT, Decision, decide
 from loadstone.quantization.schemes import (
-    Int8DynActIntxWeight,
-    IntxWeightOnly,
     Recipe,
     Scheme,
-    rounding_of,
-    scales_inputs,
 )
 from loadstone.quantization.torchao_config import to_torchao
 
@@ -62,23 +56,21 @@ class TorchaoEncoding:
 
     @property
     def row_multiple(self) -> int:
-        return row_tile(self.scheme)
+        return self.scheme.row_multiple
 
     @property
     def rows_together(self) -> int:
-        return self.rows if whole_extremes(self.scheme) or not self.row_multiple else 0
+        return self.rows if self.scheme.whole_extremes or not self.row_multiple else 0
 
     @property
     def temporaries(self) -> int:
-        intx = isinstance(self.scheme, IntxWeightOnly | Int8DynActIntxWeight)
-        # torchao's own rounding makes four times as many float32 temporaries as ours.
-        return 1 if intx and rounding_of(self.scheme) == "affine" else 4
+        return self.scheme.temporaries
 
     shares_scale = False
 
     @property
     def scales_inputs(self) -> bool:
-        return scales_inputs(self.scheme)
+        return self.scheme.scales_inputs
 
     @cached_property
     def _parts(self) -> list[str]:
