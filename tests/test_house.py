@@ -1,8 +1,9 @@
-"""The order of the rooms in docs/contributing.md, held by reading the import statements of src/."""
+"""The order of packages that docs/contributing.md shows, held by reading the import statements of src/."""
 
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -189,3 +190,9 @@ def _module_names_in_strings(root: ast.AST) -> Iterator[str]:
 def test_modules_are_short() -> None:
     lengths = {m: len(path.read_text(encoding="utf-8").splitlines()) for m, path in modules().items()}
     assert {m: n for m, n in lengths.items() if n > MAX_LINES} == {}
+
+
+def test_the_docs_show_this_order() -> None:
+    page = (SRC.parent / "docs" / "contributing.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (`[^|]*`) \|", page, re.MULTILINE)
+    assert [name for row in rows for name in re.findall(r"`(\w+)`", row)] == list(ROOMS)
