@@ -44,7 +44,7 @@ KNOWN_CIRCLES: list[set[str]] = [
     {f"loadstone.artifact.{name}" for name in ("context_file", "detect", "manifest")},
 ]
 KNOWN_STRINGS = {("loadstone.loading.own", "loadstone.context.pfn.model")}
-KNOWN_HEAVY = {("loadstone.cli.finalize", "torch")}
+KNOWN_HEAVY: set[tuple[str, str]] = set()
 
 
 @dataclass(frozen=True)

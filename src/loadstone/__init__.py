@@ -1,8 +1,20 @@
-"""loadstone: turn a trained model into an artifact that anyone can load, trust and measure."""
+"""loadstone: turn a trained model into an artifact that anyone can load, trust and measure.
+
+    import loadstone
+
+    loadstone.finalize("run/checkpoint-900", "tiny-w4", recipe="int8-dynamic-act-int4-weight")
+    model = loadstone.load("tiny-w4")  # an ordinary transformers model
+    result = loadstone.evaluate(["run/checkpoint-900", "tiny-w4"])
+
+The functions below are the public API (docs/api.md); docs/index.md lists the other pages. Nothing heavy is imported
+before one of them is used.
+"""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
+
+from loadstone._version import __version__
 
 if TYPE_CHECKING:
     from loadstone.artifact import detect as detect
@@ -16,7 +28,6 @@ if TYPE_CHECKING:
     from loadstone.loading import load as load
     from loadstone.loading import plan as plan
 
-__version__ = "0.1.0"
 __all__ = [
     "__version__",
     "detect",
@@ -46,9 +57,13 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    # Resolved on first use, so that `import loadstone` (and with it the command line) stays instant.
+    # Imported on first use: `import loadstone`, and with it the command line, starts at once.
     if name in _HOMES:
         from importlib import import_module
 
         return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'loadstone' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

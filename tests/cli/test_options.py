@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from tests.helpers import run
 
+from loadstone.cli.app import COMMANDS
+
 
 @pytest.mark.parametrize("target", [["--json"], ["--json", "-"]], ids=["alone", "dash"])
 @pytest.mark.parametrize("before", [True, False], ids=["first", "last"])
@@ -36,6 +38,13 @@ def test_json_to_a_file_leaves_the_text_on_stdout(
     assert (code, stdout) == (2, "") and "its directory does not exist" in stderr
 
 
+def test_every_command_takes_json_the_same_way(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in COMMANDS:
+        code, stdout, _ = run(capsys, command, "--help")
+        lines = [line for line in stdout.splitlines() if "--json " in line]
+        assert code == 0 and any("[FILE|-]" in line for line in lines), command
+
+
 @pytest.mark.parametrize(
     ("args", "says"),
     [
@@ -53,6 +62,13 @@ def test_json_to_a_file_leaves_the_text_on_stdout(
             ],
             "--calibrate-limit has no effect without --calibrate",
         ),
+        (
+            ["finalize", "-M", "{tiny}", "-o", "{tmp}/o", "--calibrate-tokens", "600"],
+            "--calibrate-tokens has no effect without --calibrate",
+        ),
+        (["finalize", "--list-recipes", "-M", "{tiny}"], "--model has no effect with --list-recipes"),
+        (["eval", "-M", "{tiny}", "--worst", "2"], "--worst has no effect without --kl"),
+        (["eval", "-M", "{tiny}", "--task-path", "{tmp}"], "--task-path has no effect without --tasks"),
         (["inspect", "{context}", "--checkpoint", "best"], "--checkpoint has no effect on a fitted context"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -1,4 +1,4 @@
-"""``loadstone eval``: parse, call, render."""
+"""`loadstone eval`: measure models and compare them."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from loadstone.cli import render
-from loadstone.cli.options import given
+from loadstone.cli import options, render
 from loadstone.errors import GateFailed
 
 if TYPE_CHECKING:
@@ -25,7 +24,7 @@ EXAMPLE = """
 
   loadstone eval -M tiny-w4 --baseline run/checkpoint-900 --fail-if 'dloss>0.03@95' --json result.json
 """
-MODELS, TEXT, HOW, RESULT = "Models", "Text and protocol", "How to compute", "Results and gates"
+_TEXT = "Text and protocol"
 
 
 def register(app: typer.Typer) -> None:
@@ -44,7 +43,7 @@ def evaluate(
             "--model",
             metavar="DIR",
             help="Model directory, of any kind, or a context; repeat to compare.",
-            rich_help_panel=MODELS,
+            rich_help_panel=options.INPUT,
         ),
     ],
     baseline: Annotated[
@@ -52,52 +51,35 @@ def evaluate(
         typer.Option(
             metavar="DIR|FILE",
             help="Model the others are compared with, or its saved --json; otherwise the first -M.",
-            rich_help_panel=MODELS,
+            rich_help_panel=options.INPUT,
         ),
     ] = None,
-    base: Annotated[
-        str | None,
-        typer.Option(
-            metavar="DIR",
-            help="Of a context: its base model, where it is not the recorded one.",
-            rich_help_panel=MODELS,
-        ),
-    ] = None,
-    checkpoint: Annotated[
-        str | None,
-        typer.Option(
-            metavar="PATH",
-            help="Checkpoint within a training run: newest, best, a step, or a path.",
-            rich_help_panel=MODELS,
-        ),
-    ] = None,
+    base: options.Base = None,
+    checkpoint: options.Checkpoint = None,
     no_checkpoint: Annotated[
         bool,
         typer.Option(
             "--no-checkpoint",
             help="Use the directory's own weights, not its checkpoints.",
-            rich_help_panel=MODELS,
+            rich_help_panel=options.INPUT,
         ),
     ] = False,
-    trust_remote_code: Annotated[
-        bool,
-        typer.Option(
-            "--trust-remote-code", help="Run Python code that came with the model.", rich_help_panel=MODELS
-        ),
-    ] = False,
+    trust_remote_code: options.TrustRemoteCode = False,
     data: Annotated[
         str,
         typer.Option(
             metavar="PATH|NAME",
             help="Text: .txt .jsonl .json .csv .parquet, a directory, a dataset's "
             "name[:config], or in the package: [bold]sample[/], [bold]stories[/], [bold]austen[/].",
-            rich_help_panel=TEXT,
+            rich_help_panel=_TEXT,
         ),
     ] = "sample",
     text_column: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME", help="Column that holds the text. [dim]\\[default: text][/]", rich_help_panel=TEXT
+            metavar="NAME",
+            help="Column that holds the text. [dim]\\[default: text][/]",
+            rich_help_panel=_TEXT,
         ),
     ] = None,
     split: Annotated[
@@ -105,16 +87,16 @@ def evaluate(
         typer.Option(
             metavar="NAME",
             help="Split of a dataset: test, validation or train, the first there is.",
-            rich_help_panel=TEXT,
+            rich_help_panel=_TEXT,
         ),
     ] = None,
     limit: Annotated[
-        int | None, typer.Option(metavar="N", help="Only the first N documents.", rich_help_panel=TEXT)
+        int | None, typer.Option(metavar="N", help="Only the first N documents.", rich_help_panel=_TEXT)
     ] = None,
     protocol: Annotated[
         str,
         typer.Option(
-            metavar="NAME", help="packed, strided, or rolling (as lm-eval does it).", rich_help_panel=TEXT
+            metavar="NAME", help="packed, strided, or rolling (as lm-eval does it).", rich_help_panel=_TEXT
         ),
     ] = "packed",
     context_length: Annotated[
@@ -122,7 +104,7 @@ def evaluate(
         typer.Option(
             metavar="N",
             help="Tokens a window holds. [dim]\\[default: 1024, or the model's][/]",
-            rich_help_panel=TEXT,
+            rich_help_panel=_TEXT,
         ),
     ] = None,
     stride: Annotated[
@@ -130,27 +112,25 @@ def evaluate(
         typer.Option(
             metavar="N",
             help="Tokens a window moves by; below the context length: strided.",
-            rich_help_panel=TEXT,
+            rich_help_panel=_TEXT,
         ),
     ] = None,
     separator: Annotated[
         str,
         typer.Option(
-            metavar="auto|bos|eos|ID", help="Token that starts every document.", rich_help_panel=TEXT
+            metavar="auto|bos|eos|ID", help="Token that starts every document.", rich_help_panel=_TEXT
         ),
     ] = "auto",
     batch_size: Annotated[
-        str, typer.Option(metavar="N|auto", help="Windows computed at once.", rich_help_panel=HOW)
+        str, typer.Option(metavar="N|auto", help="Windows computed at once.", rich_help_panel=options.RUN)
     ] = "auto",
-    device: Annotated[
-        str, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1 or auto.", rich_help_panel=HOW)
-    ] = "auto",
+    device: options.Device = "auto",
     dtype: Annotated[
         str,
         typer.Option(
             metavar="NAME",
             help="float32, bfloat16, float16, or auto: float32 on a CPU, the stored dtype on a GPU.",
-            rich_help_panel=HOW,
+            rich_help_panel=options.RUN,
         ),
     ] = "auto",
     fast: Annotated[
@@ -158,13 +138,13 @@ def evaluate(
         typer.Option(
             "--fast/--no-fast",
             help="Cache dequantized weights where that gives the same bits; read common prefixes once.",
-            rich_help_panel=HOW,
+            rich_help_panel=options.RUN,
         ),
     ] = True,
     compile_layers: Annotated[
         bool,
         typer.Option(
-            "--compile", help="Compile the decoder layers (seconds of warm-up).", rich_help_panel=HOW
+            "--compile", help="Compile the decoder layers (seconds of warm-up).", rich_help_panel=options.RUN
         ),
     ] = False,
     stream: Annotated[
@@ -172,7 +152,7 @@ def evaluate(
         typer.Option(
             "--stream/--no-stream",
             help="Read one layer at a time. [dim]\\[default: when the models do not fit the memory][/]",
-            rich_help_panel=HOW,
+            rich_help_panel=options.RUN,
             show_default=False,
         ),
     ] = None,
@@ -181,7 +161,7 @@ def evaluate(
         typer.Option(
             metavar="DIR",
             help="Store finished scores here, and reuse them for the same content.",
-            rich_help_panel=HOW,
+            rich_help_panel=options.RUN,
         ),
     ] = None,
     resume: Annotated[
@@ -189,7 +169,7 @@ def evaluate(
         typer.Option(
             "--resume",
             help="Continue an interrupted run from its cache.",
-            rich_help_panel=HOW,
+            rich_help_panel=options.RUN,
         ),
     ] = False,
     kl: Annotated[
@@ -197,7 +177,7 @@ def evaluate(
         typer.Option(
             "--kl",
             help="Also KL divergence both ways and top-1 agreement with the baseline (both in memory).",
-            rich_help_panel=RESULT,
+            rich_help_panel=options.OUTPUT,
         ),
     ] = False,
     worst: Annotated[
@@ -206,31 +186,37 @@ def evaluate(
             metavar="N",
             min=0,
             help="With --kl, list the N documents that diverge most.",
-            rich_help_panel=RESULT,
+            rich_help_panel=options.OUTPUT,
         ),
     ] = 5,
     tasks: Annotated[
         str | None,
         typer.Option(
-            metavar="A,B", help="Also lm-eval tasks, compared example by example.", rich_help_panel=RESULT
+            metavar="A,B",
+            help="Also lm-eval tasks, compared example by example.",
+            rich_help_panel=options.OUTPUT,
         ),
     ] = None,
     task_path: Annotated[
         str | None,
         typer.Option(
-            metavar="DIR", help="Folder of task YAMLs besides lm-eval's own.", rich_help_panel=RESULT
+            metavar="DIR", help="Folder of task YAMLs besides lm-eval's own.", rich_help_panel=options.OUTPUT
         ),
     ] = None,
     speed: Annotated[
         bool,
         typer.Option(
-            "--speed", help="Also prefill and decode speed, time to first token.", rich_help_panel=RESULT
+            "--speed",
+            help="Also prefill and decode speed, time to first token.",
+            rich_help_panel=options.OUTPUT,
         ),
     ] = False,
     report: Annotated[
         Path | None,
         typer.Option(
-            metavar="DIR", help="Write an HTML page with pictures, and the pictures.", rich_help_panel=RESULT
+            metavar="DIR",
+            help="Write an HTML page with pictures, and the pictures.",
+            rich_help_panel=options.OUTPUT,
         ),
     ] = None,
     fail_if: Annotated[
@@ -239,23 +225,17 @@ def evaluate(
             metavar="GATE",
             help="Exit with code 4 if the condition holds: 'dloss>0.03', 'ppl>20', 'dppl>1%', "
             "'dloss>0.03@95', 'accuracy<0.9'; repeatable.",
-            rich_help_panel=RESULT,
+            rich_help_panel=options.OUTPUT,
         ),
     ] = None,
-    json_to: Annotated[
-        str | None,
-        typer.Option(
-            "--json", metavar="FILE|-", help="Write the result as JSON; - is stdout.", rich_help_panel=RESULT
-        ),
-    ] = None,
+    json_to: options.Json = None,
 ) -> None:
     """Measure models on text: loss, perplexity and bits per byte with standard errors, and the paired
     difference to a baseline on the same tokens. How a directory must be loaded is found out from its files."""
     if os.environ.get("RANK", "0") != "0":
         # Under torchrun the first process speaks for all.
         logging.getLogger("loadstone").setLevel(logging.ERROR)
-    if json_to is not None and json_to != "-":
-        render.check_file("--json", Path(json_to))
+    options.need(context, worst="kl", task_path="tasks")
     _refuse_for_tables(context, models)
     from loadstone.evaluation.api import evaluate as run
 
@@ -293,12 +273,7 @@ def evaluate(
     )
     if not result.first:
         return
-    if json_to == "-":
-        render.print_json(result.as_json())
-    else:
-        if json_to is not None:
-            render.write_file(Path(json_to), render.to_json(result.as_json()))
-        _render(result)
+    render.result(json_to, result.as_json(), lambda: _render(result))
     if result.failures:
         raise GateFailed("; ".join(v.describe() for v in result.failures))
 
@@ -309,7 +284,7 @@ def _refuse_for_tables(context: typer.Context, models: list[str]) -> None:
     from loadstone.evaluation.options import refuse_for_tables
 
     if any(context_kind(Path(model)) in TABLE_KINDS for model in models):
-        refuse_for_tables([name for name in given(context) if name not in ("json_to", "fail_if")])
+        refuse_for_tables([name for name in options.given(context) if name not in ("json_to", "fail_if")])
 
 
 def _render(result: Evaluation) -> None:

@@ -11,7 +11,7 @@ from loadstone.cli import options, render
 from loadstone.cli.finalize_tables import show_done, show_plan
 from loadstone.errors import UsageError
 
-_INPUT, _OUTPUT, _QUANT, _RUN = "Input", "Output", "Quantization", "Run"
+_QUANT = "Quantization"
 
 
 def register(app: typer.Typer) -> None:
@@ -20,118 +20,100 @@ def register(app: typer.Typer) -> None:
 
 
 def command(
+    context: typer.Context,
     model: Annotated[
-        Path | None, typer.Option("-M", "--model", help="Checkpoint or training run.", rich_help_panel=_INPUT)
+        Path | None,
+        typer.Option(
+            "-M",
+            "--model",
+            metavar="DIR",
+            help="Checkpoint or training run.",
+            rich_help_panel=options.INPUT,
+        ),
     ] = None,
-    out: Annotated[
-        Path | None, typer.Option("-o", "--out", help="Directory to write.", rich_help_panel=_OUTPUT)
-    ] = None,
+    checkpoint: options.Checkpoint = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    out: options.Out = None,
+    dtype: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="Dtype of unquantized tensors: auto (as stored), float32, bfloat16, float16.",
+            rich_help_panel=options.OUTPUT,
+        ),
+    ] = "auto",
+    max_shard_size: Annotated[
+        str,
+        typer.Option(
+            metavar="SIZE", help="Size of the largest file, such as 500MB.", rich_help_panel=options.OUTPUT
+        ),
+    ] = "5GB",
+    overwrite: options.Overwrite = False,
+    json_to: options.Json = None,
     quantize: Annotated[
         str | None,
         typer.Option(
-            "--quantize",
             metavar="RECIPE",
             help="Recipe by name, options after a colon: intx4-weight-only:group_size=64",
             rich_help_panel=_QUANT,
         ),
     ] = None,
-    recipe_file: Annotated[
+    recipe: Annotated[
         Path | None,
         typer.Option(
-            "--recipe",
             metavar="FILE",
-            help="Recipe file: a scheme for each module, by rules (see docs/recipes.md).",
+            help="Recipe file: a recipe for each module, by rules (docs/recipes.md).",
             rich_help_panel=_QUANT,
         ),
     ] = None,
     algorithm: Annotated[
         str | None,
         typer.Option(
-            "--algorithm",
-            help="How weights are rounded: affine, mse or hqq; with --calibrate gptq, awq or smoothquant.",
+            metavar="NAME",
+            help="How weights are rounded: affine, mse or hqq; with --calibrate gptq (default), awq or smoothquant.",
             rich_help_panel=_QUANT,
         ),
     ] = None,
-    calibrate_on: Annotated[
+    calibrate: Annotated[
         str | None,
         typer.Option(
-            "--calibrate",
-            metavar="FILE",
-            help="Calibrate on this text (as eval's --data), layer by layer; by GPTQ, or as --algorithm says.",
+            metavar="PATH|NAME",
+            help="Text to calibrate on, layer by layer: what eval's --data takes.",
             rich_help_panel=_QUANT,
         ),
     ] = None,
     calibrate_tokens: Annotated[
-        int,
-        typer.Option("--calibrate-tokens", min=512, help="Tokens of it to use.", rich_help_panel=_QUANT),
+        int, typer.Option(metavar="N", min=512, help="Number of calibration tokens.", rich_help_panel=_QUANT)
     ] = 32768,
     skip: Annotated[
         list[str] | None,
         typer.Option(
-            "--skip",
             metavar="MODULE",
-            help="Leave modules unquantized: a name or part of it, a glob or re:REGEX (repeat).",
+            help="Leave modules unquantized: a name or part of it, a glob or re:REGEX; repeatable.",
             rich_help_panel=_QUANT,
         ),
     ] = None,
     list_recipes: Annotated[
         bool, typer.Option("--list-recipes", help="Show every recipe and exit.", rich_help_panel=_QUANT)
     ] = False,
-    checkpoint: Annotated[
-        str | None,
-        typer.Option(
-            "--checkpoint",
-            help="Of a training run: newest (default), best, a step or a folder.",
-            rich_help_panel=_INPUT,
-        ),
-    ] = None,
-    dtype: Annotated[
-        str,
-        typer.Option(
-            "--dtype",
-            help="Dtype of unquantized tensors: auto (as stored), float32, bfloat16, float16.",
-            rich_help_panel=_OUTPUT,
-        ),
-    ] = "auto",
-    max_shard_size: Annotated[
-        str,
-        typer.Option(
-            "--max-shard-size", help="Largest file to write, such as 500MB.", rich_help_panel=_OUTPUT
-        ),
-    ] = "5GB",
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an existing output.", rich_help_panel=_OUTPUT)
-    ] = False,
+    device: options.Device = "auto",
     resume: Annotated[
         bool,
         typer.Option(
             "--resume/--no-resume",
-            help="Take over the finished shards of a killed run.",
-            rich_help_panel=_RUN,
+            help="Take over the finished shards of a run that was killed.",
+            rich_help_panel=options.RUN,
         ),
     ] = True,
     verify: Annotated[
         bool,
         typer.Option(
             "--verify",
-            help="Then read every tensor back and compare it with a fresh quantization.",
-            rich_help_panel=_RUN,
+            help="Afterwards read every tensor back and compare it with a fresh quantization.",
+            rich_help_panel=options.RUN,
         ),
     ] = False,
-    device: Annotated[
-        str,
-        typer.Option("--device", help="Where to quantize: auto, cpu, cuda, cuda:N.", rich_help_panel=_RUN),
-    ] = "auto",
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show the plan and write nothing.", rich_help_panel=_RUN)
-    ] = False,
-    json_to: options.Json = None,
-    trust_remote_code: Annotated[
-        bool,
-        typer.Option(
-            "--trust-remote-code", help="Run Python code that came with the model.", rich_help_panel=_INPUT
-        ),
-    ] = False,
+    dry_run: options.DryRun = False,
     of_fit: Annotated[
         list[str] | None,
         typer.Option("--fit", "--prefix", "--target", "--task", "--cache-dtype", hidden=True),
@@ -147,17 +129,18 @@ def command(
             "Run loadstone fit --table FILE --target NAME -o OUT, or loadstone fit -M DIR --prompt FILE -o OUT",
         )
     if list_recipes:
+        options.only(context, {"list_recipes", "json_to"}, "with --list-recipes")
         return _list_recipes(json_to)
+    options.need(context, calibrate_tokens="calibrate")
     if model is None or (out is None and not dry_run):
         raise UsageError("finalize needs -M DIR and -o OUT", "See `loadstone finalize --help`")
-    if quantize and recipe_file:
+    if quantize and recipe:
         raise UsageError("--quantize and --recipe exclude each other", "Keep one")
     from loadstone.finalization import finalize, plan_finalize
 
-    recipe = recipe_file or quantize
     if dry_run:
         plan = plan_finalize(
-            model, out, recipe=recipe, algorithm=algorithm, calibrate=calibrate_on, skip=skip or (),
+            model, out, recipe=recipe or quantize, algorithm=algorithm, calibrate=calibrate, skip=skip or (),
             checkpoint=checkpoint, dtype=dtype, max_shard_size=max_shard_size, device=device, overwrite=True,
             trust_remote_code=trust_remote_code,
         )  # fmt: skip
@@ -166,7 +149,7 @@ def command(
     labels = {stage: f"{stage} {out.name}" for stage in ("calibrate", "write", "verify")}
     with render.stages(labels, in_layers=("calibrate",)) as advance:
         done = finalize(
-            model, out, recipe=recipe, algorithm=algorithm, calibrate=calibrate_on,
+            model, out, recipe=recipe or quantize, algorithm=algorithm, calibrate=calibrate,
             calibrate_tokens=calibrate_tokens, skip=skip or (), checkpoint=checkpoint, dtype=dtype,
             max_shard_size=max_shard_size, device=device, overwrite=overwrite, resume=resume, verify=verify,
             trust_remote_code=trust_remote_code, on_progress=advance,
