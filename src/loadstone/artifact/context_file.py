@@ -22,8 +22,8 @@ from loadstone.errors import ArtifactError
 CONTEXT_JSON = "context.json"
 CONTEXT_TENSORS = "context.safetensors"
 PFN, TABPFN, PREFIX = "pfn", "tabpfn", "llm-prefix"
-# The newest version of each kind. A TabPFN estimator of version 1 was not packed.
-FORMAT_VERSIONS = {PFN: 1, TABPFN: 2, PREFIX: 1}
+# The version of each kind that is written and read. TabPFN estimators of version 2 were compressed.
+FORMAT_VERSIONS = {PFN: 1, TABPFN: 3, PREFIX: 1}
 KINDS = (PFN, TABPFN, PREFIX)
 # Those that predict a column of a table.
 TABLE_KINDS = (PFN, TABPFN)
@@ -64,11 +64,13 @@ class ContextFile:
     file_bytes: int
 
     @property
+    def tensor_bytes(self) -> int:
+        """Bytes of all tensors: the context in memory."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    @property
     def cache_bytes(self) -> int:
-        """Bytes of keys and values with their scales, in memory."""
-        packed = self.facts["cache"].get("bytes")
-        if isinstance(packed, int):
-            return packed
+        """Bytes of keys and values with their scales."""
         return sum(t.nbytes for name, t in self.tensors.items() if name.startswith("layers."))
 
 
@@ -157,14 +159,11 @@ def _check_version(facts: dict[str, Any]) -> None:
             f"{CONTEXT_JSON}: a context of kind {str(kind)[:40]!a}, this loadstone reads {', '.join(KINDS)}",
             "Update loadstone",
         )
-    if not 1 <= version <= FORMAT_VERSIONS[kind]:
+    wanted = FORMAT_VERSIONS[kind]
+    if version != wanted:
         raise FormatUnsupported(
-            f"{CONTEXT_JSON}: format version {version}, this loadstone reads up to {FORMAT_VERSIONS[kind]}",
-            "Update loadstone, or fit the context again",
-        )
-    if kind == TABPFN and version == 1:
-        raise FormatUnsupported(
-            f"{CONTEXT_JSON}: TabPFN contexts of format version 1 are no longer read", "Fit it again"
+            f"{CONTEXT_JSON}: format version {version}, and this loadstone reads version {wanted}",
+            "Update loadstone" if version > wanted else "Fit the context again",
         )
 
 
@@ -187,13 +186,9 @@ def _check_shape(facts: dict[str, Any]) -> None:
     ):
         raise CorruptContext(f"{CONTEXT_JSON}: 'files' does not describe {CONTEXT_TENSORS}", _RECOPY)
     tensors = base.get("tensors")
-    if facts["kind"] == TABPFN:
-        # Their digests are packed with the rest; here is how many there are.
-        well_formed = type(tensors) is int
-    else:
-        well_formed = isinstance(tensors, dict) and all(
-            isinstance(t, list) and len(t) == 3 and isinstance(t[1], list) for t in tensors.values()
-        )
+    well_formed = isinstance(tensors, dict) and all(
+        isinstance(t, list) and len(t) == 3 and isinstance(t[1], list) for t in tensors.values()
+    )
     if (
         not well_formed
         or not isinstance(base.get("architecture"), dict)
@@ -218,7 +213,7 @@ _TABLE_KEYS: dict[str, type] = {
 }  # fmt: skip
 _KIND_KEYS: dict[str, dict[str, type]] = {
     PFN: _TABLE_KEYS,
-    TABPFN: _TABLE_KEYS | {"packages": dict, "packed": dict},
+    TABPFN: _TABLE_KEYS | {"packages": dict},
     PREFIX: {"prompt": dict, "tokenizer": dict, "layers": list, "contains_prompt": bool},
 }  # fmt: skip
 _RECOPY = "Copy the directory again, or fit the context again"

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from loadstone.artifact.builtin import PREFIX
 from loadstone.artifact.context_file import PREFIX as LANGUAGE_PREFIX
-from loadstone.artifact.context_file import TABPFN
 from loadstone.cli import render
 from loadstone.errors import ArtifactError, LoadstoneError
 
@@ -50,7 +49,7 @@ def prefix_facts(context: ContextFile, verified: bool) -> dict[str, Any]:
         "contains_prompt": described["contains_prompt"],
         "cache": {**described["cache"], "bytes": context.cache_bytes},
         "layers": {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)},
-        "bytes": sum(tensor.nbytes for tensor in context.tensors.values()),
+        "bytes": context.tensor_bytes,
         "file_bytes": context.file_bytes,
         "numerics": described["numerics"],
         "tokenizer": described["tokenizer"],
@@ -125,7 +124,7 @@ def facts(context: ContextFile, verified: bool) -> dict[str, Any]:
         "classes": described["classes"],
         "contains_training_labels": described["contains_training_labels"],
         "cache": {**described["cache"], "bytes": context.cache_bytes},
-        "bytes": unpacked_bytes(context),
+        "bytes": context.tensor_bytes,
         "file_bytes": context.file_bytes,
         "numerics": described["numerics"],
         **({"packages": described["packages"]} if "packages" in described else {}),
@@ -133,17 +132,11 @@ def facts(context: ContextFile, verified: bool) -> dict[str, Any]:
             "source": base.get("source"),
             "fingerprint": base.get("fingerprint"),
             "architecture": base["architecture"],
-            "parameters": base["tensors"] if described["kind"] == TABPFN else len(base["tensors"]),
+            "parameters": len(base["tensors"]),
             "found": _base_found(base.get("source"), context.path),
         },
         "verified": verified or None,
     }
-
-
-def unpacked_bytes(context: ContextFile) -> int:
-    """Bytes of a context's tensors in memory: its file's, but for a packed one."""
-    packed = context.facts.get("packed")
-    return packed["tensors"] if packed else sum(tensor.nbytes for tensor in context.tensors.values())
 
 
 def _base_found(source: str | None, directory: Path) -> bool:
@@ -184,12 +177,7 @@ def _show_facts(found: dict[str, Any]) -> None:
         ["features", ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")],
         ["classes", ", ".join(str(label) for label in found["classes"])],
         ["cache", _cache_line(cache)],
-        [
-            "stored",
-            f"{render.size(found['file_bytes'])} in context.safetensors"
-            + (f", packed from {render.size(found['bytes'])}" if found["context_kind"] == TABPFN else "")
-            + "; no weights",
-        ],
+        ["stored", f"{render.size(found['file_bytes'])} in context.safetensors; no weights"],
         ["needs base", _where(base)],
         ["fingerprint", f"{str(base['fingerprint'])[:16]}…, {base['parameters']} tensors"],
         ["architecture", _architecture_line(base["architecture"])],

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loadstone.artifact.builtin import PREFIX as BUILTIN
-from loadstone.artifact.context_file import ContextFile, is_context, read_context
+from loadstone.artifact.context_file import is_context, read_context
 from loadstone.context.results import PromptFit, TableFit
 from loadstone.errors import UsageError
 from loadstone.writing.publish import check_output
@@ -191,14 +191,9 @@ def _fit_tabpfn(request: _Request, target: str, task: str | None) -> TableFit:
         members=file.facts["cache"]["members"],
         cache_dtype=file.facts["cache"]["dtype"],
         cache_bytes=file.cache_bytes,
-        bytes=_tensor_bytes(file),
+        bytes=file.tensor_bytes,
         **_written(request.out, started),
     )
-
-
-def _tensor_bytes(file: ContextFile) -> int:
-    packed = file.facts.get("packed")
-    return packed["tensors"] if packed else sum(tensor.nbytes for tensor in file.tensors.values())
 
 
 def _planned_table(request: _Request, plan: Any, cache_dtype: str | None, nbytes: int | None) -> TableFit:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -34,20 +33,20 @@ from loadstone.context.fingerprint import Fingerprint, check_same, fingerprint_o
 from loadstone.context.tabpfn import probe as tabpfn_probe
 from loadstone.context.tabpfn.classes import ALLOWED, TESTED
 from loadstone.context.tabpfn.object_tree import Decoder, Encoder
-from loadstone.context.tabpfn.packed_file import PackedFile, packed_bytes, packed_parts
-from loadstone.context.tabpfn.packing import WORKERS
+from loadstone.context.tabpfn.stored import StoredEstimator, stored_tensors
 from loadstone.errors import LoadstoneError, MissingError, UsageError
 from loadstone.writing.contexts import finished, write_context
+from loadstone.writing.shards import plain_parts
 
 log = logging.getLogger(__name__)
 
 _PACKAGES = ("tabpfn", "scikit-learn", "numpy", "torch")
 # Made anew on load: weights, what follows from the device, and timings.
-_NOT_KEPT = frozenset({"models_", "executor_", "configs_", "devices_"})
-_ENGINE_NOT_KEPT = frozenset(
+_NOT_STORED = frozenset({"models_", "executor_", "configs_", "devices_"})
+_ENGINE_NOT_STORED = frozenset(
     {"model_caches", "models", "kv_caches", "_speed_metrics", "iter_outputs", tabpfn_probe.ATTRIBUTE}
 )
-_KINDS = {"TabPFNClassifier": "classification", "TabPFNRegressor": "regression"}
+_TASKS = {"TabPFNClassifier": "classification", "TabPFNRegressor": "regression"}
 _CACHE = "layers"
 # Base files whose digests are known in this process: (path, size, time of change) of each -> digests.
 _KNOWN: dict[tuple[Any, ...], Fingerprint] = {}
@@ -65,7 +64,7 @@ def save(
     """
     _check_package()
     kind = type(estimator).__name__
-    if kind not in _KINDS or type(estimator).__module__.partition(".")[0] != "tabpfn":
+    if kind not in _TASKS or type(estimator).__module__.partition(".")[0] != "tabpfn":
         raise UsageError(
             f"a {type(estimator).__qualname__} is no TabPFN estimator", "Save it with its own package"
         )
@@ -73,19 +72,13 @@ def save(
         raise UsageError("the estimator is not fitted", "Call fit first")
     state = base_state(estimator)
     base = fingerprint_of(state)
-    description, tensors = _described(estimator, base)
-    with ThreadPoolExecutor(WORKERS) as pool:
-        parts, written = packed_parts(pool, description, tensors)
+    tree, tensors, probe = _described(estimator, base)
+    stored = stored_tensors(tree, tensors)
 
-        def describe(file: Path) -> dict[str, Any]:
-            return finished(_facts(estimator, base, schema, tensors) | {"packed": written()}, file)
+    def describe(file: Path) -> dict[str, Any]:
+        return finished(_facts(estimator, base, schema, probe), file)
 
-        return write_context(Path(path), parts, describe, overwrite=overwrite)
-
-
-def predicted_bytes(estimator: Any) -> int:
-    """Bytes of the tensor file that `save` will write, its header of a few hundred aside: exact, so it packs."""
-    return packed_bytes(*_described(estimator, fingerprint_of(base_state(estimator))))
+    return write_context(Path(path), plain_parts(stored), describe, overwrite=overwrite)
 
 
 def base_state(estimator: Any) -> dict[str, Tensor]:
@@ -118,13 +111,10 @@ def load(path: str | Path, *, base: Any = None, device: Any = "auto", probe: boo
         raise UsageError(f"'{directory}' is no fitted context", f"Name a directory with a {CONTEXT_JSON}")
     require_kind(directory, TABPFN, by="this loader")
     _check_package()
-    file = read_context(directory)
+    file = read_context(directory, verify=True)
     _check_versions(file.facts)
-    stored = PackedFile(file)
-    try:
+    with StoredEstimator(file) as stored:
         return _loaded(file, stored, base, device, probe)
-    finally:
-        stored.close()
 
 
 def check_probe(estimator: Any) -> float | None:
@@ -133,25 +123,24 @@ def check_probe(estimator: Any) -> float | None:
     return tabpfn_probe.check(estimator) if hasattr(estimator.executor_, tabpfn_probe.ATTRIBUTE) else None
 
 
-def _loaded(file: ContextFile, stored: PackedFile, base: Any, device: Any, probe: bool) -> Any:
-    name, tree, digests = _parts(file, stored.description)
+def _loaded(file: ContextFile, stored: StoredEstimator, base: Any, device: Any, probe: bool) -> Any:
+    tree, recorded = stored.tree, file.facts["base"]
+    if not tree.keys() >= {"class", "params", "caches", "fitted", "engine"} or tree["class"] not in _TASKS:
+        raise _malformed(file)
     fresh: dict[str, Tensor] = {}
     decoder = Decoder(ALLOWED, stored.take, lambda name: fresh[name].detach().to("cpu", copy=True))
     params = decoder.decode(tree["params"])
     if not isinstance(params, dict):
         raise _malformed(file)
-    params |= {"model_path": _model_path(file.facts["base"], base, file.path), "device": device}
-    # What is large is unpacked meanwhile.
-    estimator = _made(name, params, file.path)
+    params |= {"model_path": _model_path(recorded, base, file.path), "device": device}
+    estimator = _new_estimator(tree["class"], params, file.path)
     fresh |= base_state(estimator)
-    check_same(
-        Fingerprint.from_json(digests), _fingerprint(estimator, fresh, digests), str(params["model_path"])
-    )
-    stored.finish()
+    wanted = Fingerprint.from_json(recorded["tensors"])
+    check_same(wanted, _fingerprint(estimator, fresh, wanted), str(params["model_path"]))
     fitted = decoder.decode(tree["fitted"])
     engine = decoder.decode(tree["engine"])
     caches = decoder.decode(tree["caches"])
-    recorded = _probe(file, stored)
+    stored_probe = _probe(file, stored)
     stored.check_all_taken()
     if (
         not isinstance(fitted, dict)
@@ -170,13 +159,13 @@ def _loaded(file: ContextFile, stored: PackedFile, base: Any, device: Any, probe
     estimator.to(device)
     if caches is not None:
         engine.kv_caches = caches
-    if recorded is not None:
-        tabpfn_probe.install(estimator, recorded, check_first=probe)
+    if stored_probe is not None:
+        tabpfn_probe.install(estimator, stored_probe, check_first=probe)
     return estimator
 
 
-def _probe(file: ContextFile, stored: PackedFile) -> tabpfn_probe.Probe | None:
-    facts = stored.description.get("probe")
+def _probe(file: ContextFile, stored: StoredEstimator) -> tabpfn_probe.Probe | None:
+    facts = file.facts["numerics"].get("probe")
     if facts is None:
         return None
     if not isinstance(facts, dict) or facts.keys() != {"device", "full", "computer"}:
@@ -189,32 +178,18 @@ def _probe(file: ContextFile, stored: PackedFile) -> tabpfn_probe.Probe | None:
     )
 
 
-def _parts(
-    file: ContextFile, description: dict[str, Any]
-) -> tuple[str, dict[str, Any], dict[str, list[Any]]]:
-    """The estimator's class, its tree, and the digests of its base; raises CorruptContext for anything else."""
-    tree, digests = description.get("estimator"), description.get("base")
-    if not isinstance(tree, dict) or not tree.keys() >= {"class", "params", "caches", "fitted", "engine"}:
-        raise _malformed(file)
-    if not isinstance(tree["class"], str) or tree["class"] not in _KINDS or not isinstance(digests, dict):
-        raise _malformed(file)
-    if not all(isinstance(d, list) and len(d) == 3 and isinstance(d[1], list) for d in digests.values()):
-        raise _malformed(file)
-    return tree["class"], tree, digests
-
-
 def _malformed(file: ContextFile) -> CorruptContext:
     return CorruptContext(f"'{file.path}' describes no fitted TabPFN estimator", "Save it again")
 
 
-def _described(estimator: Any, base: Fingerprint) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What is stored of a fitted estimator: its description, and its tensors by name."""
+def _described(
+    estimator: Any, base: Fingerprint
+) -> tuple[dict[str, Any], dict[str, Tensor], tabpfn_probe.Probe | None]:
+    """What is stored of a fitted estimator: its JSON tree, its tensors by name, and its probe."""
     probe = tabpfn_probe.probe_of(estimator)
     encoder = Encoder(ALLOWED, _lookup(base))
-    description = {"estimator": _tree(estimator, encoder), "base": base.to_json()}
-    if probe is None:
-        return description, encoder.tensors
-    return description | {"probe": probe.to_json()}, encoder.tensors | probe.tensors()
+    tree = _tree(estimator, encoder)
+    return tree, encoder.tensors | (probe.tensors() if probe else {}), probe
 
 
 def _tree(estimator: Any, encoder: Encoder) -> dict[str, Any]:
@@ -223,13 +198,15 @@ def _tree(estimator: Any, encoder: Encoder) -> dict[str, Any]:
     params = estimator.get_params(deep=False)
     del params["model_path"], params["device"]
     fitted = {
-        name: value for name, value in vars(estimator).items() if name.endswith("_") and name not in _NOT_KEPT
+        name: value
+        for name, value in vars(estimator).items()
+        if name.endswith("_") and name not in _NOT_STORED
     }
     caches = getattr(engine, "kv_caches", None)
     # The engine without its models: a shallow copy, whose attributes are the estimator's own.
     shell = object.__new__(type(engine))
     shell.__dict__.update(
-        {name: value for name, value in vars(engine).items() if name not in _ENGINE_NOT_KEPT}
+        {name: value for name, value in vars(engine).items() if name not in _ENGINE_NOT_STORED}
     )
     return {
         "class": type(estimator).__name__,
@@ -241,7 +218,7 @@ def _tree(estimator: Any, encoder: Encoder) -> dict[str, Any]:
 
 
 def _facts(
-    estimator: Any, base: Fingerprint, schema: dict[str, Any] | None, tensors: dict[str, Tensor]
+    estimator: Any, base: Fingerprint, schema: dict[str, Any] | None, probe: tabpfn_probe.Probe | None
 ) -> dict[str, Any]:
     names = getattr(estimator, "feature_names_in_", None)
     labels = [] if not hasattr(estimator, "classes_") else [_label(c) for c in estimator.classes_]
@@ -250,7 +227,7 @@ def _facts(
     configs = [_plain(asdict(config)) for config in estimator.configs_]
     return {
         "kind": TABPFN,
-        "task": _KINDS[type(estimator).__name__],
+        "task": _TASKS[type(estimator).__name__],
         "rows": int(estimator.n_train_samples_),
         "features": int(estimator.n_features_in_),
         "schema": schema or {"names": [] if names is None else [str(name) for name in names]},
@@ -260,14 +237,13 @@ def _facts(
             "sources": _sources(estimator),
             "fingerprint": base.digest,
             "architecture": configs[0] if len(configs) == 1 else {"models": configs},
-            "tensors": len(base.tensors),
+            "tensors": base.to_json(),
         },
         "cache": {
             "dtype": str(entries[0].key.dtype).removeprefix("torch.") if entries else "none",
             "layers": len(caches[0].kv) if caches else 0,
             "members": int(estimator.n_estimators_),
             "groups": len(caches),
-            "bytes": sum(t.nbytes for name, t in tensors.items() if name.startswith(f"{_CACHE}.")),
             "layout": "members, rows, heads, head size",
             "extendable": False,
         },
@@ -276,14 +252,14 @@ def _facts(
             "dtype": str(estimator.forced_inference_dtype_ or "float32").removeprefix("torch."),
             "device": str(estimator.devices_[0].type),
             "torch": torch.__version__,
-            "probe": "probe.answers" in tensors,
+            "probe": None if probe is None else probe.to_json(),
         },
         "packages": {name: version(name) for name in _PACKAGES},
         "contains_training_labels": True,
     }
 
 
-def _made(name: str, params: dict[str, Any], directory: Path) -> Any:
+def _new_estimator(name: str, params: dict[str, Any], directory: Path) -> Any:
     """A fresh estimator with the base's models, as tabpfn makes them."""
     import tabpfn
 
@@ -301,19 +277,19 @@ def _made(name: str, params: dict[str, Any], directory: Path) -> Any:
     return estimator
 
 
-def _fingerprint(estimator: Any, fresh: dict[str, Tensor], wanted: dict[str, list[Any]]) -> Fingerprint:
+def _fingerprint(estimator: Any, fresh: dict[str, Tensor], wanted: Fingerprint) -> Fingerprint:
     """Digests of the base's tensors in the dtypes that were recorded: fitting may have cast them.
 
     They are remembered for as long as the files do not change.
     """
     files = _files(estimator)
-    casts = sorted({str(want[0]) for want in wanted.values()})
+    casts = sorted({dtype for dtype, _, _ in wanted.tensors.values()})
     key = tuple((str(f), s.st_size, s.st_mtime_ns) for f in files if (s := f.stat())) + tuple(casts)
     if files and key in _KNOWN and _KNOWN[key].tensors.keys() == fresh.keys():
         return _KNOWN[key]
     as_fitted = {}
     for name, tensor in fresh.items():
-        dtype = getattr(torch, str(wanted[name][0]), None) if name in wanted else None
+        dtype = getattr(torch, wanted.tensors[name][0], None) if name in wanted.tensors else None
         cast = tensor.is_floating_point() and isinstance(dtype, torch.dtype) and dtype != tensor.dtype
         as_fitted[name] = tensor.to(dtype) if cast else tensor
     found = fingerprint_of(as_fitted)
