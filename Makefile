@@ -79,7 +79,7 @@ $(VENV)-tabpfn/.ready: $(READY)
 	touch $@
 
 test-tabpfn: $(VENV)-tabpfn/.ready
-	PYTHONPATH=src $(VENV)-tabpfn/bin/python -m pytest tests/context/test_tabpfn.py
+	PYTHONPATH=src $(VENV)-tabpfn/bin/python -m pytest tests/context/tabpfn
 
 # Run the commands in README.md and docs/, and write their output there.
 docs: $(READY)

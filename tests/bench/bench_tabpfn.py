@@ -50,9 +50,8 @@ def main() -> None:
 
 def make(folder: Path, args: argparse.Namespace) -> None:
     """The checkpoint and the data, made once; the estimator is fitted in each process that saves."""
-    sys.path.insert(0, str(Path(__file__).parents[1] / "context"))
     import numpy as np
-    from tabpfn_checkpoints import write_checkpoint
+    from tests.context.tabpfn.checkpoints import write_checkpoint
 
     write_checkpoint(
         folder / "base.safetensors", "tabpfn_v3_5", args.task, embed_dim=args.width, nlayers=args.layers,

@@ -125,7 +125,10 @@ def check_probe(estimator: Any) -> float | None:
 
 def _loaded(file: ContextFile, stored: StoredEstimator, base: Any, device: Any, probe: bool) -> Any:
     tree, recorded = stored.tree, file.facts["base"]
-    if not tree.keys() >= {"class", "params", "caches", "fitted", "engine"} or tree["class"] not in _TASKS:
+    if (
+        not tree.keys() >= {"class", "params", "caches", "fitted", "engine"}
+        or str(tree["class"]) not in _TASKS
+    ):
         raise _malformed(file)
     fresh: dict[str, Tensor] = {}
     decoder = Decoder(ALLOWED, stored.take, lambda name: fresh[name].detach().to("cpu", copy=True))

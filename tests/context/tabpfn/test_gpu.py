@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,13 +19,12 @@ from tests.helpers import run as command
 
 pytest.importorskip("tabpfn")
 
+from tests.context.tabpfn.checkpoints import SIZES, estimator, fit_command, table, write_checkpoint
+
 from loadstone.context.tabpfn import estimator as contexts
 from loadstone.context.tabpfn.classes import ALLOWED
 from loadstone.context.tabpfn.object_tree import Encoder
 from loadstone.quantization.flatten import tensor_bytes
-
-sys.path.insert(0, str(Path(__file__).parent))
-from tabpfn_checkpoints import SIZES, estimator, fit_command, table, write_checkpoint
 
 pytestmark = [
     pytest.mark.gpu,

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -20,6 +19,9 @@ from tests.helpers import run as command
 
 pytest.importorskip("tabpfn")
 
+from tests.context.tabpfn.checkpoints import SIZES, estimator, fit_command, table, write_checkpoint
+from tests.context.tabpfn.forged import rewrite, rewrite_tensors, rewrite_tree
+
 import loadstone
 from loadstone.artifact.context_errors import (
     BaseMismatch,
@@ -29,16 +31,14 @@ from loadstone.artifact.context_errors import (
     ProbeFailed,
     UnsafeContent,
 )
+from loadstone.artifact.context_file import read_context
 from loadstone.context.tabpfn import estimator as contexts
 from loadstone.context.tabpfn.classes import ALLOWED
 from loadstone.context.tabpfn.object_tree import Decoder, Encoder, resolve
 from loadstone.context.tabpfn.probe import probe_of
+from loadstone.context.tabpfn.stored import TREE
 from loadstone.errors import MissingError, UsageError
 from loadstone.quantization.flatten import tensor_bytes
-
-sys.path.insert(0, str(Path(__file__).parent))
-from packed_contexts import rewrite, rewrite_description
-from tabpfn_checkpoints import SIZES, estimator, fit_command, table, write_checkpoint
 
 TASKS = ("classification", "regression")
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -72,7 +72,7 @@ def fitted(checkpoint: Callable[..., Path]) -> Callable[..., Any]:
 
 @pytest.fixture(scope="module")
 def wide(checkpoint: Callable[..., Path]) -> Any:
-    """A fitted estimator with caches large enough to be packed one by one."""
+    """A fitted estimator with large caches."""
     x = np.random.default_rng(0).normal(size=(4000, 3))
     return estimator(checkpoint(task="regression"), "regression").fit(x, x[:, 0])
 
@@ -192,7 +192,7 @@ def test_no_weight_is_stored(
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_size_is_the_predicted_one(checkpoint: Callable[..., Path], task: str, tmp_path: Path) -> None:
+def test_size_is_that_of_the_tensors(checkpoint: Callable[..., Path], task: str, tmp_path: Path) -> None:
     from tabpfn.architectures.tabpfn_v3_5 import get_cache_size
 
     draw = np.random.default_rng(0)
@@ -200,10 +200,7 @@ def test_size_is_the_predicted_one(checkpoint: Callable[..., Path], task: str, t
     y = x[:, 0] if task == "regression" else (x[:, 0] > 0).astype(int)
     model = estimator(checkpoint("tabpfn_v3_5", task), task).fit(x, y)
     contexts.save(model, tmp_path / "context")
-    size = (tmp_path / "context" / "context.safetensors").stat().st_size
-    assert abs(size - contexts.predicted_bytes(model)) <= 0.01 * size
     # What the package says of keys, values and their like before any fit, given the columns that the model sees.
-    facts = json.loads((tmp_path / "context" / "context.json").read_text())
     tensors = tensors_of(model)
     layers = sum(t.nbytes for name, t in tensors.items() if name.startswith("layers."))
     columns = model.executor_.kv_caches[0].scaler_cache["mean"].shape[-1]
@@ -212,28 +209,29 @@ def test_size_is_the_predicted_one(checkpoint: Callable[..., Path], task: str, t
         task_type="multiclass" if task == "classification" else "regression",
     )  # fmt: skip
     assert abs(layers - 2 * one) <= 0.01 * layers
+    file = read_context(tmp_path / "context")
     probe = probe_of(model)
-    assert facts["cache"]["bytes"] == layers and probe is not None
-    kept = [*tensors.values(), *probe.tensors().values()]
-    assert layers < facts["packed"]["tensors"] <= sum(t.nbytes for t in kept)
-    assert size < facts["packed"]["tensors"]
+    assert file.cache_bytes == layers and probe is not None
+    stored = [t for t in file.tensors.values() if t.name != TREE]
+    assert (
+        layers
+        < sum(t.nbytes for t in stored)
+        <= sum(t.nbytes for t in [*tensors.values(), *probe.tensors().values()])
+    )
 
 
-@pytest.mark.parametrize("members", [2, 8])
-@pytest.mark.parametrize("task", TASKS)
-@pytest.mark.parametrize("name", sorted(SIZES))
-def test_files_are_no_larger_than_the_packages(
-    fitted: Callable[..., Any], name: str, task: str, members: int, tmp_path: Path
-) -> None:
-    """Of 60 rows, where what is around the cache weighs most. The base's digests are what the package does without."""
-    from tabpfn.model_loading import save_fitted_tabpfn_model
+def test_the_file_is_plain_safetensors(fitted: Callable[..., Any], tmp_path: Path) -> None:
+    """Readable without loadstone: tensors by their paths, and the rest as JSON."""
+    from safetensors.torch import load_file
 
-    model = fitted(name, task, n_estimators=members)
-    contexts.save(model, tmp_path / "ours")
-    save_fitted_tabpfn_model(model, tmp_path / "theirs.tabpfn_fit")
-    ours = sum(path.stat().st_size for path in (tmp_path / "ours").iterdir())
-    digests = 32 * len(contexts.base_state(model))
-    assert ours <= (tmp_path / "theirs.tabpfn_fit").stat().st_size + digests
+    model = fitted()
+    contexts.save(model, tmp_path / "context")
+    found = load_file(tmp_path / "context" / "context.safetensors")
+    tree = json.loads(found["estimator.json"].numpy().tobytes())
+    assert tree["class"] == "TabPFNClassifier"
+    live = {id(t): t for t in contexts.cache_tensors(model)}.values()
+    stored = [t for name, t in found.items() if name.startswith("layers.")]
+    assert all(any(t.shape == s.shape and torch.equal(t, s) for s in stored) for t in live)
 
 
 def tensors_of(model: Any) -> dict[str, torch.Tensor]:
@@ -337,7 +335,7 @@ def test_models_made_in_memory(checkpoint: Callable[..., Path], tmp_path: Path) 
 
 def elsewhere(context: Path) -> None:
     """As if the context had been fitted on another computer."""
-    rewrite_description(context, lambda d: d["probe"].update(computer="another"))
+    rewrite(context, lambda f: f["numerics"]["probe"].update(computer="another"))
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -404,7 +402,7 @@ def test_architectures_that_draw_on_the_device_are_told_apart(
     fitted: Callable[..., Any], name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     contexts.save(fitted(name), tmp_path / "context")
-    rewrite_description(tmp_path / "context", lambda d: d["probe"].update(device="cuda", computer="another"))
+    rewrite(tmp_path / "context", lambda f: f["numerics"]["probe"].update(device="cuda", computer="another"))
     model = contexts.load(tmp_path / "context", device="cpu")
     predict(model)
     assert ("draws random numbers" in caplog.text) == (name == "tabpfn_v2")
@@ -413,8 +411,8 @@ def test_architectures_that_draw_on_the_device_are_told_apart(
 # What must not be loaded.
 
 
-def _plant(described: dict[str, Any], value: Any) -> None:
-    described["estimator"]["fitted"]["v"].append(["planted_", value])
+def _plant(tree: dict[str, Any], value: Any) -> None:
+    tree["fitted"]["v"].append(["planted_", value])
 
 
 MARKER = "import pathlib; pathlib.Path('planted').touch()"
@@ -446,7 +444,7 @@ def test_crafted_objects_are_refused(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     contexts.save(fitted(), tmp_path / "context")
-    rewrite_description(tmp_path / "context", lambda described: _plant(described, value))
+    rewrite_tree(tmp_path / "context", lambda tree: _plant(tree, value))
     with pytest.raises(error):
         contexts.load(tmp_path / "context", device="cpu")
     assert not (tmp_path / "planted").exists()
@@ -493,10 +491,14 @@ def test_a_file_that_runs_code_in_the_package_is_refused_here(
 @pytest.mark.parametrize("change, error", [
     (lambda f: f["packages"].update(tabpfn="8.1.0"), FormatUnsupported),
     (lambda f: f.pop("packages"), CorruptContext),
-    (lambda f: f.pop("packed"), CorruptContext),
-    (lambda f: f["base"].update(tensors={}), CorruptContext),
+    (lambda f: f["base"].pop("tensors"), CorruptContext),
+    (lambda f: f["base"].update(tensors={}), BaseMismatch),
+    (lambda f: f["base"].update(tensors={"x": 1}), CorruptContext),
+    (lambda f: f["numerics"].update(probe={}), CorruptContext),
+    (lambda f: f["numerics"].update(probe=None), CorruptContext),
     (lambda f: f.update(format_version=99), FormatUnsupported),
     (lambda f: f.update(format_version=1), FormatUnsupported),
+    (lambda f: f.update(format_version=2, packed={}), FormatUnsupported),
 ])  # fmt: skip
 def test_changed_facts(
     fitted: Callable[..., Any],
@@ -511,26 +513,39 @@ def test_changed_facts(
 
 
 @pytest.mark.parametrize("change", [
-    lambda d: d.pop("estimator"),
-    lambda d: d["estimator"].update({"class": "Other"}),
-    lambda d: d["estimator"].update({"class": ["TabPFNClassifier"]}),
-    lambda d: d["estimator"].pop("params"),
-    lambda d: d["estimator"].update(engine=None),
-    lambda d: d["estimator"].update(engine=[1]),
-    lambda d: d["estimator"].update(caches=7),
-    lambda d: d["estimator"]["fitted"]["v"].pop(),
-    lambda d: d.pop("base"),
-    lambda d: d.update(base={"x": 1}),
-    lambda d: d["packed"].clear(),
-    lambda d: d["small"].popitem(),
-    lambda d: [entry[4].append(1) for entry in d["packed"].values()],
-    lambda d: d.update(probe={}),
-    lambda d: d["small"]["probe.queries"][1].reverse() or d["small"]["probe.queries"][1].append(1),
+    lambda d: d.clear(),
+    lambda d: d.update({"class": "Other"}),
+    lambda d: d.update({"class": ["TabPFNClassifier"]}),
+    lambda d: d.pop("params"),
+    lambda d: d.update(engine=None),
+    lambda d: d.update(engine=[1]),
+    lambda d: d.update(caches=7),
+    lambda d: d["fitted"]["v"].pop(),
 ])  # fmt: skip
-def test_changed_descriptions(wide: Any, change: Callable[[dict[str, Any]], Any], tmp_path: Path) -> None:
+def test_changed_trees(wide: Any, change: Callable[[dict[str, Any]], Any], tmp_path: Path) -> None:
     contexts.save(wide, tmp_path / "context")
-    rewrite_description(tmp_path / "context", lambda d: change(d))
-    with pytest.raises((CorruptContext, BaseMismatch)):
+    rewrite_tree(tmp_path / "context", change)
+    with pytest.raises(CorruptContext):
+        contexts.load(tmp_path / "context", device="cpu")
+
+
+@pytest.mark.parametrize("change", [
+    lambda t: t.pop(TREE),
+    lambda t: t.update({TREE: torch.zeros(3)}),
+    lambda t: t.update({TREE: t[TREE][:-1].clone()}),
+    lambda t: t.update({TREE: torch.frombuffer(bytearray(b"[" * 10**6), dtype=torch.uint8)}),
+    lambda t: t.update({TREE: torch.frombuffer(bytearray(b"[1]"), dtype=torch.uint8)}),
+    lambda t: t.update({TREE: torch.frombuffer(bytearray(b"[" + b"0," * 4_000_001), dtype=torch.uint8)}),
+    lambda t: t.update(more=torch.zeros(3)),
+    lambda t: t.pop(next(name for name in t if name.startswith("layers."))),
+    lambda t: t.pop("probe.queries"),
+    lambda t: t.update({"probe.queries": t["probe.queries"].reshape(1, -1, 1)}),
+    lambda t: t.update({"probe.answers": t["probe.answers"].double()}),
+])  # fmt: skip
+def test_changed_tensors(wide: Any, change: Callable[[dict[str, Any]], Any], tmp_path: Path) -> None:
+    contexts.save(wide, tmp_path / "context")
+    rewrite_tensors(tmp_path / "context", change)
+    with pytest.raises(CorruptContext):
         contexts.load(tmp_path / "context", device="cpu")
 
 
@@ -538,7 +553,6 @@ def test_damage_is_found(wide: Any, tmp_path: Path) -> None:
     contexts.save(wide, tmp_path / "context")
     file = tmp_path / "context" / "context.safetensors"
     raw = file.read_bytes()
-    # In the packed caches, where deflate itself may not mind, and in the description.
     for at in (*range(len(raw) // 5, len(raw), len(raw) // 5), len(raw) - 9):
         file.write_bytes(raw[:at] + bytes([raw[at] ^ 4]) + raw[at + 1 :])
         with pytest.raises(CorruptContext, match="sha256"):
@@ -610,7 +624,7 @@ def test_command_line(
         done = json.loads(printed)
         # With the columns that preprocessing adds: components and a fingerprint.
         assert abs(plan["predicted_bytes"] - done["cache_bytes"]) <= 0.01 * done["cache_bytes"]
-        assert done["file_bytes"] < done["bytes"]
+        assert done["cache_bytes"] < done["bytes"] < done["file_bytes"]
         assert code == 0 and done["cache_dtype"] == "float8_e4m3fn", err
         code, printed, _ = run("inspect", out, "--verify", "--json")
         found = json.loads(printed)
