@@ -18,10 +18,12 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from loadstone.context import priors
+import pfn_priors as priors
 from loadstone.context.pfn import encoding
 from loadstone.context.pfn.bars import BarPosterior
-from loadstone.context.pfn.model import CLASSIFICATION, PFN, REGRESSION, PFNConfig
+from loadstone.context.pfn.config import PFNConfig
+from loadstone.context.pfn.model import PFN
+from loadstone.context.tables.predictions import CLASSIFICATION, REGRESSION
 
 # Shapes come from short lists, so that what libraries work out for a shape is used again.
 FEATURES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 17, 23, 30, 40)

@@ -36,10 +36,6 @@ KNOWN_ROOMS: set[str] = set()
 KNOWN_ARROWS: set[tuple[str, str]] = set()
 KNOWN_CIRCLES: list[set[str]] = [
     {"loadstone.loading.binfiles", "loadstone.loading.lazy"},
-    {
-        f"loadstone.context.pfn.{name}"
-        for name in ("bases", "layout", "model", "prefill", "store", "training_context")
-    },
     {f"loadstone.loading.{name}" for name in ("devices", "meta", "native", "plan")},
     {f"loadstone.artifact.{name}" for name in ("context_file", "detect", "manifest")},
 ]

@@ -94,7 +94,8 @@ def setting(d: int, device: str) -> tuple[Any, Any, Any]:
     """(model, training rows, targets)."""
     import torch
 
-    from loadstone.context.pfn.model import PFN, PFNConfig
+    from loadstone.context.pfn.config import PFNConfig
+    from loadstone.context.pfn.model import PFN
 
     torch.manual_seed(0)
     model = PFN(PFNConfig(width=128, hidden=512, layers=6, heads=4, bars=100, classes=0)).requires_grad_(

@@ -117,7 +117,7 @@ def test_inspect(fitted: dict[str, Path], capsys: pytest.CaptureFixture[str]) ->
         (["eval", "-M", "{t}/c-fitted", "--data", "{t}/r-test.csv"], 3, "lacks 'colour'"),
         (["predict", "-M", "{t}/c-fitted", "--data", "{t}/swapped.csv"], 3, "another order"),
         (["predict", "-M", "{t}/c-fitted", "--data", "{t}/text.csv"], 3, "numeric column 'a'"),
-        (["predict", "-M", "{t}", "--data", "{t}/c-new.csv"], 2, "no fitted context"),
+        (["predict", "-M", "{t}", "--data", "{t}/c-new.csv"], 2, "not a fitted context"),
         (["predict", "-M", "{t}/c-fitted", "--data", "{t}/c-new.csv", "--quantiles", "5"], 2, "--quantiles"),
         (["predict", "-M", "{t}/r-fitted", "--data", "{t}/r-new.csv", "--quantiles", ""], 2, "--quantiles"),
         (["predict", "-M", "{t}/c-fitted", "--data", "{t}/c-new.csv", "--quantiles", "0.5"], 2, "no quantiles"),

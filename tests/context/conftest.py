@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from loadstone.context.pfn.model import PFN, PFNConfig
+from loadstone.context.pfn.config import PFNConfig
+from loadstone.context.pfn.model import PFN
 
 
 def random_pfn(seed: int = 0, **sizes: object) -> PFN:

@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import errno
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from loadstone.artifact.context_file import PFN
 from loadstone.errors import MissingError, UsageError
-from loadstone.writing.contexts import finished, write_context
+from loadstone.writing.contexts import write_context
 from loadstone.writing.publish import locked
-from loadstone.writing.shards import plain_parts
 
 
 def save(path: Path, value: float, overwrite: bool = False) -> Path:
-    def describe(tensors: Path) -> dict[str, Any]:
-        return finished({"kind": PFN, "value": value}, tensors)
-
-    return write_context(path, plain_parts({"x": torch.full((4,), value)}), describe, overwrite=overwrite)
+    facts = {"kind": PFN, "value": value}
+    return write_context(path, {"x": torch.full((4,), value)}, facts, overwrite=overwrite)
 
 
 def test_an_existing_output(tmp_path: Path) -> None:
@@ -32,7 +28,7 @@ def test_an_existing_output(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").touch()
-    with pytest.raises(UsageError, match="is no fitted context"):
+    with pytest.raises(UsageError, match="is not a fitted context"):
         save(tmp_path / "model", 1.0, overwrite=True)
 
 

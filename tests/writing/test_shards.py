@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from loadstone.artifact import TensorInfo
 from loadstone.quantization.flatten import dtype_name
 from loadstone.writing.index import in_shards, shard_name, weights_name, write_index
-from loadstone.writing.shards import Part, ShardWriter, plain_parts, write_parts
+from loadstone.writing.shards import ShardWriter, write_tensors
 
 TENSORS = {
     "b": torch.arange(6, dtype=torch.float32).view(2, 3),
@@ -30,8 +30,8 @@ def reference(tmp_path: Path) -> bytes:
     return (tmp_path / "ref").read_bytes()
 
 
-def test_parts_in_order(tmp_path: Path, reference: bytes) -> None:
-    write_parts(tmp_path / "file", plain_parts(TENSORS))
+def test_tensors_in_one_call(tmp_path: Path, reference: bytes) -> None:
+    write_tensors(tmp_path / "file", TENSORS)
     assert (tmp_path / "file").read_bytes() == reference
 
 
@@ -46,13 +46,6 @@ def test_tensors_in_any_order_and_by_rows(tmp_path: Path, reference: bytes) -> N
     writer.flush()
     writer.close()
     assert (tmp_path / "file").read_bytes() == reference
-
-
-def test_bytes_that_turn_out_fewer(tmp_path: Path) -> None:
-    from safetensors.torch import load_file
-
-    write_parts(tmp_path / "file", [Part("packed", "U8", (100,), 100, lambda: [b"abc", b"de"])])
-    assert bytes(load_file(tmp_path / "file")["packed"].tolist()) == b"abcde"
 
 
 def test_a_file_closes_when_the_next_tensor_would_overfill_it() -> None:

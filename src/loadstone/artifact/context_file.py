@@ -25,7 +25,7 @@ PFN, TABPFN, PREFIX = "pfn", "tabpfn", "llm-prefix"
 # The version of each kind that is written and read. TabPFN estimators of version 2 were compressed.
 FORMAT_VERSIONS = {PFN: 1, TABPFN: 3, PREFIX: 1}
 KINDS = (PFN, TABPFN, PREFIX)
-# Those that predict a column of a table.
+# Kinds that predict a column of a table.
 TABLE_KINDS = (PFN, TABPFN)
 # What a context of each kind is called, what it needs and what it is for.
 KIND_NAMES = {
@@ -38,7 +38,7 @@ KIND_USES = {
     TABPFN: "Use it with predict or eval --data on a table, or loadstone.load_context in Python",
     PREFIX: "Use it with eval on text or --tasks, or loadstone.load_context in Python",
 }
-# A directory may hold notes of its owner's; what a loader could be tricked into running has no place in it.
+# Other files may lie in a context's directory, but none that a loader could be tricked into running.
 _UNSAFE_SUFFIXES = (
     ".pkl",
     ".pickle",
@@ -75,18 +75,18 @@ class ContextFile:
 
 
 def is_context(directory: Path) -> bool:
-    """Whether the directory says that it is a fitted context."""
+    """Whether the directory has a context.json."""
     return is_file(directory / CONTEXT_JSON)
 
 
 def context_kind(directory: Path) -> str | None:
-    """The kind a context says it has, None for what is no context; no more is checked than that."""
+    """The kind in context.json, unchecked; None for a directory that is not a context."""
     if not is_context(directory):
         return None
     try:
         kind = read_json(check_inside(directory, CONTEXT_JSON), MAX_CONFIG_BYTES).get("kind")
     except ArtifactError:
-        # What is wrong with it is for the reader to say.
+        # `read_context` reports what is wrong with it.
         return ""
     return kind if isinstance(kind, str) else ""
 
@@ -152,7 +152,7 @@ def digest(facts: dict[str, Any]) -> str:
 def _check_version(facts: dict[str, Any]) -> None:
     version = facts.get("format_version")
     if facts.get("format") != "loadstone-context" or type(version) is not int:
-        raise CorruptContext(f"{CONTEXT_JSON} is no fitted context's", "Fit the context again")
+        raise CorruptContext(f"{CONTEXT_JSON} does not describe a fitted context", "Fit the context again")
     kind = facts.get("kind")
     if kind not in KINDS:
         raise FormatUnsupported(
@@ -176,7 +176,8 @@ def _check_shape(facts: dict[str, Any]) -> None:
     names = set(files)
     for name in names - {CONTEXT_TENSORS}:
         raise UnsafeContent(
-            f"{CONTEXT_JSON} names the file {name[:200]!a}, which no context has", "Do not trust it"
+            f"{CONTEXT_JSON} names the file {name[:200]!a}, which does not belong to a context",
+            "Do not trust it",
         )
     entry = files.get(CONTEXT_TENSORS)
     if (
@@ -201,7 +202,7 @@ def _refuse_planted(directory: Path) -> None:
     for path in sorted(directory.iterdir()):
         if path.name.lower().endswith(_UNSAFE_SUFFIXES):
             raise UnsafeContent(
-                f"'{path.name}' lies in the context, and a context holds JSON and safetensors only",
+                f"'{path.name}' is in the context, and a context holds JSON and safetensors only",
                 "Do not trust this directory; remove the file if you know where it came from",
             )
 

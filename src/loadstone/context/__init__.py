@@ -10,14 +10,14 @@ if TYPE_CHECKING:
     from loadstone.context.bayesopt.optimize import optimize_acquisition as optimize_acquisition
     from loadstone.context.opening import load_context as load_context
     from loadstone.context.pfn.bars import BarPosterior as BarPosterior
+    from loadstone.context.pfn.config import PFNConfig as PFNConfig
     from loadstone.context.pfn.model import PFN as PFN
-    from loadstone.context.pfn.model import PFNConfig as PFNConfig
     from loadstone.context.pfn.prefill import fit_context as fit_context
     from loadstone.context.pfn.training_context import TrainingContext as TrainingContext
 
 _HOMES = {
     "PFN": "pfn.model",
-    "PFNConfig": "pfn.model",
+    "PFNConfig": "pfn.config",
     "BarPosterior": "pfn.bars",
     "TrainingContext": "pfn.training_context",
     "fit": "api",

@@ -1,4 +1,4 @@
-"""What a base model is, tensor by tensor: a context holds no weights, so it must know exactly whose it needs."""
+"""Fingerprint of a base model: a hash of every tensor, by which a context recognises the weights it was made with."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from loadstone.quantization.flatten import tensor_bytes
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-# Enough names to see what is going on, few enough to read.
+# Names listed in an error message.
 _NAMED = 5
-# hashlib lets go of the interpreter while it works.
+# Threads: hashlib releases the GIL.
 _HASHERS = 4
 
 
@@ -42,7 +42,7 @@ class Fingerprint:
 
 
 def fingerprint(model: nn.Module) -> Fingerprint:
-    """The fingerprint of a model as it is in memory, on whatever device.
+    """The fingerprint of a model in memory, on any device.
 
     Quantized tensors count with each of the plain tensors they consist of. Raises `UsageError` for a model that is
     partly offloaded: its values are not in memory.

@@ -1,4 +1,4 @@
-"""One door to every kind of context."""
+"""Single entry point for loading a context of any kind."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def load_context(
     directory = Path(path)
     kind = context_kind(directory) if directory.is_dir() else None
     if kind is None:
-        raise UsageError(f"'{directory}' is no fitted context", f"Name a directory with a {CONTEXT_JSON}")
+        raise UsageError(f"'{directory}' is not a fitted context", f"Name a directory with a {CONTEXT_JSON}")
     if kind == PREFIX:
         from loadstone.context.prefix.store import load_prefix
 

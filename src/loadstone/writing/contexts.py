@@ -3,34 +3,38 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loadstone._version import __version__
 from loadstone.artifact.context_file import CONTEXT_JSON, CONTEXT_TENSORS, FORMAT_VERSIONS, digest, is_context
 from loadstone.artifact.manifest import sha256_file
 from loadstone.errors import UsageError
 from loadstone.writing.publish import new_directory
-from loadstone.writing.shards import Part, write_parts
+from loadstone.writing.shards import write_tensors
+
+if TYPE_CHECKING:
+    import torch
 
 
 def write_context(
-    path: Path, parts: list[Part], describe: Callable[[Path], dict[str, Any]], *, overwrite: bool
+    path: Path, tensors: Mapping[str, torch.Tensor], facts: dict[str, Any], *, overwrite: bool
 ) -> Path:
-    """Make the directory ``path`` of ``parts`` and of what ``describe`` says once they are written; returns it.
+    """Write a context as the directory ``path``, whole or not at all; returns it.
 
-    Tensors are written one after another, so this needs the memory of the largest of them. Raises `UsageError` for an
-    output that exists, or is no context that could be replaced, `MissingError` for disk errors.
+    ``facts``: what is particular to this context.json; format, hashes and versions are added. Tensors are written one
+    after another, so this needs the memory of the largest of them. Raises `UsageError` for an output that exists, or is
+    no context that could be replaced, `MissingError` for disk errors.
     """
     if overwrite and path.exists() and not is_context(path):
         raise UsageError(
-            f"the output '{path}' is no fitted context", "It will not be replaced: choose another"
+            f"the output '{path}' is not a fitted context", "It will not be replaced: choose another"
         )
     with new_directory(path, overwrite) as work:
-        write_parts(work / CONTEXT_TENSORS, parts)
-        facts = describe(work / CONTEXT_TENSORS)
-        (work / CONTEXT_JSON).write_text(_lines(facts), encoding="utf-8")
+        write_tensors(work / CONTEXT_TENSORS, tensors)
+        whole = _complete(facts, work / CONTEXT_TENSORS)
+        (work / CONTEXT_JSON).write_text(_lines(whole), encoding="utf-8")
     return path
 
 
@@ -43,7 +47,7 @@ def _lines(facts: dict[str, Any]) -> str:
     return "{\n" + ",\n".join(rows) + "\n}\n"
 
 
-def finished(facts: dict[str, Any], tensors: Path) -> dict[str, Any]:
+def _complete(facts: dict[str, Any], tensors: Path) -> dict[str, Any]:
     """``facts`` with what every context.json holds: format, the tensors' hash, versions and its own digest."""
     whole = {"format": "loadstone-context", "format_version": FORMAT_VERSIONS[facts["kind"]]} | facts
     whole["files"] = {CONTEXT_TENSORS: {"sha256": sha256_file(tensors), "bytes": tensors.stat().st_size}}

@@ -9,10 +9,9 @@ from __future__ import annotations
 import json
 import os
 import struct
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from loadstone.artifact.formats.safetensors import DTYPE_BITS, TensorInfo
 from loadstone.quantization.flatten import dtype_name, tensor_bytes
@@ -65,46 +64,15 @@ class ShardWriter:
         os.close(self._file)
 
 
-@dataclass(frozen=True)
-class Part:
-    """One tensor of a file: its header entry, and what gives its bytes when its turn comes. Packed bytes ("U8") may
-    turn out fewer than ``nbytes``; ``shape`` follows."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    nbytes: int
-    chunks: Callable[[], Iterable[Any]]
-
-
-def plain_parts(tensors: dict[str, torch.Tensor]) -> list[Part]:
-    """Tensors as they are, in safetensors' order."""
-    ordered = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
-    return [
-        Part(name, dtype_name(t.dtype), tuple(t.shape), t.nbytes, lambda t=t: [tensor_bytes(t)])  # type: ignore[misc]
-        for name, t in ordered
-    ]
-
-
-def write_parts(path: Path, parts: list[Part]) -> None:
-    """Write ``parts``, of any device, to ``path`` and sync it to disk; one of them at a time is on the CPU."""
-    with path.open("wb") as file:
-        # The header comes first and is known last: room is left for its longest form.
-        room = len(_header([(p.name, p.dtype, p.shape, p.nbytes) for p in parts], {"format": "pt"}))
-        room += -room % 8
-        file.write(struct.pack("<Q", room) + b" " * room)
-        entries = []
-        for part in parts:
-            begin = file.tell()
-            for chunk in part.chunks():
-                file.write(chunk)
-            size = file.tell() - begin
-            entries.append((part.name, part.dtype, part.shape if size == part.nbytes else (size,), size))
-        header = _header(entries, {"format": "pt"})
-        file.seek(8)
-        file.write(header + b" " * (room - len(header)))
-        file.flush()
-        os.fsync(file.fileno())
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write tensors, of any device, to one file and sync it to disk; one of them at a time is copied to the CPU."""
+    infos = [TensorInfo(n, dtype_name(t.dtype), tuple(t.shape), "", 0, t.nbytes) for n, t in tensors.items()]
+    writer = ShardWriter(path, infos, {"format": "pt"})
+    try:
+        for name, tensor in tensors.items():
+            writer.write(name, tensor)
+    finally:
+        writer.close()
 
 
 def _header(entries: list[tuple[str, str, tuple[int, ...], int]], metadata: dict[str, str]) -> bytes:

@@ -17,7 +17,8 @@ from tests.context.conftest import random_pfn  # noqa: E402
 from loadstone.context.bayesopt.acquisition import discretized_ei, discretized_pi, log_ei  # noqa: E402
 from loadstone.context.bayesopt.botorch import BarAcquisition, ContextModel  # noqa: E402
 from loadstone.context.pfn.bars import BarPosterior  # noqa: E402
-from loadstone.context.pfn.model import PFN, REGRESSION  # noqa: E402
+from loadstone.context.pfn.model import PFN  # noqa: E402
+from loadstone.context.tables.predictions import REGRESSION  # noqa: E402
 
 Rows = Callable[..., tuple[Tensor, Tensor]]
 BOX = torch.stack((torch.zeros(3), torch.ones(3))).double()

@@ -9,7 +9,8 @@ from torch import Tensor
 from loadstone.context.bayesopt import acquisition
 from loadstone.context.bayesopt.optimize import optimize_acquisition
 from loadstone.context.pfn.bars import BarPosterior
-from loadstone.context.pfn.model import PFN, REGRESSION
+from loadstone.context.pfn.model import PFN
+from loadstone.context.tables.predictions import REGRESSION
 from loadstone.errors import UsageError
 
 BOX = torch.tensor([[-1.0, -2.0], [2.0, 2.0]], dtype=torch.float64)

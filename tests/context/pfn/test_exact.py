@@ -10,7 +10,8 @@ import torch
 from tests.context.conftest import random_pfn
 from torch import Tensor
 
-from loadstone.context.pfn.model import CLASSIFICATION, PFN, REGRESSION
+from loadstone.context.pfn.model import PFN
+from loadstone.context.tables.predictions import CLASSIFICATION, REGRESSION
 
 Rows = Callable[..., tuple[Tensor, Tensor]]
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}

@@ -11,7 +11,7 @@ from tests.context.conftest import random_pfn, write_pfn
 from torch import Tensor
 
 from loadstone.context import load_context
-from loadstone.context.pfn.model import CLASSIFICATION, REGRESSION
+from loadstone.context.tables.predictions import CLASSIFICATION, REGRESSION
 
 pytestmark = [
     pytest.mark.gpu,

@@ -185,7 +185,7 @@ DAMAGE: dict[str, tuple[type[Exception], str, Callable[[Path], object]]] = {
     "truncated description": (CorruptContext, "context.json", lambda d: cut(d / "context.json", 100)),
     "no tensors": (CorruptContext, "missing", lambda d: (d / "context.safetensors").unlink()),
     "newer format": (FormatUnsupported, "version 2", lambda d: edit(d, lambda f: f.update(format_version=2))),
-    "no version": (CorruptContext, "no fitted", lambda d: edit(d, lambda f: f.pop("format_version"))),
+    "no version": (CorruptContext, "does not describe", lambda d: edit(d, lambda f: f.pop("format_version"))),
     "other kind": (FormatUnsupported, "'llm-x'", lambda d: edit(d, lambda f: f.update(kind="llm-x"))),
     "path that escapes": (
         UnsafeContent,
@@ -263,13 +263,13 @@ def test_outputs_appear_whole_or_not_at_all(
     before = (fitted / "context.json").read_bytes()
     with pytest.raises(UsageError, match="exists"):
         context.save(fitted)
-    with pytest.raises(UsageError, match="no fitted context"):
+    with pytest.raises(UsageError, match="not a fitted context"):
         context.save(pfn_dir, overwrite=True)
     with pytest.raises(UsageError, match="gradients"):
         load_base(pfn_dir, device="cpu").fit(
             *(t.requires_grad_() for t in rows(6, 2)), grad_context=True
         ).save(tmp_path / "graph")
-    monkeypatch.setattr("loadstone.context.pfn.store.describe", lambda *_: 1 / 0)
+    monkeypatch.setattr("loadstone.writing.contexts.sha256_file", lambda *_: 1 / 0)
     for out in (fitted, tmp_path / "new"):
         with pytest.raises(ZeroDivisionError):
             context.save(out, overwrite=True)
@@ -305,7 +305,7 @@ def test_a_context_is_no_model(fitted: Path, pfn_dir: Path) -> None:
     assert loadstone.detect(fitted).kind == "context" and loadstone.detect(pfn_dir).kind == "pfn"
     with pytest.raises(ArtifactError, match="load_context"):
         loadstone.load(fitted)
-    with pytest.raises(UsageError, match="no fitted context"):
+    with pytest.raises(UsageError, match="not a fitted context"):
         load_context(pfn_dir)
 
 

@@ -563,7 +563,7 @@ def test_damage_is_found(wide: Any, tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_held_is_named(fitted: Callable[..., Any], tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="no TabPFN estimator"):
+    with pytest.raises(UsageError, match="not a TabPFN estimator"):
         contexts.save(object(), tmp_path / "x")
     with pytest.raises(UsageError, match="not fitted"):
         from tabpfn import TabPFNClassifier

@@ -23,8 +23,9 @@ from botorch_community.posteriors.riemann import BoundedRiemannPosterior
 from torch import Tensor
 
 from loadstone.context.pfn.bars import BarPosterior
-from loadstone.context.pfn.model import PFN, REGRESSION
+from loadstone.context.pfn.model import PFN
 from loadstone.context.pfn.training_context import TrainingContext
+from loadstone.context.tables.predictions import REGRESSION
 
 
 class ContextPosterior(BoundedRiemannPosterior):

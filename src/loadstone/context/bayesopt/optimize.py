@@ -45,7 +45,7 @@ def optimize_acquisition(
 
     Starts are the best ``restarts`` of ``raw_samples`` scrambled Sobol points. ``lbfgs`` projects onto the box and
     leaves converged restarts out of later batches; ``adam`` takes all steps with all restarts. Deterministic for a
-    seed. Raises `UsageError` for bounds that are no box or an unknown method.
+    seed. Raises `UsageError` for bounds that are not a box, or an unknown method.
     """
     if bounds.ndim != 2 or len(bounds) != 2 or not (bounds[0] < bounds[1]).all():
         raise UsageError("bounds must be (2, d), lower below upper", "Give torch.stack([lower, upper])")

@@ -9,12 +9,20 @@ import torch
 
 from loadstone.artifact import Artifact
 from loadstone.context.pfn.bases import load_base
+from loadstone.context.pfn.config import PFNConfig, check_task
 from loadstone.context.pfn.layer_cache import parse_cache_dtype
 from loadstone.context.pfn.layout import CACHE_DTYPE_NAMES, context_tensors, total_bytes
-from loadstone.context.pfn.model import CLASSIFICATION, TASKS, PFNConfig, check_task
 from loadstone.context.pfn.training_context import TrainingContext
 from loadstone.context.tables import table as tables
-from loadstone.context.tables.predictions import QUANTILES, Predictions, classified, read_queries, regressed
+from loadstone.context.tables.predictions import (
+    CLASSIFICATION,
+    QUANTILES,
+    TASKS,
+    Predictions,
+    classified,
+    read_queries,
+    regressed,
+)
 from loadstone.errors import UsageError
 
 
@@ -56,7 +64,7 @@ def plan_fit(
         classes = tuple(tables.class_targets(table, target)[1])
         if len(classes) > config.classes:
             raise UsageError(
-                f"'{target}' has {len(classes)} classes, and the model tells {config.classes} apart",
+                f"'{target}' has {len(classes)} classes, and the model distinguishes {config.classes}",
                 "Merge rare classes, or use --task regression for a number",
             )
     if len(schema.names) > config.max_features:

@@ -1,4 +1,4 @@
-"""Keys and values of one layer's training rows, kept as they are, in bfloat16, or in int8."""
+"""Keys and values of one layer's training rows, stored in the model's dtype, bfloat16 or int8."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class LayerCache:
 
 
 def store(keys: Tensor, values: Tensor, dtype: torch.dtype) -> LayerCache:
-    """Keep keys and values in ``dtype``; with int8, symmetric and scaled to each head and channel's largest."""
+    """Store keys and values in ``dtype``; with int8, symmetric and scaled to each head and channel's largest."""
     if dtype != torch.int8:
         return LayerCache(keys.to(dtype), values.to(dtype))
     k, k_scale = _to_int8(keys)
@@ -56,16 +56,16 @@ def store(keys: Tensor, values: Tensor, dtype: torch.dtype) -> LayerCache:
 
 
 def parse_cache_dtype(name: str | None, model_dtype: torch.dtype) -> torch.dtype:
-    """The dtype a cache is kept in (None: the model's); raises `UsageError` for one that is not offered."""
+    """The dtype a cache is stored in (None: the model's); raises `UsageError` for an unknown one."""
     if name is None:
         return model_dtype
     if name not in CACHE_DTYPES:
-        raise UsageError(f"a cache cannot be kept in {name!r}", f"One of {', '.join(CACHE_DTYPES)}")
+        raise UsageError(f"a cache cannot be stored in {name!r}", f"One of {', '.join(CACHE_DTYPES)}")
     return CACHE_DTYPES[name]
 
 
 def layer_bytes(tokens: int, heads: int, rows: int, head_size: int, dtype: torch.dtype) -> int:
-    """Bytes that `store` will keep for a layer of this shape."""
+    """Bytes of a stored layer of this shape."""
     values = 2 * tokens * heads * head_size * rows * dtype.itemsize
     return values + (2 * tokens * heads * head_size * 4 if dtype == torch.int8 else 0)
 

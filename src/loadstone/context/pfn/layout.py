@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 from loadstone.artifact import TensorInfo
+from loadstone.context.pfn.config import PFNConfig
 from loadstone.context.pfn.layer_cache import CACHE_DTYPES
-from loadstone.context.pfn.model import REGRESSION, PFNConfig
+from loadstone.context.tables.predictions import REGRESSION
 from loadstone.quantization.flatten import dtype_name
 
 PROBE_ROWS = 16

@@ -11,76 +11,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from loadstone.context.pfn import encoding
-from loadstone.errors import ArtifactError, UsageError
-
-if TYPE_CHECKING:
-    from loadstone.context.pfn.training_context import TrainingContext
-
-MODEL_TYPE = "loadstone-pfn"
-REGRESSION, CLASSIFICATION = "regression", "classification"
-TASKS = (REGRESSION, CLASSIFICATION)
+from loadstone.context.pfn.config import PFNConfig
+from loadstone.context.pfn.prefill import fit_context
+from loadstone.context.pfn.training_context import TrainingContext
+from loadstone.context.tables.predictions import REGRESSION
 
 # CUDA attention kernels put the batch in a grid dimension that ends at 65,535.
 _MAX_ATTENTION_BATCH = 32_768
 # They also work in tiles of 128 x 128: below this many scores, plain matrix products are many times faster.
 _FEW_SCORES = 4096
-
-
-@dataclass(frozen=True)
-class PFNConfig:
-    """Sizes of a PFN; ``config.json`` beside its weights. ``bars`` or ``classes`` of 0 leave that task out."""
-
-    width: int = 128
-    layers: int = 6
-    heads: int = 4
-    hidden: int = 256
-    bars: int = 100
-    classes: int = 10
-    max_features: int = 100
-    per_feature: bool = True
-    code_size: int = 32
-    model_type: str = MODEL_TYPE
-
-    def __post_init__(self) -> None:
-        sizes = (self.width, self.layers, self.heads, self.hidden, self.max_features, self.code_size)
-        if not all(type(n) is int and 0 < n <= 65_536 for n in sizes) or self.width % self.heads:
-            raise ArtifactError(
-                f"config.json: impossible sizes {sizes} (width must divide by heads)", "Restore the file"
-            )
-        if not all(type(n) is int and 0 <= n <= 65_536 for n in (self.bars, self.classes)) or self.bars in (
-            1,
-            2,
-        ):
-            raise ArtifactError(
-                f"config.json: impossible head sizes {(self.bars, self.classes)}", "Restore the file"
-            )
-
-    @classmethod
-    def from_dict(cls, config: dict[str, Any]) -> PFNConfig:
-        """The config in a ``config.json``; raises `ArtifactError` for sizes that make no model."""
-        known = {f.name for f in fields(cls)}
-        return cls(**{k: v for k, v in config.items() if k in known})
-
-    def to_dict(self) -> dict[str, Any]:
-        """What ``config.json`` holds."""
-        return asdict(self) | {"architectures": ["PFN"]}
-
-    @property
-    def tasks(self) -> tuple[str, ...]:
-        """The tasks the model has a head for."""
-        return (REGRESSION,) * (self.bars > 0) + (CLASSIFICATION,) * (self.classes > 0)
-
-    def tokens(self, features: int) -> int:
-        """Tokens of one row with this many features."""
-        return features + 1 if self.per_feature else 1
 
 
 class Layer(nn.Module):
@@ -224,8 +170,6 @@ class PFN(nn.Module):
 
     def fit(self, x: Tensor, y: Tensor, **options: Any) -> TrainingContext:
         """The context of training rows ``x`` (n, d) and targets ``y`` (n,): see `fit_context` for the options."""
-        from loadstone.context.pfn.prefill import fit_context
-
         return fit_context(self, x, y, **options)
 
     @contextmanager
@@ -243,13 +187,6 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v)
     parts = zip(*(t.split(_MAX_ATTENTION_BATCH) for t in (q, k, v)), strict=True)
     return torch.cat([F.scaled_dot_product_attention(*part) for part in parts])
-
-
-def check_task(config: PFNConfig, task: str) -> str:
-    """``task`` if the model has a head for it; raises `UsageError` otherwise."""
-    if task not in config.tasks:
-        raise UsageError(f"the model has no {task!r} head", f"It can do {' and '.join(config.tasks)}")
-    return task
 
 
 def _heads(x: Tensor, heads: int) -> Tensor:

@@ -11,14 +11,15 @@ import torch
 from torch import Tensor
 
 from loadstone.context.pfn import encoding
+from loadstone.context.pfn.config import PFNConfig, check_task
 from loadstone.context.pfn.layer_cache import LayerCache, parse_cache_dtype, store
-from loadstone.context.pfn.model import CLASSIFICATION, PFN, REGRESSION, PFNConfig, check_task
 from loadstone.context.pfn.training_context import TrainingContext, rows_within
+from loadstone.context.tables.predictions import CLASSIFICATION, REGRESSION
 from loadstone.errors import UsageError
 
 
 def fit_context(
-    model: PFN,
+    model: Any,
     x: Tensor,
     y: Tensor,
     *,
@@ -30,7 +31,7 @@ def fit_context(
     grad_context: bool = False,
     memory_budget: int | None = None,
 ) -> TrainingContext:
-    """Fit a context: ``x`` (n, d) floating, NaN where a value is missing; ``y`` (n,).
+    """Read training rows with the PFN ``model``: ``x`` (n, d) floating, NaN where a value is missing; ``y`` (n,).
 
     ``task`` is ``regression`` or ``classification`` (default: by the dtype of ``y``, integers are classes). With
     ``classes`` the labels, ``y`` holds positions in it; without, the labels are the sorted distinct values of ``y``.
@@ -75,7 +76,7 @@ def fit_context(
 
 
 def check_rows(config: PFNConfig, x: Tensor, y: Tensor) -> None:
-    """Raise `UsageError` for training rows that no context can be made of."""
+    """Raise `UsageError` for training rows that cannot be fitted."""
     if x.ndim != 2 or y.ndim != 1 or len(x) != len(y):
         raise UsageError(
             f"training rows are {tuple(x.shape)} and targets {tuple(y.shape)}",
@@ -106,15 +107,15 @@ def _targets(
         classes = found.tolist()
     if len(classes) > config.classes:
         raise UsageError(
-            f"{len(classes)} classes, and the model tells {config.classes} apart", "Merge rare classes"
+            f"{len(classes)} classes, and the model distinguishes {config.classes}", "Merge rare classes"
         )
     if not len(classes) or y.min() < 0 or y.max() >= len(classes):
-        raise UsageError("a target is no position in `classes`", "Leave `classes` out, or give positions")
+        raise UsageError("a target is not a position in `classes`", "Leave `classes` out, or give positions")
     return tuple(classes), y, None
 
 
 def _read(
-    model: PFN, z: Tensor, codes: Tensor, y: Tensor, task: str, dtype: torch.dtype, step: int
+    model: Any, z: Tensor, codes: Tensor, y: Tensor, task: str, dtype: torch.dtype, step: int
 ) -> tuple[LayerCache, ...]:
     """Every layer's cache. Rows go through in chunks of ``step``; attention still spans all of them."""
 

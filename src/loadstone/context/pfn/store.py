@@ -1,9 +1,8 @@
-"""A fitted context on disk: ``context.json`` and ``context.safetensors``, no weights, nothing that can run."""
+"""Load a PFN's fitted context from its directory; `TrainingContext.save` writes it."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,80 +24,15 @@ from loadstone.artifact.context_file import (
 from loadstone.artifact.context_file import PFN as PFN_KIND
 from loadstone.context.fingerprint import Fingerprint, check_same, fingerprint
 from loadstone.context.pfn.bases import find_base, load_base
-from loadstone.context.pfn.encoding import SOFT_CLIP, Scaler
+from loadstone.context.pfn.config import PFNConfig
+from loadstone.context.pfn.encoding import Scaler
 from loadstone.context.pfn.layer_cache import CACHE_DTYPES, LayerCache
-from loadstone.context.pfn.layout import CACHE_DTYPE_NAMES, PROBE_ROWS, context_tensors
-from loadstone.context.pfn.model import PFN, REGRESSION, TASKS, PFNConfig
-from loadstone.context.pfn.training_context import TrainingContext
+from loadstone.context.pfn.layout import context_tensors
+from loadstone.context.pfn.model import PFN
+from loadstone.context.pfn.training_context import PROBE_TOLERANCE, TrainingContext
+from loadstone.context.tables.predictions import REGRESSION, TASKS
 from loadstone.errors import ArtifactError, LoadstoneError, UsageError
 from loadstone.loading.values import check_values
-from loadstone.writing.contexts import finished, write_context
-from loadstone.writing.shards import plain_parts
-
-# Largest difference of a logit, relative to the largest one of the probe, between the machine that fitted and this.
-PROBE_TOLERANCE = {"float64": 1e-9, "float32": 2e-3, "bfloat16": 0.1}
-
-
-def save_context(context: TrainingContext, path: Path, *, overwrite: bool = False) -> Path:
-    """Write ``context`` as the directory ``path``, whole or not at all; returns ``path``.
-
-    Tensors are written one after another, so saving needs the memory of one layer's keys at most. Raises `UsageError`
-    for an existing output, and for a context that is still part of an autograd graph.
-    """
-    if context.layers[0].keys.requires_grad:
-        raise UsageError("a context with gradients cannot be saved", "Fit it without grad_context")
-    return write_context(
-        path,
-        plain_parts(context.tensors() | probe(context)),
-        lambda file: describe(context, file),
-        overwrite=overwrite,
-    )
-
-
-def describe(context: TrainingContext, tensors: Path) -> dict[str, Any]:
-    """What context.json holds; ``docs/contexts.md`` documents every key."""
-    base = fingerprint(context.model)
-    names = list(context.feature_names or ())
-    facts: dict[str, Any] = {
-        "kind": PFN_KIND,
-        "task": context.task,
-        "rows": context.rows,
-        "features": context.features,
-        "schema": context.schema or {"names": names},
-        "classes": list(context.classes),
-        "base": {
-            "source": context.model.source,
-            "fingerprint": base.digest,
-            "architecture": context.model.config.to_dict(),
-            "tensors": base.to_json(),
-        },
-        "cache": {
-            "dtype": CACHE_DTYPE_NAMES[context.cache_dtype],
-            "layers": len(context.layers),
-            "layout": "tokens, heads, rows, head size",
-            "extendable": False,
-        },
-        "encoder": {"seed": context.seed, "soft_clip": SOFT_CLIP},
-        "numerics": {
-            "dtype": _name(context.model.dtype),
-            "device": context.device.type,
-            "torch": torch.__version__,
-            "probe_tolerance": PROBE_TOLERANCE[_name(context.model.dtype)],
-        },
-        # Keys and values are made of the training targets, so whoever has the file can learn about them.
-        "contains_training_labels": True,
-    }
-    return finished(facts, tensors)
-
-
-def probe(context: TrainingContext) -> dict[str, Tensor]:
-    """A few made-up queries with their logits: no training row is disclosed by them."""
-    noise = torch.randn(
-        PROBE_ROWS, context.features, generator=torch.Generator().manual_seed(0), dtype=torch.float64
-    )
-    queries = context.scaler.mean + context.scaler.std * noise.to(context.device)
-    with torch.inference_mode(False), torch.no_grad():
-        return {"probe.queries": queries, "probe.logits": context.logits(queries)}
 
 
 def load_table_context(
@@ -114,7 +48,7 @@ def load_table_context(
     """
     directory = Path(path)
     if not directory.is_dir() or not is_context(directory):
-        raise UsageError(f"'{directory}' is no fitted context", f"Name a directory with a {CONTEXT_JSON}")
+        raise UsageError(f"'{directory}' is not a fitted context", f"Name a directory with a {CONTEXT_JSON}")
     require_kind(directory, PFN_KIND, by="this loader")
     file = read_context(directory, verify=True)
     config = _check_facts(file)
@@ -147,7 +81,7 @@ def _check_facts(file: ContextFile) -> PFNConfig:
     dtype, cache = facts["numerics"].get("dtype"), facts["cache"]["dtype"]
     if dtype not in PROBE_TOLERANCE or cache not in CACHE_DTYPES:
         raise FormatUnsupported(
-            f"{CONTEXT_JSON}: computed in {str(dtype)[:40]!a} and kept in {cache[:40]!a}, which this device cannot do",
+            f"{CONTEXT_JSON}: computed in {str(dtype)[:40]!a} and stored in {cache[:40]!a}, unsupported here",
             f"Fit again with a cache in {', '.join(CACHE_DTYPES)}",
         )
     try:
@@ -243,9 +177,5 @@ def _check_probe(context: TrainingContext, file: ContextFile) -> None:
     if not difference <= tolerance:
         raise ProbeFailed(
             f"'{file.path}': the probe's logits differ by {difference:.2g} here, {tolerance:g} is allowed",
-            "The machine or library computes otherwise than where it was fitted: fit it again here",
+            "The machine or library computes differently from where it was fitted: fit it again here",
         )
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

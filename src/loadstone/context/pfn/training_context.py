@@ -1,4 +1,4 @@
-"""A fitted context: an immutable object that answers queries against training rows it no longer holds.
+"""A fitted context: the keys and values of training rows, immutable, that predictions for queries are computed from.
 
 Queries of any leading shape are folded into the one row axis of a single sequence: test rows do not see each other,
 so this is exact, and the cached keys and values are never repeated for restarts or candidates.
@@ -9,34 +9,37 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from loadstone.artifact.context_errors import SchemaMismatch
+from loadstone.artifact.context_file import PFN
+from loadstone.context.fingerprint import fingerprint
 from loadstone.context.pfn.bars import BarPosterior
-from loadstone.context.pfn.encoding import Scaler
+from loadstone.context.pfn.encoding import SOFT_CLIP, Scaler
 from loadstone.context.pfn.layer_cache import LayerCache
+from loadstone.context.pfn.layout import CACHE_DTYPE_NAMES, PROBE_ROWS
 from loadstone.errors import UsageError
+from loadstone.writing.contexts import write_context
 
-if TYPE_CHECKING:
-    from loadstone.context.pfn.model import PFN
-
+# Largest difference of a logit, relative to the largest one of the probe, between the machine that fitted and this.
+PROBE_TOLERANCE = {"float64": 1e-9, "float32": 2e-3, "bfloat16": 0.1}
 # Activations of rows in flight, in bytes; longer batches go through in chunks.
 MEMORY_BUDGET = {"cpu": 4 << 30, "cuda": 8 << 30}
 
 
 @dataclass(frozen=True, eq=False)
 class TrainingContext:
-    """Encoder state, keys and values of ``rows`` training rows, bound to the model that read them.
+    """Encoder state, keys and values of ``rows`` training rows, bound to ``model``, the `PFN` that read them.
 
     ``classes`` are the labels of a classification context, in the order of its logits. ``target`` maps the targets of
     a regression context to the model's units. ``schema`` describes the table's columns when it came from one.
     """
 
-    model: PFN = field(repr=False)
+    model: Any = field(repr=False)
     task: str
     rows: int
     scaler: Scaler = field(repr=False)
@@ -133,12 +136,60 @@ class TrainingContext:
         return named
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
-        """Write the context as a directory, whole or not at all; see `loadstone.load_context` for the way back."""
-        from loadstone.context.pfn.store import save_context
+        """Write the context as the directory ``path``, whole or not at all; `loadstone.load_context` reads it.
 
-        return save_context(self, Path(path), overwrite=overwrite)
+        Tensors are written one after another, so saving needs the memory of one layer's keys at most. Raises
+        `UsageError` for an existing output, and for a context that is still part of an autograd graph.
+        """
+        if self.layers[0].keys.requires_grad:
+            raise UsageError("a context with gradients cannot be saved", "Fit it without grad_context")
+        return write_context(
+            Path(path), self.tensors() | self._probe(), self._describe(), overwrite=overwrite
+        )
 
-    def to(self, device: torch.device | str, model: PFN) -> TrainingContext:
+    def _probe(self) -> dict[str, Tensor]:
+        """Random queries and their logits, to be compared after loading. No training row is among them."""
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.randn(PROBE_ROWS, self.features, generator=generator, dtype=torch.float64)
+        queries = self.scaler.mean + self.scaler.std * noise.to(self.device)
+        with torch.inference_mode(False), torch.no_grad():
+            return {"probe.queries": queries, "probe.logits": self.logits(queries)}
+
+    def _describe(self) -> dict[str, Any]:
+        """What context.json holds; ``docs/contexts.md`` documents every key."""
+        base = fingerprint(self.model)
+        dtype = str(self.model.dtype).removeprefix("torch.")
+        return {
+            "kind": PFN,
+            "task": self.task,
+            "rows": self.rows,
+            "features": self.features,
+            "schema": self.schema or {"names": list(self.feature_names or ())},
+            "classes": list(self.classes),
+            "base": {
+                "source": self.model.source,
+                "fingerprint": base.digest,
+                "architecture": self.model.config.to_dict(),
+                "tensors": base.to_json(),
+            },
+            "cache": {
+                "dtype": CACHE_DTYPE_NAMES[self.cache_dtype],
+                "layers": len(self.layers),
+                "layout": "tokens, heads, rows, head size",
+                "extendable": False,
+            },
+            "encoder": {"seed": self.seed, "soft_clip": SOFT_CLIP},
+            "numerics": {
+                "dtype": dtype,
+                "device": self.device.type,
+                "torch": torch.__version__,
+                "probe_tolerance": PROBE_TOLERANCE[dtype],
+            },
+            # Keys and values are computed from the training targets, so the file discloses something about them.
+            "contains_training_labels": True,
+        }
+
+    def to(self, device: torch.device | str, model: Any) -> TrainingContext:
         """The same context on another device, bound to ``model``: the same base, already there."""
         target = self.target and Scaler(self.target.mean.to(device), self.target.std.to(device))
         return replace(
@@ -151,14 +202,14 @@ class TrainingContext:
         )
 
 
-def rows_within(budget: int | None, model: PFN, features: int, *, grad: bool) -> int:
+def rows_within(budget: int | None, model: Any, features: int, *, grad: bool) -> int:
     """Rows that may be in flight at once; ``budget`` None is the device's default."""
     if budget is None:
         budget = MEMORY_BUDGET["cuda" if model.device.type == "cuda" else "cpu"]
     return max(1, budget // row_bytes(model, features, grad=grad))
 
 
-def row_bytes(model: PFN, features: int, *, grad: bool) -> int:
+def row_bytes(model: Any, features: int, *, grad: bool) -> int:
     """Activations of one row in flight, in bytes: a measured upper estimate that decides the size of chunks."""
     config = model.config
     token = (12 * config.width + 2 * config.hidden) * model.dtype.itemsize

@@ -50,7 +50,7 @@ def read_prompt(path: Path) -> str | list[dict[str, Any]]:
         )
     ):
         raise UsageError(
-            f"{path} is no list of chat messages",
+            f"{path} is not a list of chat messages",
             'Example: [{"role": "system", "content": "Answer briefly."}]',
         )
     return messages

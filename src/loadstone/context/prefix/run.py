@@ -53,7 +53,7 @@ def plan_prefix(
     """Settle everything before weights are read.
 
     ``dtype`` auto is what eval computes in: float32 on a CPU, the stored type on a GPU. Raises UsageError for a prompt
-    that is no text, is empty, or is longer than the model's positions.
+    that is not text, is empty, or is longer than the model's positions.
     """
     import torch
 

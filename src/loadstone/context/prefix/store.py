@@ -41,8 +41,7 @@ from loadstone.context.prefix.fit import compute_dtype, share_attention
 from loadstone.context.prefix.stored_states import CACHE_KINDS, Stored, check_kind
 from loadstone.errors import ArtifactError, LoadstoneError, MissingError
 from loadstone.loading.values import check_values
-from loadstone.writing.contexts import finished, write_context
-from loadstone.writing.shards import plain_parts
+from loadstone.writing.contexts import write_context
 
 log = logging.getLogger(__name__)
 # Largest difference of a logit, relative to the largest, between the machine that read the prompt and this one.
@@ -70,9 +69,7 @@ def save_prefix(
         "state.logits": prefix.logits,
         "probe.logits": probe(cache),
     }
-    return write_context(
-        path, plain_parts(tensors), lambda file: describe(prefix, source, file), overwrite=overwrite
-    )
+    return write_context(path, tensors, describe(prefix, source), overwrite=overwrite)
 
 
 def probe(cache: PrefixCache) -> Tensor:
@@ -83,12 +80,12 @@ def probe(cache: PrefixCache) -> Tensor:
     return out.logits[:, -1].float()  # type: ignore[no-any-return]
 
 
-def describe(prefix: Prefix, source: Artifact | None, tensors: Path) -> dict[str, Any]:
+def describe(prefix: Prefix, source: Artifact | None) -> dict[str, Any]:
     """What context.json holds of a prefix; ``docs/prefixes.md`` documents every key."""
     model = prefix.model
     base = fingerprint(model)
     text = " ".join(prefix.text.split())
-    facts: dict[str, Any] = {
+    return {
         "kind": PREFIX,
         "prompt": {
             "tokens": prefix.length,
@@ -118,10 +115,9 @@ def describe(prefix: Prefix, source: Artifact | None, tensors: Path) -> dict[str
             "transformers": _transformers(),
             "probe_tolerance": PROBE_TOLERANCE[_name(prefix.dtype)],
         },
-        # Keys and values give the prompt away to whoever has the model.
+        # Anyone with the model can recover the prompt from keys and values.
         "contains_prompt": True,
     }
-    return finished(facts, tensors)
 
 
 def _layer_facts(layer: LayerState) -> dict[str, Any]:
@@ -211,7 +207,7 @@ def find_base(file: ContextFile, base: str | Path | None) -> Artifact:
 
 
 def check_base(file: ContextFile, artifact: Artifact, tokenizer: Any) -> None:
-    """What can be told without the weights: recipe, tokenizer, template. Raises the mismatch that it finds."""
+    """Check recipe, tokenizer and chat template, which need no weights; raises the mismatch found."""
     recorded, found = file.facts["base"].get("recipe"), recipe_of(artifact)
     if recorded is not None and recorded != found:
         raise RecipeMismatch(
@@ -383,7 +379,7 @@ def _check_probe(cache: PrefixCache, file: ContextFile) -> None:
     if not apart <= tolerance:
         raise ProbeFailed(
             f"'{file.path}': the probe's logits differ by {apart:.2g} here, {tolerance:g} is allowed",
-            "The machine or library computes otherwise than where it was made: make it again here",
+            "The machine or library computes differently from where it was made: make it again here",
         )
 
 

@@ -1,4 +1,4 @@
-"""Keys and values of a language-model prefix as they are kept: plain, int8, or as transformers' quantized caches do."""
+"""Stored keys and values of a language-model prefix: plain, int8, or as in transformers' quantized caches."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CACHE_KINDS = (*PLAIN, *QUANTIZED)
 
 @dataclass(frozen=True, eq=False)
 class Stored:
-    """One key or value tensor, (1, heads, rows, size), kept as ``kind`` in ``parts``; ``facts`` are what JSON holds."""
+    """A key or value tensor (1, heads, rows, size), stored as ``kind`` in ``parts``; ``facts`` go into context.json."""
 
     kind: str
     parts: dict[str, Tensor]
@@ -46,12 +46,12 @@ class Stored:
 
 
 def check_kind(kind: str | None, model_dtype: torch.dtype) -> str:
-    """The kind to keep a cache in (None: the model's dtype). `UsageError` for an unknown one, `MissingError` for a
+    """The kind to store a cache in (None: the model's dtype). `UsageError` for an unknown one, `MissingError` for a
     package that is not here."""
     if kind is None:
         return str(model_dtype).removeprefix("torch.")
     if kind not in CACHE_KINDS:
-        raise UsageError(f"a cache cannot be kept in {kind!r}", f"One of {', '.join(CACHE_KINDS)}")
+        raise UsageError(f"a cache cannot be stored in {kind!r}", f"One of {', '.join(CACHE_KINDS)}")
     package = QUANTIZED.get(kind, (0, None))[1]
     if package is not None:
         _import(package)

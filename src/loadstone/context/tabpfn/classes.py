@@ -1,8 +1,8 @@
-"""What fitted TabPFN estimators of the tested versions consist of: nothing else is ever stored or restored."""
+"""Allow list: the classes and functions that fitted TabPFN estimators of the tested version consist of."""
 
 from __future__ import annotations
 
-# The versions whose classes these are. Another one may keep other things in them.
+# The version these classes belong to; others may have other attributes.
 TESTED = "9.2"
 
 _STEPS = "tabpfn.preprocessing.steps"
@@ -96,7 +96,7 @@ tabpfn.preprocessing.torch.torch_standard_scaler.TorchStandardScaler
 tabpfn.preprocessing.torch.torch_svd.TorchSafeStandardScaler
 tabpfn.preprocessing.torch.torch_svd.TorchTruncatedSVD
 """
-# Functions that the steps apply, and types that encoders are told to return: each pure, none takes a name to look up.
+# Functions that steps apply and types that encoders return. All are pure; none looks up a name.
 _NAMES = """
 tabpfn.preprocessing.steps.utils._identity
 tabpfn.preprocessing.steps.utils._replace_inf_with_nan

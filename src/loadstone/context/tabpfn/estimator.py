@@ -1,4 +1,4 @@
-"""Fitted TabPFN estimators as contexts: no weights, nothing that runs, bound to the checkpoint that read the rows.
+"""Save and load fitted TabPFN estimators as contexts: no weights, no code, bound to their checkpoint.
 
 ``save(estimator, path)`` and ``load(path)`` for `tabpfn.TabPFNClassifier` and `TabPFNRegressor` of the tested versions
 (``pip install 'loadstone[tabpfn]'``), in any fit mode. Format: ``docs/contexts.md``.
@@ -35,13 +35,12 @@ from loadstone.context.tabpfn.classes import ALLOWED, TESTED
 from loadstone.context.tabpfn.object_tree import Decoder, Encoder
 from loadstone.context.tabpfn.stored import StoredEstimator, stored_tensors
 from loadstone.errors import LoadstoneError, MissingError, UsageError
-from loadstone.writing.contexts import finished, write_context
-from loadstone.writing.shards import plain_parts
+from loadstone.writing.contexts import write_context
 
 log = logging.getLogger(__name__)
 
 _PACKAGES = ("tabpfn", "scikit-learn", "numpy", "torch")
-# Made anew on load: weights, what follows from the device, and timings.
+# Rebuilt on load: weights, what depends on the device, and timings.
 _NOT_STORED = frozenset({"models_", "executor_", "configs_", "devices_"})
 _ENGINE_NOT_STORED = frozenset(
     {"model_caches", "models", "kv_caches", "_speed_metrics", "iter_outputs", tabpfn_probe.ATTRIBUTE}
@@ -66,23 +65,19 @@ def save(
     kind = type(estimator).__name__
     if kind not in _TASKS or type(estimator).__module__.partition(".")[0] != "tabpfn":
         raise UsageError(
-            f"a {type(estimator).__qualname__} is no TabPFN estimator", "Save it with its own package"
+            f"a {type(estimator).__qualname__} is not a TabPFN estimator", "Save it with its own package"
         )
     if not hasattr(estimator, "executor_"):
         raise UsageError("the estimator is not fitted", "Call fit first")
     state = base_state(estimator)
     base = fingerprint_of(state)
     tree, tensors, probe = _described(estimator, base)
-    stored = stored_tensors(tree, tensors)
-
-    def describe(file: Path) -> dict[str, Any]:
-        return finished(_facts(estimator, base, schema, probe), file)
-
-    return write_context(Path(path), plain_parts(stored), describe, overwrite=overwrite)
+    facts = _facts(estimator, base, schema, probe)
+    return write_context(Path(path), stored_tensors(tree, tensors), facts, overwrite=overwrite)
 
 
 def base_state(estimator: Any) -> dict[str, Tensor]:
-    """Every tensor that comes from the base: parameters and buffers of its models, a regressor's distribution."""
+    """All tensors of the base: parameters and buffers of its models, and a regressor's bar distribution."""
     models = estimator.models_
     state = {
         (name if len(models) == 1 else f"models.{i}.{name}"): tensor
@@ -108,7 +103,7 @@ def load(path: str | Path, *, base: Any = None, device: Any = "auto", probe: boo
     """
     directory = Path(path)
     if not directory.is_dir() or not is_context(directory):
-        raise UsageError(f"'{directory}' is no fitted context", f"Name a directory with a {CONTEXT_JSON}")
+        raise UsageError(f"'{directory}' is not a fitted context", f"Name a directory with a {CONTEXT_JSON}")
     require_kind(directory, TABPFN, by="this loader")
     _check_package()
     file = read_context(directory, verify=True)
@@ -182,7 +177,7 @@ def _probe(file: ContextFile, stored: StoredEstimator) -> tabpfn_probe.Probe | N
 
 
 def _malformed(file: ContextFile) -> CorruptContext:
-    return CorruptContext(f"'{file.path}' describes no fitted TabPFN estimator", "Save it again")
+    return CorruptContext(f"'{file.path}' does not describe a fitted TabPFN estimator", "Save it again")
 
 
 def _described(
@@ -263,7 +258,7 @@ def _facts(
 
 
 def _new_estimator(name: str, params: dict[str, Any], directory: Path) -> Any:
-    """A fresh estimator with the base's models, as tabpfn makes them."""
+    """An unfitted estimator with the models of its base loaded."""
     import tabpfn
 
     try:
@@ -283,7 +278,7 @@ def _new_estimator(name: str, params: dict[str, Any], directory: Path) -> Any:
 def _fingerprint(estimator: Any, fresh: dict[str, Tensor], wanted: Fingerprint) -> Fingerprint:
     """Digests of the base's tensors in the dtypes that were recorded: fitting may have cast them.
 
-    They are remembered for as long as the files do not change.
+    Cached until the files change.
     """
     files = _files(estimator)
     casts = sorted({dtype for dtype, _, _ in wanted.tensors.values()})
@@ -302,7 +297,7 @@ def _fingerprint(estimator: Any, fresh: dict[str, Tensor], wanted: Fingerprint) 
 
 
 def _model_path(recorded: dict[str, Any], base: Any, directory: Path) -> Any:
-    """What to give tabpfn as ``model_path``; raises MissingError for a place that holds nothing."""
+    """The ``model_path`` to give tabpfn; raises `MissingError` when a file of the base is not there."""
     if base is not None and not isinstance(base, str | Path):
         if not isinstance(base, list | tuple) or not all(isinstance(b, str | Path) for b in base):
             return base
@@ -343,7 +338,7 @@ def _sources(estimator: Any) -> list[str]:
 
 
 def _lookup(base: Fingerprint) -> Any:
-    """Finds tensors that the base has already, by content: a context never repeats them."""
+    """A function that finds a tensor of the base with the same content: contexts store only its name."""
     shapes: dict[tuple[str, tuple[int, ...]], dict[str, str]] = {}
     for name, (dtype, shape, sha) in base.tensors.items():
         shapes.setdefault((dtype, shape), {})[sha] = name
@@ -368,7 +363,7 @@ def _check_package() -> None:
 
 
 def _check_versions(facts: dict[str, Any]) -> None:
-    """Fitted objects are a package's own: tabpfn's must be the same, scikit-learn's only say so."""
+    """Raise `FormatUnsupported` for another version of tabpfn; warn about another version of scikit-learn."""
     packages = facts.get("packages")
     if not isinstance(packages, dict):
         raise CorruptContext(f"{CONTEXT_JSON}: 'packages' is missing", "Save it again")

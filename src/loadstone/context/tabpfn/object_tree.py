@@ -1,6 +1,6 @@
-"""Fitted objects as a JSON tree and plain tensors, with nothing in either that could be made to run.
+"""Fitted objects as a JSON tree and plain tensors. Nothing in either can run code.
 
-The tree names classes, functions and types from a closed list only; an object is its class and its attributes. Arrays
+The tree names classes, functions and types from an allow list only; an object is its class and its attributes. Arrays
 and tensors are taken out of the tree under the path they lie at. Objects and arrays that are reached twice stay one.
 """
 
@@ -21,7 +21,7 @@ from torch import Tensor
 from loadstone.artifact.context_errors import CorruptContext, UnsafeContent
 from loadstone.errors import UsageError
 
-# Key of a JSON object that says what it stands for; plain dictionaries are written as pairs.
+# Key that holds the type of a JSON object; plain dictionaries are written as pairs.
 TAG = "#"
 _SEQUENCES: dict[str, Callable[[list[Any]], Any]] = {"tuple": tuple, "set": set, "frozenset": frozenset}
 _MAPPINGS: dict[str, Callable[[list[Any]], Any]] = {"dict": dict, "odict": OrderedDict}
@@ -39,11 +39,11 @@ class Encoder:
         self.in_base = in_base
         self.tensors: dict[str, Tensor] = {}
         self._seen: dict[int, int] = {}
-        # Ids stay theirs only while the objects live.
-        self._kept: list[Any] = []
+        # An id is reused once its object is gone.
+        self._alive: list[Any] = []
 
     def encode(self, value: Any, path: str) -> Any:
-        """The tree of ``value``; raises UsageError, naming the path, for what cannot be held."""
+        """The tree of ``value``; raises `UsageError` with the path for an object that is not allowed."""
         kind = type(value)
         if value is None or kind in (bool, int, str):
             return value
@@ -88,8 +88,8 @@ class Encoder:
         number = self._seen.get(id(value))
         if number is not None:
             return {TAG: "again", "v": number}
-        number = self._seen[id(value)] = len(self._kept)
-        self._kept.append(value)
+        number = self._seen[id(value)] = len(self._alive)
+        self._alive.append(value)
         return write() | {"id": number}
 
     def _array(self, value: Any, path: str) -> dict[str, Any]:
@@ -100,7 +100,7 @@ class Encoder:
             return {TAG: "tensor", "v": self._take(value.detach(), path)}
         facts = {TAG: "array", "d": value.dtype.str, "s": list(value.shape)}
         if value.flags.f_contiguous and not value.flags.c_contiguous:
-            # Products round by layout: a matrix comes back as it lay.
+            # Matrix products round differently by memory layout, so it is kept.
             facts["o"] = "F"
         if value.dtype.kind in "OUS":
             flat = value.reshape(-1)
@@ -158,7 +158,7 @@ class Decoder:
         self._seen: dict[int, Any] = {}
 
     def decode(self, tree: Any, depth: int = 0) -> Any:
-        """The object of ``tree``; raises UnsafeContent for a name off the list, CorruptContext for anything odd."""
+        """The object of ``tree``; raises UnsafeContent for a name that is not allowed, CorruptContext for damage."""
         if depth > _DEEPEST:
             raise CorruptContext("the context's objects are nested too deep", "Do not trust it")
         if tree is None or type(tree) in (bool, int, str, float):
@@ -194,7 +194,7 @@ class Decoder:
         if tag == "enum":
             kind = self._named(tree["c"])
             if not issubclass(kind, Enum):
-                raise CorruptContext(f"{tree['c']} is no enumeration", "Do not trust it")
+                raise CorruptContext(f"{tree['c']} is not an enumeration", "Do not trust it")
             return kind[content]
         if tag == "scalar":
             dtype = np.dtype(tree["d"])
@@ -210,7 +210,7 @@ class Decoder:
         if tag == "dtype":
             found = getattr(torch, content)
             if not isinstance(found, torch.dtype):
-                raise ValueError(f"torch.{content} is no dtype")
+                raise ValueError(f"torch.{content} is not a dtype")
             return found
         if tag == "device" and str(content).partition(":")[0] in _DEVICES:
             return torch.device(content)
@@ -227,8 +227,8 @@ class Decoder:
     def _object(self, tree: dict[str, Any], depth: int) -> Any:
         kind = self._named(tree["c"])
         if not isinstance(kind, type) or issubclass(kind, Enum):
-            raise CorruptContext(f"{tree['c']} is no class of objects", "Do not trust it")
-        # Made without its __init__, filled without any of its hooks: nothing of the class runs here.
+            raise CorruptContext(f"{tree['c']} is not a class of objects", "Do not trust it")
+        # No __init__ and no __setattr__: no code of the class runs here.
         made = object.__new__(kind)
         self._seen[tree["id"]] = made
         state = dict(self._pairs(tree["v"], depth))
@@ -275,7 +275,7 @@ class Decoder:
     def _named(self, name: Any) -> Any:
         if name not in self.allowed:
             raise UnsafeContent(
-                f"the context names {str(name)[:100]!a}, which is none of what it may hold", "Do not trust it"
+                f"the context names {str(name)[:100]!a}, which is not allowed in one", "Do not trust it"
             )
         return resolve(name)
 

@@ -1,9 +1,8 @@
-"""A few made-up queries with their answers, stored with a TabPFN context: does this machine predict what that one did?
+"""Probe: two random rows and their predictions, stored to detect a machine that computes differently.
 
-Checked with the first prediction after a load, not at the load: it takes a pass through the model, and would call the
-caches to the device before anyone asks for them. On the same kind of processor, with the same libraries, there is
-nothing to find out, and only `check` asks. Contexts without a cache have none, since every pass of theirs reads
-the training rows.
+Checked by the first prediction after a load, not by the load: it takes a pass through the model and moves the caches to
+the device. On the same kind of processor with the same libraries it is not checked, unless `check` is called. Contexts
+without a cache have no probe: every prediction reads the training rows.
 """
 
 from __future__ import annotations
@@ -21,14 +20,14 @@ from loadstone.artifact.context_errors import CorruptContext, ProbeFailed
 log = logging.getLogger(__name__)
 
 ROWS = 2
-# Answers kept of each member and row, evenly spaced: bars are thousands.
+# Predictions stored for each member and row, evenly spaced: a regressor has thousands of bars.
 _ANSWERS = 64
 # Largest difference, relative to the largest answer: in float32 anywhere, in half precision on the same kind of device
 # and on another.
 TOLERANCES = {"full": 2e-3, "half": 0.02, "other device": 0.1}
-# They draw numbers on the device that computes: cached rows and queries have other ones on another.
+# These draw random numbers on the device they compute on, so another device gives other predictions.
 _DRAWS_ON_DEVICE = ("TabPFN-v2", "TabPFN-v2.5", "TabPFN-v2.6")
-# Where a loaded engine keeps its probe.
+# Attribute of a loaded engine that holds its probe.
 ATTRIBUTE = "_loadstone_probe"
 
 
@@ -51,7 +50,7 @@ class Probe:
         return {"probe.queries": self.queries, "probe.answers": self.answers}
 
     def tolerance(self, estimator: Any) -> float:
-        """What may differ where ``estimator`` computes."""
+        """Largest allowed difference on the device of ``estimator``, relative to the largest prediction."""
         if self.full and _in_full(estimator):
             return TOLERANCES["full"]
         return TOLERANCES["half" if self.device == _device(estimator) else "other device"]
@@ -106,7 +105,7 @@ def check(estimator: Any) -> float | None:
         if not difference <= tolerance:
             raise ProbeFailed(
                 f"the probe's answers differ by {difference:.2g} here, {tolerance:g} is allowed",
-                "The machine or a library computes otherwise than where it was fitted: fit it again here, or load it "
+                "The machine or a library computes differently from where it was fitted: fit it again here, or load it "
                 "with probe=False",
             )
     except Exception:
@@ -117,7 +116,7 @@ def check(estimator: Any) -> float | None:
 
 
 class _First:
-    """Stands in for an engine's ``iter_outputs`` until its probe was checked, or needs no check."""
+    """Replaces an engine's ``iter_outputs`` until its probe has been checked or needs no check."""
 
     def __init__(self, estimator: Any) -> None:
         self.estimator = estimator
@@ -155,7 +154,7 @@ def _answers(estimator: Any, queries: Tensor) -> Tensor:
 
 
 def computer(estimator: Any) -> str:
-    """What the numbers of an estimator's predictions depend on besides itself: the processors and the libraries."""
+    """The processors and libraries that an estimator's predictions depend on, as text."""
     import platform
     from importlib.metadata import version
 

@@ -54,7 +54,7 @@ def plan_fit(
     checkpoint: str, path: str | Path, target: str, *, task: str | None = None, cache_dtype: str | None = None
 ) -> TabpfnPlan:
     """Plan a fit; reads the table and the checkpoint's description. Raises UsageError for what does not fit, and
-    ArtifactError for a file that is no TabPFN checkpoint in safetensors."""
+    ArtifactError for a file that is not a TabPFN checkpoint in safetensors."""
     tabpfn._check_package()
     if cache_dtype not in CACHE_PRECISIONS:
         named = ", ".join(name for name in CACHE_PRECISIONS if name)
@@ -70,7 +70,7 @@ def plan_fit(
     name, config, settings = _description(Path(checkpoint))
     if classes and len(classes) > config.max_num_classes:
         raise UsageError(
-            f"'{target}' has {len(classes)} classes, and the checkpoint tells {max(config.max_num_classes, 0)} apart",
+            f"'{target}' has {len(classes)} classes, and the checkpoint distinguishes {max(config.max_num_classes, 0)}",
             "Merge rare classes, or name a checkpoint for classification",
         )
     columns = [i for i, column in enumerate(schema.names) if column in schema.categories]
@@ -166,7 +166,7 @@ def _description(path: Path) -> tuple[str, Any, Any]:
         raise
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
-        raise ArtifactError(f"'{path}' is no TabPFN checkpoint ({reason})", "Name one with -M") from None
+        raise ArtifactError(f"'{path}' is not a TabPFN checkpoint ({reason})", "Name one with -M") from None
 
 
 def _metadata(path: Path) -> dict[str, Any]:
@@ -180,7 +180,7 @@ def _metadata(path: Path) -> dict[str, Any]:
             key: json.loads(value) for key, value in read_header(path).metadata.items() if key != "format"
         }
     except ValueError:
-        raise ArtifactError(f"'{path}' is no TabPFN checkpoint", "Name one with -M") from None
+        raise ArtifactError(f"'{path}' is not a TabPFN checkpoint", "Name one with -M") from None
 
 
 def _plain_values(path: Path) -> dict[str, Any]:
@@ -189,7 +189,7 @@ def _plain_values(path: Path) -> dict[str, Any]:
 
     found = read_plain_values(path)
     if not isinstance(found, dict):
-        raise ArtifactError(f"'{path}' is no TabPFN checkpoint", "Name one with -M")
+        raise ArtifactError(f"'{path}' is not a TabPFN checkpoint", "Name one with -M")
     return found
 
 
