@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,10 +18,14 @@ from tests.fakequant.conftest import hashes, load, logits, manifest, tensors
 
 import loadstone
 from loadstone import export_fakequant
+from loadstone.artifact import TensorInfo
 from loadstone.artifact.manifest import sha256_file, verify_files
 from loadstone.errors import ArtifactError, MissingError, UsageError
+from loadstone.fakequant.encoder import FakeQuantEncoding
 from loadstone.fakequant.formats import FORMATS, parse_format
 from loadstone.fakequant.formats.fold import fold
+from loadstone.finalization import run, units
+from loadstone.finalization.plan import Step
 from loadstone.quantization import RECIPES
 
 
@@ -120,8 +127,8 @@ def test_an_output_that_appears_meanwhile_is_kept(
         out.mkdir()
         (out / "theirs").touch()
 
-    monkeypatch.setattr("loadstone.fakequant.export.check_space", other_wrote)
-    with pytest.raises(UsageError, match="exists"):
+    monkeypatch.setattr("loadstone.finalization.run.check_space", other_wrote)
+    with pytest.raises(UsageError, match="appeared while it was made"):
         export_fakequant(tiny, out, format="fp8")
     assert [p.name for p in tmp_path.iterdir()] == ["out"] and (out / "theirs").exists()
 
@@ -370,22 +377,24 @@ def test_cuda_that_is_not_there_names_the_first_tensor(tiny: Path, tmp_path: Pat
 
 
 def test_output_that_is_not_as_planned(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from loadstone.fakequant import directory, export
+    from loadstone.fakequant import export
+    from loadstone.fakequant.live import LiveTensors
 
-    real = directory.read_tensors
+    model = load(tiny)
+    real = LiveTensors.read
 
-    def fewer(artifact: Any) -> Any:
-        return ((k, t) for k, t in real(artifact) if "norm" not in k)
+    def fewer(self: Any) -> Any:
+        return ((k, t) for k, t in real(self) if "norm" not in k)
 
-    def twice(artifact: Any) -> Any:
-        for key, tensor in real(artifact):
+    def twice(self: Any) -> Any:
+        for key, tensor in real(self):
             yield key, tensor
             yield key, tensor
 
-    def other(artifact: Any) -> Any:
-        return ((k, t.float()) for k, t in real(artifact))
+    def other(self: Any) -> Any:
+        return ((k, t.float()) for k, t in real(self))
 
-    def stranger(artifact: Any) -> Any:
+    def stranger(self: Any) -> Any:
         yield "model.stranger", torch.ones(2)
 
     cases = {
@@ -394,14 +403,115 @@ def test_output_that_is_not_as_planned(tiny: Path, tmp_path: Path, monkeypatch: 
         other: "announced as",
     }
     for wrong, says in (cases | {stranger: "'model.stranger' came and is not in the plan"}).items():
-        monkeypatch.setattr(directory, "read_tensors", wrong)
+        monkeypatch.setattr(LiveTensors, "read", wrong)
         with pytest.raises(ArtifactError, match=says):
-            export_fakequant(tiny, tmp_path / "out", format="fp8")
-    monkeypatch.setattr(directory, "read_tensors", real)
-    monkeypatch.setattr(export, "write_index", lambda work, *args: (work / "x").touch())
-    with pytest.raises(ArtifactError):
-        export_fakequant(tiny, tmp_path / "out", format="fp8")
-    assert not any(tmp_path.iterdir())
+            export_fakequant(model, tmp_path / "out", format="fp8")
+    monkeypatch.setattr(LiveTensors, "read", real)
+    for room in (export, run):
+        monkeypatch.setattr(room, "write_index", lambda work, *args: (work / "x").touch())
+    for source in (model, tiny):
+        with pytest.raises(ArtifactError):
+            export_fakequant(source, tmp_path / "out", format="fp8")
+        assert not any(tmp_path.iterdir())
+
+
+# Of weights: (out, in), (experts, out, in), and stored as (experts, in, out).
+SHAPES = [((200, 96), False), ((3, 200, 96), False), ((3, 96, 200), True)]
+
+
+@pytest.mark.parametrize("shape, transposed", SHAPES)
+@pytest.mark.parametrize(
+    "text",
+    [*FORMATS, "fp8:granularity=row", "fp8:granularity=block,block=24", "int4:block=40", "intx4-weight-only"],
+)
+def test_blocks_of_rows_give_the_bits_of_whole_weights(
+    text: str, shape: tuple[int, ...], transposed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(units, "BLOCK", 4 * 96 * 50)
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()
+    weight[..., -1, -1] = 9.0
+    info = TensorInfo("w", "BF16", shape, "", 0, weight.nbytes)
+    encoding = FakeQuantEncoding(info, parse_format(text), transposed)
+    step = Step((info,), "w", (info,), encoding)
+    raw = torch.zeros(weight.nbytes, dtype=torch.uint8)
+    parts = list(units.step_units(step, 0, "cpu"))
+    for unit in parts:
+        for _, part, offset in units.encode_unit(unit, weight.reshape(-1)[unit.start : unit.stop], "cpu"):
+            raw[offset : offset + part.nbytes] = part.contiguous().reshape(-1).view(torch.uint8)
+    laid = weight.mT.contiguous() if transposed else weight
+    expected = fold("w", laid, parse_format(text).weight)
+    found = raw.view(torch.bfloat16).reshape(shape)
+    assert torch.equal(
+        (found.mT if transposed else found).contiguous().view(torch.int16), expected.view(torch.int16)
+    )
+    # Rows that nothing ties together are not read together.
+    if not transposed and text in ("int8", "int4", "mxfp8", "mxfp4", "fp8:granularity=row"):
+        assert len(parts) >= 200 // 50
+
+
+@pytest.fixture
+def two_files(tiny: Path, tmp_path: Path) -> Path:
+    source = tmp_path / "two-files"
+    load(tiny).save_pretrained(source, max_shard_size="60KB")
+    assert len(list(source.glob("*.safetensors"))) > 2
+    return source
+
+
+def test_a_killed_export_is_resumed(two_files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    export_fakequant(two_files, tmp_path / "whole", format="nvfp4")
+    out, written = tmp_path / "out", []
+    real = run.ShardWriter.__init__
+
+    def stop_at_the_third(self: Any, path: Path, *args: Any) -> None:
+        written.append(path.name)
+        if len(written) == 3:
+            raise KeyboardInterrupt
+        real(self, path, *args)
+
+    monkeypatch.setattr(run.ShardWriter, "__init__", stop_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        export_fakequant(two_files, out, format="nvfp4")
+    work = tmp_path / ".out.partial"
+    finished = sorted(p.name for p in (work / "journal").iterdir())
+    assert finished and not out.exists()
+    written.clear()
+    monkeypatch.setattr(
+        run.ShardWriter, "__init__", lambda s, p, *a: (written.append(p.name), real(s, p, *a))[1]
+    )
+    with pytest.raises(UsageError, match="partial output of another job"):
+        export_fakequant(two_files, out, format="fp8")
+    export_fakequant(two_files, out, format="nvfp4")
+    assert not {f"{name}.json" for name in written} & set(finished)
+    assert hashes(out) == hashes(tmp_path / "whole") and not work.exists()
+
+
+def test_without_resume_a_partial_output_is_discarded(two_files: Path, tmp_path: Path) -> None:
+    work = tmp_path / ".out.partial"
+    (work / "journal").mkdir(parents=True)
+    (work / "key.json").write_text("{}")
+    (work / "journal" / "model.json").touch()
+    export_fakequant(two_files, tmp_path / "out", format="fp8", resume=False)
+    assert verify_files(tmp_path / "out") == [] and not work.exists()
+
+
+def test_two_ranks_give_the_same_bytes(two_files: Path, tmp_path: Path) -> None:
+    options = [
+        "export-fakequant",
+        "-M",
+        str(two_files),
+        "--format",
+        "mxfp8",
+        "--activations",
+        "--quiet",
+        "-o",
+    ]
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    for name, prefix in (("one", []), ("two", torchrun)):
+        command = [sys.executable, *prefix, "-m", "loadstone", *options, str(tmp_path / name)]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    assert hashes(tmp_path / "one") == hashes(tmp_path / "two")
 
 
 def test_the_same_bytes_every_time_and_tampering_is_found(tiny: Path, tmp_path: Path) -> None:

@@ -104,6 +104,14 @@ def command(
         ),
     ] = None,
     overwrite: options.Overwrite = False,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume/--no-resume",
+            help="Take over the finished files of a killed run.",
+            rich_help_panel=options.RUN,
+        ),
+    ] = True,
     checkpoint: options.Checkpoint = None,
     trust_remote_code: options.TrustRemoteCode = False,
     device: options.Device = "auto",
@@ -142,6 +150,7 @@ def command(
         emit=emit,
         device=device,
         overwrite=overwrite,
+        resume=resume,
         trust_remote_code=trust_remote_code,
     )
     from loadstone.artifact import detect
@@ -158,8 +167,14 @@ def command(
         facts = {"dry_run": True, "out": str(out) if out else None} | _summary(plan)
         return render.result(json_to, facts, lambda: _print_plan(plan))
     assert out is not None
-    with render.progress(f"export {out.name}", plan.nbytes, unit_bytes=True) as advance:
-        done = run_directory(artifact, plan, out, chosen, on_progress=advance)
+    from loadstone.ranks import joined
+
+    with joined() as ranks:
+        share = sum(step.source_bytes for shard in plan.shards[ranks.rank :: ranks.size] for step in shard)
+        with render.progress(f"export {out.name}", share, unit_bytes=True) as advance:
+            done = run_directory(artifact, plan, out, chosen, ranks=ranks, on_progress=advance)
+    if ranks.rank != 0:
+        return
     facts = {"out": str(out), "seconds": round(done.seconds, 3), "quantizers": len(done.quantizers)}
     render.result(json_to, facts | _summary(plan) | {"sha256": done.files}, lambda: _print_done(done))
 
@@ -169,7 +184,7 @@ def _summary(plan: ExportPlan) -> dict[str, Any]:
         "format": str(plan.rules.default) if plan.rules.default else None,
         "rules": [str(rule) for rule in plan.rules.rules],
         "bytes": plan.nbytes,
-        "files": len(plan.files),
+        "files": len(plan.shards),
         "folded": len(plan.folded),
         "tensors": [{"what": what, "count": count, "bytes": size} for what, count, size in plan.summary],
         "aliases": plan.aliases,
@@ -187,7 +202,7 @@ def _print_done(done: Exported) -> None:
     kept = f", {len(done.quantizers)} input quantizers" if done.quantizers else ""
     render.console().print(
         f"{done.out}: {len(done.plan.folded)} weights fake-quantized{kept}, {render.size(done.plan.nbytes)} in "
-        f"{len(done.plan.files)} file(s), {done.seconds:.1f} s",
+        f"{len(done.plan.shards)} file(s), {done.seconds:.1f} s",
         markup=False,
         soft_wrap=True,
     )

@@ -1,28 +1,34 @@
-"""Export from a model directory: shard to shard, one tensor at a time; the model is never in memory."""
+"""Export from a model directory, streamed as finalize streams: the model is never in memory."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from loadstone.artifact import Artifact, TensorInfo
 from loadstone.artifact.detect import DENSE, FAKEQUANT, QAT
 from loadstone.errors import ArtifactError
-from loadstone.fakequant.export import Beside, Exported, resolve_device, write_export
+from loadstone.fakequant.export import (
+    Beside,
+    Exported,
+    digest,
+    refuse_unequal,
+    resolve_device,
+    write_beside,
+)
 from loadstone.fakequant.package import COPY, STRIP, code_files, without_auto_map
-from loadstone.fakequant.plan import ExportPlan, make_plan, with_files
+from loadstone.fakequant.plan import ExportPlan, files_of, make_plan
 from loadstone.fakequant.roles import roles_by_name, roles_in
 from loadstone.fakequant.rules import RuleSet
 from loadstone.fakequant.state import QuantizerState
+from loadstone.finalization.plan import FinalizePlan, stored_tensors
+from loadstone.finalization.run import write_artifact
 from loadstone.loading.source import SourceReader
-from loadstone.writing.index import SHARD_BYTES, shard_name
+from loadstone.ranks import Ranks
+from loadstone.writing.index import SHARD_BYTES
 from loadstone.writing.publish import check_output
 from loadstone.writing.sidecars import sidecars_in
-
-if TYPE_CHECKING:
-    import torch
 
 
 def plan_directory(
@@ -38,7 +44,7 @@ def plan_directory(
     Raises `ArtifactError` for a source that is quantized already, `UsageError` for rules that do not fit it.
     """
     _refuse_quantized(artifact)
-    infos = _stored(artifact)
+    infos = stored_tensors(artifact)
     config = artifact.config if remote_code == COPY else without_auto_map(artifact.config)
     if artifact.needs_remote_code and not trust_remote_code and not _is_known(artifact):
         # The class is code in the directory, which nobody asked to run: names and shapes have to do.
@@ -51,7 +57,7 @@ def plan_directory(
         stored_as = {d.parameter: k for k, d in destinations(model, list(infos)).items() if d}
         tied = model.all_tied_weights_keys
         ties = {stored_as.get(t, t): stored_as.get(s, s) for t, s in tied.items()}
-    return make_plan(rules, _placed(artifact, infos), roles, ties, config, untie=untie)
+    return make_plan(rules, infos, _files(artifact, infos), roles, ties, config, untie=untie)
 
 
 def _refuse_quantized(artifact: Artifact) -> None:
@@ -63,20 +69,13 @@ def _refuse_quantized(artifact: Artifact) -> None:
         )
 
 
-def _stored(artifact: Artifact) -> dict[str, TensorInfo]:
-    """Every stored tensor by name."""
-    if artifact.table is not None:
-        return dict(sorted(artifact.table.tensors.items()))
-    return dict(sorted((n, t) for contents in artifact.bins for n, t in contents.tensors.items()))
-
-
-def _placed(artifact: Artifact, infos: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
-    """The same tensors with the output file of each: the source's own division into files, and for slices of a
-    distributed checkpoint, which has none, shards of 5 GB."""
+def _files(artifact: Artifact, infos: dict[str, TensorInfo]) -> dict[str, str]:
+    """The output file of each tensor: the source's own division into files, and for slices of a distributed
+    checkpoint, which has none, shards of 5 GB."""
     if artifact.dcp is not None:
-        return with_files(infos, SHARD_BYTES)
-    files = {f: shard_name(n, len(artifact.weights.files)) for n, f in enumerate(artifact.weights.files)}
-    return {name: info._replace(file=files[info.file]) for name, info in infos.items()}
+        return files_of(infos, SHARD_BYTES)
+    order = {file: f"{number:05d}" for number, file in enumerate(artifact.weights.files)}
+    return {name: order[info.file] for name, info in infos.items()}
 
 
 def _is_known(artifact: Artifact) -> bool:
@@ -91,13 +90,6 @@ def _ties_by_name(artifact: Artifact, infos: dict[str, TensorInfo]) -> dict[str,
     return {"lm_head.weight": str(source)} if tied else {}
 
 
-def read_tensors(artifact: Artifact) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every stored tensor, in the order it lies on disk."""
-    reader = SourceReader(artifact)
-    for info in sorted(_stored(artifact).values(), key=lambda t: (t.file, t.begin, t.name)):
-        yield info.name, reader.read(info)
-
-
 def export_directory(
     artifact: Artifact,
     plan: ExportPlan,
@@ -107,27 +99,49 @@ def export_directory(
     remote_code: str = STRIP,
     device: str = "auto",
     overwrite: bool = False,
+    resume: bool = True,
+    ranks: Ranks | None = None,
     emit_modelopt: bool = False,
     on_progress: Callable[[int], None] | None = None,
 ) -> Exported:
-    """Carry out `plan_directory`'s plan. Raises `UsageError`, `ArtifactError` or `MissingError`, and
-    leaves no output."""
+    """Carry out `plan_directory`'s plan as finalize does its own: in blocks of rows, resumed after a kill unless
+    ``resume`` is false, divided among ``ranks`` by output file.
+
+    ``on_progress`` is told the source bytes done since its last call. Raises `UsageError`, `ArtifactError` or
+    `MissingError`; ``out`` is then as it was.
+    """
+    started = time.monotonic()
     check_output(artifact.root, out, overwrite)
     where = resolve_device(device, plan)
+    if ranks is not None and ranks.size > 1 and where.startswith("cuda"):
+        where = f"cuda:{ranks.local_rank}"
     copies = sidecars_in(tuple(reversed(artifact.sidecar_dirs)))
     if remote_code == COPY:
         copies |= code_files(artifact.path, artifact.config)
-    # Hashed on the other core while tensors are folded on this one.
-    with ThreadPoolExecutor(1) as hasher:
-        fingerprint = hasher.submit(artifact.fingerprint)
-        return write_export(
-            plan,
-            read_tensors(artifact),
-            Beside(lambda: {"path": str(artifact.path), "fingerprint": fingerprint.result()}, copies, {}),
-            out,
-            state=state,
-            device=where,
-            overwrite=overwrite,
-            emit_modelopt=emit_modelopt,
-            on_progress=on_progress,
+    state = state or QuantizerState()
+    _check_aliases(artifact, plan)
+
+    def write_rest(work: Path, digests: dict[str, str], fingerprint: str) -> dict[str, str]:
+        source = {"path": str(artifact.path), "fingerprint": fingerprint}
+        return write_beside(
+            plan, Beside(source, copies, {}), work, state, digests, emit_modelopt=emit_modelopt
         )
+
+    files = write_artifact(
+        FinalizePlan(artifact, None, "auto", plan.shards, plan.config, kind=FAKEQUANT, indexed=True),
+        out,
+        write_rest,
+        device=where,
+        overwrite=overwrite,
+        resume=resume,
+        ranks=ranks,
+        on_progress=on_progress,
+    )
+    return Exported(out, plan, state.specs, time.monotonic() - started, files)
+
+
+def _check_aliases(artifact: Artifact, plan: ExportPlan) -> None:
+    """Raise `ArtifactError` when tensors that become one are stored with different values."""
+    infos, reader = stored_tensors(artifact), SourceReader(artifact)
+    digests = {name: digest(reader.read(infos[name])) for name in {*plan.aliases, *plan.aliases.values()}}
+    refuse_unequal(plan.aliases, digests)

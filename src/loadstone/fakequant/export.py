@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loadstone.artifact import detect
+from loadstone.artifact import TensorInfo, detect
 from loadstone.errors import ArtifactError, MissingError
-from loadstone.fakequant.formats.spec import Own
 from loadstone.fakequant.package import config_text, copy_files
-from loadstone.fakequant.plan import ExportPlan, Step
+from loadstone.fakequant.plan import ExportPlan
 from loadstone.fakequant.state import QuantizerState, write_manifests, write_state
+from loadstone.finalization.plan import Step
+from loadstone.finalization.units import encode_unit, step_units
 from loadstone.loading.devices import quantize_device
 from loadstone.quantization.flatten import dtype_name, tensor_bytes, torch_dtype
 from loadstone.quantization.schemes import Recipe
@@ -43,7 +44,7 @@ class Beside:
     """What goes beside the weights: files to copy, and texts to write, by name; ``source`` is for the
     manifest."""
 
-    source: Callable[[], dict[str, Any]]
+    source: dict[str, Any]
     copies: dict[str, Path]
     texts: dict[str, str]
 
@@ -62,9 +63,9 @@ def resolve_device(device: str, plan: ExportPlan) -> str:
         ) from None
     tried: set[tuple[Recipe, str]] = set()
     for step in plan.folded:
-        recipe = step.format.weight if step.format else None
-        if isinstance(recipe, Recipe) and (recipe, step.output.dtype) not in tried:
-            tried.add((recipe, step.output.dtype))
+        recipe = step.encoding.scheme if step.encoding else None
+        if isinstance(recipe, Recipe) and (recipe, step.source.dtype) not in tried:
+            tried.add((recipe, step.source.dtype))
             _check_folds(recipe, step, where)
     return where
 
@@ -76,7 +77,7 @@ def _check_folds(recipe: Recipe, step: Step, device: str) -> None:
     from loadstone.fakequant.formats.fold import fold
 
     try:
-        fold(step.name, torch.ones(256, 1024, dtype=torch_dtype(step.output.dtype), device=device), recipe)
+        fold(step.name, torch.ones(256, 1024, dtype=torch_dtype(step.source.dtype), device=device), recipe)
     except Exception as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         instead = f"Use {recipe.instead}" if recipe.instead else "Choose another format"
@@ -97,7 +98,7 @@ def write_export(
     emit_modelopt: bool = False,
     on_progress: Callable[[int], None] | None = None,
 ) -> Exported:
-    """Write the export that ``plan`` describes to ``out``, whole or not at all.
+    """Write the export of tensors that come one by one to ``out``, whole or not at all.
 
     ``tensors`` yields every source tensor once, on the CPU, in any order. ``device`` is where weights are
     folded, one at a time. ``emit_modelopt``: ModelOpt's state file too. ``on_progress`` is told the bytes
@@ -109,19 +110,33 @@ def write_export(
     check_space(plan.nbytes, out)
     with new_directory(out, overwrite) as work:
         _write_tensors(plan, tensors, work, device, on_progress)
-        write_index(work, {step.name: step.output.file for step in plan.steps}, plan.nbytes)
-        copy_files(beside.copies, work)
-        for name, text in beside.texts.items():
-            (work / name).write_text(text)
-        (work / "config.json").write_text(config_text(plan.config))
-        write_state(state, work)
-        if emit_modelopt:
-            from loadstone.fakequant.modelopt_state import write_modelopt_state
-
-            write_modelopt_state(plan, state, work)
-        files = write_manifests(plan, state, work, beside.source())
-        _verify(plan, work)
+        write_index(work, plan.files, plan.nbytes)
+        files = write_beside(plan, beside, work, state, {}, emit_modelopt=emit_modelopt)
     return Exported(out, plan, state.specs, time.monotonic() - started, files)
+
+
+def write_beside(
+    plan: ExportPlan,
+    beside: Beside,
+    work: Path,
+    state: QuantizerState,
+    digests: dict[str, str],
+    *,
+    emit_modelopt: bool,
+) -> dict[str, str]:
+    """Write all but the weights and check the whole; returns the sha256 of each file. ``digests``: those known."""
+    copy_files(beside.copies, work)
+    for name, text in beside.texts.items():
+        (work / name).write_text(text)
+    (work / "config.json").write_text(config_text(plan.config))
+    write_state(state, work)
+    if emit_modelopt:
+        from loadstone.fakequant.modelopt_state import write_modelopt_state
+
+        write_modelopt_state(plan, state, work)
+    files = write_manifests(plan, state, work, beside.source, digests)
+    _verify(plan, work)
+    return files
 
 
 class _Writers:
@@ -129,23 +144,29 @@ class _Writers:
 
     def __init__(self, plan: ExportPlan, work: Path) -> None:
         self._files = plan.files
-        self._left = {file: {info.name for info in infos} for file, infos in self._files.items()}
+        self._infos: dict[str, list[TensorInfo]] = {}
+        for step in plan.steps:
+            self._infos.setdefault(self._files[step.name], []).extend(step.outputs)
+        self._left = {file: {info.name for info in infos} for file, infos in self._infos.items()}
         self._open: dict[str, ShardWriter] = {}
         self._work = work
 
-    def write(self, step: Step, tensor: torch.Tensor) -> None:
-        file, name = step.output.file, step.name
+    def write(self, step: Step, tensor: torch.Tensor, device: str) -> None:
+        file, name, source = self._files[step.name], step.name, step.source
         if name not in self._left[file]:
             raise ArtifactError(f"tensor '{name}' came twice", "This is a fault of the model or of loadstone")
-        if (dtype_name(tensor.dtype), tuple(tensor.shape)) != (step.output.dtype, step.output.shape):
+        if (dtype_name(tensor.dtype), tuple(tensor.shape)) != (source.dtype, source.shape):
             raise ArtifactError(
                 f"tensor '{name}' is {dtype_name(tensor.dtype)} {list(tensor.shape)} and was announced as "
-                f"{step.output.dtype} {list(step.output.shape)}",
+                f"{source.dtype} {list(source.shape)}",
                 "The model changed while it was exported",
             )
         if file not in self._open:
-            self._open[file] = ShardWriter(self._work / file, self._files[file], {"format": "pt"})
-        self._open[file].write(name, tensor)
+            self._open[file] = ShardWriter(self._work / file, self._infos[file], {"format": "pt"})
+        values = tensor.reshape(-1)
+        for unit in step_units(step, 0, device):
+            for part in encode_unit(unit, values[unit.start : unit.stop], device):
+                self._open[file].write(*part)
         self._left[file].discard(name)
         if not self._left[file]:
             self._open.pop(file).close()
@@ -170,7 +191,7 @@ def _write_tensors(
 
     steps: dict[str, list[Step]] = {}
     for step in plan.steps:
-        steps.setdefault(step.source, []).append(step)
+        steps.setdefault(step.source.name, []).append(step)
     tied = {*plan.aliases, *plan.aliases.values()}
     seen: dict[str, bytes] = {}
     writers = _Writers(plan, work)
@@ -179,13 +200,13 @@ def _write_tensors(
         with torch.no_grad():
             for key, tensor in tensors:
                 if key in tied:
-                    seen[key] = _digest(tensor)
+                    seen[key] = digest(tensor)
                 if key not in steps and key not in plan.aliases:
                     raise ArtifactError(f"tensor '{key}' came and is not in the plan", "Export again")
                 for step in steps.get(key, ()):
-                    writers.write(step, _folded(step, tensor, device))
+                    writers.write(step, tensor, device)
                     if on_progress:
-                        on_progress(step.output.nbytes)
+                        on_progress(step.nbytes)
                 # Or it would still be held while the next one is read.
                 del tensor
         if writers.missing:
@@ -195,29 +216,22 @@ def _write_tensors(
             )
     finally:
         writers.close()
-    for target, source in plan.aliases.items():
-        if seen.get(target) != seen.get(source):
+    refuse_unequal(plan.aliases, seen)
+
+
+def digest(tensor: torch.Tensor) -> bytes:
+    """sha256 of a tensor's bytes."""
+    return hashlib.sha256(tensor_bytes(tensor)).digest()
+
+
+def refuse_unequal(aliases: dict[str, str], digests: dict[str, bytes]) -> None:
+    """Raise `ArtifactError` for tensors that would become one and differ."""
+    for target, source in aliases.items():
+        if digests.get(target) != digests.get(source):
             raise ArtifactError(
                 f"'{target}' and '{source}' are tied by the config and their values differ",
                 "Set tie_word_embeddings to false in config.json, or remove the one that is not used",
             )
-
-
-def _folded(step: Step, tensor: torch.Tensor, device: str) -> torch.Tensor:
-    if step.format is None or isinstance(step.format.weight, Own):
-        return tensor
-    from loadstone.fakequant.formats.fold import fold
-
-    there = tensor.to(device)
-    if step.role.transposed:
-        # Stored as (…, in, out): the scales of a row run along its inputs.
-        there = there.transpose(-1, -2).contiguous()
-    result = fold(step.name, there, step.format.weight)
-    return (result.transpose(-1, -2).contiguous() if step.role.transposed else result).cpu()
-
-
-def _digest(tensor: torch.Tensor) -> bytes:
-    return hashlib.sha256(tensor_bytes(tensor)).digest()
 
 
 def _verify(plan: ExportPlan, work: Path) -> None:
@@ -225,7 +239,8 @@ def _verify(plan: ExportPlan, work: Path) -> None:
     bytes."""
     table = detect(work).table
     found = {} if table is None else {n: (t.dtype, t.shape, t.file) for n, t in table.tensors.items()}
-    planned = {s.name: (s.output.dtype, s.output.shape, s.output.file) for s in plan.steps}
+    files = plan.files
+    planned = {o.name: (o.dtype, o.shape, files[o.name]) for s in plan.steps for o in s.outputs}
     wrong = sorted(n for n in {*found, *planned} if found.get(n) != planned.get(n))
     if wrong:
         raise ArtifactError(f"tensor '{wrong[0]}' was not written as planned", "Export again")

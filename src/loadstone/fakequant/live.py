@@ -17,7 +17,7 @@ from loadstone.fakequant.export import Beside, Exported, resolve_device, write_e
 from loadstone.fakequant.offload import data_of, return_memory
 from loadstone.fakequant.options import Options
 from loadstone.fakequant.package import COPY, code_files, without_auto_map
-from loadstone.fakequant.plan import ExportPlan, make_plan, with_files
+from loadstone.fakequant.plan import ExportPlan, files_of, make_plan
 from loadstone.fakequant.quantizers import OwnQuantizers, find_quantizers, kind_of
 from loadstone.fakequant.roles import roles_in
 from loadstone.fakequant.state import QuantizerState, input_specs
@@ -147,10 +147,14 @@ def plan_model(live: LiveTensors, options: Options, max_shard_size: int) -> Expo
     config["architectures"] = [type(live.model).__name__]
     if options.remote_code != COPY:
         config = without_auto_map(config)
-    infos = with_files(live.infos, max_shard_size)
-    roles = live.quantizers.roles(roles_in(live.model, infos))
     return make_plan(
-        live.quantizers.rules(rules, live.saved), infos, roles, live.ties, config, untie=options.untie
+        live.quantizers.rules(rules, live.saved),
+        live.infos,
+        files_of(live.infos, max_shard_size),
+        live.quantizers.roles(roles_in(live.model, live.infos)),
+        live.ties,
+        config,
+        untie=options.untie,
     )
 
 
@@ -202,7 +206,7 @@ def export_model(
     return write_export(
         plan,
         live.read(),
-        Beside(lambda: source, copies, texts),
+        Beside(source, copies, texts),
         out,
         state=state,
         device=where,

@@ -47,8 +47,10 @@ def write_modelopt_state(plan: ExportPlan, state: QuantizerState, out: Path) -> 
 
     quantizers: dict[str, Any] = {}
     weights: dict[str, Any] = {}
-    every = [name for step in plan.steps if (name := quantizer_of(step))]
-    outputs = [f"{module_of(step.name)}.output_quantizer" for step in plan.steps if step.role.inputs]
+    every = [name for step in plan.steps if (name := quantizer_of(plan, step))]
+    outputs = [
+        f"{module_of(step.name)}.output_quantizer" for step in plan.steps if plan.roles[step.name].inputs
+    ]
     for name in dict.fromkeys([*every, *outputs, *state.specs]):
         buffers = {}
         for key in ("amax", "pre_quant_scale"):

@@ -28,6 +28,7 @@ class Options:
     emit_modelopt: bool = False
     device: str = "auto"
     overwrite: bool = False
+    resume: bool = True
     trust_remote_code: bool = False
 
     @property
@@ -49,6 +50,7 @@ def make_options(
     emit: str | None = None,
     device: str = "auto",
     overwrite: bool = False,
+    resume: bool = True,
     trust_remote_code: bool = False,
 ) -> Options:
     """`Options` from what a user gives; `UsageError` for what does not exist or does not fit together."""
@@ -77,6 +79,7 @@ def make_options(
         emit_modelopt=emit is not None,
         device=device,
         overwrite=overwrite,
+        resume=resume,
         trust_remote_code=trust_remote_code,
     )
     if options.activations and not any(f.inputs for f in rule_set.formats):

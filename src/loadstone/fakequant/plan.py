@@ -4,61 +4,59 @@ file."""
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from loadstone.artifact import TensorInfo
 from loadstone.errors import ArtifactError, UsageError
+from loadstone.fakequant.encoder import FakeQuantEncoding
 from loadstone.fakequant.formats import Format
+from loadstone.fakequant.formats.spec import Own
 from loadstone.fakequant.rules import Decision, Role, RuleSet, decide
+from loadstone.finalization.plan import Step
 from loadstone.writing.index import in_shards, shard_name
 
 
 @dataclass(frozen=True)
-class Step:
-    """One output tensor. ``source``: the key it is read by; ``output``: its name, dtype, shape, size and
-    file."""
-
-    source: str
-    output: TensorInfo
-    decision: Decision
-    role: Role
-
-    @property
-    def name(self) -> str:
-        return self.output.name
-
-    @property
-    def format(self) -> Format | None:
-        return self.decision.format
-
-
-@dataclass(frozen=True)
 class ExportPlan:
-    """All of an export as data. ``aliases``: stored names that become one tensor with another; ``untied``:
-    names that become tensors of their own."""
+    """All of an export as data. ``shards``: the steps of each output file; ``decisions`` and ``roles``: of each output
+    tensor; ``aliases``: stored names that become one tensor with another; ``untied``: names that become tensors of
+    their own."""
 
     rules: RuleSet
-    steps: tuple[Step, ...]
+    shards: tuple[tuple[Step, ...], ...]
+    decisions: dict[str, Decision] = field(repr=False)
+    roles: dict[str, Role] = field(repr=False)
     aliases: dict[str, str]
     untied: tuple[str, ...]
     config: dict[str, Any] = field(repr=False)
 
     @property
-    def files(self) -> dict[str, list[TensorInfo]]:
-        """The tensors of each output file."""
-        found: dict[str, list[TensorInfo]] = {}
-        for step in self.steps:
-            found.setdefault(step.output.file, []).append(step.output)
-        return found
+    def steps(self) -> list[Step]:
+        """All steps, in name order."""
+        return sorted((step for shard in self.shards for step in shard), key=lambda step: step.name)
+
+    @property
+    def files(self) -> dict[str, str]:
+        """The output file of each tensor.
+
+        A single file is named as a shard too: with an index beside it, no reader takes the quantizer state for weights,
+        as vLLM would that globs a directory without one.
+        """
+        names = [shard_name(number, len(self.shards)) for number in range(len(self.shards))]
+        return {step.name: name for name, shard in zip(names, self.shards, strict=True) for step in shard}
 
     @property
     def nbytes(self) -> int:
-        return sum(step.output.nbytes for step in self.steps)
+        return sum(step.nbytes for shard in self.shards for step in shard)
 
     @property
     def folded(self) -> list[Step]:
-        return [step for step in self.steps if step.format is not None]
+        return [step for step in self.steps if self.format(step) is not None]
+
+    def format(self, step: Step) -> Format | None:
+        """What a tensor is rounded to; None: it stays as it is."""
+        return self.decisions[step.name].format
 
     @property
     def summary(self) -> list[tuple[str, int, int]]:
@@ -66,26 +64,28 @@ class ExportPlan:
         counts: Counter[str] = Counter()
         sizes: Counter[str] = Counter()
         for step in self.steps:
-            what = str(step.format) if step.format else f"as it is: {step.decision.reason}"
+            decision = self.decisions[step.name]
+            what = str(decision.format) if decision.format else f"as it is: {decision.reason}"
             counts[what] += 1
-            sizes[what] += step.output.nbytes
+            sizes[what] += step.nbytes
         return [(what, counts[what], size) for what, size in sizes.most_common()]
 
 
 def make_plan(
     rules: RuleSet,
     infos: dict[str, TensorInfo],
+    files: dict[str, str],
     roles: dict[str, Role],
     ties: dict[str, str],
     config: dict[str, Any],
     *,
     untie: bool = False,
 ) -> ExportPlan:
-    """``infos``: each tensor with the file it goes to. ``ties``: name -> the stored name it is one tensor
-    with; such a name may itself be stored (then it becomes an alias) or not.
+    """``infos``: each source tensor; ``files``: which go into one output file, by any name of it. ``ties``: name -> the
+    stored name it is one tensor with; such a name may itself be stored (then it becomes an alias) or not.
 
     Raises `UsageError` for a rule that decides nothing and for a tie that the rules fold on one side only,
-    `ArtifactError` when nothing at all would be folded.
+    `ArtifactError` when nothing at all would be folded, and for a weight whose shape its rule's format cannot take.
     """
     sides = {target: source for target, source in ties.items() if source in infos}
     both = {k: (roles[k], infos[k].shape) for k in infos}
@@ -94,10 +94,7 @@ def make_plan(
         role = roles.get(target) or Role(False, "output head", inputs=True)
         both[target] = (role, infos[source].shape)
     decisions = decide(rules, dict(sorted(both.items())))
-    steps: dict[str, Step] = {
-        k: Step(k, i, decisions[k], roles[k]) for k, i in infos.items() if k not in sides
-    }
-    untied = []
+    sources = {name: name for name in infos if name not in sides}
     for target, source in sides.items():
         if decisions[target].format == decisions[source].format:
             continue
@@ -107,23 +104,33 @@ def make_plan(
                 f"'{one}' would be folded and '{other}', which is the same tensor, not ({rules})",
                 "Give both one format by rules, or pass --untie to store two tensors",
             )
-        stored = target if target in infos else source
-        output = infos[stored]._replace(name=target)
-        steps[target] = Step(stored, output, decisions[target], both[target][0])
-        untied.append(target)
-    if not any(step.format for step in steps.values()):
+        sources[target] = target if target in infos else source
+    untied = tuple(target for target in sides if target in sources)
+    if not any(decisions[name].format for name in sources):
         raise ArtifactError(f"no weight of this model can be folded by {rules}", "Name weights by --rules")
-    aliases = {t: s for t, s in sides.items() if t in infos and t not in untied}
     if untied:
         config = _set_untied(config)
-    return ExportPlan(rules, _numbered([steps[k] for k in sorted(steps)]), aliases, tuple(untied), config)
+    shards: dict[str, list[Step]] = {}
+    for name, stored in sorted(sources.items()):
+        step = _step(name, infos[stored], decisions[name], both[name][0])
+        shards.setdefault(files[stored], []).append(step)
+    return ExportPlan(
+        rules,
+        tuple(tuple(shards[file]) for file in sorted(shards)),
+        {name: decisions[name] for name in sources},
+        {name: both[name][0] for name in sources},
+        {t: s for t, s in sides.items() if t in infos and t not in untied},
+        untied,
+        config,
+    )
 
 
-def _numbered(steps: list[Step]) -> tuple[Step, ...]:
-    """The steps with files counted anew: one that held aliases only is not written."""
-    files = sorted({step.output.file for step in steps})
-    names = {file: shard_name(number, len(files)) for number, file in enumerate(files)}
-    return tuple(replace(step, output=step.output._replace(file=names[step.output.file])) for step in steps)
+def _step(name: str, source: TensorInfo, decision: Decision, role: Role) -> Step:
+    output = source._replace(name=name)
+    encoding = None
+    if decision.format and not isinstance(decision.format.weight, Own):
+        encoding = FakeQuantEncoding(output, decision.format, role.transposed)
+    return Step((source,), name, (output,), encoding, decision.reason)
 
 
 def _set_untied(config: dict[str, Any]) -> dict[str, Any]:
@@ -134,15 +141,7 @@ def _set_untied(config: dict[str, Any]) -> dict[str, Any]:
     return changed
 
 
-def with_files(infos: dict[str, TensorInfo], max_bytes: int) -> dict[str, TensorInfo]:
-    """The same tensors with the file that each goes to, in name order.
-
-    A single file is named as a shard too: with an index beside it, no reader takes the quantizer state for weights, as
-    vLLM would that globs a directory without one.
-    """
+def files_of(infos: dict[str, TensorInfo], max_bytes: int) -> dict[str, str]:
+    """The output file of each tensor of a source that has no division of its own: filled in name order."""
     shards = in_shards([info for _, info in sorted(infos.items())], max_bytes)
-    return {
-        info.name: info._replace(file=shard_name(number, len(shards)))
-        for number, shard in enumerate(shards)
-        for info in shard
-    }
+    return {info.name: f"{number:05d}" for number, shard in enumerate(shards) for info in shard}

@@ -13,16 +13,17 @@ from loadstone.fakequant.directory import export_directory, plan_directory
 from loadstone.fakequant.export import Exported
 from loadstone.fakequant.options import Options, make_options
 from loadstone.fakequant.plan import ExportPlan
+from loadstone.ranks import Ranks
 
 
 def export_fakequant(model_or_dir: Any, out: str | Path, **options: Any) -> Exported:
     """Export a model directory, or a live transformers model, with its weights folded.
 
-    ``options`` are the command's: ``format`` (text), ``rules`` (a YAML file), ``activations``,
-    ``calibrate``, ``kv_cache``, ``untie``, ``remote_code``, ``emit``, ``device``, ``overwrite``,
-    ``trust_remote_code``; for a live model also ``max_shard_size`` (bytes) and ``sidecars`` (a directory to
-    take tokenizer and the like from). Raises `UsageError`, `ArtifactError` or `MissingError` and leaves no
-    output; a live model is as before.
+    ``options`` are the command's: ``format`` (text), ``rules`` (a YAML file), ``activations``, ``calibrate``,
+    ``kv_cache``, ``untie``, ``remote_code``, ``emit``, ``device``, ``overwrite``, ``trust_remote_code``. For a
+    directory also ``resume``: take over the files that a killed run finished. For a live model also ``max_shard_size``
+    (bytes) and ``sidecars`` (a directory to take tokenizer and the like from). Raises `UsageError`, `ArtifactError` or
+    `MissingError` and leaves no output; a live model is as before.
     """
     if isinstance(model_or_dir, (str, Path, Artifact)):
         chosen = make_options(**options)
@@ -53,17 +54,21 @@ def run_directory(
     out: Path,
     options: Options,
     *,
+    ranks: Ranks | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> Exported:
-    """Write the export of a directory; see `export_fakequant`."""
+    """Write the export of a directory; see `export_fakequant`. Of several ``ranks`` the first runs the model."""
+    first = ranks is None or ranks.rank == 0
     return export_directory(
         artifact,
         plan,
         out,
-        state=calibrate_directory(artifact, plan, options),
+        state=calibrate_directory(artifact, plan, options) if first else None,
         remote_code=options.remote_code,
         emit_modelopt=options.emit_modelopt,
         device=options.device,
         overwrite=options.overwrite,
+        resume=options.resume,
+        ranks=ranks,
         on_progress=on_progress,
     )

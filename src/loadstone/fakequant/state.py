@@ -12,8 +12,10 @@ from loadstone.artifact.formats.safetensors import read_header
 from loadstone.artifact.manifest import FORMAT_VERSION, MANIFEST, sha256_file, versions
 from loadstone.errors import ArtifactError, UsageError
 from loadstone.fakequant.formats.spec import CALIBRATED, InputSpec
-from loadstone.fakequant.plan import ExportPlan, Step
-from loadstone.fakequant.rules import Rule, module_of
+from loadstone.fakequant.plan import ExportPlan
+from loadstone.fakequant.rules import Decision, module_of
+from loadstone.finalization.journal import hash_files
+from loadstone.finalization.plan import Step
 
 if TYPE_CHECKING:
     import torch
@@ -103,11 +105,14 @@ def read_state(directory: Path) -> QuantizerState:
 
 
 def write_manifests(
-    plan: ExportPlan, state: QuantizerState, work: Path, source: dict[str, Any]
+    plan: ExportPlan, state: QuantizerState, work: Path, source: dict[str, Any], digests: dict[str, str]
 ) -> dict[str, str]:
-    """Write both manifests and return the sha256 of every file but the last: ``fakequant_manifest.json``
-    (what was done to each tensor) and ``loadstone.json`` (hashes, as every artifact of loadstone has them)."""
-    files = {str(p.relative_to(work)): sha256_file(p) for p in sorted(work.rglob("*")) if p.is_file()}
+    """Write both manifests: ``fakequant_manifest.json`` (what was done to each tensor) and ``loadstone.json`` (hashes,
+    as every artifact of loadstone has them).
+
+    Returns the sha256 of every file but the last; ``digests``: those that are known already.
+    """
+    files = hash_files(work, digests)
     manifest: dict[str, Any] = {
         "schema": SCHEMA,
         "versions": versions(),
@@ -115,8 +120,8 @@ def write_manifests(
         "format": str(plan.rules.default) if plan.rules.default else None,
         "rules": [str(rule) for rule in plan.rules.rules],
         "total_size": plan.nbytes,
-        "tensors": {s.name: _entry(str(s.format), s.decision.rule, s.source, s.name) for s in plan.folded},
-        "not_folded": {s.name: s.decision.reason for s in plan.steps if s.format is None},
+        "tensors": {s.name: _entry(plan.decisions[s.name], s) for s in plan.folded},
+        "not_folded": {s.name: s.reason for s in plan.steps if plan.format(s) is None},
         "aliases": plan.aliases,
         "untied": list(plan.untied),
         "quantizers": dict(sorted(state.specs.items())),
@@ -137,10 +142,11 @@ def write_manifests(
     return files
 
 
-def _entry(text: str, rule: Rule | None, source: str, name: str) -> dict[str, str]:
+def _entry(decision: Decision, step: Step) -> dict[str, str]:
     """``amax`` says where the scale comes from: here always the weight itself."""
-    entry = {"format": text, "rule": str(rule) if rule else "default", "amax": "weight"}
-    return entry if source == name else entry | {"copied_from": source}
+    rule = str(decision.rule) if decision.rule else "default"
+    entry = {"format": str(decision.format), "rule": rule, "amax": "weight"}
+    return entry if step.source.name == step.name else entry | {"copied_from": step.source.name}
 
 
 def input_specs(plan: ExportPlan) -> dict[str, str]:
@@ -148,8 +154,9 @@ def input_specs(plan: ExportPlan) -> dict[str, str]:
     seen. Raises `UsageError` when experts that share a quantizer would need different ones."""
     found: dict[str, str | None] = {}
     for step in plan.steps:
-        name = quantizer_of(step)
-        spec = step.format.inputs if step.format else None
+        name = quantizer_of(plan, step)
+        chosen = plan.format(step)
+        spec = chosen.inputs if chosen else None
         if name and found.setdefault(name, spec) != spec:
             raise UsageError(
                 f"'{name}' is one for all experts, and '{step.name}' has another format than they have",
@@ -158,6 +165,7 @@ def input_specs(plan: ExportPlan) -> dict[str, str]:
     return {name: spec for name, spec in found.items() if spec}
 
 
-def quantizer_of(step: Step) -> str:
+def quantizer_of(plan: ExportPlan, step: Step) -> str:
     """The quantizer of the input that a weight is multiplied by; empty when none can be."""
-    return f"{module_of(step.name)}.{INPUT}" if step.role.inputs else step.role.shared
+    role = plan.roles[step.name]
+    return f"{module_of(step.name)}.{INPUT}" if role.inputs else role.shared

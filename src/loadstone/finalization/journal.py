@@ -12,7 +12,7 @@ import os
 import shutil
 from pathlib import Path
 
-from loadstone.artifact.manifest import MANIFEST
+from loadstone.artifact.manifest import MANIFEST, sha256_file
 from loadstone.errors import UsageError
 from loadstone.finalization.plan import FinalizePlan
 from loadstone.writing.publish import PARTIAL, name_taken, remove_work, working_path
@@ -111,6 +111,12 @@ def close_journal(work: Path) -> dict[str, str]:
     }
     shutil.rmtree(work / NOTES)
     return digests
+
+
+def hash_files(work: Path, digests: dict[str, str]) -> dict[str, str]:
+    """The sha256 of every file of the output by relative name; ``digests``: those that are known already."""
+    names = [str(p.relative_to(work)) for p in sorted(work.rglob("*")) if p.is_file() and p.name != KEY]
+    return {name: digests.get(name) or sha256_file(work / name) for name in names}
 
 
 def _read(path: Path) -> dict:

@@ -16,7 +16,7 @@ from loadstone.artifact.formats.safetensors import DTYPE_BITS, FLOAT_DTYPES
 from loadstone.errors import ArtifactError
 from loadstone.quantization import MixedRecipe, Recipe, Scheme
 from loadstone.quantization.flatten import SAFETENSORS_DTYPES
-from loadstone.writing.index import SHARD_BYTES, in_shards, weights_name
+from loadstone.writing.index import SHARD_BYTES, in_shards, shard_name, weights_name
 
 if TYPE_CHECKING:
     from loadstone.finalization.encoders import Encoder, Encoding
@@ -73,7 +73,8 @@ class Step:
 @dataclass(frozen=True)
 class FinalizePlan:
     """A finalize as data. ``shards``: the steps of each output file; ``config``: the config.json to write; ``header``:
-    metadata for the header of every output file; ``kind``: of the artifact."""
+    metadata for the header of every output file; ``kind``: of the artifact; ``indexed``: a single file has an index
+    too."""
 
     source: Artifact
     recipe: Recipe | MixedRecipe | None
@@ -82,6 +83,7 @@ class FinalizePlan:
     config: dict[str, Any] = field(repr=False)
     header: dict[str, str] = field(default_factory=lambda: {"format": "pt"}, repr=False)
     kind: str = DENSE
+    indexed: bool = False
 
     @cached_property
     def steps(self) -> list[Step]:
@@ -98,7 +100,8 @@ class FinalizePlan:
 
     def file_name(self, shard: int) -> str:
         """transformers' name of an output file."""
-        return weights_name(shard, len(self.shards))
+        name = shard_name if self.indexed else weights_name
+        return name(shard, len(self.shards))
 
 
 def make_plan(

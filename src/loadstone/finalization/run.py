@@ -22,6 +22,7 @@ from loadstone.finalization.journal import (
     close_journal,
     finished,
     has_progress,
+    hash_files,
     note_finished,
     open_journal,
     work_directory,
@@ -74,6 +75,43 @@ def write_plan(
     process or belongs to another job, `MissingError` for too little disk space, `ArtifactError` for a damaged source.
     """
     started = time.monotonic()
+    check_output(plan.source.root, out, overwrite)
+    # A link that may not be followed is reported before the work.
+    sidecars = find_sidecars(plan.source)
+
+    def write_rest(work: Path, digests: dict[str, str], fingerprint: str) -> dict[str, str]:
+        for message in copy_sidecars(sidecars, work):
+            log.warning("%s", message)
+        (work / "config.json").write_text(json.dumps(plan.config, indent=2) + "\n")
+        return _write_manifest(plan, work, fingerprint, digests)
+
+    files = write_artifact(
+        plan,
+        out,
+        write_rest,
+        device=device,
+        overwrite=overwrite,
+        resume=resume,
+        ranks=ranks,
+        on_progress=on_progress,
+    )
+    return Finalized(out, plan, time.monotonic() - started, files)
+
+
+def write_artifact(
+    plan: FinalizePlan,
+    out: Path,
+    write_rest: Callable[[Path, dict[str, str], str], dict[str, str]],
+    *,
+    device: str = "cpu",
+    overwrite: bool = False,
+    resume: bool = True,
+    ranks: Ranks | None = None,
+    on_progress: Callable[[int], None] | None = None,
+) -> dict[str, str]:
+    """The same with other files beside the weights: rank 0 calls ``write_rest`` with the directory that will be
+    ``out``, the sha256 of each weight file in it, and the source's fingerprint; returns what it returned, which is
+    empty on other ranks."""
     ranks = ranks or Ranks()
     check_output(plan.source.root, out, overwrite)
     work = work_directory(out)
@@ -83,7 +121,7 @@ def write_plan(
             check_space(plan.bytes_after, out, work)
         ranks.wait()
         try:
-            files = _write_all_files(plan, work, device, ranks, on_progress)
+            files = _write_all_files(plan, work, write_rest, device, ranks, on_progress)
             if ranks.rank == 0:
                 # Until here it tells whose work this is.
                 (work / KEY).unlink()
@@ -100,7 +138,7 @@ def write_plan(
             _discard_unless_resumable(work, out, ranks)
             raise
         ranks.wait()
-    return Finalized(out, plan, time.monotonic() - started, files)
+    return files
 
 
 def _discard_unless_resumable(work: Path, out: Path, ranks: Ranks) -> None:
@@ -112,10 +150,13 @@ def _discard_unless_resumable(work: Path, out: Path, ranks: Ranks) -> None:
 
 
 def _write_all_files(
-    plan: FinalizePlan, work: Path, device: str, ranks: Ranks, on_progress: Callable[[int], None] | None
+    plan: FinalizePlan,
+    work: Path,
+    write_rest: Callable[[Path, dict[str, str], str], dict[str, str]],
+    device: str,
+    ranks: Ranks,
+    on_progress: Callable[[int], None] | None,
 ) -> dict[str, str]:
-    # A link that may not be followed is said before the work.
-    sidecars = find_sidecars(plan.source)
     # A thread of its own: a shard is noted as soon as it is on disk, however long hashing the source takes.
     with ThreadPoolExecutor(1) as hasher:
         source_hash = hasher.submit(plan.source.fingerprint) if ranks.rank == 0 else None
@@ -130,15 +171,12 @@ def _write_all_files(
         if source_hash is None:
             return {}
         digests = close_journal(work)
-        if len(plan.shards) > 1:
+        if len(plan.shards) > 1 or plan.indexed:
             files = {
                 o.name: plan.file_name(n) for n, s in enumerate(plan.shards) for t in s for o in t.outputs
             }
             write_index(work, files, plan.bytes_after)
-        for message in copy_sidecars(sidecars, work):
-            log.warning("%s", message)
-        (work / "config.json").write_text(json.dumps(plan.config, indent=2) + "\n")
-        return _write_manifest(plan, work, source_hash.result(), digests)
+        return write_rest(work, digests, source_hash.result())
 
 
 def _write_shards(
@@ -201,12 +239,7 @@ def _finish(writer: ShardWriter, work: Path, name: str, syncer: ThreadPoolExecut
 def _write_manifest(
     plan: FinalizePlan, work: Path, source_hash: str, digests: dict[str, str]
 ) -> dict[str, str]:
-    """``digests``: sha256 of the shards, known already."""
-    paths = [p for p in sorted(work.rglob("*")) if p.is_file() and p.name != KEY]
-    files = {
-        name: digests.get(name) or sha256_file(work / name)
-        for name in (str(p.relative_to(work)) for p in paths)
-    }
+    files = hash_files(work, digests)
     manifest: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "kind": plan.kind,

@@ -49,18 +49,22 @@ class Unit:
 def units_of(plan: FinalizePlan, shard: int, device: str, divisible: bool) -> Iterator[Unit]:
     """The units of one output file. ``divisible``: whether parts of a source tensor can be read."""
     for step in plan.shards[shard]:
-        encoding = step.encoding
-        whole = not divisible or bool(step.ready)
-        for number, source in enumerate(step.sources):
-            block = _block(step, source, device)
-            size = block
-            if whole:
-                size = source.numel
-            elif encoding and encoding.rows_together:
-                size = min(encoding.rows_together * source.shape[-1], source.numel)
-            large = encoding is not None and not encoding.row_multiple and block > _limit(step, device)
-            for start in range(0, source.numel, size or 1):
-                yield Unit(shard, step, number, start, min(start + size, source.numel), large)
+        yield from step_units(step, shard, device, divisible)
+
+
+def step_units(step: Step, shard: int, device: str, divisible: bool = True) -> Iterator[Unit]:
+    """The units of one step. Rows that share a scale are one unit, whatever else is divisible."""
+    encoding = step.encoding
+    for number, source in enumerate(step.sources):
+        block = _block(step, source, device)
+        size = block
+        if encoding and encoding.rows_together and not step.ready:
+            size = min(encoding.rows_together * source.shape[-1], source.numel)
+        elif step.ready or not divisible:
+            size = source.numel
+        large = encoding is not None and not encoding.row_multiple and block > _limit(step, device)
+        for start in range(0, source.numel, size or 1):
+            yield Unit(shard, step, number, start, min(start + size, source.numel), large)
 
 
 def _limit(step: Step, device: str) -> int:
@@ -144,8 +148,9 @@ def _finite_extremes(source: TensorInfo, values: torch.Tensor) -> tuple[torch.Te
     # Minimum and maximum keep a NaN, and take a tenth of the time of looking at every value.
     extremes = torch.aminmax(values)
     if not torch.stack(extremes).isfinite().all():
+        file = f"{source.file}: " if source.file else ""
         raise ArtifactError(
-            f"{source.file}: tensor '{source.name}' holds NaN or infinity and cannot be quantized",
+            f"{file}tensor '{source.name}' holds NaN or infinity and cannot be quantized",
             "Use another checkpoint",
         )
     return extremes.min, extremes.max

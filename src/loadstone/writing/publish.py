@@ -112,8 +112,10 @@ def publish(work: Path, out: Path, overwrite: bool) -> None:
     Where the file system cannot swap two names the earlier output is set aside first; `locked` puts it back when the
     run is killed in between.
     """
+    if not overwrite and _exists(out):
+        raise UsageError(f"the output '{out}' appeared while it was made", "Choose another output")
     sync_tree(work)
-    if not (overwrite and _exists(out)):
+    if not _exists(out):
         work.rename(out)
         sync_directory(out.parent)
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import lcm
 
 import torch
 
@@ -21,7 +22,7 @@ from loadstone.fakequant.formats.spec import (
 )
 from loadstone.quantization.schemes import Recipe
 
-# Values folded at once: bounds the float32 temporaries whatever the size of the tensor.
+# Values folded at once: bounds the float32 temporaries.
 _CHUNK = 1 << 20
 
 
@@ -42,21 +43,41 @@ def fold(
         return weight
     if weight.dim() == 3:
         return torch.stack([fold(f"{name}[{i}]", expert, spec) for i, expert in enumerate(weight)])
-    largest = _amax(name, weight) if amax is None else _checked_amax(name, amax)
+    amax = _amax(name, weight) if amax is None else _checked_amax(name, amax)
+    rows = weight.shape[0]
+    if not isinstance(spec, Recipe):
+        multiple = row_multiple(spec)
+        rows = max(_CHUNK // (weight.shape[-1] * multiple), 1) * multiple
+    return torch.cat([fold_rows(part, spec, amax) for part in weight.split(rows)])
+
+
+def row_multiple(spec: WeightSpec) -> int:
+    """Rows of a weight are folded independently in blocks of any multiple of this number; 0: only all at once."""
+    match spec:
+        case Float8(granularity="block", block=block):
+            return block
+        case Staged(stages=stages):
+            return lcm(*(row_multiple(stage) for stage in stages))
+        case Recipe() | Own():
+            return 0
+    return 1
+
+
+def fold_rows(rows: torch.Tensor, spec: WeightSpec, amax: torch.Tensor | None = None) -> torch.Tensor:
+    """Finite ``rows`` (n, in) of a weight rounded to ``spec`` and back, in their own dtype.
+
+    ``amax``: largest magnitude of the whole weight, a float32 scalar; without it ``rows`` are the whole weight.
+    """
     if isinstance(spec, Recipe):
         from loadstone.quantization.quantize import dense, quantize_weight
 
-        return dense(quantize_weight(weight, spec.scheme)).to(weight.dtype)
+        return dense(quantize_weight(rows, spec.scheme)).to(rows.dtype)
     if isinstance(spec, Own):
-        raise ValueError(f"tensor '{name}' is folded by its own quantizer")
-    step = _step(spec, largest)
-    rows = max(_CHUNK // weight.shape[-1], 1)
-    if isinstance(spec, Float8) and spec.granularity == "block":
-        rows = max(rows // spec.block, 1) * spec.block
-    out = torch.empty_like(weight)
-    for part, into in zip(weight.split(rows), out.split(rows), strict=True):
-        into.copy_(step(part.float()))
-    return out
+        raise ValueError(f"a {spec.quantizer} folds its weight as the model is read")
+    if amax is None:
+        low, high = torch.aminmax(rows)
+        amax = torch.maximum(low.abs(), high.abs()).float()
+    return _step(spec, amax)(rows.float()).to(rows.dtype)
 
 
 def _step(

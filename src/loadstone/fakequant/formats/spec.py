@@ -149,3 +149,13 @@ def misfit(spec: WeightSpec, shape: tuple[int, ...]) -> str:
         case Recipe(scheme=scheme):
             return scheme.misfit(*shape[-2:]).replace("shape", "its shape")
     return ""
+
+
+def scaled_by_tensor(spec: WeightSpec) -> bool:
+    """Whether rows are folded by the largest magnitude of the whole weight."""
+    match spec:
+        case Float8(granularity="tensor") | Nvfp4():
+            return True
+        case Staged(stages=stages):
+            return any(scaled_by_tensor(stage) for stage in stages)
+    return False

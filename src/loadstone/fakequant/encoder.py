@@ -1,0 +1,97 @@
+"""Fake-quantized weights as an output format of finalize: quantized, dequantized and stored under their own name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from loadstone.artifact import TensorInfo
+from loadstone.errors import ArtifactError
+from loadstone.fakequant.formats import Format
+from loadstone.fakequant.formats.fold import fold_rows, row_multiple
+from loadstone.fakequant.formats.spec import misfit, scaled_by_tensor
+from loadstone.finalization.encoders.base import row_offset
+from loadstone.quantization.quantize import dense
+
+
+@dataclass(frozen=True)
+class FakeQuantEncoding:
+    """A weight (out, in), or (experts, out, in) with each expert on its own, rounded to ``format``.
+
+    ``transposed``: it is stored as (…, in, out).
+    """
+
+    output: TensorInfo
+    format: Format
+    transposed: bool = False
+
+    def __post_init__(self) -> None:
+        *rest, rows, width = self.output.shape
+        shape = (*rest, width, rows) if self.transposed else (*rest, rows, width)
+        if problem := misfit(self.format.weight, shape):
+            raise ArtifactError(
+                f"tensor '{self.output.name}' cannot be folded: {problem}",
+                "Leave it out by a rule (format: none)",
+            )
+
+    @property
+    def scheme(self) -> Any:
+        return self.format.weight
+
+    @property
+    def outputs(self) -> tuple[TensorInfo, ...]:
+        return (self.output,)
+
+    @property
+    def dtype(self) -> str:
+        return self.output.dtype
+
+    @property
+    def row_multiple(self) -> int:
+        return 0 if self.transposed else row_multiple(self.format.weight)
+
+    @property
+    def rows_together(self) -> int:
+        independent = self.row_multiple == 1 or (self.row_multiple > 1 and len(self.output.shape) == 2)
+        if independent and not scaled_by_tensor(self.format.weight):
+            return 0
+        return self.output.shape[-2]
+
+    @property
+    def temporaries(self) -> int:
+        return 4
+
+    @property
+    def shares_scale(self) -> bool:
+        return False
+
+    @property
+    def scales_inputs(self) -> bool:
+        return False
+
+    def encode(
+        self, rows: torch.Tensor, first_row: int, extremes: tuple[torch.Tensor, torch.Tensor] | None
+    ) -> Iterator[tuple[str, torch.Tensor, int]]:
+        amax = None
+        if extremes:
+            low, high = extremes
+            amax = torch.maximum(low.abs(), high.abs()).float()
+        if self.transposed:
+            # Scales run along a weight's inputs.
+            folded = fold_rows(rows.t().contiguous(), self.format.weight, amax).t()
+        else:
+            folded = fold_rows(rows, self.format.weight, amax)
+        count = self.output.numel // self.output.shape[-1]
+        yield self.output.name, folded, row_offset(self.output, first_row, count)
+
+    def with_scheme(self, scheme: Any) -> FakeQuantEncoding:
+        return replace(self, format=replace(self.format, weight=scheme))
+
+    def store(self, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {self.output.name: dense(tensor)}
+
+    def dequantize(self, stored: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        return stored[self.output.name]
