@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loadstone.artifact.builtin import PREFIX, builtin_path
+from loadstone.artifact.compressed_tensors import PackedWeight
 from loadstone.artifact.context_file import CONTEXT_JSON, CONTEXT_TENSORS, is_context, read_context
 from loadstone.artifact.files import MAX_CONFIG_BYTES, Sink, check_inside, is_file, read_json, refuse
 from loadstone.artifact.formats.weights import (
@@ -20,6 +21,7 @@ from loadstone.artifact.formats.weights import (
 )
 from loadstone.artifact.hints import MODEL_FILES, nearest, no_config_hint
 from loadstone.artifact.kinds import (
+    COMPRESSED_TENSORS,
     CONTEXT,
     DENSE,
     FAKEQUANT,
@@ -32,6 +34,7 @@ from loadstone.artifact.kinds import (
     UNKNOWN,
     classify,
     quantization_block,
+    read_packed,
 )
 from loadstone.artifact.torchao.tensors import FlatTensor, flat_tensors
 from loadstone.artifact.training_run import choose_checkpoint, is_checkpoint_name
@@ -44,6 +47,7 @@ if TYPE_CHECKING:
 CONFIG = "config.json"
 
 __all__ = [
+    "COMPRESSED_TENSORS",
     "CONFIG",
     "CONTEXT",
     "DENSE",
@@ -78,6 +82,7 @@ class Artifact:
     table: TensorTable | None = field(repr=False, default=None)
     bins: tuple[BinContents, ...] = field(repr=False, default=())
     quantized: dict[str, FlatTensor] = field(repr=False, default_factory=dict)
+    packed: dict[str, PackedWeight] = field(repr=False, default_factory=dict)
     quant_method: str | None = None
     notes: tuple[str, ...] = ()
     dcp: DcpContents | None = field(repr=False, default=None)
@@ -159,7 +164,10 @@ def examine(path: str | Path, *, checkpoint: str | None = None, sink: Sink = ref
     quantized: dict[str, FlatTensor] = {}
     if table is not None and weights.format == "safetensors":
         quantized = _or_empty(sink, lambda: flat_tensors(table.metadata, table.tensors, sink), {})
-    kind, evidence, method = classify(directory, config[0], weights, table, quantized, bins, sink)
+    packed: dict[str, PackedWeight] = {}
+    if table is not None and weights.format == "safetensors":
+        packed = _or_empty(sink, lambda: read_packed(directory, config[0], table.tensors, sink), {})
+    kind, evidence, method = classify(directory, config[0], weights, table, quantized, bins, sink, packed)
     return Artifact(
         path=directory,
         root=root,
@@ -170,6 +178,7 @@ def examine(path: str | Path, *, checkpoint: str | None = None, sink: Sink = ref
         table=table,
         bins=bins,
         quantized=quantized,
+        packed=packed,
         quant_method=method,
         notes=weights.notes,
         dcp=dcp,

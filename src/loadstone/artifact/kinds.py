@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loadstone.artifact.compressed_tensors import PackedWeight, packed_weights, read_block
+from loadstone.artifact.compressed_tensors.block import METHOD, unsupported
+from loadstone.artifact.compressed_tensors.tensors import stored_shape
 from loadstone.artifact.files import Sink, is_file
 from loadstone.artifact.formats.safetensors import FLOAT_DTYPES, TensorInfo
 from loadstone.artifact.formats.weights import TensorTable, WeightFiles
@@ -20,6 +24,7 @@ if TYPE_CHECKING:
 DENSE = "dense"
 TORCHAO = "torchao"
 TORCHAO_UNMARKED = "torchao-unmarked"
+COMPRESSED_TENSORS = "compressed-tensors"
 QAT = "qat"
 OTHER_QUANTIZER = "other-quantizer"
 FAKEQUANT = "fakequant"
@@ -57,6 +62,7 @@ def classify(
     quantized: dict[str, FlatTensor],
     bins: tuple[BinContents, ...],
     sink: Sink,
+    packed: dict[str, PackedWeight],
 ) -> Verdict:
     """(kind, evidence, quantization method).
 
@@ -70,7 +76,7 @@ def classify(
     try:
         check_subclasses(bins)
         if quantization_block(config) is not None:
-            return _from_block(config, weights, tensors, flat, subclasses, sink)
+            return _from_block(config, weights, tensors, flat, subclasses, sink, packed)
     except ArtifactError as error:
         sink(error)
         return UNKNOWN, (), None
@@ -109,6 +115,7 @@ def _from_block(
     flat: dict[str, FlatTensor],
     subclasses: dict[str, str],
     sink: Sink,
+    packed: dict[str, PackedWeight],
 ) -> Verdict:
     block = quantization_block(config)
     method = quant_method(block)
@@ -119,6 +126,9 @@ def _from_block(
                 f"config.json says {method}, and '{name}' is a torchao tensor",
                 "Restore the quantization_config block",
             )
+        if packed:
+            check_layers(tensors, sink)
+            return COMPRESSED_TENSORS, (f"config.json: quantization_config.quant_method is {method}",), method
         return OTHER_QUANTIZER, (f"config.json: quantization_config.quant_method is {method}",), method
     check_layers(tensors, sink)
     recipe = check_block(block)
@@ -130,6 +140,22 @@ def _from_block(
     check_agreement(recipe, flat, sink)
     check_quantized(flat, tensors, config, sink, by_module=chooses_by_module(recipe))
     return TORCHAO, ("config.json: quantization_config.quant_method is torchao",), method
+
+
+def read_packed(
+    directory: Path, config: dict[str, Any], tensors: dict[str, TensorInfo], sink: Sink
+) -> dict[str, PackedWeight]:
+    """The quantized weights of a compressed-tensors artifact; empty for others and for what is not decoded here."""
+    block = quantization_block(config)
+    if not isinstance(block, dict) or block.get("quant_method") != METHOD or unsupported(block):
+        return {}
+    found = packed_weights(read_block(block), tensors, sink, partial(stored_shape, directory))
+    if not found:
+        raise ArtifactError(
+            "config.json says compressed-tensors, and no tensor is quantized",
+            "The weights are not this config's: make the artifact again, or remove the quantization_config block",
+        )
+    return found
 
 
 def quantization_block(config: dict[str, Any]) -> Any:

@@ -103,15 +103,22 @@ def _cuda_map(device: str) -> dict[str, str]:
 
 
 def weight_bytes(artifact: Artifact, dtype: str = "auto") -> int:
-    """Bytes of all weights once loaded: plain ones in ``dtype`` (auto: as stored), quantized ones as stored."""
+    """Bytes of all weights once loaded: plain ones in ``dtype`` (auto: as stored), quantized ones as stored or, where
+    they are decoded, in ``dtype`` (auto: two bytes)."""
     flats = [artifact.quantized, *(contents.quantized for contents in artifact.bins)]
     parts = [part for table in flats for flat in table.values() for part in flat.parts.values()]
     quantized = {part.name for part in parts}
+    quantized |= {part.name for weight in artifact.packed.values() for part in weight.parts.values()}
+    decoded = sum(weight.numel for weight in artifact.packed.values()) * (4 if dtype == "float32" else 2)
     tables = [artifact.table.tensors] if artifact.table else [contents.tensors for contents in artifact.bins]
     width = {"float32": 32, "bfloat16": 16, "float16": 16}.get(dtype)
     plain = [info for table in tables for info in table.values() if info.name not in quantized]
-    return sum(part.nbytes for part in parts) + sum(
-        info.numel * width // 8 if width and info.dtype in FLOAT_DTYPES else info.nbytes for info in plain
+    return (
+        decoded
+        + sum(part.nbytes for part in parts)
+        + sum(
+            info.numel * width // 8 if width and info.dtype in FLOAT_DTYPES else info.nbytes for info in plain
+        )
     )
 
 

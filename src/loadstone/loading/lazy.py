@@ -13,8 +13,10 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from loadstone.artifact import Artifact, FlatTensor
+from loadstone.artifact.compressed_tensors.tensors import is_side_tensor
 from loadstone.errors import ArtifactError
 from loadstone.loading.dcpfiles import LazyDcp
+from loadstone.loading.packed import LazyPacked
 from loadstone.loading.repack import int4_tiles_to_cpu
 
 if TYPE_CHECKING:
@@ -107,4 +109,9 @@ def _from_safetensors(artifact: Artifact, dtype: torch.dtype | None, stack: Exit
     for name, flat in artifact.quantized.items():
         parts = {data_name: slices.pop(info.name) for data_name, info in flat.parts.items()}
         state[name] = LazyQuantized(flat, parts, dtype)
+    for name, weight in artifact.packed.items():
+        state[name] = LazyPacked(weight, {s: slices.pop(p.name) for s, p in weight.parts.items()})
+    if artifact.packed:
+        # Scales of inputs and of the KV cache are for kernels: the model has no such parameters.
+        slices = {name: part for name, part in slices.items() if not is_side_tensor(name)}
     return state | slices

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 from loadstone.artifact.detect import (
+    COMPRESSED_TENSORS,
     CONTEXT,
     DENSE,
     FAKEQUANT,
@@ -26,6 +28,7 @@ log = logging.getLogger(__name__)
 
 NATIVE = "native"
 NATIVE_QUANTIZED = "native-quantized"
+NATIVE_UNPACKED = "native-unpacked"
 FROM_PRETRAINED = "from_pretrained"
 IN_CONTEXT = "in-context"
 
@@ -143,8 +146,14 @@ def _forces_its_own_path(root: Path) -> Artifact | None:
         artifact = detect(root, checkpoint=None)
     except ArtifactError:
         return None
-    quantized = artifact.kind in (TORCHAO, TORCHAO_UNMARKED, OTHER_QUANTIZER)
+    quantized = artifact.kind in (TORCHAO, TORCHAO_UNMARKED, COMPRESSED_TENSORS, OTHER_QUANTIZER)
     return artifact if quantized and artifact.path == root else None
+
+
+def _schemes(artifact: Artifact) -> str:
+    """The schemes of packed weights, the most frequent first."""
+    counts = Counter(str(weight.scheme) for weight in artifact.packed.values())
+    return ", ".join(f"{scheme} x {count}" for scheme, count in counts.most_common())
 
 
 def _load_path(artifact: Artifact) -> tuple[str, str]:
@@ -155,6 +164,8 @@ def _load_path(artifact: Artifact) -> tuple[str, str]:
             return NATIVE_QUANTIZED, "torchao tensors rebuilt from their own metadata"
         case k if k == TORCHAO_UNMARKED:
             return NATIVE_QUANTIZED, "no quantization_config: recipe recovered from the tensors themselves"
+        case k if k == COMPRESSED_TENSORS:
+            return NATIVE_UNPACKED, f"packed weights are decoded to the model's dtype ({_schemes(artifact)})"
         case k if k == FAKEQUANT:
             return NATIVE, "folded weights are plain tensors"
         case k if k == QAT:

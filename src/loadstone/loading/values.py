@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
 
     from loadstone.artifact import Artifact, FlatTensor, TensorInfo
+    from loadstone.artifact.compressed_tensors import PackedWeight
 
 Limits = dict[str, tuple[str, int, int]]
 
@@ -49,7 +50,8 @@ def values_checked(artifact: Artifact) -> Iterator[None]:
     files = artifact.weights.format == "safetensors" and artifact.table
     stored = files.tensors.values() if files else ()
     with ThreadPoolExecutor(1) as pool:
-        scan = pool.submit(check_values, artifact.path, stored, limits_of(artifact.quantized.values()))
+        limits = limits_of(artifact.quantized.values()) | packed_limits(artifact.packed.values())
+        scan = pool.submit(check_values, artifact.path, stored, limits)
         yield
         scan.result()
 
@@ -64,6 +66,18 @@ def limits_of(quantized: Iterable[FlatTensor]) -> Limits:
         if tensor.type == "IntxUnpackedToInt8Tensor":
             bits = int(tensor.attributes["target_dtype"]["_data"].removeprefix("int"))
             limits[tensor.parts["qdata"].name] = ("int8", -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+    return limits
+
+
+def packed_limits(packed: Iterable[PackedWeight]) -> Limits:
+    """What the scales of packed weights may hold: numbers above zero, and powers of two that are numbers."""
+    limits: Limits = {}
+    for weight in packed:
+        scale = weight.parts["weight_scale"]
+        if scale.dtype in _POSITIVE:
+            limits[scale.name] = _POSITIVE[scale.dtype]
+        elif scale.dtype == "U8":
+            limits[scale.name] = ("uint8", 0, 254)
     return limits
 
 
@@ -122,7 +136,7 @@ def _problem(raw: numpy.ndarray, tensor: TensorInfo, limit: tuple[str, int, int]
         name, low, high = limit
         values = raw.view(name)
         outside = values.min() < low or values.max() > high
-        if outside and name == "int8":
+        if outside and name in ("int8", "uint8"):
             return f"values outside {low} to {high}"
         if not outside or tensor.dtype not in _PATTERNS:
             return ""

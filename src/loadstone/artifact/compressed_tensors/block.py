@@ -77,12 +77,31 @@ def matches(target: str, module: str) -> bool:
     return target == module
 
 
+def unsupported(block: dict[str, Any]) -> str:
+    """What a block asks for that is not decoded here (sparsity, rotations, a format); empty where all is."""
+    block = _flat(block)
+    sparsity, transforms = block.get("sparsity_config"), block.get("transform_config")
+    kind = sparsity.get("format") if isinstance(sparsity, dict) else None
+    if kind not in (None, "dense"):
+        return f"the sparsity_config {ascii(kind)[:80]}"
+    if isinstance(transforms, dict) and transforms.get("config_groups"):
+        return "a transform_config (rotated weights)"
+    groups = block.get("config_groups")
+    given = [block.get("format"), *(g.get("format") for g in _values(groups) if isinstance(g, dict))]
+    for name in given:
+        if isinstance(name, str) and name not in (*FORMATS, MIXED):
+            return f"the format {ascii(name)[:80]}"
+    return ""
+
+
 def read_block(block: dict[str, Any]) -> Block:
     """The parsed block; raises `ArtifactError` naming the key that is malformed or that nothing here can decode."""
-    inner = block.get("quantization_config")
-    if isinstance(inner, dict) and "config_groups" not in block:
-        block = block | inner
-    _check_transforms(block)
+    block = _flat(block)
+    if reason := unsupported(block):
+        raise ArtifactError(
+            f"{_WHERE} has {reason}, which is not decoded here",
+            "Install compressed-tensors and load it with transformers",
+        )
     groups = block.get("config_groups")
     if not isinstance(groups, dict) or not groups:
         raise _wrong("has no config_groups")
@@ -99,19 +118,14 @@ def read_block(block: dict[str, Any]) -> Block:
     )
 
 
-def _check_transforms(block: dict[str, Any]) -> None:
-    sparsity, transforms = block.get("sparsity_config"), block.get("transform_config")
-    kind = sparsity.get("format") if isinstance(sparsity, dict) else None
-    if kind not in (None, "dense"):
-        raise ArtifactError(
-            f"{_WHERE} has the sparsity_config {ascii(kind)[:80]}, which is not read here",
-            "Use compressed-tensors before 0.14, or a checkpoint without sparsity",
-        )
-    if isinstance(transforms, dict) and transforms.get("config_groups"):
-        raise ArtifactError(
-            f"{_WHERE} has a transform_config (rotated weights), which is not read here",
-            "Install compressed-tensors and load it with transformers",
-        )
+def _flat(block: dict[str, Any]) -> dict[str, Any]:
+    """The block of today, out of one that holds its settings one level deeper."""
+    inner = block.get("quantization_config")
+    return block | inner if isinstance(inner, dict) and "config_groups" not in block else block
+
+
+def _values(groups: Any) -> list[Any]:
+    return list(groups.values()) if isinstance(groups, dict) else []
 
 
 def _group(name: str, entry: Any, top: Any) -> Group | None:
@@ -134,13 +148,9 @@ def _group(name: str, entry: Any, top: Any) -> Group | None:
     inputs = entry.get("input_activations")
     given = _text(entry.get("format")) or (_text(top) if top != MIXED else None)
     arguments = _args(inputs, f"{where}.input_activations") if inputs else None
-    chosen = given or _inferred_format(weights, arguments)
-    if chosen not in FORMATS:
-        raise ArtifactError(
-            f"{_WHERE}: {where} has the format {ascii(chosen)[:80]}, which is not read here",
-            "Known: " + ", ".join(FORMATS),
-        )
-    return Group(name, targets, LayerScheme(chosen, weights, arguments))
+    return Group(
+        name, targets, LayerScheme(given or _inferred_format(weights, arguments), weights, arguments)
+    )
 
 
 def _inferred_format(weights: QuantArgs, inputs: QuantArgs | None) -> str:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from math import prod
+from pathlib import Path
 
 from loadstone.artifact.compressed_tensors.block import Block
 from loadstone.artifact.compressed_tensors.layout import scale_grid, words
@@ -26,14 +29,15 @@ _UNUSED = (
 class PackedWeight:
     """One quantized weight: ``name`` of the parameter it stands for (``P.weight``), its scheme and stored tensors.
 
-    ``parts``: by suffix (``weight_packed``, ``weight_scale``, …). ``shape``: (rows, columns) of the weight; columns
-    are None where only the value of ``weight_shape`` tells. ``padded``: see `Block.padded_packing`.
+    ``parts``: by suffix (``weight_packed``, ``weight_scale``, …). ``padded``: see `Block.padded_packing`.
+    ``columns``: what the value of ``weight_shape`` says, where headers do not tell (see `columns_known`).
     """
 
     name: str
     scheme: LayerScheme
     parts: dict[str, TensorInfo] = field(repr=False)
     padded: bool = False
+    columns: int | None = None
 
     @property
     def module(self) -> str:
@@ -46,8 +50,10 @@ class PackedWeight:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(rows, columns). Where only the value of ``weight_shape`` tells the columns, the most that may be packed."""
+        """(rows, columns). Where nothing tells the columns, the most that may be packed."""
         rows, stored = self.values.shape
+        if self.columns is not None:
+            return rows, self.columns
         if not self.scheme.packed:
             return rows, stored
         if self.scheme.format != PACK:
@@ -62,6 +68,12 @@ class PackedWeight:
         """Whether headers alone tell the number of columns."""
         weights = self.scheme.weights
         return self.scheme.format != PACK or (weights.grouped and "weight_g_idx" not in self.parts)
+
+    @property
+    def dtype(self) -> str:
+        """The floating dtype of its scales, in safetensors' spelling; BF16 for formats with scales of their own."""
+        stored = self.parts["weight_scale"].dtype
+        return stored if stored in FLOAT_DTYPES else "BF16"
 
     @property
     def numel(self) -> int:
@@ -83,11 +95,15 @@ class PackedWeight:
 
 
 def packed_weights(
-    block: Block, tensors: dict[str, TensorInfo], sink: Sink = refuse
+    block: Block,
+    tensors: dict[str, TensorInfo],
+    sink: Sink = refuse,
+    read_shape: Callable[[TensorInfo], tuple[int, int]] | None = None,
 ) -> dict[str, PackedWeight]:
     """Every quantized weight by the name of its parameter; raises `ArtifactError` for one that is incomplete.
 
-    With another ``sink``, problems go there and the weight is left out.
+    With another ``sink``, problems go there and the weight is left out. ``read_shape``: reads a stored
+    ``weight_shape``; it is called where headers do not tell the number of columns.
     """
     parts: dict[str, dict[str, TensorInfo]] = {}
     for name, tensor in tensors.items():
@@ -99,7 +115,9 @@ def packed_weights(
     for module, own in parts.items():
         try:
             weight = _weight(block, module, own, tensors)
-            key = (weight.scheme, *((suffix, p.dtype, p.shape) for suffix, p in own.items()))
+            if read_shape and not weight.columns_known and "weight_shape" in own:
+                weight = replace(weight, columns=read_shape(own["weight_shape"])[1])
+            key = (weight.scheme, weight.columns, *((suffix, p.dtype, p.shape) for suffix, p in own.items()))
             # Thousands of experts share a handful of shapes.
             if key not in checked:
                 _check(weight)
@@ -108,6 +126,19 @@ def packed_weights(
         except ArtifactError as error:
             sink(error)
     return found
+
+
+def stored_shape(directory: Path, info: TensorInfo) -> tuple[int, int]:
+    """The two numbers of a stored ``weight_shape``; raises `ArtifactError` for anything else."""
+    if info.dtype in ("I64", "I32") and info.shape == (2,):
+        with (directory / info.file).open("rb") as file:
+            file.seek(info.begin)
+            raw = file.read(info.nbytes)
+        if len(raw) == info.nbytes:
+            rows, columns = struct.unpack("<2q" if info.dtype == "I64" else "<2i", raw)
+            if 0 < rows < 1 << 40 and 0 < columns < 1 << 40:
+                return rows, columns
+    raise ArtifactError(f"{info.file}: '{info.name}' does not hold the two sides of a weight", _AGAIN)
 
 
 def is_side_tensor(name: str) -> bool:

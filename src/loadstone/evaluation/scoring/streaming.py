@@ -23,7 +23,7 @@ from loadstone.evaluation.measure import free_bytes
 from loadstone.evaluation.scoring.head import SplitModel, flat_attention, split_unchecked
 from loadstone.loading import LoadPlan
 from loadstone.loading.devices import weight_bytes
-from loadstone.loading.plan import NATIVE, NATIVE_QUANTIZED
+from loadstone.loading.plan import NATIVE, NATIVE_QUANTIZED, NATIVE_UNPACKED
 from loadstone.loading.streamed import StreamedModel
 
 log = logging.getLogger(__name__)
@@ -149,7 +149,7 @@ def can_stream(plan: LoadPlan) -> bool:
     hooks."""
     artifact = plan.artifact
     return (
-        plan.load_path in (NATIVE, NATIVE_QUANTIZED)
+        plan.load_path in (NATIVE, NATIVE_QUANTIZED, NATIVE_UNPACKED)
         and artifact.kind != FAKEQUANT
         and artifact.weights.format == "safetensors"
     )

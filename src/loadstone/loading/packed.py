@@ -1,0 +1,98 @@
+"""Weights of a compressed-tensors artifact, decoded while they are read: block of rows by block of rows.
+
+What comes out is a plain tensor of the model's dtype, so experts merge and layers are placed as in a dense checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from loadstone.artifact.compressed_tensors import PackedWeight
+from loadstone.artifact.compressed_tensors.layout import row_tile, rows_needed
+from loadstone.errors import ArtifactError
+from loadstone.quantization.flatten import torch_dtype
+from loadstone.quantization.packing import decode_rows
+
+if TYPE_CHECKING:
+    import torch
+
+# Weights that are decoded at once: bounds what is in memory beside the result.
+_BLOCK = 1 << 22
+
+Read = Callable[[str, int, int], "torch.Tensor"]
+
+
+class LazyPacked:
+    """A packed weight before it is read. ``parts`` maps suffixes to safetensors slices."""
+
+    def __init__(self, weight: PackedWeight, parts: dict[str, Any]) -> None:
+        self.weight = weight
+        self.parts = parts
+
+    def __getitem__(self, index: Any) -> Any:
+        # A part is asked for where a weight is divided among GPUs.
+        return self if index is Ellipsis else self.to()[index]
+
+    def to(self, device: Any = None, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The weight (out, in) in ``dtype`` (None: of its scales), decoded on ``device``."""
+
+        def read(suffix: str, start: int, stop: int) -> torch.Tensor:
+            part = self.parts[suffix]
+            found = part[start:stop] if self.weight.parts[suffix].shape else part[...]
+            return found if device is None else found.to(device)
+
+        rows = self.weight.shape[0]
+        return decode(self.weight, read, 0, rows, dtype or torch_dtype(self.weight.dtype))
+
+    def get_dtype(self) -> str:
+        """What a safetensors slice answers: the model sees the weight in its own floating dtype."""
+        return self.weight.dtype
+
+    def get_shape(self) -> list[int]:
+        return list(self.weight.shape)
+
+
+def decode(weight: PackedWeight, read: Read, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
+    """Rows ``start`` to ``stop`` (multiples of `row_tile`, or the last) of a weight, in ``dtype``.
+
+    ``read(suffix, first, last)`` gives rows of a stored tensor. Raises `ArtifactError` naming a weight whose
+    ``weight_shape`` contradicts it.
+    """
+    import torch
+
+    scheme, (_, columns) = weight.scheme, weight.shape
+    tile = row_tile(scheme)
+    step = max(_BLOCK // (columns * tile), 1) * tile
+    result = None
+    fixed: dict[str, torch.Tensor] = {}
+    for first in range(start, stop, step):
+        last = min(first + step, stop)
+        parts = {}
+        for suffix, info in weight.parts.items():
+            low, high = rows_needed(scheme, suffix, info.shape, first, last, weight.padded)
+            if (low, high) == (0, info.shape[0] if info.shape else 1):
+                # The same for every block: a scale of the whole tensor, an order of columns.
+                if suffix not in fixed:
+                    fixed[suffix] = read(suffix, low, high)
+                parts[suffix] = fixed[suffix]
+            else:
+                parts[suffix] = read(suffix, low, high)
+        if first == start and "weight_shape" in parts:
+            _check_shape(weight, parts["weight_shape"])
+        rows = decode_rows(scheme, parts, columns, dtype, weight.padded)
+        if result is None:
+            if last == stop:
+                return rows
+            result = torch.empty(stop - start, columns, dtype=dtype, device=rows.device)
+        result[first - start : last - start] = rows
+    return result if result is not None else torch.empty(0, columns, dtype=dtype)
+
+
+def _check_shape(weight: PackedWeight, stored: torch.Tensor) -> None:
+    if tuple(stored.tolist()) != weight.shape:
+        info = weight.parts["weight_shape"]
+        raise ArtifactError(
+            f"{info.file}: '{info.name}' says {stored.tolist()}, the tensors beside it hold {list(weight.shape)}",
+            "Copy the file again, or make the artifact again",
+        )
