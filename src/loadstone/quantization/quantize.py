@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 
 
 def quantize_weight(weight: torch.Tensor, scheme: Scheme) -> torch.Tensor:
-    """The torchao tensor that `torchao.quantize_` makes of a Linear's ``weight`` (out, in), on the same device."""
+    """The torchao tensor that `torchao.quantize_` makes of a Linear's ``weight`` (out, in), on the same device.
+
+    One difference: torchao divides rows of zeros by a float8 scale of zero, which gives NaN; here they stay zeros.
+    """
     import torch
     from torchao.quantization import quantize_
 
@@ -33,7 +36,13 @@ def quantize_weight(weight: torch.Tensor, scheme: Scheme) -> torch.Tensor:
     linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     linear.weight = torch.nn.Parameter(weight, requires_grad=False)
     quantize_(linear, to_torchao(scheme))
-    return linear.weight.detach()
+    tensor = linear.weight.detach()
+    if isinstance(scheme, Float8WeightOnly | Float8DynActFloat8Weight) and not weight.is_meta:
+        empty = tensor.scale == 0  # type: ignore[attr-defined]
+        if empty.any():
+            tensor.qdata.view(torch.uint8).masked_fill_(empty, 0)  # type: ignore[attr-defined]
+            tensor.scale.masked_fill_(empty, 1)  # type: ignore[attr-defined]
+    return tensor
 
 
 def quantize_rows(
