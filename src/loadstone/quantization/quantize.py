@@ -37,7 +37,7 @@ def quantize_weight(weight: torch.Tensor, scheme: Scheme) -> torch.Tensor:
     linear.weight = torch.nn.Parameter(weight, requires_grad=False)
     quantize_(linear, to_torchao(scheme))
     tensor = linear.weight.detach()
-    if isinstance(scheme, Float8WeightOnly | Float8DynActFloat8Weight) and not weight.is_meta:
+    if type(tensor).__name__ == "Float8Tensor" and not weight.is_meta:
         empty = tensor.scale == 0  # type: ignore[attr-defined]
         if empty.any():
             tensor.qdata.view(torch.uint8).masked_fill_(empty, 0)  # type: ignore[attr-defined]

@@ -10,6 +10,8 @@ import difflib
 from dataclasses import dataclass, fields, replace
 from typing import ClassVar, Literal, Self, get_type_hints
 
+from loadstone.artifact.compressed_tensors import LayerScheme, QuantArgs
+from loadstone.artifact.compressed_tensors.scheme import FLOAT, INT, MXFP4, MXFP8, NAIVE, NVFP4, PACK
 from loadstone.errors import UsageError
 
 Mapping = Literal["symmetric", "asymmetric"]
@@ -34,6 +36,8 @@ class Scheme:
     experts_problem: ClassVar[str] = "torchao has no fused weights of this scheme"
     # Both sides of a weight must be a multiple of this.
     side_multiple: ClassVar[int] = 1
+    # Why no serving engine has a kernel for it, and the nearest recipe that they have one for.
+    unserved: ClassVar[tuple[str, str]] = ("it is not among those that servers read", "intx4-weight-only")
 
     @property
     def nominal_bits(self) -> float:
@@ -63,6 +67,20 @@ class Scheme:
     def temporaries(self) -> int:
         """Memory of quantizing as a multiple of that of a cast: torchao's own rounding takes four times as much."""
         return 4
+
+    @property
+    def serving(self) -> LayerScheme | None:
+        """The scheme in the compressed-tensors layout; None where servers have no kernel (`unserved` says why).
+
+        A scale of the whole tensor is stored once a row there: servers that merge layers would otherwise round the
+        weights again to one scale.
+        """
+        return None
+
+    @property
+    def weight_only(self) -> Scheme:
+        """The scheme that rounds weights to the same values and runs wherever torchao does."""
+        return self
 
     @property
     def trains_exactly(self) -> bool:
@@ -164,6 +182,10 @@ class Int8DynActIntxWeight(Intx):
     rounding: Literal["affine", "mse", "hqq", "gptq", "awq", "smoothquant"] = "affine"
 
     dynamic_inputs = True
+    unserved = (
+        "no GPU kernel reads int8 inputs with weights in groups or of fewer bits",
+        "intx4-weight-only",
+    )
 
 
 @dataclass(frozen=True)
@@ -173,6 +195,16 @@ class IntxWeightOnly(Intx):
     rounding: Literal["affine", "mse", "hqq", "gptq", "awq"] = "affine"
 
     embeds = True
+    unserved = ("servers have kernels for 4 and 8 bits", "intx4-weight-only")
+
+    @property
+    def serving(self) -> LayerScheme | None:
+        if self.bits not in (4, 8):
+            return None
+        weights = QuantArgs(self.bits, "int", "channel", symmetric=self.mapping == "symmetric")
+        if self.group_size:
+            weights = replace(weights, strategy="group", group_size=self.group_size)
+        return LayerScheme(PACK, weights)
 
 
 @dataclass(frozen=True)
@@ -203,12 +235,21 @@ class Int8DynActInt8Weight(_Int8):
     act_mapping: Mapping = "symmetric"
     rounding: Literal["affine", "smoothquant"] = "affine"
 
+    @property
+    def serving(self) -> LayerScheme:
+        inputs = QuantArgs(8, "int", "token", symmetric=self.act_mapping == "symmetric", dynamic=True)
+        return LayerScheme(INT, QuantArgs(8, "int", "channel"), inputs)
+
 
 @dataclass(frozen=True)
 class Int8WeightOnly(_Int8):
     """int8 weights, symmetric."""
 
     rounding: Literal["affine", "awq"] = "affine"
+
+    @property
+    def serving(self) -> LayerScheme:
+        return LayerScheme(PACK, QuantArgs(8, "int", "channel"))
 
 
 @dataclass(frozen=True)
@@ -218,6 +259,7 @@ class Int4WeightOnly(Scheme):
     group_size: Literal[32, 64, 128, 256] = 128
     rounding: Literal["tinygemm", "hqq", "awq"] = "tinygemm"
 
+    unserved = ("its zero points are not integers", "intx4-weight-only:group_size=128,mapping=asymmetric")
     nominal_bits = 4
     input_scale = True
     experts_problem = "torchao's int4 tensors have no grouped product"
@@ -253,6 +295,10 @@ class Float8WeightOnly(_Float8):
     def whole_extremes(self) -> bool:
         return self.granularity == "tensor"
 
+    @property
+    def serving(self) -> LayerScheme:
+        return LayerScheme(NAIVE, QuantArgs(8, "float", "channel"))
+
 
 @dataclass(frozen=True)
 class Float8DynActFloat8Weight(_Float8):
@@ -265,12 +311,22 @@ class Float8DynActFloat8Weight(_Float8):
         # torchao passes over weights whose sides are not a multiple of 16.
         return 16 if self.granularity == "row" else 0
 
+    @property
+    def serving(self) -> LayerScheme:
+        inputs = QuantArgs(8, "float", "token", dynamic=True)
+        return LayerScheme(FLOAT, QuantArgs(8, "float", "channel"), inputs)
+
+    @property
+    def weight_only(self) -> Scheme:
+        return Float8WeightOnly(self.granularity)
+
 
 @dataclass(frozen=True)
 class Float8DynActInt4Weight(Scheme):
     """float8 e4m3 dynamic activations per row, int4 weights in groups of 128 (preshuffled)."""
 
     nominal_bits = 4
+    unserved = ("torchao packs it for one kernel", "intx4-weight-only:group_size=128")
     experts_problem = "torchao's int4 tensors have no grouped product"
 
     def stored_bits(self, in_features: int, out_features: int, scale_bits: int = 16) -> float:
@@ -297,10 +353,16 @@ class Nvfp4WeightOnly(_Nvfp4):
     row_multiple = 128
     whole_extremes = True
 
+    @property
+    def serving(self) -> LayerScheme:
+        return LayerScheme(NVFP4, QuantArgs(4, "float", "tensor_group", 16))
+
 
 @dataclass(frozen=True)
 class Nvfp4DynActNvfp4Weight(_Nvfp4):
     """NVFP4 dynamic activations and weights."""
+
+    unserved = ("servers want calibrated ranges of the inputs", "nvfp4-weight-only")
 
 
 @dataclass(frozen=True)
@@ -320,6 +382,13 @@ class MxDynActMxWeight(Scheme):
 
     def stored_bits(self, in_features: int, out_features: int, scale_bits: int = 16) -> float:
         return self.bits + 8 / 32
+
+    @property
+    def serving(self) -> LayerScheme:
+        if self.bits == 4:
+            return LayerScheme(MXFP4, QuantArgs(4, "float", "group", 32))
+        inputs = QuantArgs(8, "float", "group", 32, dynamic=True, scale_dtype="uint8")
+        return LayerScheme(MXFP8, QuantArgs(8, "float", "group", 32, scale_dtype="uint8"), inputs)
 
 
 @dataclass(frozen=True)

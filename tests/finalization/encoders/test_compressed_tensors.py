@@ -13,11 +13,12 @@ import torch
 import loadstone
 from loadstone.artifact.compressed_tensors import read_block
 from loadstone.errors import ArtifactError, UsageError
-from loadstone.finalization import finalize, make_plan, units
+from loadstone.finalization import units
 from loadstone.finalization.encoders.compressed_tensors import PackedEncoder
+from loadstone.finalization.plan import make_plan
+from loadstone.finalization.run import write_plan
 from loadstone.finalization.verify import verify
 from loadstone.quantization import parse_recipe, read_recipe
-from loadstone.quantization.serving import rounding_scheme
 
 # Every scheme with every rounding that needs no text.
 RECIPES = [
@@ -44,7 +45,7 @@ RECIPES = [
 
 def written(source: Path, recipe: str, out: Path, **options: object) -> Path:
     plan = make_plan(loadstone.detect(source), parse_recipe(recipe), encoder=PackedEncoder(), **options)
-    finalize(plan, out)
+    write_plan(plan, out)
     assert sum(step.nbytes for step in plan.steps) == plan.bytes_after
     assert plan.bytes_after == sum(t.nbytes for t in loadstone.detect(out).table.tensors.values())
     return out
@@ -65,8 +66,8 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
 def test_it_loads_as_what_torchao_dequantizes_to(recipe: str, tiny: Path, tmp_path: Path) -> None:
     out = written(tiny, recipe, tmp_path / "out")
     asked = parse_recipe(recipe)
-    plain = replace(asked, scheme=rounding_scheme(asked.scheme))
-    finalize(make_plan(loadstone.detect(tiny), plain), tmp_path / "torchao")
+    plain = replace(asked, scheme=asked.scheme.weight_only)
+    write_plan(make_plan(loadstone.detect(tiny), plain), tmp_path / "torchao")
     model, expected = loadstone.load(out), dequantized(loadstone.load(tmp_path / "torchao"))
     assert loadstone.plan(out).load_path == "native-unpacked"
     found = model.state_dict()
@@ -132,7 +133,7 @@ def test_a_row_of_zeros_has_a_scale_above_zero(tiny: Path, tmp_path: Path) -> No
     for recipe in ("float8-weight-only", "int8-weight-only", "intx4-weight-only", "nvfp4-weight-only"):
         out = written(tmp_path / "m", recipe, tmp_path / recipe)
         assert not loadstone.load(out).get_parameter(name)[3].any()
-    finalize(
+    write_plan(
         make_plan(loadstone.detect(tmp_path / "m"), parse_recipe("float8-weight-only")), tmp_path / "torchao"
     )
     assert not loadstone.load(tmp_path / "torchao").get_parameter(name).dequantize()[3].any()
@@ -167,7 +168,7 @@ rules:
 def test_a_mixed_recipe_gives_disjoint_groups(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text(MIXED)
     plan = make_plan(loadstone.detect(tiny), read_recipe(tmp_path / "r.yaml"), encoder=PackedEncoder())
-    finalize(plan, tmp_path / "out")
+    write_plan(plan, tmp_path / "out")
     block = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert block["format"] == "mixed-precision"
     assert {g["format"] for g in block["config_groups"].values()} == {"pack-quantized", "int-quantized"}
@@ -190,7 +191,7 @@ def test_a_mixed_recipe_gives_disjoint_groups(tiny: Path, tmp_path: Path) -> Non
     ("recipe", "skip", "said"),
     [
         ("int8-dynamic-act-int4-weight", None, "no GPU kernel reads int8 inputs"),
-        ("intx3-weight-only", None, "kernels for 4 and 8 bits, not for 3"),
+        ("intx3-weight-only", None, "servers have kernels for 4 and 8 bits"),
         ("int4-weight-only", None, "zero points are not integers"),
         ("intx4-weight-only", ["q_proj"], "servers merge q_proj, k_proj, v_proj into one layer"),
         ("intx4-weight-only", ["re:.*\\.up_proj"], "servers merge gate_proj, up_proj into one layer"),

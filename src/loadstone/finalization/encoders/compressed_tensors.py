@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from loadstone.artifact import TensorInfo
 from loadstone.artifact.compressed_tensors import Group, LayerScheme, write_block
-from loadstone.artifact.compressed_tensors.layout import row_tile as layout_tile
-from loadstone.artifact.compressed_tensors.layout import rows_needed, stored_tensors
+from loadstone.artifact.compressed_tensors.layout import row_tile, rows_needed, stored_tensors
 from loadstone.artifact.compressed_tensors.merging import merged_sets
 from loadstone.artifact.compressed_tensors.scheme import NVFP4
 from loadstone.errors import ArtifactError, UsageError
@@ -28,7 +27,7 @@ from loadstone.quantization.quantize import quantize_rows, quantize_weight
 from loadstone.quantization.recipe_file import MixedRecipe
 from loadstone.quantization.rules import Decision, decide
 from loadstone.quantization.schemes import Recipe, Scheme
-from loadstone.quantization.serving import layer_scheme, rounding_scheme, stored_rows, whole_tensors
+from loadstone.quantization.serving import layer_scheme, stored_rows, whole_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -49,7 +48,7 @@ class PackedEncoding:
 
     @cached_property
     def rounding(self) -> Scheme:
-        return rounding_scheme(self.scheme)
+        return self.scheme.weight_only
 
     @cached_property
     def outputs(self) -> tuple[TensorInfo, ...]:
@@ -62,8 +61,7 @@ class PackedEncoding:
 
     @property
     def row_multiple(self) -> int:
-        tile = self.rounding.row_multiple
-        return lcm(tile, layout_tile(self.layer)) if tile else 0
+        return lcm(self.rounding.row_multiple, row_tile(self.layer))
 
     @property
     def rows_together(self) -> int:
