@@ -4,7 +4,8 @@ import pytest
 
 from loadstone.errors import UsageError
 from loadstone.quantization import RECIPES, parse_recipe, recipe_for
-from loadstone.quantization.schemes import CALIBRATED, Int8DynActIntxWeight, IntxWeightOnly
+from loadstone.quantization.scheme import CALIBRATED
+from loadstone.quantization.schemes import Int8DynActIntxWeight, IntxWeightOnly
 
 
 @pytest.mark.parametrize("name", RECIPES)
