@@ -104,7 +104,7 @@ class Session:
         if block.mark == "not run":
             return block.body
         if block.mark == "signature":
-            return [signature(block.value)]
+            return signature(block.value)
         if block.mark == "file":
             (self.directory / block.value).write_text("\n".join(block.body) + "\n", encoding="utf-8")
         elif block.mark == "output":
@@ -187,15 +187,21 @@ def _captured(out: io.StringIO, err: io.StringIO) -> Iterator[None]:
         yield
 
 
-def signature(name: str) -> str:
-    """``name(parameters) -> result`` of a public function or class, formatted as one call."""
+def signature(name: str) -> list[str]:
+    """``name(parameters) -> result`` of a public function, one parameter a line."""
     import loadstone
 
-    value = loadstone
-    for part in name.split(".")[1:]:
-        value = getattr(value, part)
-    text = f"{name}{inspect.signature(value)}"
-    return text.replace("'", "")
+    found = inspect.signature(getattr(loadstone, name.removeprefix("loadstone.")))
+    lines = [f"{name}("]
+    keyword_only = False
+    for parameter in found.parameters.values():
+        if parameter.kind is parameter.KEYWORD_ONLY and not keyword_only:
+            keyword_only = True
+            lines.append("    *,")
+        default = "" if parameter.default is parameter.empty else f" = {parameter.default!r}"
+        stars = "**" if parameter.kind is parameter.VAR_KEYWORD else ""
+        lines.append(f"    {stars}{parameter.name}: {parameter.annotation}{default},")
+    return [*lines, f") -> {found.return_annotation}"]
 
 
 def write() -> None:

@@ -11,7 +11,6 @@ from tests.docs import CODE, OTHER, ROOT, Session, blocks, pages
 
 # Pages whose blocks are not marked yet.
 PENDING = {
-    "README.md",
     "docs/contexts.md",
     "docs/eval.md",
     "docs/export-fakequant.md",

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from loadstone.finalization import finalize as finalize
     from loadstone.finalization import plan_finalize as plan_finalize
     from loadstone.loading import load as load
+    from loadstone.loading import load_tokenizer as load_tokenizer
     from loadstone.loading import plan as plan
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "fit",
     "load",
     "load_context",
+    "load_tokenizer",
     "plan",
     "plan_finalize",
     "predict",
@@ -50,6 +52,7 @@ _HOMES = {
     "fit": "loadstone.context",
     "load": "loadstone.loading",
     "load_context": "loadstone.context",
+    "load_tokenizer": "loadstone.loading",
     "plan": "loadstone.loading",
     "plan_finalize": "loadstone.finalization",
     "predict": "loadstone.context",

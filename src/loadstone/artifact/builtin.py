@@ -18,6 +18,11 @@ def builtin_path(name: str) -> Path:
     return _ROOT / wanted
 
 
+def shown(path: Path) -> str:
+    """A model's path as users write it: ``builtin:NAME`` for a built-in model."""
+    return f"{PREFIX}{path.name}" if path.parent == _ROOT else str(path)
+
+
 def builtin_names() -> list[str]:
     """Names of all built-in models, without the prefix."""
     return sorted(path.parent.name for path in _ROOT.glob("*/config.json"))

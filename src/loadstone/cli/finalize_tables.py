@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loadstone.artifact.builtin import shown
 from loadstone.cli import render
 
 if TYPE_CHECKING:
@@ -157,7 +158,7 @@ def _print_groups(plan: FinalizePlan) -> None:
     rows.append(
         ["total", "", str(len(plan.steps)), render.size(plan.bytes_before), render.size(plan.bytes_after)]
     )
-    title = f"{plan.source.path} ({plan.source.kind})"
+    title = f"{shown(plan.source.path)} ({plan.source.kind})"
     experts = _experts_left(plan)
     render.console().print(
         render.table(title, ["action", "why", "tensors", "before", "after"], rows, right=(2, 3, 4))

@@ -211,9 +211,11 @@ def _show(
     from rich.table import Table
     from rich.text import Text
 
+    from loadstone.artifact.builtin import shown
+
     artifact = report.artifact
     parts: list[Any] = [
-        Text.assemble((render.printable(str(artifact.root)), "bold"), "  ", (artifact.kind, "bold cyan"))
+        Text.assemble((render.printable(shown(artifact.root)), "bold"), "  ", (artifact.kind, "bold cyan"))
     ]
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="dim", no_wrap=True)
