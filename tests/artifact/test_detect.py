@@ -11,7 +11,8 @@ from builders import CONFIG, INTX, TORCHAO_BLOCK, dense, edit_header, edit_json,
 
 from loadstone import detect
 from loadstone.artifact.detect import Artifact, examine
-from loadstone.artifact.manifest import MANIFEST, read_manifest, sha256_file, verify_files
+from loadstone.artifact.hashing import sha256_file
+from loadstone.artifact.manifest import MANIFEST, read_manifest, verify_files
 from loadstone.errors import ArtifactError, UsageError
 
 UP = "model.layers.0.mlp.up_proj"
@@ -25,7 +26,7 @@ def test_dense(tmp_path: Path) -> None:
     artifact = detect(dense(tmp_path / "m"))
     assert (artifact.kind, artifact.is_torchao, artifact.quant_method) == ("dense", False, None)
     assert artifact.evidence == ("model.safetensors holds plain tensors",)
-    assert artifact.table is not None and len(artifact.table.tensors) == 5
+    assert len(artifact.tensors) == 5
 
 
 @pytest.mark.parametrize("shards", [1, 2])
@@ -58,8 +59,8 @@ def test_the_config_may_name_the_weights(tmp_path: Path) -> None:
         detect(directory)
     write_safetensors(directory / "other.safetensors", {"w": ("BF16", (2, 2))}, {"format": "pt"})
     artifact = detect(directory)
-    assert artifact.weights.files == ("other.safetensors",) and artifact.table is not None
-    assert set(artifact.table.tensors) == {"w"}
+    assert artifact.weights.files == ("other.safetensors",)
+    assert set(artifact.tensors) == {"w"}
     for bad in ("../m/other.safetensors", "pytorch_model.bin", 7, "/etc/passwd.safetensors"):
         edit_json(directory / "config.json", lambda c, bad=bad: c.update(transformers_weights=bad))
         with pytest.raises(ArtifactError, match=r"leaves the directory|no safetensors file"):

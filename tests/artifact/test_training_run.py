@@ -159,19 +159,19 @@ def test_an_fsdp_checkpoint_of_accelerate(fsdp: Path) -> None:
     assert artifact.kind == "dense" and artifact.path.name == "checkpoint-5"
     assert artifact.weights.format == "dcp" and artifact.weights.folder == "pytorch_model_fsdp_0"
     assert artifact.evidence[-1] == "pytorch_model_fsdp_0/.metadata describes a torch distributed checkpoint"
-    assert artifact.table is not None and artifact.dcp is not None
-    assert {n: (t.dtype, t.shape) for n, t in artifact.table.tensors.items()} == STATE
-    assert artifact.dcp.keys["model.norm.weight"] == "model.model.norm.weight"
-    assert artifact.dcp.files == ("pytorch_model_fsdp_0/__0_0.distcp",)
+    dcp = artifact.source.contents
+    assert {n: (t.dtype, t.shape) for n, t in artifact.tensors.items()} == STATE
+    assert dcp.keys["model.norm.weight"] == "model.model.norm.weight"
+    assert dcp.files == ("pytorch_model_fsdp_0/__0_0.distcp",)
 
 
 def test_its_slices_are_where_it_says(fsdp: Path) -> None:
     import io
 
     artifact = detect(fsdp)
-    assert artifact.dcp is not None
+    dcp = artifact.source.contents
     for name, expected in tensors().items():
-        (chunk,) = artifact.dcp.chunks[name]
+        (chunk,) = dcp.chunks[name]
         raw = (artifact.path / chunk.file).read_bytes()[chunk.begin : chunk.end]
         assert torch.equal(torch.load(io.BytesIO(raw), weights_only=True), expected)
         assert chunk.sizes == tuple(expected.shape) and chunk.offsets == (0,) * expected.ndim
@@ -181,18 +181,18 @@ def test_a_bare_distributed_checkpoint_with_its_optimizer(tmp_path: Path) -> Non
     save_dcp(tmp_path / "m", {"state_dict": tensors(), "optimizer": {"lr": torch.ones(1)}, "step": 4})
     (tmp_path / "m" / "config.json").write_text(json.dumps(CONFIG))
     artifact = detect(tmp_path / "m")
-    assert artifact.table is not None and set(artifact.table.tensors) == set(STATE)
+    assert set(artifact.tensors) == set(STATE)
     save_dcp(tmp_path / "flat", tensors())
     (tmp_path / "flat" / "config.json").write_text(json.dumps(CONFIG))
     flat = detect(tmp_path / "flat")
-    assert flat.table is not None and set(flat.table.tensors) == set(STATE)
+    assert set(flat.tensors) == set(STATE)
 
 
 def test_a_full_state_dict_of_fsdp(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     torch.save(tensors(), tmp_path / "pytorch_model_fsdp.bin")
     artifact = detect(tmp_path)
-    assert artifact.weights.format == "bin" and set(artifact.bins[0].tensors) == set(STATE)
+    assert artifact.weights.format == "bin" and set(artifact.tensors) == set(STATE)
 
 
 def test_damaged_distributed_checkpoints(fsdp: Path) -> None:
@@ -246,9 +246,9 @@ def sharded(folder: Path, offsets: tuple[int, ...] = (0, 3), compress: bool = Fa
 
 def test_slices_of_several_ranks(tmp_path: Path) -> None:
     artifact = detect(sharded(tmp_path / "m"))
-    assert artifact.table is not None and artifact.dcp is not None
-    assert artifact.table.tensors["w"].shape == (5, 4) and artifact.table.tensors["w"].nbytes == 40
-    assert [(c.file, c.offsets, c.sizes) for c in artifact.dcp.chunks["w"]] == [
+    dcp = artifact.source.contents
+    assert artifact.tensors["w"].shape == (5, 4) and artifact.tensors["w"].nbytes == 40
+    assert [(c.file, c.offsets, c.sizes) for c in dcp.chunks["w"]] == [
         ("__0_0.distcp", (0, 0), (3, 4)),
         ("__1_0.distcp", (3, 0), (2, 4)),
     ]

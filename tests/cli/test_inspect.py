@@ -12,7 +12,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "artifact"))
 
 from builders import CONFIG, INTX, dense, edit_header, edit_json, torchao, write_safetensors
 
-from loadstone.artifact.manifest import MANIFEST, sha256_file
+from loadstone.artifact.hashing import sha256_file
+from loadstone.artifact.manifest import MANIFEST
 from loadstone.cli import main
 
 

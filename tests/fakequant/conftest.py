@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from loadstone.artifact.manifest import sha256_file
+from loadstone.artifact.hashing import sha256_file
 
 TOKENS = torch.arange(3, 35)[None]
 # The manifests say where a model came from; everything else must not depend on it.

@@ -19,7 +19,8 @@ from tests.fakequant.conftest import hashes, load, logits, manifest, tensors
 import loadstone
 from loadstone import export_fakequant
 from loadstone.artifact import TensorInfo
-from loadstone.artifact.manifest import sha256_file, verify_files
+from loadstone.artifact.hashing import sha256_file
+from loadstone.artifact.manifest import verify_files
 from loadstone.errors import ArtifactError, MissingError, UsageError
 from loadstone.fakequant.encoder import FakeQuantEncoding
 from loadstone.fakequant.formats import FORMATS, parse_format

@@ -45,7 +45,7 @@ def test_progress_comes_by_stages(tiny: Path, tmp_path: Path) -> None:
         on_progress=lambda *step: seen.append(step),
     )
     assert done.plan.recipe == parse_recipe("intx4-weight-only:rounding=gptq")
-    assert done.verified == len(loadstone.detect(done.out).table.tensors)
+    assert done.verified == len(loadstone.detect(done.out).tensors)
     stages = list(dict.fromkeys(stage for stage, _, _ in seen))
     assert stages == ["calibrate", "write", "verify"]
     for stage in stages:

@@ -11,7 +11,8 @@ from safetensors import safe_open
 from tests.helpers import logits
 
 import loadstone
-from loadstone.artifact.manifest import sha256_file, verify_files
+from loadstone.artifact.hashing import sha256_file
+from loadstone.artifact.manifest import verify_files
 from loadstone.errors import ArtifactError, MissingError, UsageError
 from loadstone.finalization import run
 from loadstone.finalization.plan import make_plan
@@ -91,7 +92,7 @@ def test_shards_hold_the_same_tensors(tiny: Path, tmp_path: Path, recipe: str | 
     files = sorted(p.name for p in (tmp_path / "many").glob("*.safetensors"))
     assert len(files) > 2 and files[0] == f"model-00001-of-{len(files):05d}.safetensors"
     index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
-    table = loadstone.detect(tmp_path / "many").table
+    table = loadstone.detect(tmp_path / "many").source.table
     assert index["metadata"]["total_size"] == sum(t.nbytes for t in table.tensors.values())
     one, many = loadstone.load(tmp_path / "one"), loadstone.load(tmp_path / "many")
     assert torch.equal(logits(one), logits(many))
@@ -162,11 +163,9 @@ def test_the_size_is_known_before(
 ) -> None:
     plan = plan_of(make_model(arch), recipe)
     write_plan(plan, tmp_path / "out")
-    table = loadstone.detect(tmp_path / "out").table
+    table = loadstone.detect(tmp_path / "out").source.table
     assert plan.bytes_after == sum(t.nbytes for t in table.tensors.values())
-    assert plan.bytes_before == sum(
-        t.nbytes for t in loadstone.detect(make_model(arch)).table.tensors.values()
-    )
+    assert plan.bytes_before == sum(t.nbytes for t in loadstone.detect(make_model(arch)).tensors.values())
 
 
 def test_a_671b_model_is_planned_from_headers(tmp_path: Path) -> None:
@@ -243,7 +242,7 @@ def test_a_failure_leaves_no_output(tiny: Path, tmp_path: Path, stop: type[BaseE
 
 def test_nan_in_a_weight_is_refused(tiny: Path, tmp_path: Path) -> None:
     source = Path(shutil.copytree(tiny, tmp_path / "source"))
-    info = loadstone.detect(source).table.tensors["model.layers.0.mlp.up_proj.weight"]
+    info = loadstone.detect(source).tensors["model.layers.0.mlp.up_proj.weight"]
     raw = bytearray((source / info.file).read_bytes())
     raw[info.begin : info.begin + 2] = b"\xc0\x7f"
     (source / info.file).write_bytes(raw)

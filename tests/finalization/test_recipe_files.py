@@ -10,7 +10,7 @@ import torch
 from tests.helpers import logits, run
 
 import loadstone
-from loadstone.artifact.manifest import sha256_file
+from loadstone.artifact.hashing import sha256_file
 from loadstone.errors import ArtifactError, UsageError
 from loadstone.finalization.plan import make_plan
 from loadstone.finalization.run import write_plan

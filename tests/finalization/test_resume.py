@@ -15,13 +15,13 @@ import pytest
 import torch
 
 import loadstone
+from loadstone.artifact.source import SafetensorsSource
 from loadstone.errors import ArtifactError, MissingError, UsageError
 from loadstone.finalization import units
 from loadstone.finalization.journal import work_directory
 from loadstone.finalization.plan import make_plan
 from loadstone.finalization.run import write_plan
 from loadstone.finalization.verify import verify
-from loadstone.loading.source import SourceReader
 from loadstone.quantization import parse_recipe
 from loadstone.writing.publish import locked
 
@@ -48,7 +48,7 @@ def test_blocks_of_tensors_that_are_read_whole(
     """As of distributed checkpoints, whose tensors cannot be read in parts."""
     write_plan(plan_of(tiny, recipe, dtype=dtype), tmp_path / "once")
     monkeypatch.setattr(units, "BLOCK", 1000)
-    monkeypatch.setattr(SourceReader, "divisible", False)
+    monkeypatch.setattr(SafetensorsSource, "divisible", False)
     write_plan(plan_of(tiny, recipe, dtype=dtype), tmp_path / "blocks")
     assert snapshot(tmp_path / "blocks") == snapshot(tmp_path / "once")
 
@@ -68,7 +68,7 @@ def test_blocks_of_weights_of_many_tiles(
     from safetensors import safe_open
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from loadstone.quantization.flatten import flatten
+    from loadstone.artifact.torchao.flatten import flatten
     from loadstone.quantization.quantize import quantize_weight
 
     config = LlamaConfig(
@@ -96,8 +96,8 @@ def test_blocks_of_weights_of_many_tiles(
 def test_many_threads_give_the_same_bytes(
     tiny: Path, quantize_to: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from loadstone.artifact import source
     from loadstone.finalization import run
-    from loadstone.loading import source
 
     monkeypatch.setattr(source, "_RANGE", 1000)
     monkeypatch.setattr(os, "cpu_count", lambda: 16)

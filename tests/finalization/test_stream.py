@@ -10,12 +10,12 @@ import pytest
 import torch
 
 import loadstone
+from loadstone.artifact.source import SafetensorsSource
 from loadstone.finalization import units
 from loadstone.finalization.encoders import torchao
 from loadstone.finalization.plan import QUANTIZE, make_plan
 from loadstone.finalization.stream import _MemoryBudget, stream
 from loadstone.finalization.units import Unit, units_of
-from loadstone.loading.source import SourceReader
 from loadstone.quantization import parse_recipe
 
 from .test_finalize import W4, plan_of
@@ -44,11 +44,11 @@ def test_units_cover_every_element_once(
 def test_what_is_held_is_bounded(tiny: Path, monkeypatch: pytest.MonkeyPatch, recipe: str) -> None:
     monkeypatch.setattr(units, "BLOCK", 1000)
     plan = plan_of(tiny, recipe)
-    reader = SourceReader(plan.source)
+    reader = plan.source.source
     lock, held, most, at_work, together = threading.Lock(), [0], [0], [0], [0]
-    span, quantize = SourceReader.span, torchao.quantize_weight
+    span, quantize = SafetensorsSource.read, torchao.quantize_weight
 
-    def counted(self: SourceReader, info: object, start: int, stop: int, **how: bool) -> torch.Tensor:
+    def counted(self: SafetensorsSource, info: object, start: int, stop: int, **how: bool) -> torch.Tensor:
         values = span(self, info, start, stop, **how)  # type: ignore[arg-type]
         with lock:
             held[0] += values.nbytes
@@ -73,7 +73,7 @@ def test_what_is_held_is_bounded(tiny: Path, monkeypatch: pytest.MonkeyPatch, re
             if left[key] == 0:
                 held[0] -= unit.nbytes
 
-    monkeypatch.setattr(SourceReader, "span", counted)
+    monkeypatch.setattr(SafetensorsSource, "read", counted)
     monkeypatch.setattr(torchao, "quantize_weight", slow)
     monkeypatch.setattr("loadstone.finalization.stream._MemoryBudget", lambda size: _MemoryBudget(50_000))
     torch.set_num_threads(4)
@@ -104,7 +104,7 @@ def test_a_failing_part_ends_the_stream(tiny: Path, at: int) -> None:
 
 
 def _all(plan, put):
-    return stream(plan, units_of(plan, 0, "cpu", True), SourceReader(plan.source), "cpu", put)
+    return stream(plan, units_of(plan, 0, "cpu", True), plan.source.source, "cpu", put)
 
 
 @pytest.mark.parametrize("form", ["safetensors", "bin"])
@@ -115,11 +115,11 @@ def test_a_span_is_a_part_of_the_tensor(tiny: Path, tmp_path: Path, form: str) -
         (source / "config.json").write_bytes((tiny / "config.json").read_bytes())
         torch.save(loadstone.load(tiny).state_dict(), source / "pytorch_model.bin")
     plan = plan_of(source, None)
-    reader = SourceReader(plan.source)
+    reader = plan.source.source
     expected = loadstone.load(tiny).state_dict()
     for step in plan.steps:
         whole = reader.read(step.source)
         assert torch.equal(whole, expected[step.source.name])
         count = step.source.numel
         for start, stop in ((0, count), (count // 3, count // 2), (count, count)):
-            assert torch.equal(reader.span(step.source, start, stop), whole.reshape(-1)[start:stop])
+            assert torch.equal(reader.read(step.source, start, stop), whole.reshape(-1)[start:stop])

@@ -16,7 +16,7 @@ from transformers.initialization import no_init_weights
 import loadstone
 from loadstone.artifact import detect
 from loadstone.evaluation.options import Options
-from loadstone.evaluation.run import evaluate
+from loadstone.evaluation.run import run as evaluate
 from loadstone.evaluation.scoring.compiling import compile_layers
 from loadstone.loading.layers import layer_stack
 

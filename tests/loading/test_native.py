@@ -247,7 +247,7 @@ def test_a_gpu_that_is_full_says_what_to_do(tiny: Path) -> None:
 
 def test_non_finite_scale_is_named(tiny: Path, quantize_to: Callable[..., Path], tmp_path: Path) -> None:
     path = copy(quantize_to(tiny, W4), tmp_path)
-    info = loadstone.detect(path).table.tensors["model.layers.1.mlp.up_proj._weight_scale"]
+    info = loadstone.detect(path).tensors["model.layers.1.mlp.up_proj._weight_scale"]
     raw = bytearray((path / info.file).read_bytes())
     raw[info.begin + 6 : info.begin + 8] = b"\xc0\x7f"
     (path / info.file).write_bytes(raw)

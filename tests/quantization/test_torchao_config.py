@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from loadstone.artifact import FlatTensor
+from loadstone.artifact.torchao.flatten import describe, flatten
 from loadstone.errors import ArtifactError, MissingError
 from loadstone.quantization import RECIPES, parse_recipe, scheme_of, to_torchao
-from loadstone.quantization.flatten import describe, flatten
 from loadstone.quantization.quantize import check_runs, quantize_weight, template
 
 ON_CPU = [name for name, recipe in RECIPES.items() if "cpu" in recipe.devices]

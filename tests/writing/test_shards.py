@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from loadstone.artifact import TensorInfo
-from loadstone.quantization.flatten import dtype_name
+from loadstone.artifact.torchao.flatten import dtype_name
 from loadstone.writing.index import in_shards, shard_name, weights_name, write_index
 from loadstone.writing.shards import ShardWriter, write_tensors
 

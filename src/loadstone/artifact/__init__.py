@@ -2,15 +2,16 @@
 
 from loadstone.artifact.detect import Artifact, detect
 from loadstone.artifact.formats.safetensors import ShardHeader, TensorInfo, read_header
-from loadstone.artifact.formats.weights import TensorTable, WeightFiles
-from loadstone.artifact.torchao.tensors import FlatTensor
+from loadstone.artifact.formats.weights import WeightFiles
+from loadstone.artifact.source import Source
+from loadstone.artifact.torchao.checks import FlatTensor
 
 __all__ = [
     "Artifact",
     "FlatTensor",
     "ShardHeader",
+    "Source",
     "TensorInfo",
-    "TensorTable",
     "WeightFiles",
     "detect",
     "read_header",

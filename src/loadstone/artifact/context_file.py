@@ -16,7 +16,7 @@ from loadstone.artifact.context_errors import (
 )
 from loadstone.artifact.files import MAX_CONFIG_BYTES, check_inside, is_file, read_json
 from loadstone.artifact.formats.safetensors import TensorInfo, read_header
-from loadstone.artifact.manifest import sha256_file
+from loadstone.artifact.hashing import sha256_file
 from loadstone.errors import ArtifactError
 
 CONTEXT_JSON = "context.json"

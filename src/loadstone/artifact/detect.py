@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from loadstone.artifact.builtin import PREFIX, builtin_path
 from loadstone.artifact.compressed_tensors import PackedWeight
 from loadstone.artifact.context_file import CONTEXT_JSON, CONTEXT_TENSORS, is_context, read_context
 from loadstone.artifact.files import MAX_CONFIG_BYTES, Sink, check_inside, is_file, read_json, refuse
+from loadstone.artifact.formats.safetensors import TensorInfo
 from loadstone.artifact.formats.weights import (
     BIN,
     SAFETENSORS,
     TensorTable,
     WeightFiles,
-    check_index,
     find_weights,
-    read_tensors,
 )
+from loadstone.artifact.hashing import sha256_file
 from loadstone.artifact.hints import MODEL_FILES, nearest, no_config_hint
 from loadstone.artifact.kinds import (
     COMPRESSED_TENSORS,
@@ -36,15 +36,14 @@ from loadstone.artifact.kinds import (
     quantization_block,
     read_packed,
 )
-from loadstone.artifact.torchao.tensors import FlatTensor, flat_tensors
+from loadstone.artifact.source import SafetensorsSource, Source, open_source
+from loadstone.artifact.torchao.checks import FlatTensor
 from loadstone.artifact.training_run import choose_checkpoint, is_checkpoint_name
 from loadstone.errors import ArtifactError, UsageError
 
-if TYPE_CHECKING:
-    from loadstone.artifact.formats.bin import BinContents
-    from loadstone.artifact.formats.dcp import DcpContents
-
 CONFIG = "config.json"
+# A fake-quant export's, beside its weights.
+QUANTIZER_FILES = ("fakequant_manifest.json", "fakequant_state.safetensors")
 
 __all__ = [
     "COMPRESSED_TENSORS",
@@ -79,13 +78,20 @@ class Artifact:
     evidence: tuple[str, ...]
     config: dict[str, Any] = field(repr=False)
     weights: WeightFiles
-    table: TensorTable | None = field(repr=False, default=None)
-    bins: tuple[BinContents, ...] = field(repr=False, default=())
-    quantized: dict[str, FlatTensor] = field(repr=False, default_factory=dict)
+    source: Source = field(repr=False)
     packed: dict[str, PackedWeight] = field(repr=False, default_factory=dict)
     quant_method: str | None = None
     notes: tuple[str, ...] = ()
-    dcp: DcpContents | None = field(repr=False, default=None)
+
+    @property
+    def tensors(self) -> dict[str, TensorInfo]:
+        """Every stored tensor by name, the parts of quantized ones among them."""
+        return self.source.tensors
+
+    @property
+    def quantized(self) -> dict[str, FlatTensor]:
+        """torchao's quantized tensors by name."""
+        return self.source.quantized
 
     @property
     def quantization_config(self) -> dict[str, Any] | None:
@@ -99,7 +105,7 @@ class Artifact:
     @property
     def weight_files(self) -> tuple[str, ...]:
         """The files that hold the weights' bytes, relative to ``path`` (of a distributed checkpoint its slices)."""
-        return self.dcp.files if self.dcp else self.weights.files
+        return self.source.files
 
     @property
     def needs_remote_code(self) -> bool:
@@ -120,10 +126,22 @@ class Artifact:
         return _sidecar_dirs(self.path, self.root)
 
     def fingerprint(self) -> str:
-        """Content hash of config and weights (sha256 over every byte that a load reads)."""
-        from loadstone.artifact.manifest import fingerprint
+        """sha256 over config.json, every weight file and a fake-quant export's quantizers, by name and content."""
+        import hashlib
+        import os
+        from concurrent.futures import ThreadPoolExecutor
 
-        return fingerprint(self)
+        total = hashlib.sha256()
+        names = dict.fromkeys((*self.weights.files, *self.weight_files))
+        files = [self.config_dir / CONFIG, *(self.path / name for name in names)]
+        # Quantizers of inputs change what is computed with the same weights.
+        files += [self.path / name for name in QUANTIZER_FILES if is_file(self.path / name)]
+        # Half the cores: the others work on the same files.
+        with ThreadPoolExecutor(min(max((os.cpu_count() or 1) // 2, 1), 8)) as pool:
+            for path, digest in zip(files, pool.map(sha256_file, files), strict=True):
+                name = path.relative_to(self.path) if path.is_relative_to(self.path) else path.name
+                total.update(f"{name}\0{digest}\n".encode())
+        return total.hexdigest()
 
 
 def detect(path: str | Path, *, checkpoint: str | None = None) -> Artifact:
@@ -160,14 +178,11 @@ def examine(path: str | Path, *, checkpoint: str | None = None, sink: Sink = ref
     if weights is None:
         weights = WeightFiles("none", ())
         sink(_no_weights(directory))
-    table, bins, dcp = _read_weights(directory, weights, sink)
-    quantized: dict[str, FlatTensor] = {}
-    if table is not None and weights.format == "safetensors":
-        quantized = _or_empty(sink, lambda: flat_tensors(table.metadata, table.tensors, sink), {})
+    source = open_source(directory, weights, sink)
     packed: dict[str, PackedWeight] = {}
-    if table is not None and weights.format == "safetensors":
-        packed = _or_empty(sink, lambda: read_packed(directory, config[0], table.tensors, sink), {})
-    kind, evidence, method = classify(directory, config[0], weights, table, quantized, bins, sink, packed)
+    if weights.files and source.streamable:
+        packed = _or_empty(sink, lambda: read_packed(directory, config[0], source.tensors, sink), {})
+    kind, evidence, method = classify(directory, config[0], weights, source, sink, packed)
     return Artifact(
         path=directory,
         root=root,
@@ -175,28 +190,25 @@ def examine(path: str | Path, *, checkpoint: str | None = None, sink: Sink = ref
         evidence=(*chosen, *config[1], *evidence),
         config=config[0],
         weights=weights,
-        table=table,
-        bins=bins,
-        quantized=quantized,
+        source=source,
         packed=packed,
         quant_method=method,
         notes=weights.notes,
-        dcp=dcp,
     )
 
 
 def _context(directory: Path, root: Path, sink: Sink) -> Artifact:
     """A fitted context: no weights of a model's, so neither config nor plain weight files are looked for."""
     context = _or_empty(sink, lambda: read_context(directory), None)
-    table = TensorTable(context.tensors, {}) if context else None
+    files = (CONTEXT_TENSORS,) if context else ()
     return Artifact(
         path=directory,
         root=root,
         kind=CONTEXT,
         evidence=(f"{CONTEXT_JSON} describes a fitted context",),
         config=context.facts if context else {},
-        weights=WeightFiles("safetensors", (CONTEXT_TENSORS,) if context else ()),
-        table=table,
+        weights=WeightFiles("safetensors", files),
+        source=SafetensorsSource(directory, files, TensorTable(context.tensors if context else {}, {})),
     )
 
 
@@ -266,34 +278,3 @@ def _no_weights(directory: Path) -> ArtifactError:
         f"'{directory}' holds no weights (model.safetensors, pytorch_model.bin or their index)",
         "Copy the weight files, or name the directory that has them",
     )
-
-
-def _read_weights(
-    directory: Path, weights: WeightFiles, sink: Sink
-) -> tuple[TensorTable | None, tuple[BinContents, ...], DcpContents | None]:
-    if weights.format == "safetensors":
-        return read_tensors(directory, weights, sink), (), None
-    # Imported when needed: zip and pickle readers cost a plain `inspect` a tenth of its time.
-    if weights.format == "dcp":
-        from loadstone.artifact.formats.dcp import read_dcp
-
-        dcp = _or_empty(sink, lambda: read_dcp(directory, weights.folder, sink), None)
-        return (TensorTable(dcp.tensors, {}) if dcp else None), (), dcp
-    from loadstone.artifact.formats.bin import read_bin
-
-    bins: list[BinContents] = []
-    stored: dict[str, str] = {}
-    for file in weights.files:
-        try:
-            bins.append(read_bin(directory / file, sink))
-        except ArtifactError as error:
-            sink(error)
-            continue
-        for name in (*bins[-1].tensors, *bins[-1].subclasses):
-            if name in stored:
-                what = f"tensor {ascii(name)[:200]} is in both {stored[name]} and {file}"
-                sink(ArtifactError(what, "Remove the stale shard"))
-            stored.setdefault(name, file)
-    if len(bins) == len(weights.files):
-        check_index(weights, stored, sink)
-    return None, tuple(bins), None

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from loadstone.artifact.compressed_tensors import PackedWeight, packed_weights, read_block
 from loadstone.artifact.compressed_tensors.block import METHOD, unsupported
 from loadstone.artifact.compressed_tensors.tensors import stored_shape
 from loadstone.artifact.files import Sink, is_file
 from loadstone.artifact.formats.safetensors import FLOAT_DTYPES, TensorInfo
-from loadstone.artifact.formats.weights import TensorTable, WeightFiles
-from loadstone.artifact.torchao.checks import SUBCLASSES, FlatTensor
+from loadstone.artifact.formats.weights import WeightFiles
+from loadstone.artifact.source import Source
+from loadstone.artifact.torchao.checks import FlatTensor
 from loadstone.artifact.torchao.config import check_agreement, check_block, chooses_by_module
-from loadstone.artifact.torchao.tensors import unknown_class_hint
 from loadstone.artifact.torchao.uniform import check_layers, check_quantized
 from loadstone.errors import ArtifactError
-
-if TYPE_CHECKING:
-    from loadstone.artifact.formats.bin import BinContents
 
 DENSE = "dense"
 TORCHAO = "torchao"
@@ -58,9 +55,7 @@ def classify(
     directory: Path,
     config: dict[str, Any],
     weights: WeightFiles,
-    table: TensorTable | None,
-    quantized: dict[str, FlatTensor],
-    bins: tuple[BinContents, ...],
+    source: Source,
     sink: Sink,
     packed: dict[str, PackedWeight],
 ) -> Verdict:
@@ -70,13 +65,12 @@ def classify(
     """
     if config.get("model_type") == PFN_TYPE:
         return PFN, (f"config.json: model_type is {PFN_TYPE}",), None
-    tensors = table.tensors if table else {n: t for contents in bins for n, t in contents.tensors.items()}
-    flat = quantized or {n: t for contents in bins for n, t in contents.quantized.items()}
-    subclasses = {n: cls for contents in bins for n, cls in contents.subclasses.items()}
+    tensors, flat = source.tensors, source.quantized
     try:
-        check_subclasses(bins)
+        for problem in source.foreign:
+            raise problem
         if quantization_block(config) is not None:
-            return _from_block(config, weights, tensors, flat, subclasses, sink, packed)
+            return _from_block(config, weights, tensors, flat, sink, packed)
     except ArtifactError as error:
         sink(error)
         return UNKNOWN, (), None
@@ -84,7 +78,7 @@ def classify(
     if flat:
         check_quantized(flat, tensors, config, sink)
         kinds = ", ".join(sorted({t.type for t in flat.values()}))
-        where = "safetensors metadata describes" if quantized else f"{bins[0].file} holds"
+        where = "safetensors metadata describes" if source.metadata else f"{weights.files[0]} holds"
         return TORCHAO_UNMARKED, (f"{where} {len(flat)} tensors of {kinds}",), "torchao"
     if not weights.files:
         return UNKNOWN, (), None
@@ -93,19 +87,7 @@ def classify(
         return FAKEQUANT, ("fakequant_manifest.json",), None
     if isinstance(config.get(QAT_KEY), dict):
         return QAT, (f"config.json: {QAT_KEY} records a fake-quantization recipe",), None
-    if weights.format == "dcp":
-        return DENSE, (f"{weights.files[0]} describes a torch distributed checkpoint",), None
-    return DENSE, (f"{weights.files[0]} holds plain tensors",), None
-
-
-def check_subclasses(bins: tuple[BinContents, ...]) -> None:
-    """Raises `ArtifactError` for a ``.bin`` with a tensor class that nothing here can load."""
-    for contents in bins:
-        for name, cls in contents.subclasses.items():
-            if name not in contents.quantized or cls not in SUBCLASSES:
-                raise ArtifactError(
-                    f"{contents.file}: '{name}' is of the unknown tensor class {cls}", unknown_class_hint(cls)
-                )
+    return DENSE, (f"{weights.files[0]} {source.content}",), None
 
 
 def _from_block(
@@ -113,7 +95,6 @@ def _from_block(
     weights: WeightFiles,
     tensors: dict[str, TensorInfo],
     flat: dict[str, FlatTensor],
-    subclasses: dict[str, str],
     sink: Sink,
     packed: dict[str, PackedWeight],
 ) -> Verdict:
@@ -132,7 +113,7 @@ def _from_block(
         return OTHER_QUANTIZER, (f"config.json: quantization_config.quant_method is {method}",), method
     check_layers(tensors, sink)
     recipe = check_block(block)
-    if not flat and not subclasses and weights.files:
+    if not flat and weights.files:
         raise ArtifactError(
             f"config.json says torchao, and {weights.files[0]} holds no quantized tensor",
             "The weights are not this config's: finalize again, or remove the quantization_config block",

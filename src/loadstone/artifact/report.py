@@ -71,8 +71,8 @@ class Report:
     @property
     def recipe_samples(self) -> tuple[FlatTensor, ...]:
         """One quantized tensor of each class and description: layers of one recipe share both."""
-        flat = _flat_tensors(self.artifact)
-        return tuple({(t.type, t.metadata or str(t.attributes)): t for t in flat.values()}.values())
+        flat = self.artifact.quantized.values()
+        return tuple({(t.type, t.metadata or str(t.attributes)): t for t in flat}.values())
 
     @property
     def stored_bits(self) -> float | None:
@@ -100,9 +100,9 @@ def collect(path: str | Path, *, checkpoint: str | None = None) -> Report:
     artifact = examine(path, checkpoint=checkpoint, sink=note)
     if unlisted:
         problems.append(ArtifactError(f"and {unlisted} more problems", "Mend the first ones and look again"))
-    tensors = _stored_tensors(artifact)
-    flat = _flat_tensors(artifact)
-    plain = {n: t for n, t in tensors.items() if not looks_flattened(n)}
+    flat = artifact.quantized
+    parts = {part.name for tensor in flat.values() for part in tensor.parts.values()}
+    plain = {n: t for n, t in artifact.tensors.items() if n not in parts and not looks_flattened(n)}
     quantized_groups = _quantized_groups(flat)
     tied, untied = _ties(artifact, plain)
     problems += untied
@@ -117,9 +117,7 @@ def collect(path: str | Path, *, checkpoint: str | None = None) -> Report:
     parameters += sum(
         t.numel for t in _once(artifact, plain) if t.dtype in FLOAT_DTYPES or not t.name.endswith("bias")
     )
-    # A `.bin` with torchao tensors lists their parts nowhere else.
-    parts = [p for t in flat.values() for p in t.parts.values()] if artifact.bins else []
-    stored = [*_once(artifact, tensors), *parts]
+    stored = _once(artifact, artifact.tensors)
     notes += [*artifact.notes, *_notes(artifact, stored)]
     return Report(
         artifact=artifact,
@@ -142,21 +140,9 @@ def _per_weight(groups: tuple[Group, ...], total: Any) -> float | None:
     return sum(total(g) for g in groups) / parameters if parameters else None
 
 
-def _stored_tensors(artifact: Artifact) -> dict[str, TensorInfo]:
-    if artifact.table is not None:
-        return artifact.table.tensors
-    return {name: tensor for contents in artifact.bins for name, tensor in contents.tensors.items()}
-
-
-def _flat_tensors(artifact: Artifact) -> dict[str, FlatTensor]:
-    if artifact.quantized:
-        return artifact.quantized
-    return {name: tensor for contents in artifact.bins for name, tensor in contents.quantized.items()}
-
-
-def _once(artifact: Artifact, tensors: dict[str, TensorInfo]) -> Iterable[TensorInfo]:
-    """Tensors, those that share one storage in a ``.bin`` once."""
-    repeats = {name for contents in artifact.bins for names in contents.shared for name in names[1:]}
+def _once(artifact: Artifact, tensors: dict[str, TensorInfo]) -> list[TensorInfo]:
+    """Tensors, those that share one storage once."""
+    repeats = {name for names in artifact.source.shared for name in names[1:]}
     return [t for n, t in tensors.items() if n not in repeats]
 
 
@@ -220,19 +206,19 @@ def _ties(
     artifact: Artifact, plain: dict[str, TensorInfo]
 ) -> tuple[tuple[tuple[str, ...], ...], list[ArtifactError]]:
     """Groups of names that are one tensor, and the problem of a head that is neither stored nor tied."""
-    found = [names for contents in artifact.bins for names in contents.shared]
-    names = {*plain, *_flat_tensors(artifact)}
+    found = artifact.source.shared
+    names = {*plain, *artifact.quantized}
     embedding = next((n for n in names if n.endswith(_EMBEDDINGS)), None)
     has_head = any(n.endswith(_HEADS) for n in names)
     architectures = artifact.config.get("architectures") or []
     if embedding is None or has_head or not any(name.endswith("ForCausalLM") for name in architectures):
-        return tuple(found), []
+        return found, []
     text = artifact.config.get("text_config")
     flags = [c.get("tie_word_embeddings") for c in (artifact.config, text) if isinstance(c, dict)]
     if False in flags and True not in flags:
         what = f"{CONFIG}: tie_word_embeddings is false, and no output head is stored (lm_head.weight)"
         remedy = "It would be initialised at random: set it to true if they were tied, or finalize again"
-        return tuple(found), [ArtifactError(what, remedy)]
+        return found, [ArtifactError(what, remedy)]
     return (*found, (embedding, "lm_head.weight")), []
 
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from loadstone.artifact.context_errors import ArchitectureMismatch, BaseMismatch
+from loadstone.artifact.torchao.flatten import tensor_bytes
 from loadstone.errors import UsageError
-from loadstone.quantization.flatten import tensor_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

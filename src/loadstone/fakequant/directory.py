@@ -24,7 +24,6 @@ from loadstone.fakequant.rules import RuleSet
 from loadstone.fakequant.state import QuantizerState
 from loadstone.finalization.plan import FinalizePlan, stored_tensors
 from loadstone.finalization.run import write_artifact
-from loadstone.loading.source import SourceReader
 from loadstone.ranks import Ranks
 from loadstone.writing.index import SHARD_BYTES
 from loadstone.writing.publish import check_output
@@ -72,9 +71,9 @@ def _refuse_quantized(artifact: Artifact) -> None:
 def _files(artifact: Artifact, infos: dict[str, TensorInfo]) -> dict[str, str]:
     """The output file of each tensor: the source's own division into files, and for slices of a distributed
     checkpoint, which has none, shards of 5 GB."""
-    if artifact.dcp is not None:
-        return files_of(infos, SHARD_BYTES)
     order = {file: f"{number:05d}" for number, file in enumerate(artifact.weights.files)}
+    if any(info.file not in order for info in infos.values()):
+        return files_of(infos, SHARD_BYTES)
     return {name: order[info.file] for name, info in infos.items()}
 
 
@@ -142,6 +141,6 @@ def export_directory(
 
 def _check_aliases(artifact: Artifact, plan: ExportPlan) -> None:
     """Raise `ArtifactError` when tensors that become one are stored with different values."""
-    infos, reader = stored_tensors(artifact), SourceReader(artifact)
+    infos, reader = artifact.tensors, artifact.source
     digests = {name: digest(reader.read(infos[name])) for name in {*plan.aliases, *plan.aliases.values()}}
     refuse_unequal(plan.aliases, digests)

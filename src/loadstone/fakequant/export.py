@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loadstone.artifact import TensorInfo, detect
+from loadstone.artifact.torchao.flatten import dtype_name, tensor_bytes, torch_dtype
 from loadstone.errors import ArtifactError, MissingError
 from loadstone.fakequant.package import config_text, copy_files
 from loadstone.fakequant.plan import ExportPlan
@@ -18,7 +19,6 @@ from loadstone.fakequant.state import QuantizerState, write_manifests, write_sta
 from loadstone.finalization.plan import Step
 from loadstone.finalization.units import encode_unit, step_units
 from loadstone.loading.devices import quantize_device
-from loadstone.quantization.flatten import dtype_name, tensor_bytes, torch_dtype
 from loadstone.quantization.schemes import Recipe
 from loadstone.writing.index import write_index
 from loadstone.writing.publish import check_space, new_directory
@@ -237,8 +237,7 @@ def refuse_unequal(aliases: dict[str, str], digests: dict[str, bytes]) -> None:
 def _verify(plan: ExportPlan, work: Path) -> None:
     """Read back every header: the names of the plan and no other, in the files of the index, as many
     bytes."""
-    table = detect(work).table
-    found = {} if table is None else {n: (t.dtype, t.shape, t.file) for n, t in table.tensors.items()}
+    found = {n: (t.dtype, t.shape, t.file) for n, t in detect(work).tensors.items()}
     files = plan.files
     planned = {o.name: (o.dtype, o.shape, files[o.name]) for s in plan.steps for o in s.outputs}
     wrong = sorted(n for n in {*found, *planned} if found.get(n) != planned.get(n))

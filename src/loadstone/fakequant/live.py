@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loadstone.artifact import TensorInfo
+from loadstone.artifact.torchao.flatten import dtype_name
 from loadstone.errors import ArtifactError, UsageError
 from loadstone.fakequant.calibrate import calibrate, token_batches
 from loadstone.fakequant.export import Beside, Exported, resolve_device, write_export
@@ -21,7 +22,6 @@ from loadstone.fakequant.plan import ExportPlan, files_of, make_plan
 from loadstone.fakequant.quantizers import OwnQuantizers, find_quantizers, kind_of
 from loadstone.fakequant.roles import roles_in
 from loadstone.fakequant.state import QuantizerState, input_specs
-from loadstone.quantization.flatten import dtype_name
 from loadstone.writing.index import SHARD_BYTES
 from loadstone.writing.publish import check_output
 from loadstone.writing.sidecars import sidecars_in

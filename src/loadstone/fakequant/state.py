@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from loadstone.artifact.files import check_inside, is_file, read_json
 from loadstone.artifact.formats.safetensors import read_header
-from loadstone.artifact.manifest import FORMAT_VERSION, MANIFEST, sha256_file, versions
+from loadstone.artifact.hashing import sha256_file
+from loadstone.artifact.manifest import FORMAT_VERSION, MANIFEST, versions
 from loadstone.errors import ArtifactError, UsageError
 from loadstone.fakequant.formats.spec import CALIBRATED, InputSpec
 from loadstone.fakequant.plan import ExportPlan

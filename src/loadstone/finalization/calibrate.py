@@ -14,14 +14,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loadstone.artifact import Source
 from loadstone.artifact.manifest import versions
+from loadstone.artifact.torchao.flatten import torch_dtype
 from loadstone.errors import ArtifactError, UsageError
 from loadstone.finalization.gptq import gptq
 from loadstone.finalization.journal import calibration_directory, work_directory
 from loadstone.finalization.plan import FinalizePlan, Step
 from loadstone.finalization.smooth import Inputs, awq_scale, find_folds, smooth_scale
-from loadstone.loading.source import SourceReader
-from loadstone.quantization.flatten import torch_dtype
 from loadstone.quantization.quantize import quantize_scaled, quantize_weight
 from loadstone.quantization.rounding import least_squares_weight
 from loadstone.quantization.schemes import (
@@ -92,7 +92,7 @@ def calibrate(
     folder = _folder(plan, rows, out)
     check_space(plan.bytes_after + sum(s.nbytes for s in wanted.values()), out, work_directory(out), folder)
     sources = {name: step.source for name, step in steps.items()}
-    reader = SourceReader(plan.source)
+    reader = plan.source.source
     folder.mkdir(parents=True, exist_ok=True)
     with torch.inference_mode(False), torch.no_grad():
         hidden, calls = _inputs(model, prefix, layers, rows, sources, reader, device)
@@ -357,7 +357,7 @@ def _inputs(
     layers: torch.nn.ModuleList,
     rows: torch.Tensor,
     sources: dict[str, Any],
-    reader: SourceReader,
+    reader: Source,
     device: str,
 ) -> tuple[list[torch.Tensor], list[tuple[tuple[Any, ...], dict[str, Any]]]]:
     """What enters the first layer for each row, and how the model calls each layer (masks, positions).
@@ -411,9 +411,7 @@ def _run(
     return (result[0] if isinstance(result, tuple) else result).cpu()
 
 
-def _fill(
-    layer: torch.nn.Module, prefix: str, sources: dict[str, Any], reader: SourceReader, device: str
-) -> None:
+def _fill(layer: torch.nn.Module, prefix: str, sources: dict[str, Any], reader: Source, device: str) -> None:
     for name, _ in list(layer.named_parameters()):
         _set(layer, name, sources, reader, device, prefix)
 
@@ -422,7 +420,7 @@ def _set(
     root: torch.nn.Module,
     name: str,
     sources: dict[str, Any],
-    reader: SourceReader,
+    reader: Source,
     device: str,
     prefix: str = "",
 ) -> None:

@@ -12,7 +12,8 @@ import os
 import shutil
 from pathlib import Path
 
-from loadstone.artifact.manifest import MANIFEST, sha256_file
+from loadstone.artifact.hashing import sha256_file
+from loadstone.artifact.manifest import MANIFEST
 from loadstone.errors import UsageError
 from loadstone.finalization.plan import FinalizePlan
 from loadstone.writing.publish import PARTIAL, name_taken, remove_work, working_path

@@ -13,9 +13,9 @@ from loadstone.artifact import Artifact, TensorInfo
 from loadstone.artifact.compressed_tensors.merging import merged_sets
 from loadstone.artifact.detect import DENSE, OTHER_QUANTIZER, QAT_KEY
 from loadstone.artifact.formats.safetensors import DTYPE_BITS, FLOAT_DTYPES
+from loadstone.artifact.torchao.flatten import SAFETENSORS_DTYPES
 from loadstone.errors import ArtifactError
 from loadstone.quantization import MixedRecipe, Recipe, Scheme
-from loadstone.quantization.flatten import SAFETENSORS_DTYPES
 from loadstone.writing.index import SHARD_BYTES, in_shards, shard_name, weights_name
 
 if TYPE_CHECKING:
@@ -205,14 +205,7 @@ def refuse_quantized(artifact: Artifact) -> None:
 
 def stored_tensors(artifact: Artifact) -> dict[str, TensorInfo]:
     """Every tensor in the source's files by name, in name order."""
-    if artifact.table is not None:
-        return dict(sorted(artifact.table.tensors.items()))
-    from loadstone.artifact.formats.bin import read_bin
-
-    found: dict[str, TensorInfo] = {}
-    for file in artifact.weights.files:
-        found.update(read_bin(artifact.path / file).tensors)
-    return dict(sorted(found.items()))
+    return dict(sorted(artifact.tensors.items()))
 
 
 def source_tensors(
@@ -222,7 +215,7 @@ def source_tensors(
 
     A state dict in ``.bin`` holds both names of a tied tensor; safetensors holds one, as transformers writes it.
     """
-    if artifact.table is not None:
+    if not artifact.source.repeats_ties:
         return stored
     twice = {target for target, source in model.tied.items() if source in stored}
     return {name: info for name, info in stored.items() if name not in twice}

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loadstone.artifact.manifest import FORMAT_VERSION, MANIFEST, sha256_file, versions
+from loadstone.artifact.hashing import sha256_file
+from loadstone.artifact.manifest import FORMAT_VERSION, MANIFEST, versions
 from loadstone.errors import MissingError
 from loadstone.finalization.journal import (
     KEY,
@@ -30,7 +31,6 @@ from loadstone.finalization.journal import (
 from loadstone.finalization.plan import FinalizePlan
 from loadstone.finalization.stream import stream
 from loadstone.finalization.units import Unit, units_of
-from loadstone.loading.source import SourceReader
 from loadstone.ranks import Ranks
 from loadstone.writing.index import write_index
 from loadstone.writing.publish import check_output, check_space, locked, publish, remove_work
@@ -183,7 +183,7 @@ def _write_shards(
     plan: FinalizePlan, numbers: list[int], work: Path, device: str, on_progress: Callable[[int], None] | None
 ) -> None:
     """The output files ``numbers``: while one is synced and hashed the next is being written."""
-    reader = SourceReader(plan.source)
+    reader = plan.source.source
     writers: dict[int, ShardWriter] = {}
 
     def parts() -> Iterator[Unit]:

@@ -14,10 +14,9 @@ from contextlib import contextmanager
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from loadstone.artifact import TensorInfo
+from loadstone.artifact import Source, TensorInfo
 from loadstone.finalization.plan import FinalizePlan
 from loadstone.finalization.units import Unit, encode_unit, extremes_of
-from loadstone.loading.source import SourceReader
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +29,7 @@ _MOST_WORKERS = 8
 def stream(
     plan: FinalizePlan,
     units: Iterable[Unit],
-    reader: SourceReader,
+    reader: Source,
     device: str,
     put: Callable[[Unit, str, torch.Tensor, int], None],
 ) -> Generator[Unit, None, None]:
@@ -53,7 +52,7 @@ def stream(
 
     def work(unit: Unit) -> Unit:
         with budget.reserve(unit.nbytes), torch.no_grad():
-            values = reader.span(
+            values = reader.read(
                 unit.step.sources[unit.number], unit.start, unit.stop, pinned=pinned and not unit.large
             )
             others = (extremes(info) for info in unit.step.merged_with)

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING
 
-from loadstone.artifact import TensorInfo
+from loadstone.artifact import Source, TensorInfo
+from loadstone.artifact.torchao.flatten import torch_dtype
 from loadstone.errors import ArtifactError, UsageError
 from loadstone.finalization.plan import FinalizePlan, Step
-from loadstone.loading.source import SourceReader
-from loadstone.quantization.flatten import torch_dtype
 
 if TYPE_CHECKING:
     import torch
@@ -128,11 +127,11 @@ def encode_unit(
         yield from encoding.encode(rows.to(target), first + at // width, extremes)
 
 
-def extremes_of(info: TensorInfo, reader: SourceReader) -> tuple[torch.Tensor, torch.Tensor]:
+def extremes_of(info: TensorInfo, reader: Source) -> tuple[torch.Tensor, torch.Tensor]:
     """The smallest and the largest value of a source tensor, read block by block."""
     size = BLOCK if reader.divisible else info.numel
     found = [
-        _finite_extremes(info, reader.span(info, start, min(start + size, info.numel)))
+        _finite_extremes(info, reader.read(info, start, min(start + size, info.numel)))
         for start in range(0, info.numel, size)
     ]
     low, high = found[0]

@@ -12,7 +12,6 @@ from loadstone.errors import ArtifactError
 from loadstone.finalization.plan import FinalizePlan
 from loadstone.finalization.stream import stream
 from loadstone.finalization.units import Unit, units_of
-from loadstone.loading.source import SourceReader
 
 
 def verify(
@@ -24,12 +23,11 @@ def verify(
     """
     import torch
 
-    written = detect(out).table
+    tensors = detect(out).tensors
     problems = verify_files(out)
-    if written is None or problems:
-        raise ArtifactError(f"'{out}': {problems[0] if problems else 'no safetensors'}", "Finalize again")
-    tensors = written.tensors
-    reader = SourceReader(plan.source)
+    if problems:
+        raise ArtifactError(f"'{out}': {problems[0]}", "Finalize again")
+    reader = plan.source.source
 
     def compare(unit: Unit, name: str, part: torch.Tensor, offset: int) -> None:
         expected = part.cpu().contiguous().reshape(-1).view(torch.uint8)

@@ -10,7 +10,6 @@ from typing import Any
 from loadstone.artifact import Artifact
 from loadstone.artifact.detect import OTHER_QUANTIZER
 from loadstone.artifact.formats.safetensors import FLOAT_DTYPES
-from loadstone.artifact.formats.weights import FSDP_BIN
 from loadstone.errors import MissingError, UsageError
 
 CPU, DISK = "cpu", "disk"
@@ -75,7 +74,7 @@ def _check_mappable(artifact: Artifact, max_memory: dict[Any, int]) -> None:
             f"{size}, and quantized tensors cannot be offloaded to disk",
             "Use a machine with more memory, or the unquantized source",
         )
-    if artifact.dcp is not None or artifact.weights.files == (FSDP_BIN,):
+    if not artifact.source.mappable:
         raise MissingError(
             f"{size}, and a training run's own checkpoint format cannot be mapped from disk",
             "Finalize it without --quantize, which needs little memory, and load the result",
@@ -105,14 +104,12 @@ def _cuda_map(device: str) -> dict[str, str]:
 def weight_bytes(artifact: Artifact, dtype: str = "auto") -> int:
     """Bytes of all weights once loaded: plain ones in ``dtype`` (auto: as stored), quantized ones as stored or, where
     they are decoded, in ``dtype`` (auto: two bytes)."""
-    flats = [artifact.quantized, *(contents.quantized for contents in artifact.bins)]
-    parts = [part for table in flats for flat in table.values() for part in flat.parts.values()]
+    parts = [part for flat in artifact.quantized.values() for part in flat.parts.values()]
     quantized = {part.name for part in parts}
     quantized |= {part.name for weight in artifact.packed.values() for part in weight.parts.values()}
     decoded = sum(weight.numel for weight in artifact.packed.values()) * (4 if dtype == "float32" else 2)
-    tables = [artifact.table.tensors] if artifact.table else [contents.tensors for contents in artifact.bins]
     width = {"float32": 32, "bfloat16": 16, "float16": 16}.get(dtype)
-    plain = [info for table in tables for info in table.values() if info.name not in quantized]
+    plain = [info for info in artifact.tensors.values() if info.name not in quantized]
     return (
         decoded
         + sum(part.nbytes for part in parts)

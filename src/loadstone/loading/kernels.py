@@ -22,8 +22,7 @@ def check_kernels(artifact: Artifact, device_map: Any) -> None:
         return
     recipe = recipe_for(recovered_scheme(artifact))
     kinds = {"cpu"} if device_map is None else {_kind(device) for device in device_map.values()}
-    stored = [artifact.quantized, *(contents.quantized for contents in artifact.bins)]
-    fixed = sorted({t.type for table in stored for t in table.values()} - _MOVABLE)
+    fixed = sorted({tensor.type for tensor in artifact.quantized.values()} - _MOVABLE)
     if len(kinds) > 1 and fixed:
         raise MissingError(
             f"'{artifact.root}' does not fit the GPU, and accelerate cannot move a {fixed[0]} between CPU and GPU",

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from loadstone.artifact import Artifact, FlatTensor
 from loadstone.artifact.compressed_tensors.tensors import is_side_tensor
 from loadstone.errors import ArtifactError
-from loadstone.loading.dcpfiles import LazyDcp
 from loadstone.loading.packed import LazyPacked
 from loadstone.loading.repack import int4_tiles_to_cpu
 
@@ -86,32 +85,14 @@ def lazy_state_dict(artifact: Artifact, dtype: torch.dtype | None) -> Iterator[d
 
     ``dtype``: None leaves quantized tensors as stored.
     """
-    with ExitStack() as stack:
-        if artifact.weights.format == "safetensors":
-            yield _from_safetensors(artifact, dtype, stack)
-        elif artifact.dcp is not None:
-            yield {name: LazyDcp(artifact, name) for name in artifact.dcp.tensors}
-        else:
-            from loadstone.loading.binfiles import read_bins
-
-            yield read_bins(artifact, dtype)
-
-
-def _from_safetensors(artifact: Artifact, dtype: torch.dtype | None, stack: ExitStack) -> dict[str, Any]:
-    from safetensors import safe_open
-
-    slices: dict[str, Any] = {}
-    for file in artifact.weights.files:
-        handle = stack.enter_context(safe_open(artifact.path / file, framework="pt", device="cpu"))
-        for name in handle.keys():  # noqa: SIM118 (a safe_open handle is no mapping)
-            slices[name] = handle.get_slice(name)
-    state: dict[str, Any] = {}
-    for name, flat in artifact.quantized.items():
-        parts = {data_name: slices.pop(info.name) for data_name, info in flat.parts.items()}
-        state[name] = LazyQuantized(flat, parts, dtype)
-    for name, weight in artifact.packed.items():
-        state[name] = LazyPacked(weight, {s: slices.pop(p.name) for s, p in weight.parts.items()})
-    if artifact.packed:
-        # Scales of inputs and of the KV cache are for kernels: the model has no such parameters.
-        slices = {name: part for name, part in slices.items() if not is_side_tensor(name)}
-    return state | slices
+    with artifact.source.opened() as (stored, quantized):
+        state: dict[str, Any] = {}
+        for name, flat in quantized.items():
+            parts = {data_name: stored.pop(info.name) for data_name, info in flat.parts.items()}
+            state[name] = LazyQuantized(flat, parts, dtype)
+        for name, weight in artifact.packed.items():
+            state[name] = LazyPacked(weight, {s: stored.pop(p.name) for s, p in weight.parts.items()})
+        if artifact.packed:
+            # Scales of inputs and of the KV cache are for kernels: the model has no such parameters.
+            stored = {name: part for name, part in stored.items() if not is_side_tensor(name)}
+        yield state | stored

@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loadstone.artifact import Artifact
+from loadstone.artifact.source import values_checked
 from loadstone.errors import ArtifactError, LoadstoneError, MissingError
 from loadstone.loading.devices import CPU, DISK
 from loadstone.loading.kernels import check_kernels
 from loadstone.loading.lazy import lazy_state_dict
 from loadstone.loading.plan import LoadPlan, remote_code_refused
-from loadstone.loading.values import values_checked
 
 if TYPE_CHECKING:
     import torch
@@ -43,7 +43,7 @@ def load_native(plan: LoadPlan, device_map: Any) -> PreTrainedModel:
     quantized_dtype = None if plan.dtype == "auto" else dtype
     check_kernels(artifact, device_map)
     options: dict[str, Any] = {"dtype": dtype, "device_map": device_map}
-    with values_checked(artifact):
+    with values_checked(artifact.source, artifact.packed.values()):
         with (
             lazy_state_dict(artifact, quantized_dtype) as state,
             quiet_transformers(),
@@ -172,11 +172,9 @@ def stored_dtype(artifact: Artifact, config: Any) -> torch.dtype:
         return config.dtype
     names = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
     sizes: dict[str, int] = {}
-    tables = [artifact.table.tensors] if artifact.table else [contents.tensors for contents in artifact.bins]
-    for table in tables:
-        for tensor in table.values():
-            if tensor.dtype in names:
-                sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.nbytes
+    for tensor in artifact.tensors.values():
+        if tensor.dtype in names:
+            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.nbytes
     return names[max(sizes, key=lambda k: sizes[k])] if sizes else torch.float32
 
 

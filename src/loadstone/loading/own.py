@@ -5,9 +5,9 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from loadstone.artifact.values import check_values
 from loadstone.errors import ArtifactError
 from loadstone.loading.plan import LoadPlan
-from loadstone.loading.values import check_values
 
 if TYPE_CHECKING:
     from torch import nn
@@ -26,25 +26,25 @@ def load_own(plan: LoadPlan, device_map: Any) -> nn.Module:
 
     artifact = plan.artifact
     module, name = _CLASSES[artifact.config["model_type"]]
-    if artifact.table is None or artifact.weights.format != "safetensors":
+    if not artifact.source.streamable:
         raise ArtifactError(f"'{artifact.root}': a {name} is read from safetensors only", "Save it again")
     with torch.device("meta"):
         model = getattr(import_module(module), name).from_config(artifact.config)
     expected = model.state_dict()
-    for key in [*expected, *artifact.table.tensors]:
-        if key not in artifact.table.tensors:
+    for key in [*expected, *artifact.tensors]:
+        if key not in artifact.tensors:
             raise ArtifactError(f"'{artifact.root}': tensor '{key}' is missing", "Copy the model again")
         if key not in expected:
             raise ArtifactError(
                 f"'{artifact.root}': tensor '{key}' belongs to no {name}", "Copy the model again"
             )
-        stored = artifact.table.tensors[key].shape
+        stored = artifact.tensors[key].shape
         if stored != tuple(expected[key].shape):
             raise ArtifactError(
                 f"'{artifact.root}': tensor '{key}' is {list(stored)}, the config says {list(expected[key].shape)}",
                 "Copy config.json and weights of one model",
             )
-    check_values(artifact.path, list(artifact.table.tensors.values()))
+    check_values(artifact.path, list(artifact.tensors.values()))
     device = "cpu" if device_map is None else device_map[""]
     dtype = None if plan.dtype == "auto" else getattr(torch, plan.dtype)
     state: dict[str, torch.Tensor] = {}

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from loadstone.artifact.compressed_tensors import PackedWeight
 from loadstone.artifact.compressed_tensors.layout import row_tile, rows_needed
+from loadstone.artifact.torchao.flatten import torch_dtype
 from loadstone.errors import ArtifactError
-from loadstone.quantization.flatten import torch_dtype
 from loadstone.quantization.packing import decode_rows
 
 if TYPE_CHECKING:

@@ -6,10 +6,10 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from loadstone.artifact.detect import OTHER_QUANTIZER
+from loadstone.artifact.source import values_checked
 from loadstone.errors import ArtifactError, MissingError
 from loadstone.loading.native import BUILDING, check_complete, quiet_transformers, remote_code_failed
 from loadstone.loading.plan import QUANTIZER_PACKAGES, LoadPlan
-from loadstone.loading.values import values_checked
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -26,7 +26,7 @@ def load_pretrained(plan: LoadPlan, device_map: Any) -> PreTrainedModel:
     artifact = plan.artifact
     if artifact.kind == OTHER_QUANTIZER:
         check_package(str(artifact.quant_method))
-    with values_checked(artifact), BUILDING, quiet_transformers():
+    with values_checked(artifact.source, artifact.packed.values()), BUILDING, quiet_transformers():
         try:
             model, info = AutoModelForCausalLM.from_pretrained(
                 artifact.path,

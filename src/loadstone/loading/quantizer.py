@@ -6,6 +6,7 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 from loadstone.artifact import Artifact, FlatTensor
+from loadstone.errors import LoadstoneError
 from loadstone.quantization.schemes import Scheme
 from loadstone.quantization.torchao_config import scheme_of, to_torchao
 
@@ -29,38 +30,29 @@ def attach_quantizer(artifact: Artifact, model: PreTrainedModel) -> None:
         config = TorchAoConfig(to_torchao(recovered_scheme(artifact)))
     model.config.quantization_config = config
     quantizer = TorchAoHfQuantizer(config, pre_quantized=True)
-    if artifact.table is not None:
-        quantizer.metadata = artifact.table.metadata
+    if artifact.source.metadata:
+        quantizer.metadata = artifact.source.metadata
     model.hf_quantizer = quantizer
 
 
 def recovered_scheme(artifact: Artifact) -> Scheme:
-    """The scheme of most quantized tensors of an artifact, told from the tensors alone."""
-    if artifact.quantized:
-        by_scheme: dict[Scheme, list[FlatTensor]] = {}
-        for tensor in artifact.quantized.values():
-            by_scheme.setdefault(scheme_of(tensor), []).append(tensor)
-        first = max(by_scheme.values(), key=len)[0]
-        return scheme_of(first, has_zero_points=has_zero_points(artifact, first))
-    from loadstone.loading.binfiles import read_bin_file
-    from loadstone.quantization.flatten import flatten
+    """The scheme of most quantized tensors of an artifact, recovered from the tensors alone."""
+    by_scheme: dict[Any, list[str]] = {}
+    for name, tensor in artifact.quantized.items():
+        by_scheme.setdefault(_scheme_or_kind(tensor), []).append(name)
+    described = artifact.source.describe(max(by_scheme.values(), key=len)[0])
+    return scheme_of(described, has_zero_points=has_zero_points(artifact, described))
 
-    # A pickle's header tells classes; the scheme itself is told from one tensor of the usual class, read whole.
-    kinds: dict[tuple[Any, ...], list[tuple[str, str]]] = {}
-    for contents in artifact.bins:
-        for name, found in contents.quantized.items():
-            kind = (found.type, found.nominal_bits, found.quantizes_activations)
-            kinds.setdefault(kind, []).append((contents.file, name))
-    file, name = max(kinds.values(), key=len)[0]
-    flat, parts = flatten(name, read_bin_file(artifact.path / file)[name])
-    return scheme_of(flat, has_zero_points="zero_point" in parts and bool(parts["zero_point"].any()))
+
+def _scheme_or_kind(tensor: FlatTensor) -> Any:
+    """A tensor's scheme or, where the header of a ``.bin`` does not describe it, what the header says of it."""
+    try:
+        return scheme_of(tensor)
+    except (LoadstoneError, LookupError, TypeError, ValueError):
+        return tensor.type, tensor.nominal_bits, tensor.quantizes_activations
 
 
 def has_zero_points(artifact: Artifact, tensor: FlatTensor) -> bool:
     """Whether a stored tensor's zero points are anything but 0; reads those bytes only."""
     part = tensor.parts.get("zero_point")
-    if part is None:
-        return False
-    with (artifact.path / part.file).open("rb") as file:
-        file.seek(part.begin)
-        return any(file.read(part.nbytes))
+    return part is not None and bool(artifact.source.read(part).any())

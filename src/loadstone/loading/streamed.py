@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from loadstone.artifact.source import values_checked
 from loadstone.errors import ArtifactError
 from loadstone.loading.layers import layer_stack
 from loadstone.loading.lazy import lazy_state_dict
@@ -24,7 +25,6 @@ from loadstone.loading.native import (
     stored_dtype,
 )
 from loadstone.loading.plan import LoadPlan
-from loadstone.loading.values import values_checked
 
 if TYPE_CHECKING:
     import torch
@@ -133,7 +133,7 @@ def streamed(plan: LoadPlan, device: torch.device) -> Iterator[StreamedModel]:
     with (
         torch.inference_mode(False),
         lazy_state_dict(artifact, quantized_dtype) as state,
-        values_checked(artifact),
+        values_checked(artifact.source, artifact.packed.values()),
     ):
         yield StreamedModel(plan, device, state)
 

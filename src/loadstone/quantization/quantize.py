@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from loadstone.artifact import FlatTensor
+from loadstone.artifact.torchao.flatten import flatten, torch_dtype
 from loadstone.errors import MissingError
-from loadstone.quantization.flatten import flatten, torch_dtype
 from loadstone.quantization.rounding import least_squares_weight, plain_weight
 from loadstone.quantization.schemes import (
     Intx,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from loadstone._version import __version__
 from loadstone.artifact.context_file import CONTEXT_JSON, CONTEXT_TENSORS, FORMAT_VERSIONS, digest, is_context
-from loadstone.artifact.manifest import sha256_file
+from loadstone.artifact.hashing import sha256_file
 from loadstone.errors import UsageError
 from loadstone.writing.publish import new_directory
 from loadstone.writing.shards import write_tensors

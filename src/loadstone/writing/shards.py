@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loadstone.artifact.formats.safetensors import DTYPE_BITS, TensorInfo
-from loadstone.quantization.flatten import dtype_name, tensor_bytes
+from loadstone.artifact.torchao.flatten import dtype_name, tensor_bytes
 
 if TYPE_CHECKING:
     import torch

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from loadstone.artifact.context_file import CONTEXT_JSON, CONTEXT_TENSORS, digest
-from loadstone.artifact.manifest import sha256_file
+from loadstone.artifact.hashing import sha256_file
 from loadstone.context.tabpfn.stored import TREE
 
 

@@ -32,13 +32,13 @@ from loadstone.artifact.context_errors import (
     UnsafeContent,
 )
 from loadstone.artifact.context_file import read_context
+from loadstone.artifact.torchao.flatten import tensor_bytes
 from loadstone.context.tabpfn import estimator as contexts
 from loadstone.context.tabpfn.classes import ALLOWED
 from loadstone.context.tabpfn.object_tree import Decoder, Encoder, resolve
 from loadstone.context.tabpfn.probe import probe_of
 from loadstone.context.tabpfn.stored import TREE
 from loadstone.errors import MissingError, UsageError
-from loadstone.quantization.flatten import tensor_bytes
 
 TASKS = ("classification", "regression")
 pytestmark = pytest.mark.filterwarnings("ignore")

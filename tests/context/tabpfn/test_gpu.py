@@ -21,10 +21,10 @@ pytest.importorskip("tabpfn")
 
 from tests.context.tabpfn.checkpoints import SIZES, estimator, fit_command, table, write_checkpoint
 
+from loadstone.artifact.torchao.flatten import tensor_bytes
 from loadstone.context.tabpfn import estimator as contexts
 from loadstone.context.tabpfn.classes import ALLOWED
 from loadstone.context.tabpfn.object_tree import Encoder
-from loadstone.quantization.flatten import tensor_bytes
 
 pytestmark = [
     pytest.mark.gpu,

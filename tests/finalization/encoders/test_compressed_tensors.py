@@ -47,7 +47,7 @@ def written(source: Path, recipe: str, out: Path, **options: object) -> Path:
     plan = make_plan(loadstone.detect(source), parse_recipe(recipe), encoder=PackedEncoder(), **options)
     write_plan(plan, out)
     assert sum(step.nbytes for step in plan.steps) == plan.bytes_after
-    assert plan.bytes_after == sum(t.nbytes for t in loadstone.detect(out).table.tensors.values())
+    assert plan.bytes_after == sum(t.nbytes for t in loadstone.detect(out).tensors.values())
     return out
 
 
@@ -95,9 +95,9 @@ def test_blocks_of_rows_give_the_same_bytes(
     blocks = written(tiny, recipe, tmp_path / "blocks", max_shard_bytes=50_000)
     first, second = loadstone.detect(whole), loadstone.detect(blocks)
     assert len(second.weights.files) > 1
-    assert first.table.tensors.keys() == second.table.tensors.keys()
-    for name, info in first.table.tensors.items():
-        other = second.table.tensors[name]
+    assert first.tensors.keys() == second.tensors.keys()
+    for name, info in first.tensors.items():
+        other = second.tensors[name]
         ours = (whole / info.file).read_bytes()[info.begin : info.end]
         assert ours == (blocks / other.file).read_bytes()[other.begin : other.end], name
     assert verify(make_plan(loadstone.detect(tiny), parse_recipe(recipe), encoder=PackedEncoder()), whole) > 0
@@ -258,7 +258,7 @@ def test_experts_are_stored_one_by_one_under_the_sources_names(
 ) -> None:
     source = mixtral if family == "mixtral" else make_model(family)
     out = written(source, recipe, tmp_path / "out")
-    packed, names = loadstone.detect(out).packed, loadstone.detect(source).table.tensors
+    packed, names = loadstone.detect(out).packed, loadstone.detect(source).tensors
     experts = [name for name in names if ".experts." in name]
     assert experts and set(experts) <= packed.keys()
     block = json.loads((out / "config.json").read_text())["quantization_config"]

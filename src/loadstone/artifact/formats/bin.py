@@ -12,14 +12,23 @@ import zipfile
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from loadstone.artifact.files import Sink, file_size, refuse
 from loadstone.artifact.formats.inert_pickle import Global, MalformedPickle, Node, read_pickle
 from loadstone.artifact.formats.safetensors import DTYPE_BITS, TensorInfo
-from loadstone.artifact.torchao.checks import SUBCLASSES, FlatTensor, check_complete, check_shapes
-from loadstone.artifact.torchao.tensors import part_name
+from loadstone.artifact.torchao.checks import (
+    SUBCLASSES,
+    FlatTensor,
+    check_complete,
+    check_shapes,
+    part_name,
+    unknown_class_hint,
+)
 from loadstone.errors import ArtifactError
+
+if TYPE_CHECKING:
+    import torch
 
 MAX_PICKLE_BYTES = 32_000_000
 MAX_DIRECTORY_BYTES = 16_000_000
@@ -89,6 +98,42 @@ def read_bin(path: Path, sink: Sink = refuse) -> BinContents:
             f"{path.name}: holds no state dict", "Save it with torch.save(model.state_dict())"
         )
     return _Reader(path.name, storages, sink).read(state.pairs(), names)
+
+
+def load_state_dict(path: Path) -> dict[str, torch.Tensor]:
+    """The state dict of one ``.bin``, memory-mapped; raises `ArtifactError` when it holds more than tensors."""
+    import torch
+
+    # Importing torchao registers its tensor classes as safe globals; nothing else is allowed in.
+    import torchao.prototype.mx_formats
+    import torchao.quantization  # noqa: F401
+
+    state = load_values(path)
+    while isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
+        state = state["state_dict"]
+    for name, tensor in state.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise ArtifactError(
+                f"{path.name}: '{name}' is a {type(tensor).__name__}, not a tensor", "Save weights only"
+            )
+    return state
+
+
+def load_values(path: Path) -> Any:
+    """The contents of a file written by `torch.save`, tensors memory-mapped.
+
+    Raises `ArtifactError` when it holds anything but tensors and plain values.
+    """
+    import torch
+
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ArtifactError(
+            f"{path.name}: cannot be read with weights_only=True ({reason})",
+            f"loadstone runs no pickled code: save it as safetensors where it was made. {unknown_class_hint(reason)}",
+        ) from None
 
 
 def check_names(file: str, names: frozenset[str]) -> None:

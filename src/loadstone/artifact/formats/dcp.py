@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loadstone.artifact.files import Sink, check_inside, file_size, is_file, refuse
 from loadstone.artifact.formats.bin import TORCH_DTYPES, check_names
@@ -18,6 +18,9 @@ from loadstone.artifact.formats.inert_pickle import Global, MalformedPickle, Nod
 from loadstone.artifact.formats.safetensors import DTYPE_BITS, TensorInfo
 from loadstone.artifact.formats.weights import DCP_METADATA
 from loadstone.errors import ArtifactError
+
+if TYPE_CHECKING:
+    import torch
 
 MAX_METADATA_BYTES = 64_000_000
 # Names under which trainers nest the model's own state dict; everything else in the checkpoint is passed
@@ -65,6 +68,36 @@ def read_dcp(directory: Path, folder: str, sink: Sink = refuse) -> DcpContents:
     check_names(label, names)
     reader = _Reader(directory, folder, label, sink)
     return reader.read(metadata)
+
+
+def load_tensor(directory: Path, info: TensorInfo, chunks: tuple[DcpChunk, ...]) -> torch.Tensor:
+    """One whole tensor on the CPU, from its slices; raises `ArtifactError` when a slice is damaged."""
+    import io
+
+    import torch
+
+    from loadstone.artifact.torchao.flatten import torch_dtype
+
+    whole = torch.empty(info.shape, dtype=torch_dtype(info.dtype))
+    for chunk in chunks:
+        with (directory / chunk.file).open("rb") as file:
+            file.seek(chunk.begin)
+            raw = file.read(chunk.end - chunk.begin)
+        try:
+            part = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
+            place = tuple(slice(o, o + s) for o, s in zip(chunk.offsets, chunk.sizes, strict=True))
+            if tuple(part.shape) != tuple(chunk.sizes) or part.dtype != whole.dtype:
+                raise ValueError(
+                    f"it is {part.dtype} {list(part.shape)}, not {whole.dtype} {list(chunk.sizes)}"
+                )
+            whole[place].copy_(part)
+        except Exception as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ArtifactError(
+                f"{chunk.file}: the slice of '{info.name}' at {list(chunk.offsets)} cannot be read ({reason})",
+                "Copy the checkpoint again",
+            ) from None
+    return whole
 
 
 class _Reader:

@@ -9,12 +9,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
 from loadstone.artifact.formats.safetensors import FLOAT_DTYPES, TensorInfo
 from loadstone.errors import ArtifactError
+
+
+def part_name(name: str, data_name: str) -> str:
+    """``('m.weight', 'qdata') -> 'm._weight_qdata'``, torchao's flattened key."""
+    module, _, parameter = name.rpartition(".")
+    return f"{module}._{parameter}_{data_name}" if module else f"_{parameter}_{data_name}"
 
 
 @dataclass(frozen=True)
@@ -26,6 +32,11 @@ class FlatTensor:
     attributes: dict[str, Any] = field(repr=False)
     parts: dict[str, TensorInfo] = field(repr=False)
     metadata: str = field(repr=False, default="")
+
+    def renamed(self, file: str) -> FlatTensor:
+        """The same tensor with its parts in ``file``, under the names that they have in safetensors."""
+        parts = {k: p._replace(name=part_name(self.name, k), file=file) for k, p in self.parts.items()}
+        return replace(self, parts=parts)
 
     @property
     def nbytes(self) -> int:
@@ -70,6 +81,14 @@ class FlatTensor:
     def _two_to_a_byte(self) -> bool:
         fp4 = "float4" in (dtype_name(self.attributes.get("elem_dtype")) or "")
         return self.type == "NVFP4Tensor" or (self.type == "MXTensor" and fp4)
+
+
+def unknown_class_hint(kind: str) -> str:
+    """What to do about a quantized tensor class that is not known: the cheap way out first."""
+    hint = "Restore the quantization_config block of config.json, or finalize again with this version"
+    if "float8" in kind.lower() or "affinequantized" in kind.lower():
+        hint += " (float8 tensors of older torchao releases must be made again with float8-weight-only)"
+    return hint
 
 
 @dataclass(frozen=True)

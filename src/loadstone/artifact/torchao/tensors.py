@@ -18,14 +18,10 @@ from loadstone.artifact.torchao.checks import (
     check_description,
     check_shapes,
     looks_flattened,
+    part_name,
+    unknown_class_hint,
 )
 from loadstone.errors import ArtifactError
-
-
-def part_name(name: str, data_name: str) -> str:
-    """``('m.weight', 'qdata') -> 'm._weight_qdata'``, torchao's flattened key."""
-    module, _, parameter = name.rpartition(".")
-    return f"{module}._{parameter}_{data_name}" if module else f"_{parameter}_{data_name}"
 
 
 def tensor_names(metadata: dict[str, str]) -> list[str]:
@@ -122,14 +118,6 @@ def _flat_tensor(
         raise ArtifactError(f"the metadata of '{name}' names a part twice", _AGAIN)
     parts = {data_name: tensors[key] for data_name, key in zip(data_names, keys, strict=True)}
     return FlatTensor(name, kind, description["_data"], parts, text)
-
-
-def unknown_class_hint(kind: str) -> str:
-    """What to do about a quantized tensor class that is not known: the cheap way out first."""
-    hint = "Restore the quantization_config block of config.json, or finalize again with this version"
-    if "float8" in kind.lower() or "affinequantized" in kind.lower():
-        hint += " (float8 tensors of older torchao releases must be made again with float8-weight-only)"
-    return hint
 
 
 def _parse(name: str, text: str) -> dict[str, Any]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 
 from loadstone.artifact import TensorInfo
+from loadstone.artifact.torchao.flatten import dtype_name
 from loadstone.context.pfn.config import PFNConfig
 from loadstone.context.pfn.layer_cache import CACHE_DTYPES
 from loadstone.context.tables.predictions import REGRESSION
-from loadstone.quantization.flatten import dtype_name
 
 PROBE_ROWS = 16
 CACHE_DTYPE_NAMES = {dtype: name for name, dtype in CACHE_DTYPES.items()}

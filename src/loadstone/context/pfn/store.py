@@ -22,6 +22,7 @@ from loadstone.artifact.context_file import (
     require_kind,
 )
 from loadstone.artifact.context_file import PFN as PFN_KIND
+from loadstone.artifact.values import check_values
 from loadstone.context.fingerprint import Fingerprint, check_same, fingerprint
 from loadstone.context.pfn.bases import find_base, load_base
 from loadstone.context.pfn.config import PFNConfig
@@ -32,7 +33,6 @@ from loadstone.context.pfn.model import PFN
 from loadstone.context.pfn.training_context import PROBE_TOLERANCE, TrainingContext
 from loadstone.context.tables.predictions import REGRESSION, TASKS
 from loadstone.errors import ArtifactError, LoadstoneError, UsageError
-from loadstone.loading.values import check_values
 
 
 def load_table_context(

@@ -71,7 +71,7 @@ def apply_quantizers(model: Any, artifact: Artifact) -> None:
 
 def recipe_of(artifact: Artifact) -> str:
     """How a model's weights are quantized, in loadstone's spelling where it has one; ``none`` for plain weights."""
-    flat = artifact.quantized or {n: t for contents in artifact.bins for n, t in contents.quantized.items()}
+    flat = artifact.quantized
     if not flat:
         return artifact.quant_method or (FAKEQUANT if artifact.kind == FAKEQUANT else "none")
     samples = {(t.type, t.metadata or str(t.attributes)): t for t in flat.values()}.values()

@@ -28,6 +28,7 @@ from loadstone.artifact.context_file import (
     read_context,
     require_kind,
 )
+from loadstone.artifact.values import check_values
 from loadstone.context.fingerprint import Fingerprint, check_same, fingerprint
 from loadstone.context.prefix.base import (
     architecture_of,
@@ -40,7 +41,6 @@ from loadstone.context.prefix.cache import EMPTY, FULL, LINEAR, SLIDING, LayerSt
 from loadstone.context.prefix.fit import compute_dtype, share_attention
 from loadstone.context.prefix.stored_states import CACHE_KINDS, Stored, check_kind
 from loadstone.errors import ArtifactError, LoadstoneError, MissingError
-from loadstone.loading.values import check_values
 from loadstone.writing.contexts import write_context
 
 log = logging.getLogger(__name__)

@@ -185,9 +185,9 @@ def _metadata(path: Path) -> dict[str, Any]:
 
 def _plain_values(path: Path) -> dict[str, Any]:
     """What a ``.ckpt`` holds, read as tabpfn itself reads it: tensors and plain values only, nothing is run."""
-    from loadstone.loading.binfiles import read_plain_values
+    from loadstone.artifact.formats.bin import load_values
 
-    found = read_plain_values(path)
+    found = load_values(path)
     if not isinstance(found, dict):
         raise ArtifactError(f"'{path}' is not a TabPFN checkpoint", "Name one with -M")
     return found

@@ -151,7 +151,7 @@ def can_stream(plan: LoadPlan) -> bool:
     return (
         plan.load_path in (NATIVE, NATIVE_QUANTIZED, NATIVE_UNPACKED)
         and artifact.kind != FAKEQUANT
-        and artifact.weights.format == "safetensors"
+        and artifact.source.streamable
     )
 
 

@@ -18,9 +18,9 @@ from loadstone.artifact.compressed_tensors import Group, LayerScheme, write_bloc
 from loadstone.artifact.compressed_tensors.layout import row_tile, rows_needed, stored_tensors
 from loadstone.artifact.compressed_tensors.merging import merged_sets
 from loadstone.artifact.compressed_tensors.scheme import NVFP4
+from loadstone.artifact.torchao.flatten import torch_dtype
 from loadstone.errors import ArtifactError, UsageError
 from loadstone.finalization.encoders.base import Encoding
-from loadstone.quantization.flatten import torch_dtype
 from loadstone.quantization.model_facts import ModelFacts
 from loadstone.quantization.packing import decode_rows
 from loadstone.quantization.quantize import quantize_rows, quantize_weight

@@ -13,10 +13,10 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from loadstone.artifact import FlatTensor, TensorInfo
+from loadstone.artifact.torchao.flatten import describe, flatten
 from loadstone.artifact.torchao.tensors import part_name
 from loadstone.errors import ArtifactError
 from loadstone.finalization.encoders.base import Encoding, row_offset
-from loadstone.quantization.flatten import describe, flatten
 from loadstone.quantization.model_facts import ModelFacts
 from loadstone.quantization.quantize import (
     dense,

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from loadstone.errors import ArtifactError
@@ -16,8 +14,9 @@ if TYPE_CHECKING:
     import numpy
     import torch
 
-    from loadstone.artifact import Artifact, FlatTensor, TensorInfo
     from loadstone.artifact.compressed_tensors import PackedWeight
+    from loadstone.artifact.formats.safetensors import TensorInfo
+    from loadstone.artifact.torchao.checks import FlatTensor
 
 Limits = dict[str, tuple[str, int, int]]
 
@@ -38,22 +37,6 @@ _PATTERNS = {
 # Bit patterns of the finite values above zero: (view dtype, smallest, largest).
 _POSITIVE = {"BF16": ("uint16", 1, 0x7F7F), "F16": ("uint16", 1, 0x7BFF), "F32": ("uint32", 1, 0x7F7FFFFF)}
 _POSITIVE_SCALES = ("IntxUnpackedToInt8Tensor", "Int8Tensor", "Float8Tensor")
-
-
-@contextmanager
-def values_checked(artifact: Artifact) -> Iterator[None]:
-    """Scan the artifact's safetensors on another core during the block, which reads the same bytes.
-
-    Raises `ArtifactError` at its end as `check_values` does. Other formats are checked tensor by tensor while they
-    are read.
-    """
-    files = artifact.weights.format == "safetensors" and artifact.table
-    stored = files.tensors.values() if files else ()
-    with ThreadPoolExecutor(1) as pool:
-        limits = limits_of(artifact.quantized.values()) | packed_limits(artifact.packed.values())
-        scan = pool.submit(check_values, artifact.path, stored, limits)
-        yield
-        scan.result()
 
 
 def limits_of(quantized: Iterable[FlatTensor]) -> Limits:

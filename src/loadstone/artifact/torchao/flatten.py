@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
-from loadstone.artifact import FlatTensor, TensorInfo
-from loadstone.artifact.torchao.tensors import SUBCLASSES, unknown_class_hint
+from loadstone.artifact.formats.safetensors import TensorInfo
+from loadstone.artifact.torchao.checks import SUBCLASSES, FlatTensor, unknown_class_hint
 from loadstone.errors import ArtifactError
 
 if TYPE_CHECKING:
