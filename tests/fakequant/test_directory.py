@@ -257,10 +257,10 @@ rules:
         ("", "no format is named"),
         ("format: [", "rules.yaml:1: expected the node content"),
         ("format: !!python/object/apply:os.system [true]", "rules.yaml:1: a format is text"),
-        ("format: fp8\nrules:\n  - {match: 're:(', format: none}", "rules.yaml:3: 're:\\(' is no regular"),
-        ("format: fp8\nrules: []\nrules: []", "rules.yaml:3: 'rules' stands twice"),
+        ("format: fp8\nrules:\n  - {match: 're:(', format: none}", "rules.yaml:3: 're:\\(' is not a regular"),
+        ("format: fp8\nrules: []\nrules: []", "rules.yaml:3: 'rules' is duplicated"),
         ("format: fp8\n<<: {rules: []}", "rules.yaml:2: unknown key '<<'"),
-        ("[" * 3000, "rules.yaml: no YAML"),
+        ("[" * 3000, "rules.yaml: not valid YAML"),
     ],
 )
 def test_rules_that_are_wrong(text: str, says: str, tiny: Path, tmp_path: Path) -> None:

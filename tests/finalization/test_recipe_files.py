@@ -73,13 +73,13 @@ def test_a_file_of_one_default_gives_the_same_bytes_as_the_name(
         ("default: 8\n", ":1: a scheme is text, this is '8'"),
         ("default:\n", ":1: a scheme is text"),
         ("default: skip\n", "everything is skipped"),
-        ("default: skip\ndefault: skip\n", ":2: 'default' stands twice"),
+        ("default: skip\ndefault: skip\n", ":2: 'default' is duplicated"),
         ("default: skip\nrules: {}\n", ":2: rules is a list"),
         ("default: skip\nrules:\n  - modules: mlp\n", ":3: the rule has no scheme"),
         ("default: skip\nrules:\n  - {modules: mlp, scheme: skip, x: 1}\n", ":3: unknown key 'x'"),
         (
             "default: skip\nrules:\n- scheme: skip\n  modules: 're:('\n",
-            ":4: 're:\\(' is no regular expression",
+            ":4: 're:\\(' is not a regular expression",
         ),
         (
             "default: skip\nrules:\n- modules: [mlp]\n  scheme: skip\n",
@@ -102,9 +102,9 @@ def test_patterns_that_are_no_regular_expression(tiny: Path) -> None:
     from loadstone.quantization import Rule, parse_recipe
 
     recipe, artifact = parse_recipe("int8-weight-only"), loadstone.detect(tiny)
-    with pytest.raises(UsageError, match=r"--skip: 're:\(' is no regular expression"):
+    with pytest.raises(UsageError, match=r"--skip: 're:\(' is not a regular expression"):
         make_plan(artifact, recipe, skip=["re:("])
-    with pytest.raises(UsageError, match=r"rule 're:\(': 're:\(' is no regular expression"):
+    with pytest.raises(UsageError, match=r"rule 're:\(': 're:\(' is not a regular expression"):
         make_plan(artifact, MixedRecipe(recipe, (Rule("re:(", None),)))
 
 

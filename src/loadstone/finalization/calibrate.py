@@ -1,6 +1,6 @@
-"""Calibrated rounding, one decoder layer at a time: in memory are that layer, its inputs and their statistics.
+"""Calibrated rounding, one decoder layer at a time: memory holds that layer, its inputs and their statistics.
 
-Each layer is calibrated on what the rounded layers before it give. `gptq` and `smooth` hold the algorithms.
+Each layer is calibrated on the outputs of the rounded layers before it. `gptq` and `smooth` hold the algorithms.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ def calibrate(
     trust_remote_code: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> FinalizePlan:
-    """The plan with every calibrated step made ready from ``rows``, token ids (rows, length).
+    """Round every calibrated weight on ``rows``, token ids (rows, length); returns the plan with its steps ready.
 
     Results go beside ``out``, a file for each layer; those that a killed run finished for the same tokens, weights and
-    recipe are taken over. ``on_progress(done, total)`` is told the finished layers. Raises `UsageError` when nothing in
+    recipe are taken over. ``on_progress(done, total)`` counts layers. Raises `UsageError` when nothing in
     the plan is calibrated, `MissingError` for too little disk space, `ArtifactError` for a model whose layers cannot be
     run one by one or allow no scaling of inputs.
     """
@@ -162,7 +162,7 @@ def calibration_rows(
 
 
 def calibrated(plan: FinalizePlan, rows: torch.Tensor, out: Path) -> FinalizePlan:
-    """The plan with the results of a finished `calibrate` beside ``out``: what the other ranks need of it."""
+    """The plan with the results of a finished `calibrate` beside ``out``, on any rank."""
     from safetensors import safe_open
 
     ready: dict[str, str] = {}
@@ -211,7 +211,7 @@ def _round_layer(
     file: Path,
     device: str,
 ) -> None:
-    """Write what a layer's weights become: rounded Linears, and other parameters that took over a scale."""
+    """Write a layer's rounded Linears, and its other parameters that a scale was folded into."""
     from safetensors.torch import save_file
 
     wanted = {
@@ -219,7 +219,7 @@ def _round_layer(
         for name, step in inside.items()
         if step.scheme and step.scheme.calibrated
     }
-    inputs = _watched(layer, wanted, hidden, call, device)
+    inputs = _input_statistics(layer, wanted, hidden, call, device)
     for name, step in wanted.items():
         if name not in inputs:
             raise ArtifactError(
@@ -300,7 +300,7 @@ def _fold_scales(
     return {name: scale for fold, scale in chosen for name in fold.linears}
 
 
-def _watched(
+def _input_statistics(
     layer: torch.nn.Module,
     wanted: dict[str, Step],
     hidden: list[torch.Tensor],
@@ -337,7 +337,7 @@ def _watched(
 
 
 def _use_rounded(layer: torch.nn.Module, inside: dict[str, Step], file: Path, device: str) -> None:
-    """Give the layer the weights it will have, so that later layers are calibrated on what they will see."""
+    """Load the rounded weights into the layer, so that later layers are calibrated on its real outputs."""
     from safetensors import safe_open
 
     with safe_open(file, framework="pt") as parts:
@@ -360,9 +360,9 @@ def _inputs(
     reader: Source,
     device: str,
 ) -> tuple[list[torch.Tensor], list[tuple[tuple[Any, ...], dict[str, Any]]]]:
-    """What enters the first layer for each row, and how the model calls each layer (masks, positions).
+    """The inputs of the first layer for each row, and the arguments of each layer's call (masks, positions).
 
-    Every layer is replaced by one that notes its call and passes its input on: all calls without any layer's weights.
+    Each layer's forward is replaced by one that records its call and returns its input, so no layer needs weights.
     """
     base = model.base_model
     head = (
@@ -381,7 +381,7 @@ def _inputs(
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
     entered: list[torch.Tensor] = []
 
-    def note(number: int) -> Callable[..., Any]:
+    def record(number: int) -> Callable[..., Any]:
         def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
             if number == 0:
                 entered.append(x.cpu())
@@ -392,7 +392,7 @@ def _inputs(
         return forward
 
     for number, layer in enumerate(layers):
-        layer.forward = note(number)  # type: ignore[method-assign]
+        layer.forward = record(number)  # type: ignore[method-assign]
     try:
         for row in rows:
             base(input_ids=row[None].to(device), use_cache=False)

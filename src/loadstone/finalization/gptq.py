@@ -1,4 +1,4 @@
-"""GPTQ (https://arxiv.org/abs/2210.17323): a weight rounded column by column, each error moved onto the rest.
+"""GPTQ (https://arxiv.org/abs/2210.17323): round a weight column by column, correcting the others.
 
 torchao's own prototype needs a GPU and covers other tensor classes; here the result is other integers and scales in the
 class that plain rounding gives, so it loads everywhere alike.
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 # Damping of the Hessian's diagonal, as a share of its mean: the paper's.
 _DAMP = 0.01
-# Columns whose errors are gathered before they are applied to the rest of the matrix.
+# Columns whose errors are collected before the remaining columns are corrected.
 _COLUMNS = 128
 
 
 def gptq(weight: torch.Tensor, hessian: torch.Tensor, scheme: Intx) -> torch.Tensor:
-    """torchao's tensor for ``weight`` (out, in), rounded so that its product with inputs of second moment ``hessian``
+    """Quantize ``weight`` (out, in) to torchao's tensor so that its product with inputs of second moment ``hessian``
     (in, in) changes least."""
     import torch
 

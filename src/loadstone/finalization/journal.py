@@ -23,7 +23,7 @@ KEY = "key.json"
 
 
 def work_directory(out: Path) -> Path:
-    """Where ``out`` is made: a hidden sibling, so that the last step is one rename."""
+    """Where ``out`` is written: a hidden sibling, so that the last step is one rename."""
     return working_path(out, PARTIAL)
 
 
@@ -38,7 +38,7 @@ def discard_calibration(out: Path) -> None:
 
 
 def job_key(plan: FinalizePlan, versions: dict[str, str]) -> dict[str, str]:
-    """What must be equal for a partial output to be continued, by name, so that a mismatch can be named."""
+    """What must be equal for a partial output to be continued; names are for the message about a mismatch."""
     files = plan.source.weight_files
     source = hashlib.sha256()
     for name in files:
@@ -96,7 +96,7 @@ def finished(work: Path, file: str) -> str | None:
 
 
 def note_finished(work: Path, file: str, digest: str) -> None:
-    """Note a shard whose bytes are on disk."""
+    """Record a shard whose bytes are on disk."""
     _write(work / NOTES / f"{file}.json", {"sha256": digest, "bytes": (work / file).stat().st_size})
 
 

@@ -1,4 +1,4 @@
-"""What a finalize will do, decided before any tensor is read: each tensor's step, names, sizes and shards."""
+"""Plan a finalize before any tensor is read: what each tensor becomes, under which names, in which shards."""
 
 from __future__ import annotations
 
@@ -243,7 +243,7 @@ def _untied_steps(
     untied: dict[str, str],
     encoder: Encoder,
 ) -> list[Step]:
-    """What else is made of a tensor that was tied to others: their own copies, each by its own decision."""
+    """Steps for the parameters that were tied to this one: each gets a copy, quantized by its own decision."""
     steps = []
     for target in (t for t, source in untied.items() if source == parameter):
         decision = decisions.get(target)
@@ -258,7 +258,7 @@ def _untied_steps(
 def _fused(
     model: ModelFacts, sources: dict[str, TensorInfo], where: dict[str, Destination | None]
 ) -> dict[str, tuple[TensorInfo, ...]]:
-    """For each parameter that is its source tensors' rows in a row: these, in that order."""
+    """For each parameter whose source tensors are its rows, one after the other: these tensors in that order."""
     parts: dict[str, list[tuple[tuple[int, int], TensorInfo]]] = {}
     for key, info in sources.items():
         place = where[key]
@@ -344,8 +344,8 @@ def _config(artifact: Artifact, dtype: str) -> dict[str, Any]:
 
 
 def weight_dtype(artifact: Artifact, dtype: str, *, trust_remote_code: bool = False) -> str:
-    """The floating dtype (``bfloat16``) that weights have when they are quantized: as asked, else as the config says,
-    else as most bytes are stored."""
+    """The floating dtype (``bfloat16``) of weights before they are quantized: ``dtype`` if it is not auto, else that of
+    the config, else that of most stored bytes."""
     if dtype != "auto":
         return dtype
     from loadstone.loading.native import load_config, stored_dtype

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Source bytes done before the disk is made to take them.
+# Source bytes to process between two flushes to disk.
 _FLUSH = 1 << 28
 
 
@@ -70,13 +70,13 @@ def write_plan(
     """Write the artifact that ``plan`` describes to ``out``, whole or not at all.
 
     A run that was killed left its finished shards behind; the same call takes them over unless ``resume`` is false.
-    With several ``ranks`` each writes every size-th shard, and rank 0 the rest. ``on_progress`` is told the source
-    bytes done since its last call. Raises `UsageError` for an output that exists, is being written by another
-    process or belongs to another job, `MissingError` for too little disk space, `ArtifactError` for a damaged source.
+    With several ``ranks`` each writes every size-th shard, and rank 0 the files beside them. ``on_progress`` is called
+    with the source bytes done since its last call. Raises `UsageError` for an output that exists, is being written by
+    another process or belongs to another job, `MissingError` for too little disk space, `ArtifactError` for a damaged
+    source.
     """
     started = time.monotonic()
-    check_output(plan.source.root, out, overwrite)
-    # A link that may not be followed is reported before the work.
+    # Before the work, since it raises for a link that leaves the directory.
     sidecars = find_sidecars(plan.source)
 
     def write_rest(work: Path, digests: dict[str, str], fingerprint: str) -> dict[str, str]:
@@ -109,9 +109,11 @@ def write_artifact(
     ranks: Ranks | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> dict[str, str]:
-    """The same with other files beside the weights: rank 0 calls ``write_rest`` with the directory that will be
-    ``out``, the sha256 of each weight file in it, and the source's fingerprint; returns what it returned, which is
-    empty on other ranks."""
+    """Write the weights of ``plan`` as `write_plan` does, and other files beside them by ``write_rest``.
+
+    Rank 0 calls ``write_rest(work, digests, fingerprint)`` with the directory that will be ``out``, the sha256 of each
+    weight file in it, and the source's fingerprint. Returns its result; on other ranks an empty dict.
+    """
     ranks = ranks or Ranks()
     check_output(plan.source.root, out, overwrite)
     work = work_directory(out)
@@ -123,7 +125,7 @@ def write_artifact(
         try:
             files = _write_all_files(plan, work, write_rest, device, ranks, on_progress)
             if ranks.rank == 0:
-                # Until here it tells whose work this is.
+                # Last, since it shows which job the directory belongs to.
                 (work / KEY).unlink()
                 publish(work, out, overwrite)
         except OSError as error:
@@ -143,7 +145,7 @@ def write_artifact(
 
 def _discard_unless_resumable(work: Path, out: Path, ranks: Ranks) -> None:
     if has_progress(work):
-        log.info("finished shards are kept in %s: run the same command again to go on", work)
+        log.info("finished shards are kept in %s: run the same command again to continue", work)
     elif ranks.rank == 0 and work.exists():
         with suppress(OSError):
             remove_work(work, out)
@@ -157,7 +159,7 @@ def _write_all_files(
     ranks: Ranks,
     on_progress: Callable[[int], None] | None,
 ) -> dict[str, str]:
-    # A thread of its own: a shard is noted as soon as it is on disk, however long hashing the source takes.
+    # Hashing the source takes long and must not delay noting finished shards, so it has its own thread.
     with ThreadPoolExecutor(1) as hasher:
         source_hash = hasher.submit(plan.source.fingerprint) if ranks.rank == 0 else None
         left = []
@@ -182,7 +184,7 @@ def _write_all_files(
 def _write_shards(
     plan: FinalizePlan, numbers: list[int], work: Path, device: str, on_progress: Callable[[int], None] | None
 ) -> None:
-    """The output files ``numbers``: while one is synced and hashed the next is being written."""
+    """Write the output files ``numbers``; while one is synced and hashed, the next is being written."""
     reader = plan.source.source
     writers: dict[int, ShardWriter] = {}
 
@@ -195,7 +197,7 @@ def _write_shards(
     def put(unit: Unit, name: str, part: torch.Tensor, offset: int) -> None:
         writers[unit.shard].write(name, part, offset)
 
-    # The same two threads for every shard: memory that came with new ones would stay.
+    # The same two threads for every shard: the memory that a new thread takes is never given back.
     with ThreadPoolExecutor(1) as finisher, ThreadPoolExecutor(1) as syncer:
         finishing: deque[Future[None]] = deque()
 
@@ -213,7 +215,7 @@ def _write_shards(
                         finish(number)
                     unflushed += unit.nbytes
                     if unflushed > _FLUSH:
-                        # A disk tells of a failed write once: to whoever syncs first.
+                        # The system reports a failed write once, to the first sync, so its result is checked too.
                         finishing.append(finisher.submit(writers[unit.shard].flush))
                         unflushed = 0
                     if on_progress:

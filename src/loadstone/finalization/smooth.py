@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _STEPS = 20
 # Migration strength of SmoothQuant, the paper's and torchao's.
 _ALPHA = 0.5
-# How far outputs may move, as a share of the largest, by float32 rounding when a division is moved into other weights.
+# How far float32 rounding may move outputs when a division moves into other weights, as a share of the largest output.
 _TOLERANCE = 1e-3
 # Linears whose input is elementwise linear in the outputs of another: (before, after) by name within one module.
 _PAIRS = (("v_proj", "o_proj"), ("up_proj", "down_proj"))
@@ -32,7 +32,7 @@ _PAIRS = (("v_proj", "o_proj"), ("up_proj", "down_proj"))
 
 @dataclass
 class Inputs:
-    """What entered a Linear: by feature the sum of magnitudes and the largest, and second moments (in, in) if asked."""
+    """Statistics of a Linear's inputs: sum and maximum of magnitudes (in,), second moments (in, in) or None."""
 
     moment: torch.Tensor | None
     total: torch.Tensor
@@ -40,7 +40,7 @@ class Inputs:
     count: int
 
     def add(self, other: Inputs) -> None:
-        """Take in the statistics of more inputs."""
+        """Add the statistics of more inputs."""
         if self.moment is not None and other.moment is not None:
             self.moment += other.moment
         self.total += other.total
@@ -133,24 +133,24 @@ class Fold:
 def find_folds(
     layer: nn.Module, names: Sequence[str], run: Callable[[], torch.Tensor], calibrated: Sequence[str]
 ) -> list[Fold]:
-    """The folds that a decoder layer allows for the Linears in ``names``, each proven by running the layer.
+    """Find the folds that a decoder layer allows for the Linears in ``names``; each is proven by running the layer.
 
     ``run`` gives the layer's output for one input. What a fold changes is a norm or one of the ``calibrated`` Linears.
     """
     outputs: list[tuple[Any, str]] = []
     inputs: dict[str, Any] = {}
 
-    def came_out(name: str) -> Callable[..., None]:
+    def record_output(name: str) -> Callable[..., None]:
         return lambda module, args, result: outputs.append((result, name))
 
-    def went_in(name: str) -> Callable[..., None]:
+    def record_input(name: str) -> Callable[..., None]:
         return lambda module, args: inputs.__setitem__(name, args[0])
 
-    handles = [layer.get_submodule(name).register_forward_pre_hook(went_in(name)) for name in names]
+    handles = [layer.get_submodule(name).register_forward_pre_hook(record_input(name)) for name in names]
     for name, module in layer.named_modules():
         own = dict(module.named_parameters(recurse=False))
         if "weight" in own and own["weight"].dim() == 1:
-            handles.append(module.register_forward_hook(came_out(name)))
+            handles.append(module.register_forward_hook(record_output(name)))
     expected = _outputs(layer, run)
     for handle in handles:
         handle.remove()
@@ -174,17 +174,17 @@ def find_folds(
 
 
 def _repeat(layer: nn.Module, before: str, after: str) -> tuple[int, int, int] | None:
-    """How attention repeats the value heads that the output projection reads; None when it does not."""
-    made = layer.get_submodule(before).out_features
+    """How attention repeats value heads for the output projection (heads, times, width); None when it does not."""
+    out_features = layer.get_submodule(before).out_features
     read = layer.get_submodule(after).in_features
     width = getattr(layer.get_submodule(before.rpartition(".")[0]), "head_dim", None)
-    if made == read or not isinstance(width, int) or read % made or made % width:  # type: ignore[operator]
+    if out_features == read or not isinstance(width, int) or read % out_features or out_features % width:  # type: ignore[operator]
         return None
-    return made // width, read // made, width  # type: ignore[operator, return-value]
+    return out_features // width, read // out_features, width  # type: ignore[operator, return-value]
 
 
 def _outputs(layer: nn.Module, run: Callable[[], torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What each module with weights of its own gives in one run, and the layer."""
+    """The outputs of one run: of each module that has weights of its own, and of the layer."""
     import torch
 
     found: dict[str, torch.Tensor] = {}
@@ -210,27 +210,27 @@ def _outputs(layer: nn.Module, run: Callable[[], torch.Tensor]) -> dict[str, tor
 def _holds(
     layer: nn.Module, fold: Fold, run: Callable[[], torch.Tensor], expected: dict[str, torch.Tensor]
 ) -> bool:
-    """Whether every other module gives the same with uneven scales folded; the layer's weights are put back."""
+    """Whether folding uneven scales changes no other module's output; the layer's weights are restored."""
     import torch
 
     first: Any = layer.get_submodule(fold.linears[0])
     before: Any = layer.get_submodule(fold.before)
     features = first.weight.shape[1]
-    made = fold.repeat[0] * fold.repeat[2] if fold.repeat else features
-    if before.weight.shape[0] != made:
+    rows = fold.repeat[0] * fold.repeat[2] if fold.repeat else features
+    if before.weight.shape[0] != rows:
         return False
     touched = [
         p
         for name in (*fold.linears, fold.before)
         for p in layer.get_submodule(name).parameters(recurse=False)
     ]
-    kept = [p.data.clone() for p in touched]
-    scale = torch.linspace(0.5, 2.0, made, device=first.weight.device)
+    saved = [p.data.clone() for p in touched]
+    scale = torch.linspace(0.5, 2.0, rows, device=first.weight.device)
     if fold.repeat:
         scale = _expand(scale.view(fold.repeat[0], fold.repeat[2]), fold.repeat)
     fold.apply(layer, scale)
     got = _outputs(layer, run)
-    for parameter, value in zip(touched, kept, strict=True):
+    for parameter, value in zip(touched, saved, strict=True):
         parameter.data.copy_(value)
     return all(
         bool((got[name] - old).abs().max() <= _TOLERANCE * old.abs().max())

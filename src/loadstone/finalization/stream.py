@@ -21,7 +21,7 @@ from loadstone.finalization.units import Unit, encode_unit, extremes_of
 if TYPE_CHECKING:
     import torch
 
-# A GPU is one: more threads only keep it fed.
+# A GPU needs only enough threads to keep it busy.
 _GPU_WORKERS = 4
 _MOST_WORKERS = 8
 
@@ -43,7 +43,7 @@ def stream(
     threads = torch.get_num_threads()
     budget = _MemoryBudget(2 * max((info.nbytes for step in plan.steps for info in step.sources), default=0))
     alone = threading.Lock()
-    # Page-locked blocks are kept by torch for the next unit: fresh memory costs more than the copy into it.
+    # torch reuses page-locked blocks for later units: allocating memory costs more than copying into it.
     pinned = device.startswith("cuda")
 
     @lru_cache(maxsize=64)
@@ -73,7 +73,7 @@ def stream(
 
     count = _GPU_WORKERS if pinned else min(max(threads, 2), _MOST_WORKERS)
     try:
-        # Blocks are too small for more than one thread each: several would wait for each other longer than they work.
+        # Blocks are small: several torch threads a block would mostly wait for each other.
         with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             ahead: deque[Future[Unit]] = deque()
             try:

@@ -36,7 +36,7 @@ def verify(
             file.seek(info.begin + offset)
             if file.read(expected.numel()) != expected.numpy().tobytes():
                 raise ArtifactError(
-                    f"{info.file}: tensor '{name}' is not what its source quantizes to",
+                    f"{info.file}: tensor '{name}' differs from a fresh quantization of its source",
                     "Finalize again",
                 )
 

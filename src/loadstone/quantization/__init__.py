@@ -1,4 +1,4 @@
-"""Recipes by name, as torchao configs, and back from tensors."""
+"""Recipes: their names and options, their torchao configs, and the recipe of a stored tensor."""
 
 from loadstone.quantization.recipe_file import MixedRecipe, Rule, read_recipe
 from loadstone.quantization.schemes import (

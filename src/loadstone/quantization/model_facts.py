@@ -1,4 +1,4 @@
-"""What decides which parameters of a model are quantized, as data: asked of transformers once, and then no torch."""
+"""Facts of a model that decide which of its parameters are quantized, as plain data without torch."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ LINEAR, FUSED, EMBEDDING, MATRIX = "linear", "fused", "embedding", "matrix"
 class Weight(NamedTuple):
     """One matrix parameter. ``kind``: the weight of a Linear, a 3-D weight (fused experts), a table, another matrix.
 
-    ``owner`` is its module's class. ``head``, ``table``: of the output head, of the input embeddings. ``kept``: left
-    out by transformers' default, ``kept_float32``: left out also when the output head is wanted. ``transposed``: what
-    transformers' fused experts say about their layout, None for others.
+    ``owner`` is its module's class. ``head``, ``table``: of the output head, of the input embeddings. ``excluded``:
+    never quantized by transformers' default; ``float32_only``: nor where the output head is wanted. ``transposed``:
+    whether fused experts are stored (in, out), None for other weights.
     """
 
     name: str
@@ -27,14 +27,14 @@ class Weight(NamedTuple):
     shape: tuple[int, ...]
     head: bool
     table: bool
-    kept: bool
-    kept_float32: bool
+    excluded: bool
+    float32_only: bool
     transposed: bool | None
 
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """A model's matrix weights and what else planning asks about it.
+    """A model's matrix weights, and other facts that planning needs.
 
     ``tied``: transformers' `all_tied_weights_keys` (target to source). ``ignored``: patterns of checkpoint keys that
     belong to no parameter. ``head`` is the output head's module name, ``table`` the class of the input embeddings,

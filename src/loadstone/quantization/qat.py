@@ -1,7 +1,7 @@
 """Quantization-aware training: prepare a model with torchao's fake quantization, record the recipe with its checkpoint.
 
-A checkpoint that was trained under fake quantization is right for one recipe only, and nothing in its weights says
-which. So the recipe's text goes into config.json under `QAT_KEY`, where `finalize` finds it.
+A checkpoint that was trained under fake quantization fits one recipe only, and its weights do not say which. So the
+recipe goes into config.json under `QAT_KEY`, where `finalize` finds it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def check_qat(recipe: Recipe | MixedRecipe) -> Recipe:
-    """The recipe itself; raises `UsageError` naming the recipes that can be trained when this one cannot."""
+    """Return the recipe; raises `UsageError` naming the recipes that can be trained when this one cannot."""
     if isinstance(recipe, MixedRecipe) or not recipe.scheme.trains_exactly:
         able = ", ".join(r.name for r in RECIPES.values() if r.scheme.trains_exactly)
         raise UsageError(
@@ -55,7 +55,7 @@ def prepare(model: PreTrainedModel, recipe: Recipe | str) -> PreTrainedModel:
 
 
 def record(target: str | Path | Any, recipe: Recipe | str) -> None:
-    """Write the recipe down: in a checkpoint directory's config.json, or in a transformers config before saving.
+    """Record the recipe: in a checkpoint directory's config.json, or in a transformers config before saving.
 
     With ``model.config`` every checkpoint that a Trainer saves afterwards carries the record. Raises `UsageError` for a
     recipe without exact fake quantization and a directory without config.json, `ArtifactError` for one that is damaged.
@@ -85,7 +85,7 @@ def recorded_recipe(artifact: Artifact, asked: Recipe | MixedRecipe | None) -> R
     text = entry.get("recipe") if isinstance(entry, dict) else None
     try:
         if not isinstance(text, str):
-            raise UsageError("it names no recipe")
+            raise UsageError("there is no recipe in it")
         trained = check_qat(parse_recipe(text))
     except UsageError as error:
         raise ArtifactError(

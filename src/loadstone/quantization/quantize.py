@@ -1,4 +1,4 @@
-"""Quantize one weight with torchao, or ask what that would give without doing it."""
+"""Quantize one weight with torchao, or predict the stored tensors without doing it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def quantize_weight(weight: torch.Tensor, scheme: Scheme) -> torch.Tensor:
-    """The torchao tensor that `torchao.quantize_` makes of a Linear's ``weight`` (out, in), on the same device.
+    """Quantize a Linear's ``weight`` (out, in) as `torchao.quantize_` does; returns a torchao tensor on its device.
 
     One difference: torchao divides rows of zeros by a float8 scale of zero, which gives NaN; here they stay zeros.
     """
@@ -48,8 +48,8 @@ def quantize_weight(weight: torch.Tensor, scheme: Scheme) -> torch.Tensor:
 def quantize_rows(
     rows: torch.Tensor, scheme: Scheme, low: torch.Tensor, high: torch.Tensor
 ) -> dict[str, torch.Tensor]:
-    """The parts that some rows of a weight have, where scales follow from the whole weight's extremes ``low`` and
-    ``high`` (see `Scheme.whole_extremes`)."""
+    """Quantize some rows of a weight whose scale follows from the extremes ``low`` and ``high`` of the whole weight
+    (see `Scheme.whole_extremes`); returns the stored parts of these rows by torchao's names."""
     import torch
 
     if isinstance(scheme, Nvfp4WeightOnly):
@@ -61,7 +61,7 @@ def quantize_rows(
             rows, per_tensor_scale=per_tensor_amax_to_scale(largest), is_swizzled_scales=True
         )
         return {name: part for name in _data_names(tensor) if (part := getattr(tensor, name)) is not None}
-    # One row more, of the extremes: its scale is then the whole weight's.
+    # An extra row holds the extremes, so that the scale is that of the whole weight.
     more = rows.new_zeros(1, rows.shape[1])
     more[0, 0], more[0, -1] = low, high
     tensor = quantize_weight(torch.cat((rows, more)), scheme)
@@ -74,8 +74,8 @@ def _data_names(tensor: torch.Tensor) -> list[str]:
 
 
 def quantize_scaled(weight: torch.Tensor, scheme: Scheme, scale: torch.Tensor) -> torch.Tensor:
-    """The torchao tensor for ``weight`` (out, in) with its columns multiplied by ``scale`` (in,), which divides its
-    inputs by the same: what torchao's AWQ and SmoothQuant make."""
+    """Quantize ``weight`` (out, in) with its columns multiplied by ``scale`` (in,); the tensor divides its inputs by
+    the same scale, as those of torchao's AWQ and SmoothQuant do."""
     scale = scale.to(weight.dtype)
     tensor = quantize_weight(weight * scale, scheme)
     tensor.act_pre_scale = 1.0 / scale  # type: ignore[attr-defined]
@@ -83,7 +83,7 @@ def quantize_scaled(weight: torch.Tensor, scheme: Scheme, scale: torch.Tensor) -
 
 
 def dense(tensor: torch.Tensor) -> torch.Tensor:
-    """What a torchao tensor multiplies its inputs by, (out, in), scales of inputs included."""
+    """Dequantize a torchao tensor to the matrix (out, in) that it multiplies inputs by, scales of inputs included."""
     import torch
 
     pre_scale = getattr(tensor, "act_pre_scale", None)
@@ -96,7 +96,7 @@ def dense(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def template(scheme: Scheme, shape: tuple[int, ...], dtype: str, device: str) -> FlatTensor:
-    """What quantizing a weight of this shape will store: class, attributes, dtypes and shapes of its parts.
+    """Predict what quantizing a weight of this shape stores: class, attributes, dtypes and shapes of its parts.
 
     ``dtype`` in safetensors' spelling.
     """
@@ -121,7 +121,7 @@ def check_runs(recipe: Recipe, device: str, dtype: str) -> None:
     """Quantize, flatten and run one small Linear of ``dtype`` (``bfloat16``); raises `MissingError` with the reason
     and what to use instead.
 
-    A probe, not a table: what runs depends on the card, the packages and their versions.
+    It tries, since what runs depends on the card, the packages and their versions.
     """
     kind = device.partition(":")[0]
     instead = f"Use {recipe.instead}" if recipe.instead else "Choose another recipe (--list-recipes)"

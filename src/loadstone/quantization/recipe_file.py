@@ -1,4 +1,4 @@
-"""Recipe files: a scheme for each module by rules, read from YAML. Every complaint names the file and the line."""
+"""Recipe files: a scheme for each module by rules, read from YAML. Every error names the file and the line."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class MixedRecipe:
         return f"{self.file}:{rule.line}" if rule.line else f"rule '{rule.modules}'"
 
     def __str__(self) -> str:
-        """All that decides the result, in one line: `read_recipe` files of equal meaning give equal text."""
+        """One line with all that decides the result: files of equal meaning give equal text."""
         parts = [*(f"{rule.modules} = {rule.recipe or SKIP}" for rule in self.rules)]
         parts.append(f"default = {self.default or SKIP}")
         parts += [

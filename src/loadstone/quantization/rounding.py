@@ -1,4 +1,4 @@
-"""Intx rounding that torchao does not have: a scale for each group that makes the squared error least.
+"""Intx rounding that torchao does not have: for each group the scale with the least squared error.
 
 The result is torchao's own tensor class with other integers and scales, so it loads wherever plain rounding loads.
 """
@@ -12,7 +12,7 @@ from loadstone.quantization.schemes import Intx
 if TYPE_CHECKING:
     import torch
 
-# Scales tried, as shares of the plain one: outliers are clipped when that rounds the rest better.
+# Scales to try, as shares of the plain one: clipping outliers can round the other values better.
 _SHARES = tuple(0.50 + 0.0125 * step for step in range(45))
 _BLOCK = 1 << 22
 
@@ -23,7 +23,7 @@ def intx_tensor(
     zero_point: torch.Tensor,
     scheme: Intx,
 ) -> torch.Tensor:
-    """torchao's tensor of integers, scales and zero points by group that were chosen elsewhere."""
+    """torchao's tensor of given integers (out, in), and scales and zero points (out, groups)."""
     import torch
     from torchao.quantization import IntxUnpackedToInt8Tensor
 
@@ -112,7 +112,7 @@ def least_squares_weight(
     scheme: Intx,
     importance: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """torchao's tensor for ``weight`` with scales that make the squared error of each group least.
+    """Quantize ``weight`` with the scales of least squared error to torchao's tensor.
 
     ``importance``: as `least_squares_scales` takes it.
     """
@@ -129,7 +129,7 @@ def least_squares_weight(
 
 
 def plain_weight(weight: torch.Tensor, scheme: Intx) -> torch.Tensor:
-    """What torchao makes of ``weight`` by plain rounding, bit for bit."""
+    """Quantize ``weight`` by plain rounding, equal to torchao's result in every bit."""
     scale, zero_point = plain_scales(weight, scheme)
     return intx_tensor(round_to(weight, scale, zero_point, scheme), scale, zero_point, scheme)
 

@@ -1,4 +1,4 @@
-"""Which parameters are quantized: transformers' own rule for torchao, so that a stock reload agrees."""
+"""Decide which parameters are quantized, by transformers' own rule for torchao, so that a stock reload agrees."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from loadstone.quantization.schemes import (
 )
 from loadstone.quantization.yaml_file import check_pattern
 
-KEPT = "output head or kept in float32"
+NOT_CONVERTED = "output head or kept in float32"
 FUSED_EXPERTS = "fused experts"
 
 
@@ -76,14 +76,14 @@ def decide(
 def _decide_linear(weight: Weight, mixed: MixedRecipe, skip: list[str], used: set[str | Rule]) -> Decision:
     hit = [pattern for pattern in skip if matches(pattern, weight.module)]
     used.update(hit)
-    # The head is named by the key lm_head alone: `re:.*` should not untie it by accident.
+    # Only the key lm_head names the head: `re:.*` should not untie it by accident.
     rules = [] if weight.head else [rule for rule in mixed.rules if matches(rule.modules, weight.module)]
-    # A rule that an earlier one always forestalls matches all the same: only a pattern that names nothing is wrong.
+    # A rule may match only what earlier rules decide already: only a pattern that matches nothing is an error.
     used.update(rules)
     if hit:
         return Decision(None, "skipped as asked", linear=True, table=weight.head)
-    if _kept(weight, mixed):
-        return Decision(None, KEPT, linear=True, table=weight.head)
+    if _is_excluded(weight, mixed):
+        return Decision(None, NOT_CONVERTED, linear=True, table=weight.head)
     if weight.head:
         return _fitting(mixed.lm_head, weight.shape, "output head", linear=True, table=True)
     recipe = rules[0].recipe if rules else mixed.default
@@ -92,9 +92,9 @@ def _decide_linear(weight: Weight, mixed: MixedRecipe, skip: list[str], used: se
     return _fitting(recipe, weight.shape, "linear weight", linear=True)
 
 
-def _kept(weight: Weight, mixed: MixedRecipe) -> bool:
-    """Whether transformers never quantizes it: what stays float32, and the output head unless it is asked for."""
-    return weight.kept_float32 if mixed.lm_head else weight.kept
+def _is_excluded(weight: Weight, mixed: MixedRecipe) -> bool:
+    """Whether transformers never quantizes this weight: what stays float32, and the output head unless it is wanted."""
+    return weight.float32_only if mixed.lm_head else weight.excluded
 
 
 def _decide_fused(
@@ -116,10 +116,10 @@ def _decide_fused(
     recipe = rules[0].recipe if rules else mixed.default
     if hit or recipe is None:
         return Decision(None, "skipped as asked", fused=True)
-    if _kept(weight, mixed):
-        return Decision(None, KEPT, fused=True)
+    if _is_excluded(weight, mixed):
+        return Decision(None, NOT_CONVERTED, fused=True)
     if weight.transposed is None:
-        return Decision(None, f"3-D weight of a {weight.owner}, whose products are its own", fused=True)
+        return Decision(None, f"3-D weight of {weight.owner}, which has a matmul of its own", fused=True)
     if weight.transposed:
         return Decision(
             None, f"{FUSED_EXPERTS}: stored (in, out), and torchao multiplies (out, in)", fused=True

@@ -7,7 +7,7 @@ from typing import ClassVar, Self, get_type_hints
 
 from loadstone.artifact.compressed_tensors import LayerScheme
 
-# These need text: `finalize --calibrate`. The others look at the weight alone.
+# Ways of rounding that need text (`finalize --calibrate`); the others look at the weight alone.
 CALIBRATED = ("gptq", "awq", "smoothquant")
 
 
@@ -85,7 +85,7 @@ class Scheme:
         """Why a weight of this shape cannot be quantized; empty when it can."""
         side = self.side_multiple
         if in_features % side or out_features % side:
-            return f"shape {out_features}x{in_features} is no multiple of {side}"
+            return f"shape {out_features}x{in_features} is not a multiple of {side}"
         return ""
 
     def experts_misfit(self) -> str:

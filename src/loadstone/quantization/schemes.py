@@ -1,7 +1,8 @@
 """Quantization schemes: frozen dataclasses with their options, and the table of named recipes. No torch here.
 
 A scheme says how one weight is stored and multiplied; a recipe is a scheme with a name. ``torchao_config.py`` turns
-schemes into torchao configs and tensors back into schemes.
+schemes into torchao configs, and tensors back into schemes. To add a recipe, add a class and a line of `RECIPES` here,
+and its config there.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ Granularity = Literal["row", "tensor"]
 
 def _group_misfit(group_size: int, in_features: int) -> str:
     if group_size and in_features % group_size:
-        return f"{in_features} input features are no multiple of the group size {group_size}"
+        return f"{in_features} input features are not a multiple of the group size {group_size}"
     return ""
 
 
@@ -348,7 +349,7 @@ RECIPES: dict[str, Recipe] = {
 
 
 def parse_recipe(text: str) -> Recipe:
-    """``NAME`` or ``NAME:option=value,…`` as a recipe; raises `UsageError` naming what is unknown and what is near."""
+    """``NAME`` or ``NAME:option=value,…`` as a recipe; raises `UsageError` naming what is unknown."""
     name, _, options = text.strip().partition(":")
     if name not in RECIPES:
         close = difflib.get_close_matches(name, RECIPES, n=1, cutoff=0.4)
@@ -370,7 +371,7 @@ def parse_recipe(text: str) -> Recipe:
 
 
 def round_by(recipe: Recipe, algorithm: str) -> Recipe:
-    """The recipe with its weights rounded by ``algorithm`` (``affine`` is any scheme's plain way)."""
+    """The recipe with its weights rounded by ``algorithm``; ``affine`` means the plain way of any scheme."""
     choices = recipe.scheme.algorithms
     value = choices[0] if choices and algorithm == "affine" else algorithm
     if value not in choices:
@@ -380,7 +381,7 @@ def round_by(recipe: Recipe, algorithm: str) -> Recipe:
 
 
 def _possible(recipe: Recipe) -> Recipe:
-    """The recipe; raises `UsageError` for options that torchao takes together and then ignores one of."""
+    """Return the recipe; raises `UsageError` for options of which torchao would ignore one."""
     asymmetric = getattr(recipe.scheme, "mapping", "") == "asymmetric"
     if asymmetric and recipe.scheme.algorithm == "hqq":
         raise UsageError(
@@ -417,7 +418,7 @@ def _option(name: str, key: str, value: str, hint: object) -> object:
         raise UsageError(
             f"recipe '{name}': {key}='{value}' is not possible", f"One of {', '.join(map(str, choices))}"
         )
-    # Nine digits are beyond any model; Python refuses to read thousands of them.
+    # No model needs more than nine digits, and Python refuses to parse thousands of them.
     if not value.isdecimal() or len(value) > 9:
         raise UsageError(f"recipe '{name}': {key}='{value}' is not a whole number", "Example: group_size=64")
     number = int(value)

@@ -138,11 +138,11 @@ def _(scheme: MxDynActMxWeight) -> Any:
 
 
 def scheme_of(tensor: FlatTensor, *, has_zero_points: bool | None = None) -> Scheme:
-    """The scheme that made a stored tensor, from its class and attributes alone.
+    """Infer the scheme of a stored tensor from its class and attributes.
 
-    ``has_zero_points`` tells asymmetric from symmetric intx weights (both store the array; symmetric zero points
-    are all 0); None means not looked at, taken as symmetric. How values were rounded (``hqq``) leaves no trace and
-    comes back as the default: it changes nothing about loading. Raises `ArtifactError` for a class it cannot map.
+    ``has_zero_points``: whether intx weights are asymmetric (both kinds store zero points; symmetric ones are all 0);
+    None means unknown and counts as symmetric. The way of rounding cannot be inferred and is the default: loading does
+    not depend on it. Raises `ArtifactError` for a class it cannot map.
     """
     a = tensor.attributes
     match tensor.type:

@@ -1,4 +1,4 @@
-"""YAML files written by hand, read node by node, so that every complaint names the file and the line."""
+"""Read YAML files node by node, so that every error names the file and the line."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from typing import Any
 
 from loadstone.errors import UsageError
 
-# The YAML text of a file of rules is a page or two: a larger file is something else.
+# A file of rules is a page or two long: a larger file is something else.
 _MAX_BYTES = 1_000_000
 
 
 def read_yaml(path: Path, what: str, see: str) -> Any:
     """The root node of a YAML file, None when it is empty.
 
-    ``what`` is what the file should be (``recipe file``), ``see`` where its form is described. Raises `UsageError`.
+    ``what``: kind of file, for messages (``recipe file``); ``see``: where its form is described. Raises `UsageError`.
     """
     import yaml
 
     try:
         if path.stat().st_size > _MAX_BYTES:
-            raise UsageError(f"'{path}' is no {what}: it is larger than 1 MB", see)
+            raise UsageError(f"'{path}' is not a {what}: it is larger than 1 MB", see)
         return yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
     except FileNotFoundError:
         raise UsageError(f"there is no {what} '{path}'", see) from None
@@ -31,7 +31,7 @@ def read_yaml(path: Path, what: str, see: str) -> Any:
     except (yaml.YAMLError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or "no YAML"
+        problem = getattr(error, "problem", None) or "not valid YAML"
         raise UsageError(f"{path}{line}: {problem}", see) from None
 
 
@@ -50,7 +50,7 @@ def mapping(path: Path, node: Any, known: tuple[str, ...], what: str) -> dict[st
                 f"{place(path, key)}: unknown key '{key.value}'", f"{hint}Keys: {', '.join(known)}"
             )
         if key.value in values:
-            raise UsageError(f"{place(path, key)}: '{key.value}' stands twice", "Keep one")
+            raise UsageError(f"{place(path, key)}: '{key.value}' is duplicated", "Keep one")
         values[key.value] = value
     return values
 
@@ -77,19 +77,19 @@ def rules_in(path: Path, node: Any, keys: tuple[str, str]) -> list[tuple[Any, An
 
 
 def pattern(path: Path, node: Any, what: str) -> str:
-    """A pattern for module names; raises `UsageError` when it is no text or no regular expression."""
+    """A pattern for module names; raises `UsageError` when it is not text or not a regular expression."""
     found = text(path, node, what, "a pattern: mlp, *.down_proj or re:REGEX")
     check_pattern(found, place(path, node))
     return found
 
 
 def check_pattern(pattern: str, where: str) -> None:
-    """Raise `UsageError` for a ``re:`` pattern that is no regular expression."""
+    """Raise `UsageError` for a ``re:`` pattern that is not a regular expression."""
     try:
         re.compile(pattern.removeprefix("re:") if pattern.startswith("re:") else "")
     except re.error as error:
         raise UsageError(
-            f"{where}: '{pattern}' is no regular expression ({error})", "Python's re syntax"
+            f"{where}: '{pattern}' is not a regular expression ({error})", "Python's re syntax"
         ) from None
 
 

@@ -25,7 +25,7 @@ from loadstone.quantization.quantize import (
     template,
 )
 from loadstone.quantization.recipe_file import MixedRecipe
-from loadstone.quantization.rules import KEPT, Decision, decide
+from loadstone.quantization.rules import NOT_CONVERTED, Decision, decide
 from loadstone.quantization.schemes import (
     Recipe,
     Scheme,
@@ -179,7 +179,11 @@ def quantization_block(
     fused = any(d.fused for d in modules.values())
     if len(schemes) == 1 and not tables and not fused:
         # By default transformers leaves out just the output head. Where more is left out, all of it must be named.
-        named = unquantized if skip or any(modules[name].reason != KEPT for name in unquantized) else None
+        named = (
+            unquantized
+            if skip or any(modules[name].reason != NOT_CONVERTED for name in unquantized)
+            else None
+        )
         return _block(schemes[0], named)
     mixed = recipe if isinstance(recipe, MixedRecipe) else MixedRecipe(recipe)
     chosen = {name: d.scheme for name, d in modules.items() if d.linear or d.scheme}
