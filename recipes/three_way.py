@@ -2,10 +2,10 @@
 
     python recipes/three_way.py --train stories/train.txt --heldout stories/heldout.txt -o three-way
 
-Every row is made with the commands a user would type: finalize by plain, data-free and calibrated rounding; training
-under fake quantization (recipes/qat.py) from the language model's loss and by self-distillation, with a control that
-trains as long without it; then one `loadstone eval` of all with paired intervals. Writes table.md, table.json and the
-artifacts. A finished step is not repeated.
+`loadstone.finalize` rounds plainly, with data-free scales and with calibration; recipes/qat.py trains under fake
+quantization from the language model's loss and by self-distillation, with a control that trains as long without it; one
+`loadstone.evaluate` compares all of them with paired intervals. Writes table.md, table.json and the artifacts. A
+finished step is not repeated.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import torch
 import transformers
 
 import loadstone
+from loadstone.errors import UsageError
 from loadstone.loading import load_tokenizer
 from loadstone.quantization.qat import prepare
 from pretrain import LENGTH, Rows, evaluation_loss
@@ -39,19 +40,16 @@ def main() -> None:
     training = ["--text", options.train, "--steps", str(options.steps), "--batch", str(options.batch)]
 
     print("== finalize after training")
-    rounding = (
-        ("PTQ, plain rounding", "ptq", []),
-        ("PTQ, MSE-optimal scales (no data)", "mse", ["--algorithm", "mse"]),
-        (
-            "PTQ, GPTQ (calibrated)",
-            "gptq",
-            ["--calibrate", options.train, "--calibrate-tokens", str(options.calibrate)],
-        ),
+    calibration = {"calibrate": options.train, "calibrate_tokens": options.calibrate}
+    rounding: tuple[tuple[str, str, dict[str, Any]], ...] = (
+        ("PTQ, plain rounding", "ptq", {}),
+        ("PTQ, MSE-optimal scales (no data)", "mse", {"algorithm": "mse"}),
+        ("PTQ, GPTQ (calibrated)", "gptq", calibration),
     )
     rows: dict[str, Path] = {}
-    for label, name, flags in rounding:
+    for label, name, how in rounding:
         rows[label] = out / name
-        finalize(base, rows[label], "--quantize", RECIPE, *flags)
+        finalize(base, rows[label], recipe=RECIPE, **how)
 
     print("== train under fake quantization")
     runs = {
@@ -70,9 +68,7 @@ def main() -> None:
     checks = {
         name: agreement(out / f"{name}-checkpoint", out / name, tokenizer) for name in ("qat", "distill")
     }
-    refused = command(
-        "finalize", "-M", out / "qat-checkpoint", "--quantize", "int8-weight-only", "-o", out / "no"
-    )
+    refused = error_of_another_recipe(out / "qat-checkpoint", out / "no")
     heldout = Rows(options.heldout, tokenizer, LENGTH, score_ends=False)
     model = loadstone.load(base, device=device(), dtype="float32")
     trainer_loss = evaluation_loss(model, heldout)
@@ -97,7 +93,7 @@ def main() -> None:
         "trainer_eval_loss": trainer_loss,
         "trainer_tokens": scored,
         "prepared_equals_converted": checks,
-        "other_recipe_refused": {"exit": refused.returncode, "error": refused.stderr.strip()[-300:]},
+        "other_recipe_refused": {"exit": refused.exit_code, "error": str(refused)},
         "rows": records({"bf16": Path(base), **rows}, whole, against_ptq),
     }
     (out / "table.json").write_text(json.dumps(result, indent=2) + "\n")
@@ -168,23 +164,30 @@ def agreement(checkpoint: Path, converted: Path, tokenizer: Any) -> bool:
 
 
 def evaluate(baseline: str | Path, models: list[Path], data: str, out: Path) -> dict[str, Any]:
-    """One `loadstone eval` of all against ``baseline``, float32, in the Trainer's windows."""
+    """The JSON result of all models against ``baseline``, float32, in the Trainer's windows."""
+    others = [model for model in models if model != baseline]
+    result = loadstone.evaluate(
+        others, baseline=baseline, data=data, dtype="float32", context_length=LENGTH, cache=out / ".cache"
+    ).as_json()
     file = out / f"eval-{Path(baseline).name.replace(':', '-')}.json"
-    flags = ["--dtype", "float32", "--context-length", str(LENGTH), "--cache", out / ".cache"]
-    chosen = [flag for model in models if model != baseline for flag in ("-M", model)]
-    run("-m", "loadstone", "eval", "--baseline", baseline, *chosen, "--data", data, *flags, "--json", file)
-    return json.loads(file.read_text())
+    file.write_text(json.dumps(result, indent=2) + "\n")
+    return result
 
 
-def finalize(source: str | Path, target: Path, *flags: str) -> None:
+def finalize(source: str | Path, target: Path, **options: Any) -> None:
     if not target.exists():
-        run("-m", "loadstone", "finalize", "-M", source, "-o", target, *flags)
+        begin = time.monotonic()
+        loadstone.finalize(source, target, **options)
+        print(f"{target}: {time.monotonic() - begin:.0f} s", flush=True)
 
 
-def command(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "loadstone", *map(str, arguments)], capture_output=True, text=True
-    )
+def error_of_another_recipe(checkpoint: Path, target: Path) -> UsageError:
+    """The error when a QAT checkpoint is finalized by a recipe that it was not trained for."""
+    try:
+        loadstone.finalize(checkpoint, target, recipe="int8-weight-only")
+    except UsageError as error:
+        return error
+    raise SystemExit(f"{checkpoint} was finalized by a recipe that it was not trained for")
 
 
 def script(name: str, *arguments: str | Path) -> None:

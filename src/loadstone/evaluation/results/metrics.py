@@ -62,7 +62,8 @@ class Metric:
 
 
 def _quantile(key: str, level: str, **options: Any) -> Metric:
-    doc = f"{level} of KL over all tokens" if level != "max" else "largest KL of a token"
+    which = {"median": "median", "max": "largest value"}.get(level, f"{level} quantile")
+    doc = f"{which} of KL(baseline ‖ model) over all tokens"
     return Metric(key, (DIVERGENCE,), doc, "nats", "lower", heading=level, form=".4g", **options)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from loadstone.evaluation.result import Evaluation
 
 _MOST_POINTS = 20_000
+_LONGEST_NAME = 36
 _INK, _MUTED = "#1d2433", "#68718a"
 _COLOURS = ("#3056d3", "#d9480f", "#2b8a3e", "#9c36b5", "#c2255c", "#0b7285", "#e67700", "#495057")
 
@@ -26,6 +27,7 @@ class Picture:
 
 def draw(result: Evaluation, names: list[str]) -> list[Picture]:
     """Every picture that the result has values for. ``names``: of the models, in the order of the records."""
+    names = [_shorten(name) for name in names]
     import matplotlib  # type: ignore[import-not-found]
 
     style = {
@@ -68,6 +70,12 @@ def draw(result: Evaluation, names: list[str]) -> list[Picture]:
             ),
         )
     return [picture for picture in drawn if picture.figure is not None]
+
+
+def _shorten(name: str) -> str:
+    """A name that fits a legend: its beginning and its end, which say most."""
+    half = _LONGEST_NAME // 2
+    return name if len(name) <= _LONGEST_NAME else f"{name[:half]}…{name[-half:]}"
 
 
 def compared(result: Evaluation) -> list[tuple[str, np.ndarray, np.ndarray]]:

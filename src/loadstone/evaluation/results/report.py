@@ -27,8 +27,8 @@ _PALE, _STRONG = 0.5, 8.0
 _MUCH_WORSE = 0.5
 _STYLE = """
 *{box-sizing:border-box}
-body{font:15px/1.5 system-ui,sans-serif;color:#1d2433;max-width:1240px;margin:2rem auto;padding:0 1rem;
-overflow-wrap:anywhere}
+body{font:15px/1.5 system-ui,sans-serif;color:#1d2433;max-width:1240px;margin:2rem auto;padding:0 1rem}
+p,h3,.word,.text,code{overflow-wrap:anywhere}
 h1{font-size:1.5rem;margin-bottom:.2rem} h2{font-size:1.1rem;margin-top:2rem} h3{font-size:.95rem;margin:1.2rem 0 .2rem}
 p{color:#68718a;margin:.3rem 0} img{max-width:100%}
 table{border-collapse:collapse;margin:1rem 0;font-size:13px}
@@ -42,7 +42,7 @@ th{color:#68718a;font-weight:600;vertical-align:bottom} .word{text-align:left;wh
 table,tbody,tr,td{display:block} thead{display:none} tr{border:1px solid #e3e6ee;border-radius:6px;margin:.7rem 0}
 td{display:flex;justify-content:space-between;gap:1rem;white-space:normal} td:last-child{border-bottom:0}
 td:empty{display:none} td::before{content:attr(data-name);color:#68718a;font-weight:600;text-align:left}
-td.word:first-child{font-weight:600} .word{min-width:0}
+td::before{white-space:nowrap} td.word:first-child{font-weight:600} td.word:first-child::before{content:none}
 }
 """
 
