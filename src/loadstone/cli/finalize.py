@@ -93,6 +93,14 @@ def command(
             rich_help_panel=_QUANT,
         ),
     ] = None,
+    layout: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="How quantized weights are stored: torchao, or compressed-tensors, for vLLM and SGLang.",
+            rich_help_panel=_QUANT,
+        ),
+    ] = "torchao",
     list_recipes: Annotated[
         bool, typer.Option("--list-recipes", help="Show every recipe and exit.", rich_help_panel=_QUANT)
     ] = False,
@@ -141,8 +149,8 @@ def command(
     if dry_run:
         plan = plan_finalize(
             model, out, recipe=recipe or quantize, algorithm=algorithm, calibrate=calibrate, skip=skip or (),
-            checkpoint=checkpoint, dtype=dtype, max_shard_size=max_shard_size, device=device, overwrite=True,
-            trust_remote_code=trust_remote_code,
+            layout=layout, checkpoint=checkpoint, dtype=dtype, max_shard_size=max_shard_size, device=device,
+            overwrite=True, trust_remote_code=trust_remote_code,
         )  # fmt: skip
         return show_plan(plan, out, json_to)
     assert out is not None
@@ -150,7 +158,7 @@ def command(
     with render.stages(labels, in_layers=("calibrate",)) as advance:
         done = finalize(
             model, out, recipe=recipe or quantize, algorithm=algorithm, calibrate=calibrate,
-            calibrate_tokens=calibrate_tokens, skip=skip or (), checkpoint=checkpoint, dtype=dtype,
+            calibrate_tokens=calibrate_tokens, skip=skip or (), layout=layout, checkpoint=checkpoint, dtype=dtype,
             max_shard_size=max_shard_size, device=device, overwrite=overwrite, resume=resume, verify=verify,
             trust_remote_code=trust_remote_code, on_progress=advance,
         )  # fmt: skip

@@ -112,7 +112,7 @@ def _print_plan(plan: FinalizePlan) -> None:
 
         _print_modules(plan)
         block = plan.config["quantization_config"]
-        if block["quant_type"]["default"]["_type"] == "FqnToConfig":
+        if block.get("quant_type", {}).get("default", {}).get("_type") == "FqnToConfig":
             console.print(
                 "Would write torchao's FqnToConfig, which names each module (--json shows it), to config.json"
             )

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from loadstone.artifact import Artifact
 from loadstone.errors import UsageError
+from loadstone.finalization.encoders import TORCHAO, encoder_for
 from loadstone.finalization.journal import discard_calibration
 from loadstone.finalization.plan import FinalizePlan, make_plan, refuse_quantized, weight_dtype
 from loadstone.finalization.run import Finalized, write_plan
@@ -31,6 +32,7 @@ def finalize(
     calibrate: str | Path | Sequence[str] | None = None,
     calibrate_tokens: int = 32768,
     skip: Sequence[str] = (),
+    layout: str = TORCHAO,
     checkpoint: str | None = None,
     dtype: str = "auto",
     max_shard_size: int | str = "5GB",
@@ -53,6 +55,8 @@ def finalize(
     calibrate: text to calibrate on: a file or data set as `evaluate` takes it, or a list of documents.
     calibrate_tokens: number of calibration tokens.
     skip: modules to leave unquantized: names or parts of them, globs or ``re:REGEX``.
+    layout: how quantized weights are stored: torchao, or compressed-tensors, which vLLM and SGLang run on their own
+        kernels.
     checkpoint: of a training run: newest (default), best, a step or a folder.
     dtype: floating dtype of unquantized tensors: auto (as stored), float32, bfloat16 or float16.
     max_shard_size: bytes of the largest file to write, or a text such as ``"500MB"``.
@@ -80,6 +84,7 @@ def finalize(
         algorithm=algorithm,
         calibrate=calibrate,
         skip=skip,
+        layout=layout,
         checkpoint=checkpoint,
         dtype=dtype,
         max_shard_size=max_shard_size,
@@ -120,6 +125,7 @@ def plan_finalize(
     algorithm: str | None = None,
     calibrate: str | Path | Sequence[str] | None = None,
     skip: Sequence[str] = (),
+    layout: str = TORCHAO,
     checkpoint: str | None = None,
     dtype: str = "auto",
     max_shard_size: int | str = "5GB",
@@ -150,9 +156,10 @@ def plan_finalize(
         check_output(artifact.root, Path(out), overwrite)
     import_libraries()
     where = quantize_device(device)
+    encoder = encoder_for(layout, where)
     for each in recipes_in(chosen):
         stored = weight_dtype(artifact, dtype, trust_remote_code=trust_remote_code)
-        check_runs(each, where, stored)
+        check_runs(encoder.rounding(each), where, stored)
     return make_plan(
         artifact,
         chosen,
@@ -161,6 +168,7 @@ def plan_finalize(
         skip=list(skip),
         max_shard_bytes=max_shard_bytes,
         trust_remote_code=trust_remote_code,
+        encoder=encoder,
     )
 
 

@@ -99,6 +99,11 @@ class Encoder(Protocol):
         as the model's parameters."""
         ...
 
+    def rounding(self, recipe: Recipe) -> Recipe:
+        """The recipe that has to run here to quantize by ``recipe``; raises `UsageError` where there is no such
+        layout."""
+        ...
+
     def decide(
         self, model: ModelFacts, recipe: Recipe | MixedRecipe, skip: list[str] | None
     ) -> dict[str, Decision]:

@@ -26,7 +26,7 @@ from loadstone.quantization.packing import decode_rows
 from loadstone.quantization.quantize import quantize_rows, quantize_weight
 from loadstone.quantization.recipe_file import MixedRecipe
 from loadstone.quantization.rules import Decision, decide
-from loadstone.quantization.schemes import Recipe, Scheme
+from loadstone.quantization.schemes import Recipe, Scheme, recipe_for
 from loadstone.quantization.serving import layer_scheme, stored_rows, whole_tensors
 
 if TYPE_CHECKING:
@@ -131,6 +131,10 @@ class PackedEncoder:
 
     def encoding(self, name: str, scheme: Scheme, shape: tuple[int, ...], dtype: str) -> PackedEncoding:
         return PackedEncoding(name, scheme, shape, dtype)
+
+    def rounding(self, recipe: Recipe) -> Recipe:
+        layer_scheme(recipe.scheme)
+        return recipe_for(recipe.scheme.weight_only)
 
     def decide(
         self, model: ModelFacts, recipe: Recipe | MixedRecipe, skip: list[str] | None

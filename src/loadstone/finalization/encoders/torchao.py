@@ -129,6 +129,9 @@ class TorchaoEncoder:
         self._device = device
         self._templates: dict[tuple[Scheme, tuple[int, ...], str], FlatTensor] = {}
 
+    def rounding(self, recipe: Recipe) -> Recipe:
+        return recipe
+
     def decide(
         self, model: ModelFacts, recipe: Recipe | MixedRecipe, skip: list[str] | None
     ) -> dict[str, Decision]:
