@@ -37,7 +37,7 @@ def fit(
 ) -> TableFit | PromptFit:
     """Read a table or a prompt once with a frozen model, and write the keys and values as the directory ``out``.
 
-        loadstone.fit(None, "fitted", table="train.csv", target="species")
+        loadstone.fit("builtin:tiny-pfn", "fitted", table="train.csv", target="species")
         loadstone.fit("smollm2", "few-shot", prompt="prompt.txt")
 
     ``table`` (.csv, .tsv, .parquet): ``base`` is a PFN or a TabPFN checkpoint (default ``builtin:tiny-pfn``),

@@ -439,12 +439,10 @@ def test_a_flipped_bit_is_found(prefix: Path, tmp_path: Path) -> None:
 
 
 def test_nothing_half_written_stays(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import loadstone.context.prefix.store as store
-
     def broken(*_: Any) -> Any:
         raise RuntimeError("no")
 
-    monkeypatch.setattr(store, "finished", broken)
+    monkeypatch.setattr("loadstone.writing.contexts.sha256_file", broken)
     with pytest.raises(RuntimeError):
         made(base, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
@@ -461,7 +459,7 @@ def test_prompts(tmp_path: Path, base: Path) -> None:
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe")
     for name, said in (
         ("empty.txt", "empty"),
-        ("bad.json", "no list"),
+        ("bad.json", "not a list"),
         ("binary.txt", "UTF-8"),
         ("none", "no file"),
     ):

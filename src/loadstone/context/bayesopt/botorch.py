@@ -85,7 +85,7 @@ class ContextModel(Model):
         return torch.Size()
 
     def context(self, pending_X: Tensor | None = None, *, negate: bool = False) -> TrainingContext:
-        """The context that answers: of the training rows, and of pending points (m, d) if there are any."""
+        """The context of the training rows and of pending points (m, d), if there are any."""
         key = (negate, None if pending_X is None else tuple(pending_X.detach().flatten().tolist()))
         if key not in self._contexts:
             x, y = self.train_X, self.train_Y[:, 0]

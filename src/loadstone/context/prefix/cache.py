@@ -239,18 +239,18 @@ class PrefixCache(Cache):
         self.prefix = prefix
         self.keeps = keeps
         self.share = share
-        made: list[Any] = []
+        layers: list[Any] = []
         for state in prefix.layers:
             if state.kind == EMPTY:
                 # Layers without a cache of their own have a class from transformers 5.18 on.
-                made.append(getattr(cache_utils, "DummyLayer", DynamicLayer)())
+                layers.append(getattr(cache_utils, "DummyLayer", DynamicLayer)())
             else:
-                made.append(
+                layers.append(
                     {FULL: SharedLayer, SLIDING: SlidingLayer, LINEAR: LinearLayer}[state.kind](state, self)
                 )
-        super().__init__(layers=made)
+        super().__init__(layers=layers)
         if batch > 1:
-            for layer in made:
+            for layer in layers:
                 if isinstance(layer, LinearLayer):
                     layer._start(batch)
 

@@ -1,8 +1,8 @@
 """Tables from files, and the schema that ties a table's columns to a context's features.
 
-A column whose every present value is a number is numeric; any other is categorical, and each of its texts becomes its
-position in the sorted list of those seen in training (one never seen counts as missing). An empty cell, ``NA``,
-``NaN``, ``null`` and ``?`` are missing values.
+A column whose every present value is a number is numeric. Any other is categorical: each text is replaced by its
+position in the sorted list of those seen in training (an unseen one counts as missing). An empty cell, ``NA``, ``NaN``,
+``null`` and ``?`` are missing values.
 """
 
 from __future__ import annotations

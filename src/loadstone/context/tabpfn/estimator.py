@@ -367,16 +367,16 @@ def _check_versions(facts: dict[str, Any]) -> None:
     packages = facts.get("packages")
     if not isinstance(packages, dict):
         raise CorruptContext(f"{CONTEXT_JSON}: 'packages' is missing", "Save it again")
-    made = str(packages.get("tabpfn"))
-    if _minor(made) != _minor(version("tabpfn")):
+    fitted = str(packages.get("tabpfn"))
+    if _minor(fitted) != _minor(version("tabpfn")):
         raise FormatUnsupported(
-            f"the estimator was fitted with tabpfn {made[:20]}, here is {version('tabpfn')}",
+            f"the estimator was fitted with tabpfn {fitted[:20]}, here is {version('tabpfn')}",
             "Fit it again, or install that version",
         )
-    made = str(packages.get("scikit-learn"))
-    if _minor(made) != _minor(version("scikit-learn")):
+    fitted = str(packages.get("scikit-learn"))
+    if _minor(fitted) != _minor(version("scikit-learn")):
         log.warning(
-            "fitted with scikit-learn %s, here is %s: compare predictions", made, version("scikit-learn")
+            "fitted with scikit-learn %s, here is %s: compare predictions", fitted, version("scikit-learn")
         )
 
 

@@ -51,8 +51,8 @@ class Encoder:
             return value if math.isfinite(value) else {TAG: "float", "v": repr(value)}
         if kind is list:
             return [self.encode(item, f"{path}.{i}") for i, item in enumerate(value)]
-        for name, made in _SEQUENCES.items():
-            if kind is made:
+        for name, sequence in _SEQUENCES.items():
+            if kind is sequence:
                 return {TAG: name, "v": [self.encode(item, f"{path}.{i}") for i, item in enumerate(value)]}
         if kind is dict or kind is OrderedDict:
             return {TAG: "dict" if kind is dict else "odict", "v": self._pairs(value, path)}
@@ -229,13 +229,13 @@ class Decoder:
         if not isinstance(kind, type) or issubclass(kind, Enum):
             raise CorruptContext(f"{tree['c']} is not a class of objects", "Do not trust it")
         # No __init__ and no __setattr__: no code of the class runs here.
-        made = object.__new__(kind)
-        self._seen[tree["id"]] = made
+        instance = object.__new__(kind)
+        self._seen[tree["id"]] = instance
         state = dict(self._pairs(tree["v"], depth))
         if not all(isinstance(key, str) for key in state):
             raise CorruptContext(f"an attribute of {tree['c']} has no name", "Do not trust it")
-        made.__dict__.update(state)
-        return made
+        instance.__dict__.update(state)
+        return instance
 
     def _pairs(self, content: Any, depth: int) -> list[tuple[Any, Any]]:
         return [(self.decode(k, depth + 1), self.decode(v, depth + 1)) for k, v in _list(content)]

@@ -85,8 +85,10 @@ def fit_table(plan: TabpfnPlan, *, device: str = "auto", seed: int = 0) -> Any:
     import tabpfn as package
 
     columns = [i for i, name in enumerate(plan.schema.names) if name in plan.schema.categories]
-    made: Any = package.TabPFNClassifier if plan.task == CLASSIFICATION else package.TabPFNRegressor
-    estimator = made(
+    estimator_class: Any = (
+        package.TabPFNClassifier if plan.task == CLASSIFICATION else package.TabPFNRegressor
+    )
+    estimator = estimator_class(
         model_path=str(plan.checkpoint),
         fit_mode="fit_with_cache",
         device=device,
