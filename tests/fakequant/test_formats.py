@@ -233,7 +233,7 @@ def test_formats_by_name() -> None:
     for text, hint in (
         ("nvfp", "Did you mean 'nvfp4'"),
         ("int8:block=32", "has no option 'block'"),
-        ("int4:block=x", "no block size"),
+        ("int4:block=x", "not a block size"),
         ("fp8:granularity=col", "One of tensor, row, block"),
     ):
         with pytest.raises(UsageError, match=hint):

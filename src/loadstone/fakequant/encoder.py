@@ -11,10 +11,11 @@ import torch
 from loadstone.artifact import TensorInfo
 from loadstone.errors import ArtifactError
 from loadstone.fakequant.formats import Format
-from loadstone.fakequant.formats.fold import fold_rows, row_multiple
-from loadstone.fakequant.formats.spec import misfit, scaled_by_tensor
+from loadstone.fakequant.formats.fold import fold_rows
+from loadstone.fakequant.formats.spec import Own, misfit
 from loadstone.finalization.encoders.base import row_offset
 from loadstone.quantization.quantize import dense
+from loadstone.quantization.schemes import Recipe
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,8 @@ class FakeQuantEncoding:
 
     @property
     def scheme(self) -> Any:
-        return self.format.weight
+        spec = self.format.weight
+        return spec.scheme if isinstance(spec, Recipe) else spec
 
     @property
     def outputs(self) -> tuple[TensorInfo, ...]:
@@ -51,14 +53,17 @@ class FakeQuantEncoding:
 
     @property
     def row_multiple(self) -> int:
-        return 0 if self.transposed else row_multiple(self.format.weight)
+        spec = self.format.weight
+        # torchao's recipes and rows that lie across the stored ones are folded all at once.
+        return 0 if self.transposed or isinstance(spec, Recipe | Own) else spec.row_multiple
 
     @property
     def rows_together(self) -> int:
-        independent = self.row_multiple == 1 or (self.row_multiple > 1 and len(self.output.shape) == 2)
-        if independent and not scaled_by_tensor(self.format.weight):
-            return 0
-        return self.output.shape[-2]
+        spec, multiple = self.format.weight, self.row_multiple
+        # Squares of rows begin anew with each expert.
+        independent = multiple == 1 or (multiple > 1 and len(self.output.shape) == 2)
+        together = not independent or isinstance(spec, Recipe | Own) or spec.scaled_by_tensor
+        return self.output.shape[-2] if together else 0
 
     @property
     def temporaries(self) -> int:

@@ -63,7 +63,8 @@ def resolve_device(device: str, plan: ExportPlan) -> str:
         ) from None
     tried: set[tuple[Recipe, str]] = set()
     for step in plan.folded:
-        recipe = step.encoding.scheme if step.encoding else None
+        chosen = plan.format(step)
+        recipe = chosen.weight if chosen else None
         if isinstance(recipe, Recipe) and (recipe, step.source.dtype) not in tried:
             tried.add((recipe, step.source.dtype))
             _check_folds(recipe, step, where)

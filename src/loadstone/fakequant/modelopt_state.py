@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from loadstone.artifact.files import check_inside
-from loadstone.errors import ArtifactError
+from loadstone.errors import ArtifactError, UsageError
 from loadstone.fakequant.plan import ExportPlan
 from loadstone.fakequant.rules import module_of
 from loadstone.fakequant.state import QuantizerState, quantizer_of
@@ -45,6 +45,9 @@ def write_modelopt_state(plan: ExportPlan, state: QuantizerState, out: Path) -> 
     where not."""
     import torch
 
+    for name, spec in state.specs.items():
+        if spec not in _ATTRIBUTES:
+            raise UsageError(f"'{name}': ModelOpt has no quantizer for {spec}", "Leave out --emit modelopt")
     quantizers: dict[str, Any] = {}
     weights: dict[str, Any] = {}
     every = [name for step in plan.steps if (name := quantizer_of(plan, step))]

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 from loadstone.artifact.files import check_inside, is_file, read_json
 from loadstone.artifact.formats.safetensors import read_header
 from loadstone.artifact.hashing import sha256_file
 from loadstone.artifact.manifest import FORMAT_VERSION, MANIFEST, versions
 from loadstone.errors import ArtifactError, UsageError
-from loadstone.fakequant.formats.spec import CALIBRATED, InputSpec
+from loadstone.fakequant.formats.spec import CALIBRATED, INPUTS
 from loadstone.fakequant.plan import ExportPlan
 from loadstone.fakequant.rules import Decision, module_of
 from loadstone.finalization.journal import hash_files
@@ -76,7 +76,7 @@ def read_state(directory: Path) -> QuantizerState:
     if not isinstance(specs, dict):
         raise ArtifactError(f"{FAKEQUANT_MANIFEST}: 'quantizers' is malformed", "Export again")
     for name, spec in specs.items():
-        if spec not in get_args(InputSpec):
+        if not isinstance(spec, str) or spec not in INPUTS:
             raise ArtifactError(
                 f"{FAKEQUANT_MANIFEST}: the quantizer '{name}' is of the unknown format {spec!r:.80}",
                 "Export again, or update loadstone",
