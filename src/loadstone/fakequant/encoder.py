@@ -93,7 +93,9 @@ class FakeQuantEncoding:
         yield self.output.name, folded, row_offset(self.output, first_row, count)
 
     def with_scheme(self, scheme: Any) -> FakeQuantEncoding:
-        return replace(self, format=replace(self.format, weight=scheme))
+        spec = self.format.weight
+        weight = replace(spec, scheme=scheme) if isinstance(spec, Recipe) else scheme
+        return replace(self, format=replace(self.format, weight=weight))
 
     def store(self, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
         return {self.output.name: dense(tensor)}
