@@ -34,11 +34,7 @@ LAZY_TABLES = {"loadstone", "loadstone.context", "loadstone.cli.app"}
 # What is left to mend: each entry goes with the change that mends it.
 KNOWN_ROOMS: set[str] = set()
 KNOWN_ARROWS: set[tuple[str, str]] = set()
-KNOWN_CIRCLES: list[set[str]] = [
-    {"loadstone.loading.binfiles", "loadstone.loading.lazy"},
-    {f"loadstone.loading.{name}" for name in ("devices", "meta", "native", "plan")},
-    {f"loadstone.artifact.{name}" for name in ("context_file", "detect", "manifest")},
-]
+KNOWN_CIRCLES: list[set[str]] = []
 KNOWN_STRINGS = {("loadstone.loading.own", "loadstone.context.pfn.model")}
 KNOWN_HEAVY: set[tuple[str, str]] = set()
 

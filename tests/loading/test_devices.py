@@ -10,8 +10,8 @@ from tests.helpers import logits
 
 import loadstone
 from loadstone.errors import MissingError
-from loadstone.loading.devices import split_map
 from loadstone.loading.native import load_native
+from loadstone.loading.placement import split_map
 from loadstone.loading.repack import unpack_int4_tiles
 
 from .test_native import W4

@@ -236,7 +236,7 @@ def test_a_damaged_generation_config_is_named(tiny: Path, tmp_path: Path, text: 
 
 
 def test_a_gpu_that_is_full_says_what_to_do(tiny: Path) -> None:
-    from loadstone.loading.native import construction
+    from loadstone.loading.model_class import construction
 
     with (
         pytest.raises(MissingError, match=r"does not fit the GPU \(CUDA out of memory.*--device auto"),

@@ -8,7 +8,7 @@ from tests.helpers import logits, stock
 
 import loadstone
 from loadstone.errors import ArtifactError, MissingError, UsageError
-from loadstone.loading.devices import resolve_device, weight_bytes
+from loadstone.loading.placement import resolve_device, weight_bytes
 from loadstone.loading.plan import QUANTIZER_PACKAGES
 
 from .test_native import W4, edit_config

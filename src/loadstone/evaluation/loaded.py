@@ -21,7 +21,7 @@ from loadstone.evaluation.scoring.compiling import compile_layers
 from loadstone.evaluation.scoring.head import PrefixedModel
 from loadstone.evaluation.scoring.streaming import StreamedLm, can_stream, must_stream
 from loadstone.loading import LoadPlan, load
-from loadstone.loading.devices import resolve_device
+from loadstone.loading.placement import resolve_device
 from loadstone.loading.streamed import streamed
 
 log = logging.getLogger(__name__)

@@ -138,7 +138,7 @@ def _loaded(artifact: Artifact, options: Options) -> Any:
 
     from loadstone.loading import load
     from loadstone.loading import plan as load_plan
-    from loadstone.loading.devices import weight_bytes
+    from loadstone.loading.placement import weight_bytes
 
     dtype = "auto"
     if options.device == "cpu" or not torch.cuda.is_available():

@@ -62,7 +62,7 @@ def calibrate(
 
     from loadstone.loading.layers import layer_stack
     from loadstone.loading.meta import destinations
-    from loadstone.loading.native import load_config, model_class_of
+    from loadstone.loading.model_class import load_config, model_class_of
     from loadstone.loading.streamed import skeleton
 
     wanted = _wanted(plan)

@@ -348,7 +348,7 @@ def weight_dtype(artifact: Artifact, dtype: str, *, trust_remote_code: bool = Fa
     the config, else that of most stored bytes."""
     if dtype != "auto":
         return dtype
-    from loadstone.loading.native import load_config, stored_dtype
+    from loadstone.loading.model_class import load_config, stored_dtype
 
     return str(stored_dtype(artifact, load_config(artifact, trust_remote_code))).removeprefix("torch.")
 

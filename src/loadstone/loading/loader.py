@@ -27,7 +27,7 @@ def load(target: str | Path | Artifact | LoadPlan, **options: Any) -> PreTrained
     """
     import torch
 
-    from loadstone.loading.devices import resolve_device
+    from loadstone.loading.placement import resolve_device
 
     if isinstance(target, LoadPlan) and options:
         raise UsageError(f"{', '.join(options)}: a plan is loaded as it is", "Give options to plan()")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from loadstone.artifact import Artifact
-from loadstone.loading.native import construction, load_config, model_class_of
+from loadstone.loading.model_class import construction, load_config, model_class_of
 from loadstone.quantization.model_facts import ModelFacts, facts_of
 
 if TYPE_CHECKING:

@@ -23,6 +23,7 @@ from loadstone.artifact.detect import (
 from loadstone.artifact.training_run import checkpoints
 from loadstone.errors import ArtifactError, UsageError
 from loadstone.loading.devices import check_device
+from loadstone.loading.model_class import remote_code_refused
 
 log = logging.getLogger(__name__)
 
@@ -95,14 +96,6 @@ def plan(
     for message in messages:
         log.warning("%s", message)
     return LoadPlan(artifact, load_path, reason, device, dtype, trust_remote_code, tuple(messages))
-
-
-def remote_code_refused(artifact: Artifact) -> ArtifactError:
-    """The error for a model whose class is code in its directory, which nobody asked to run."""
-    return ArtifactError(
-        f"{artifact.config_dir}/config.json: auto_map asks to run Python code that came with the model",
-        "Read that code, then pass --trust-remote-code if you trust it",
-    )
 
 
 def _choose(

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from loadstone.artifact.detect import OTHER_QUANTIZER
 from loadstone.artifact.source import values_checked
 from loadstone.errors import ArtifactError, MissingError
-from loadstone.loading.native import BUILDING, check_complete, quiet_transformers, remote_code_failed
+from loadstone.loading.model_class import BUILDING, quiet_transformers, remote_code_failed
+from loadstone.loading.native import check_complete
 from loadstone.loading.plan import QUANTIZER_PACKAGES, LoadPlan
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from loadstone.loading.layers import layer_stack
 from loadstone.loading.lazy import lazy_state_dict
 from loadstone.loading.loader import import_libraries
 from loadstone.loading.meta import destinations
-from loadstone.loading.native import (
+from loadstone.loading.model_class import (
     construction,
     load_config,
     model_class_of,

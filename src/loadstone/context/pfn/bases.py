@@ -33,7 +33,7 @@ def load_base(path: str | Path, *, device: str = "auto", dtype: str = "float32")
     Raises `UsageError` when the directory holds another kind of model, and the loader's errors.
     """
     from loadstone.loading import load
-    from loadstone.loading.devices import resolve_device
+    from loadstone.loading.placement import resolve_device
 
     artifact = detect(path)
     _check_kind(artifact)

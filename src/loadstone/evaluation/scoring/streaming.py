@@ -22,7 +22,7 @@ from loadstone.evaluation.fast.replace import FastPath, speed_up, speed_up_layer
 from loadstone.evaluation.measure import free_bytes
 from loadstone.evaluation.scoring.head import SplitModel, flat_attention, split_unchecked
 from loadstone.loading import LoadPlan
-from loadstone.loading.devices import weight_bytes
+from loadstone.loading.placement import weight_bytes
 from loadstone.loading.plan import NATIVE, NATIVE_QUANTIZED, NATIVE_UNPACKED
 from loadstone.loading.streamed import StreamedModel
 

@@ -103,7 +103,7 @@ class TorchaoEncoding:
         return {o.name: part for o, part in zip(self.outputs, parts.values(), strict=True)}
 
     def dequantize(self, stored: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        from loadstone.loading.lazy import rebuild
+        from loadstone.loading.rebuild import rebuild
 
         about = json.loads(self.metadata)
         flat = FlatTensor(self.name, about["_type"], about["_data"], {}, self.metadata)
