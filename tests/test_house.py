@@ -35,7 +35,7 @@ LAZY_TABLES = {"loadstone", "loadstone.context", "loadstone.cli.app"}
 KNOWN_ROOMS: set[str] = set()
 KNOWN_ARROWS: set[tuple[str, str]] = set()
 KNOWN_CIRCLES: list[set[str]] = []
-KNOWN_STRINGS = {("loadstone.loading.own", "loadstone.context.pfn.model")}
+KNOWN_STRINGS: set[tuple[str, str]] = set()
 KNOWN_HEAVY: set[tuple[str, str]] = set()
 
 

@@ -19,13 +19,13 @@ from loadstone._version import __version__
 if TYPE_CHECKING:
     from loadstone.artifact import detect as detect
     from loadstone.context import fit as fit
+    from loadstone.context import load as load
     from loadstone.context import load_context as load_context
     from loadstone.context import predict as predict
     from loadstone.evaluation import evaluate as evaluate
     from loadstone.fakequant import export_fakequant as export_fakequant
     from loadstone.finalization import finalize as finalize
     from loadstone.finalization import plan_finalize as plan_finalize
-    from loadstone.loading import load as load
     from loadstone.loading import load_tokenizer as load_tokenizer
     from loadstone.loading import plan as plan
 
@@ -50,7 +50,7 @@ _HOMES = {
     "export_fakequant": "loadstone.fakequant",
     "finalize": "loadstone.finalization",
     "fit": "loadstone.context",
-    "load": "loadstone.loading",
+    "load": "loadstone.context",
     "load_context": "loadstone.context",
     "load_tokenizer": "loadstone.loading",
     "plan": "loadstone.loading",

@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from loadstone.context.api import fit as fit
     from loadstone.context.api import predict as predict
     from loadstone.context.bayesopt.optimize import optimize_acquisition as optimize_acquisition
+    from loadstone.context.opening import load as load
     from loadstone.context.opening import load_context as load_context
     from loadstone.context.pfn.bars import BarPosterior as BarPosterior
     from loadstone.context.pfn.config import PFNConfig as PFNConfig
@@ -22,6 +23,7 @@ _HOMES = {
     "TrainingContext": "pfn.training_context",
     "fit": "api",
     "fit_context": "pfn.prefill",
+    "load": "opening",
     "load_context": "opening",
     "optimize_acquisition": "bayesopt.optimize",
     "predict": "api",
@@ -33,6 +35,7 @@ __all__ = [
     "TrainingContext",
     "fit",
     "fit_context",
+    "load",
     "load_context",
     "optimize_acquisition",
     "predict",

@@ -1,4 +1,4 @@
-"""Single entry point for loading a context of any kind."""
+"""Single entry points for loading a model or a context of any kind."""
 
 from __future__ import annotations
 
@@ -9,8 +9,32 @@ from loadstone.artifact.context_file import CONTEXT_JSON, PREFIX, TABPFN, contex
 from loadstone.errors import UsageError
 
 if TYPE_CHECKING:
+    from loadstone.artifact import Artifact
     from loadstone.context.pfn.training_context import TrainingContext
     from loadstone.context.prefix.cache import PrefixCache
+    from loadstone.loading import LoadPlan
+
+
+def load(target: str | Path | Artifact | LoadPlan, **options: Any) -> Any:
+    """Load any model in eval mode: an ordinary transformers model or, for an in-context model, a `PFN`.
+
+    ``target``: a directory, a name such as ``builtin:tiny-llama``, or a plan that `plan` made. ``options`` are
+    `plan`'s: ``device`` (auto, cpu, cuda, cuda:N), ``dtype`` (auto, float32, bfloat16, float16), ``checkpoint``,
+    ``trust_remote_code``. Raises `ArtifactError` (damaged, or cannot be loaded here), `MissingError` (package or GPU)
+    or `UsageError` (also for options beside a plan, which has its own).
+    """
+    from loadstone.loading import load as load_model
+    from loadstone.loading import plan
+    from loadstone.loading.plan import IN_CONTEXT, LoadPlan
+
+    if isinstance(target, LoadPlan) and options:
+        raise UsageError(f"{', '.join(options)}: a plan is loaded as it is", "Give options to plan()")
+    chosen = target if isinstance(target, LoadPlan) else plan(target, **options)
+    if chosen.load_path != IN_CONTEXT:
+        return load_model(chosen)
+    from loadstone.context.pfn.load import load_pfn
+
+    return load_pfn(chosen)
 
 
 def load_context(

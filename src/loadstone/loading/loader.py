@@ -1,4 +1,4 @@
-"""Act on a load plan: the one door through which every model comes."""
+"""Single entry point for loading a language model."""
 
 from __future__ import annotations
 
@@ -32,12 +32,11 @@ def load(target: str | Path | Artifact | LoadPlan, **options: Any) -> PreTrained
     if isinstance(target, LoadPlan) and options:
         raise UsageError(f"{', '.join(options)}: a plan is loaded as it is", "Give options to plan()")
     chosen = target if isinstance(target, LoadPlan) else plan(target, **options)
-    device_map = resolve_device(chosen.device, chosen.artifact, chosen.dtype)
     if chosen.load_path == IN_CONTEXT:
-        from loadstone.loading.own import load_own
-
-        with torch.inference_mode(False):
-            return load_own(chosen, device_map).eval()
+        raise ArtifactError(
+            f"'{chosen.artifact.root}' is an in-context model, not a transformers model", "Use loadstone.load"
+        )
+    device_map = resolve_device(chosen.device, chosen.artifact, chosen.dtype)
     from loadstone.loading.native import load_native
     from loadstone.loading.pretrained import load_pretrained
 

@@ -32,7 +32,8 @@ def load_base(path: str | Path, *, device: str = "auto", dtype: str = "float32")
 
     Raises `UsageError` when the directory holds another kind of model, and the loader's errors.
     """
-    from loadstone.loading import load
+    from loadstone.context.pfn.load import load_pfn
+    from loadstone.loading import plan
     from loadstone.loading.placement import resolve_device
 
     artifact = detect(path)
@@ -46,7 +47,7 @@ def load_base(path: str | Path, *, device: str = "auto", dtype: str = "float32")
     with _LOCK:
         model = _LOADED.get(key)
         if model is None:
-            loaded: Any = load(artifact, device=where)
+            loaded: Any = load_pfn(plan(artifact, device=where))
             model = _LOADED[key] = loaded.to(getattr(torch, dtype))
         model.source = str(path) if str(path).startswith(PREFIX) else str(artifact.path.resolve())
     return model
