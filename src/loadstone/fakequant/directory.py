@@ -10,12 +10,12 @@ from loadstone.artifact import Artifact, TensorInfo
 from loadstone.artifact.detect import DENSE, FAKEQUANT, QAT
 from loadstone.errors import ArtifactError
 from loadstone.fakequant.export import (
-    Beside,
     Exported,
+    SideFiles,
     digest,
     refuse_unequal,
     resolve_device,
-    write_beside,
+    write_side_files,
 )
 from loadstone.fakequant.package import COPY, STRIP, code_files, without_auto_map
 from loadstone.fakequant.plan import ExportPlan, files_of, make_plan
@@ -46,7 +46,7 @@ def plan_directory(
     infos = stored_tensors(artifact)
     config = artifact.config if remote_code == COPY else without_auto_map(artifact.config)
     if artifact.needs_remote_code and not trust_remote_code and not _is_known(artifact):
-        # The class is code in the directory, which nobody asked to run: names and shapes have to do.
+        # The class is Python code in the directory, which is not run unless asked for: names and shapes must do.
         roles, ties = roles_by_name(infos), _ties_by_name(artifact, infos)
     else:
         from loadstone.loading.meta import destinations, meta_model
@@ -122,8 +122,8 @@ def export_directory(
 
     def write_rest(work: Path, digests: dict[str, str], fingerprint: str) -> dict[str, str]:
         source = {"path": str(artifact.path), "fingerprint": fingerprint}
-        return write_beside(
-            plan, Beside(source, copies, {}), work, state, digests, emit_modelopt=emit_modelopt
+        return write_side_files(
+            plan, SideFiles(source, copies, {}), work, state, digests, emit_modelopt=emit_modelopt
         )
 
     files = write_artifact(

@@ -40,7 +40,7 @@ class Exported:
 
 
 @dataclass(frozen=True)
-class Beside:
+class SideFiles:
     """What goes beside the weights: files to copy, and texts to write, by name; ``source`` is for the
     manifest."""
 
@@ -90,7 +90,7 @@ def _check_folds(recipe: Recipe, step: Step, device: str) -> None:
 def write_export(
     plan: ExportPlan,
     tensors: Iterable[tuple[str, torch.Tensor]],
-    beside: Beside,
+    beside: SideFiles,
     out: Path,
     *,
     state: QuantizerState | None = None,
@@ -112,13 +112,13 @@ def write_export(
     with new_directory(out, overwrite) as work:
         _write_tensors(plan, tensors, work, device, on_progress)
         write_index(work, plan.files, plan.nbytes)
-        files = write_beside(plan, beside, work, state, {}, emit_modelopt=emit_modelopt)
+        files = write_side_files(plan, beside, work, state, {}, emit_modelopt=emit_modelopt)
     return Exported(out, plan, state.specs, time.monotonic() - started, files)
 
 
-def write_beside(
+def write_side_files(
     plan: ExportPlan,
-    beside: Beside,
+    beside: SideFiles,
     work: Path,
     state: QuantizerState,
     digests: dict[str, str],

@@ -14,7 +14,7 @@ from loadstone.artifact import TensorInfo
 from loadstone.artifact.torchao.flatten import dtype_name
 from loadstone.errors import ArtifactError, UsageError
 from loadstone.fakequant.calibrate import calibrate, token_batches
-from loadstone.fakequant.export import Beside, Exported, resolve_device, write_export
+from loadstone.fakequant.export import Exported, SideFiles, resolve_device, write_export
 from loadstone.fakequant.offload import data_of, return_memory
 from loadstone.fakequant.options import Options
 from loadstone.fakequant.package import COPY, code_files, without_auto_map
@@ -73,7 +73,7 @@ def live_tensors(model: PreTrainedModel) -> LiveTensors:
         if not isinstance(state[name], torch.Tensor):
             raise ArtifactError(f"'{name}' in the state dict is no tensor", "Export the model's directory")
     tied = _ties(model, state)
-    # A tied name whose data nobody holds any more is that of its partner.
+    # A tied tensor without data of its own is stored as the tensor it is tied to.
     names = [n for n in names if n not in tied or _has_data(model, n, state[n])]
     shells = {n: torch.empty(state[n].shape, dtype=state[n].dtype, device="meta") for n in names}
     groups = _groups(model, names, shells)
@@ -90,7 +90,7 @@ def live_tensors(model: PreTrainedModel) -> LiveTensors:
 
 
 def _ties(model: PreTrainedModel, state: dict[str, Any]) -> dict[str, str]:
-    """Tied names by the model's own table, never by address: all meta tensors share address 0."""
+    """Tied names from the model's own table; addresses say nothing, since all meta tensors have address 0."""
     table = getattr(model, "all_tied_weights_keys", None) or {}
     return {t: s for t, s in table.items() if t in state and s in state}
 
@@ -206,7 +206,7 @@ def export_model(
     return write_export(
         plan,
         live.read(),
-        Beside(source, copies, texts),
+        SideFiles(source, copies, texts),
         out,
         state=state,
         device=where,

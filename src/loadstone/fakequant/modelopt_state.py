@@ -1,5 +1,5 @@
-"""``vllm_fq_modelopt_state.pth``: the quantizers that stay, in the layout that NVIDIA ModelOpt's vLLM
-reload reads.
+"""``vllm_fq_modelopt_state.pth``: quantizers of layer inputs and KV caches, in the layout that NVIDIA ModelOpt's
+vLLM reload reads.
 
 Layout of ModelOpt 0.47 (``export/plugins/vllm_fakequant_hf.py``), written with torch alone. Weight
 quantizers are not in it: the weights are folded, and the reload turns off every weight quantizer that the

@@ -20,7 +20,7 @@ def data_of(model: Any, name: str, tensor: torch.Tensor) -> torch.Tensor:
 
     A meta tensor is looked up in accelerate's hooks from its own module outwards: the nearest hook that has
     it wins. Raises `ArtifactError` with the name when none has it, when what a hook has is of another shape
-    or dtype, and when a hook of an unknown kind stands in the way.
+    or dtype, and when there is a hook of an unknown kind.
     """
     import torch
 
@@ -35,9 +35,9 @@ def data_of(model: Any, name: str, tensor: torch.Tensor) -> torch.Tensor:
         )
     if tensor.device.type != "meta":
         return tensor.detach().cpu()
-    strangers: list[str] = []
+    unknown: list[str] = []
     for module, local, own in _owners(model, name):
-        for hook in _hooks(module, strangers):
+        for hook in _hooks(module, unknown):
             # A hook on a parent answers for what lies below it only when it was placed for that.
             if hook.weights_map is None or not (own or hook.place_submodules):
                 continue
@@ -51,9 +51,9 @@ def data_of(model: Any, name: str, tensor: torch.Tensor) -> torch.Tensor:
                     "Load the model again",
                 ) from None
             return _checked(name, found, tensor)
-    if strangers:
+    if unknown:
         raise ArtifactError(
-            f"tensor '{name}' is on the meta device under a {strangers[0]}, an offload hook of an unknown kind",
+            f"tensor '{name}' is on the meta device under a {unknown[0]}, an offload hook of an unknown kind",
             "Remove the hook, or export the model's directory",
         )
     raise ArtifactError(
@@ -82,9 +82,9 @@ def _owners(model: Any, name: str) -> Iterator[tuple[Any, str, bool]]:
         yield modules[depth], ".".join(parts[depth:]), depth == len(modules) - 1
 
 
-def _hooks(module: Any, strangers: list[str]) -> Iterator[Any]:
+def _hooks(module: Any, unknown: list[str]) -> Iterator[Any]:
     """The offloading hooks of a module, those in a sequence one by one, the last added first; the classes of
-    others go to ``strangers``."""
+    others go to ``unknown``."""
     from accelerate.hooks import AlignDevicesHook, SequentialHook
 
     waiting = [getattr(module, "_hf_hook", None)]
@@ -95,7 +95,7 @@ def _hooks(module: Any, strangers: list[str]) -> Iterator[Any]:
         elif isinstance(hook, AlignDevicesHook):
             yield hook
         elif hook is not None:
-            strangers.append(type(hook).__name__)
+            unknown.append(type(hook).__name__)
 
 
 def _checked(name: str, found: Any, tensor: torch.Tensor) -> torch.Tensor:

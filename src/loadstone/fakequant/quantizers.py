@@ -1,5 +1,4 @@
-"""Quantizers that a live model carries: torchao's (QAT) and NVIDIA ModelOpt's, known by type and by
-nothing else."""
+"""Quantizers inside a live model, torchao's (QAT) and NVIDIA ModelOpt's, recognised by their class."""
 
 from __future__ import annotations
 

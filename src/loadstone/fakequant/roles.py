@@ -23,7 +23,7 @@ _EMBEDDING = Role(False, "embedding")
 
 
 def roles_in(model: PreTrainedModel, infos: dict[str, TensorInfo]) -> dict[str, Role]:
-    """The role of each stored tensor, told from the modules that it loads into. ``model`` may lie on meta.
+    """The role of each stored tensor, by the module that it loads into. ``model`` may be on the meta device.
 
     Raises `ArtifactError` for a tensor that belongs to no part of the model.
     """
@@ -75,7 +75,7 @@ def _role(
 
 
 def roles_by_name(infos: dict[str, TensorInfo]) -> dict[str, Role]:
-    """The same for a model whose class transformers does not have, told from names and shapes alone."""
+    """The same by names and shapes alone, for a model whose class transformers does not have."""
     roles: dict[str, Role] = {}
     for key, info in infos.items():
         module = key.removesuffix(".weight")

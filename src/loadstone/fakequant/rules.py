@@ -49,7 +49,7 @@ class RuleSet:
 
 @dataclass(frozen=True)
 class Decision:
-    """What becomes of one weight: a format, or None and the reason; ``rule`` is the one that decided."""
+    """The format of one weight, or None and the reason; ``rule`` is the rule that decided."""
 
     format: Format | None
     reason: str = ""
@@ -103,7 +103,7 @@ def decide(rules: RuleSet, roles: dict[str, tuple[Role, tuple[int, ...]]]) -> di
         elif not role.eligible or rules.default is None:
             decisions[key] = Decision(None, role.reason or "no rule names it")
         else:
-            problem = misfit(rules.default.weight, _laid(shape, role))
+            problem = misfit(rules.default.weight, _as_linear(shape, role))
             decisions[key] = Decision(None, problem) if problem else Decision(rules.default)
     for rule in unused:
         raise UsageError(
@@ -114,7 +114,7 @@ def decide(rules: RuleSet, roles: dict[str, tuple[Role, tuple[int, ...]]]) -> di
     return decisions
 
 
-def _laid(shape: tuple[int, ...], role: Role) -> tuple[int, ...]:
+def _as_linear(shape: tuple[int, ...], role: Role) -> tuple[int, ...]:
     return (*shape[:-2], shape[-1], shape[-2]) if role.transposed else shape
 
 

@@ -1,4 +1,4 @@
-"""The state of the quantizers that stay: ``fakequant_state.safetensors`` and ``fakequant_manifest.json``."""
+"""Quantizers of layer inputs and KV caches on disk: ``fakequant_state.safetensors`` and ``fakequant_manifest.json``."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def check_state(state: QuantizerState) -> None:
 
 
 def write_state(state: QuantizerState, out: Path) -> None:
-    """Write the tensors; nothing when there is no quantizer that stays."""
+    """Write the tensors; nothing when there are no quantizers."""
     if not state.specs:
         return
     from safetensors.torch import save_file

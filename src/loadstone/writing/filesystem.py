@@ -1,4 +1,4 @@
-"""Calls that not every file system has, each with what is done instead: swapping two names, directory sync, locks."""
+"""Calls that some file systems lack, each with a fallback: swapping two names, directory sync, locks."""
 
 from __future__ import annotations
 
