@@ -166,5 +166,5 @@ def test_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match="--limit"):
         read_corpus(limit=0)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(MissingError, match="could not be had as a dataset"):
+    with pytest.raises(MissingError, match="could not be loaded as a dataset"):
         read_corpus("nobody/nothing-here")

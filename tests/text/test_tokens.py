@@ -92,7 +92,7 @@ def test_separator_errors(tokenizer: Any, tokenizer_factory: Any) -> None:
     corpus = read_corpus(limit=1)
     with pytest.raises(UsageError, match="no BOS token"):
         tokenize(corpus, tokenizer, separator="bos")
-    with pytest.raises(UsageError, match="400 is no token"):
+    with pytest.raises(UsageError, match="400 is not a token"):
         tokenize(corpus, tokenizer, separator="400")
     with pytest.raises(UsageError, match="none of auto"):
         tokenize(corpus, tokenizer, separator="newline")

@@ -28,7 +28,7 @@ def reset_peak(device: torch.device) -> None:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Most memory in use since `reset_peak`: tensors on a GPU, the whole process's resident set on a CPU."""
+    """Peak memory in bytes since `reset_peak`: of tensors on a GPU, of the process's resident set on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if _STATUS.exists():
@@ -40,7 +40,7 @@ def peak_bytes(device: torch.device) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that is free on a device; for a CPU what the system can give without swapping, within the limits of the
+    """Free memory of a device in bytes; for a CPU what is available without swapping, within the limits of the
     control groups that a container or batch job runs in (https://docs.kernel.org/admin-guide/cgroup-v2.html)."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
@@ -52,7 +52,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def _left_in_groups() -> list[int]:
-    """Bytes left under each memory limit of this process's control groups, version 1 or 2, the parents' included."""
+    """Bytes left under each memory limit of this process's control groups (version 1 or 2) and their parents."""
     left = []
     for line in _lines(_GROUPS):
         _, controllers, path = line.split(":", 2)
@@ -68,14 +68,14 @@ def _left_in_groups() -> list[int]:
         else:
             continue
         group = root / path.strip("/")
-        # In a container the path is the host's, and its own group lies at the root.
+        # In a container the path is the host's, and the container's own group is at the root.
         for folder in {root, *(f for f in (group, *group.parents) if f.is_relative_to(root))}:
             found = [
                 _number(lines[0]) if (lines := _lines(folder / name)) else None for name in (limit, used)
             ]
             if found[0] is None or found[1] is None:
                 continue
-            # Files in the page cache are counted as used, and given back when memory runs short.
+            # The page cache counts as used memory, but is freed when memory runs short.
             files = [n for n in _lines(folder / "memory.stat") if n.startswith(cached + " ")]
             left.append(found[0] - found[1] + (int(files[0].split()[1]) if files else 0))
     return left

@@ -1,4 +1,4 @@
-"""What every model of a run is asked: the same tokens in the same windows."""
+"""The tokens and windows that all models of an evaluation are scored on."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def make_task(options: Options, subjects: tuple[EvalModel, ...]) -> Task:
     longest = min(limits, default=None)
     length = 0 if prefix is None else prefix.facts["prompt"]["tokens"]
     if prefix is not None and longest is not None:
-        # The prefix's last token has a place in the window itself.
+        # The prefix's last token is counted as part of the window.
         longest -= length - 1
         if longest < 2:
             raise UsageError(f"the prefix of {length} tokens leaves no room for text", "Make a shorter one")
@@ -93,7 +93,7 @@ def make_task(options: Options, subjects: tuple[EvalModel, ...]) -> Task:
 
 
 def last_token(prefix: ContextFile) -> int:
-    """The id of a prefix's last token."""
+    """The id of the last token of a prefix."""
     from safetensors import safe_open
 
     with safe_open(prefix.path / CONTEXT_TENSORS, framework="numpy") as handle:

@@ -1,4 +1,4 @@
-"""Named arrays and a few facts in one file that appears whole or not at all, for directories that processes share."""
+"""Named arrays and JSON facts in one file, replaced atomically so that processes may share the directory."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def write_arrays(path: Path, arrays: Arrays, facts: dict[str, Any]) -> None:
 
 
 def read_arrays(path: Path) -> tuple[Arrays, dict[str, Any]] | None:
-    """What `write_arrays` wrote, or None when there is no such file or it is damaged (checksums are checked)."""
+    """Read the arrays and facts of `write_arrays`; None if the file is absent, or damaged by its checksums."""
     try:
         with np.load(path, allow_pickle=False) as packed:
             arrays = {name: packed[name] for name in packed.files}

@@ -1,4 +1,4 @@
-"""Documents to score, from a file, a directory, a dataset, or the sample inside the package."""
+"""Read documents from a file, a directory, a dataset, or the texts inside the package."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ DEFAULT_COLUMN = "text"
 DOCUMENT_BREAK = "\f"
 _MARKERS = ("state.json", "dataset_info.json", "dataset_dict.json")
 _SPLITS = ("test", "validation", "train")
-# UTF-8 with or without the mark that Windows programs put in front: it belongs to no column's name and no text.
+# UTF-8 with or without the byte order mark that Windows programs write; it is not part of the text.
 _ENCODING = "utf-8-sig"
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """The documents of one evaluation, in order, none of them blank.
+    """The documents of a text, in order, none of them blank.
 
     ``sha256`` is over the documents themselves (length and UTF-8 bytes of each), never over names or paths.
     """
@@ -55,7 +55,7 @@ def read_corpus(
     .json, .parquet, .csv; .txt.xz too), a directory that holds such files or that ``datasets`` saved, or a
     dataset's hub name (``owner/name`` or ``owner/name:config``).
     ``column`` names the text column of tables (default ``text``). Raises UsageError for an unknown suffix,
-    a missing column or empty text, MissingError for a dataset that cannot be had here.
+    a missing column or empty text, MissingError for a dataset that is not available.
     """
     if limit is not None and limit < 1:
         raise UsageError(f"--limit must be at least 1, not {limit}")
@@ -209,7 +209,7 @@ def _hub_dataset(name: str, column: str, split: str | None) -> Iterator[str]:
     except (ConnectionError, OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise MissingError(
-            f"{name!r} is no file here and could not be had as a dataset: {reason}",
+            f"{name!r} is not a file, and could not be loaded as a dataset: {reason}",
             "Give a file, a directory, or the name of a dataset that can be reached",
         ) from None
     yield from _dataset_rows(loaded, column, split, name)

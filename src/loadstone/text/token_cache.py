@@ -1,4 +1,4 @@
-"""Token ids on disk, found again by what they are made of: the text's hash and the tokenizer's."""
+"""Token ids cached on disk, keyed by the hashes of the text and of the tokenizer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import numpy as np
 from loadstone.text.arrays import Arrays, read_arrays, write_arrays
 
 log = logging.getLogger(__name__)
-# Less text than this is tokenized faster than files are worth.
+# In bytes. Tokenizing less text than this is not worth a file.
 SMALLEST_TEXT = 4 << 20
 _KEPT_DAYS = 30
 
@@ -23,14 +23,14 @@ _KEPT_DAYS = 30
 def cached_ids(
     directory: Path, text_sha256: str, tokenizer_sha256: str, make: Callable[[], list[np.ndarray]]
 ) -> list[np.ndarray]:
-    """Token ids of each document, int64: out of ``directory``, else made and kept there.
+    """Token ids of each document, int64 (tokens,): read from ``directory``, or computed by ``make`` and stored there.
 
-    Processes may share the directory: one tokenizes while the others wait for it. A directory that cannot be
-    written is no error.
+    Processes may share the directory: one tokenizes while the others wait. A directory that cannot be
+    written is not an error.
     """
     import tokenizers
 
-    # The library's version belongs to the key: a fix of its may change tokens.
+    # The library's version is part of the key: a fix in it may change tokens.
     facts = [text_sha256, tokenizer_sha256, tokenizers.__version__]
     path = directory / f"{hashlib.sha256(json.dumps(facts).encode()).hexdigest()}.npz"
     try:
@@ -51,13 +51,13 @@ def cached_ids(
             write_arrays(path, packed, {})
             return made
     except OSError as error:
-        log.debug("tokens are not kept in %s: %s", directory, error.strerror)
+        log.debug("tokens are not cached in %s: %s", directory, error.strerror)
         return make()
 
 
 @contextmanager
 def _alone(path: Path) -> Iterator[None]:
-    """Hold a lock beside a file; the system lets go of it when the process ends, however it ends."""
+    """Hold a lock file next to ``path``; the system releases it when the process ends."""
     try:
         import fcntl
     except ImportError:  # Windows: each process tokenizes for itself
@@ -69,7 +69,7 @@ def _alone(path: Path) -> Iterator[None]:
 
 
 def _prune(directory: Path) -> None:
-    """Remove what nobody used for a month, and what killed processes left."""
+    """Remove entries unused for a month, and files left by killed processes."""
     for path in directory.iterdir():
         if (
             path.suffix in (".npz", ".tmp", ".lock")

@@ -1,8 +1,8 @@
-"""Documents to one stream of tokens, and the stream to windows that score every token of text exactly once.
+"""Tokenize documents into one stream, and divide it into windows that score every token of text exactly once.
 
 The stream is ``[sep] document 0 [sep] document 1 ...``: the separator (BOS where the tokenizer has one,
 else EOS) starts every document and is never scored itself. The three protocols cut the same stream and
-score the same tokens; they differ only in how much each token sees:
+score the same tokens; they differ only in how much context each token has:
 
 * ``packed``: blocks of ``context_length`` inputs side by side. A block's first token sees one token only.
 * ``strided``: a window of ``context_length`` moves by ``stride``; each token but the first ones sees at
@@ -29,10 +29,10 @@ PACKED, STRIDED, ROLLING = "packed", "strided", "rolling"
 PROTOCOLS = (PACKED, STRIDED, ROLLING)
 DEFAULT_CONTEXT = 1024
 _TOKENIZE_BATCH = 256
-# Fewer documents than this say little about their own spread: segments of them are resampled instead.
+# With fewer documents than this, segments of them are resampled: so few say little about their spread.
 _FEW_DOCUMENTS = 20
 SEGMENT_TOKENS = 512
-# More units than this make the bootstrap slow and no better: neighbours are then drawn together.
+# With more units than this, neighbours are drawn together: the bootstrap would be slower and no better.
 _MOST_UNITS = 4096
 
 
@@ -57,8 +57,7 @@ class TokenStream:
 
     @property
     def sha256(self) -> str:
-        """Hash of the token ids: equal for two models exactly when they are asked to predict the same
-        thing."""
+        """Hash of the token ids: equal for two models if they predict the same tokens."""
         return hashlib.sha256(self.ids.astype("<i8").tobytes()).hexdigest()
 
     @property
@@ -69,7 +68,7 @@ class TokenStream:
 
 @dataclass(frozen=True)
 class Protocol:
-    """Everything that must be equal for two losses to be comparable, and ``data``, a name for people."""
+    """What must be equal for two losses to be comparable; ``data`` is only a name for people."""
 
     name: str
     context_length: int
@@ -87,13 +86,13 @@ class Protocol:
     words: int
     dtype: str
     resampled: str
-    # Tokens that every window comes after, and their hash; 0 and empty without a prefix.
+    # Length of the prefix before every window, and its hash; 0 and empty without one.
     prefix_tokens: int = 0
     prefix_sha256: str = ""
 
     def differences(self, other: Protocol) -> list[str]:
         """Names of the fields that forbid a comparison with ``other``."""
-        # Two copies of one tokenizer may differ in a detail that changes no token: the stream's hash decides.
+        # Two copies of a tokenizer may differ without changing a token: the hash of the tokens decides.
         free = ("data", "tokenizer_sha256")
         mine, theirs = asdict(self), asdict(other)
         return [name for name in mine if name not in free and mine[name] != theirs[name]]
@@ -115,8 +114,8 @@ class Windows:
 def tokenize(
     corpus: Corpus, tokenizer: Any, *, separator: str = "auto", cache: Path | None = None
 ) -> TokenStream:
-    """Tokenize a corpus once. ``separator`` is ``auto``, ``bos``, ``eos`` or a token id; ``cache`` a directory
-    that keeps the tokens of a long text.
+    """Tokenize a corpus once. ``separator`` is ``auto``, ``bos``, ``eos`` or a token id; ``cache``: a directory
+    for the tokens of long texts.
 
     Raises UsageError when the tokenizer has no such token, or turns the text into no token at all.
     """
@@ -149,7 +148,7 @@ def _encoded(corpus: Corpus, tokenizer: Any, cache: Path | None) -> list[np.ndar
     def make() -> list[np.ndarray]:
         return list(_encode(corpus.documents, tokenizer))
 
-    # Only a tokenizer of the tokenizers library says all of itself; one written in Python is also its code.
+    # Only tokenizers of the tokenizers library serialise completely; one written in Python also depends on its code.
     if (
         cache is None
         or corpus.bytes < tokencache.SMALLEST_TEXT
@@ -173,7 +172,7 @@ def _separator(tokenizer: Any, separator: str) -> int:
     named["auto"] = named["eos"] if named["bos"] is None else named["bos"]
     if separator.isdecimal():
         if int(separator) >= len(tokenizer):
-            raise UsageError(f"--separator {separator} is no token: the tokenizer has {len(tokenizer)}")
+            raise UsageError(f"--separator {separator} is not a token: the tokenizer has {len(tokenizer)}")
         return int(separator)
     if separator not in named:
         raise UsageError(f"--separator {separator!r} is none of auto, bos, eos or a token id")
@@ -192,7 +191,7 @@ def _adds_bos(tokenizer: Any) -> bool:
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
-    """Content hash of a tokenizer: its whole serialised form, or its vocabulary for one written in Python."""
+    """Content hash of a tokenizer: of its serialised form, or of the vocabulary of one written in Python."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     text = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
     return hashlib.sha256(text.encode()).hexdigest()
@@ -207,8 +206,8 @@ def make_protocol(
     context_length: int | None = None,
     stride: int | None = None,
 ) -> Protocol:
-    """Settle the protocol. ``longest``: the model's own limit. A stride below the context makes ``packed``
-    strided.
+    """Make the protocol from options. ``longest``: the model's own limit in tokens. A stride below the context makes
+    ``packed`` strided.
 
     Raises UsageError for a context the model cannot take and for a stride that would skip tokens.
     """
@@ -237,7 +236,7 @@ def make_protocol(
         stride=stride or context,
         separator=stream.separator,
         separator_id=stream.separator_id,
-        # Models trained with BOS at position 0 go astray without it; lm-eval's windows have it first only.
+        # Models trained with BOS at position 0 need it in every window; lm-eval's windows have it in the first only.
         bos_each_window=stream.adds_bos and name != ROLLING,
         data=stream.corpus.source,
         data_sha256=stream.corpus.sha256,
@@ -253,7 +252,7 @@ def make_protocol(
 
 
 def make_windows(stream: TokenStream, protocol: Protocol) -> Windows:
-    """The windows of a protocol: every position of text is in the scored part of exactly one."""
+    """The windows of a protocol: every position of text is scored in exactly one of them."""
     context = protocol.context_length
     if protocol.name != ROLLING:
         return _slide(len(stream.ids) - 1, context, protocol.stride)

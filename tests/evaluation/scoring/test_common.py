@@ -95,10 +95,10 @@ def test_shared_text_scores_as_if_read_whole(
     options = Options(models=(str(model_dir),), data=str(questions), protocol="rolling", device="cpu")
     with caplog.at_level("INFO", logger="loadstone"):
         shared = run(options)
-    assert "documents begin with the same" in caplog.text
+    assert "documents' common prefix" in caplog.text
     caplog.clear()
     whole = run(Options(**{**vars(options), "fast": False}))
-    assert "documents begin with the same" not in caplog.text
+    assert "documents' common prefix" not in caplog.text
     (a,), (b,) = (list(o.values.values()) for o in (shared, whole))
     assert abs(a["nll"] - b["nll"]).max() < 2e-5
     assert shared.records[0]["tokens"] == whole.records[0]["tokens"]
@@ -157,7 +157,7 @@ def test_tasks_are_the_same_with_and_without_sharing(
         caplog.clear()
         with caplog.at_level("INFO", logger="loadstone"):
             loglikelihoods.append(lm.loglikelihood(ask, disable_tqdm=True))
-        assert ("requests begin with the same" in caplog.text) == share
+        assert ("common prefix of" in caplog.text) == share
         generation = {"until": ["\n\n"], "max_gen_toks": 6}
         ask = [Instance("generate_until", {}, (c, generation), i) for i, c in enumerate(contexts[:6])]
         answers.append(lm.generate_until(ask, disable_tqdm=True))

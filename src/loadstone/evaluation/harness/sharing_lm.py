@@ -1,4 +1,4 @@
-"""lm-eval's Hugging Face adapter, with beginnings that requests share read once, or all of them after a prefix."""
+"""lm-eval's Hugging Face adapter that computes common prefixes of requests once, or puts all after a fixed prefix."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ Request = tuple[Any, list[int], list[int]]
 
 
 class SharingLM(HFLM):  # type: ignore[misc]
-    """``fixed``: the prefix that every request comes after; otherwise prefixes are found among the requests.
+    """A model after a prefix (`PrefixedModel`) answers every request after it; for others, common prefixes are found.
 
-    Requests are shortened to their last shared token and what follows it, so that all that lm-eval does with them stays
-    as it is; the model is then called after the prefix.
+    Requests are shortened to their last shared token and what follows it, so that lm-eval handles them as usual;
+    the model is then called after the prefix.
     """
 
     def __init__(self, model: Any, tokenizer: Any, *, batch_size: int, share: bool = True) -> None:
@@ -30,14 +30,14 @@ class SharingLM(HFLM):  # type: ignore[misc]
         plain = model.model if isinstance(model, PrefixedModel) else model
         options: dict[str, Any] = {}
         if self._fixed is not None:
-            # No second BOS in the middle; the prefix takes its place in the model's positions.
+            # The prefix already begins with BOS: no second one in the middle.
             options["add_bos_token"] = False
         super().__init__(pretrained=plain, tokenizer=tokenizer, batch_size=batch_size, **options)
         self._own_split: Any = None
 
     @property
     def prefix_token_id(self) -> int:
-        """What an empty context stands for: after a prefix its last token."""
+        """The token that stands for an empty context: after a prefix, the prefix's last token."""
         if self._fixed is None:
             return int(super().prefix_token_id)
         return int(self._fixed.tokens[0, -1])
@@ -53,7 +53,7 @@ class SharingLM(HFLM):  # type: ignore[misc]
         fits = [i for i, (_, c, t) in enumerate(requests) if len(c) + len(t) <= self.max_length + 1]
         groups = []
         if self._sharing and self.backend == "causal":
-            # One token more than a context's own: the last shared one stays in the request.
+            # One extra token, because the last shared one stays in the request.
             rows = [[*requests[i][1], -1] for i in fits]
             groups = common_prefixes(rows, overhead(self.device))
         results: list[Any] = [None] * len(requests)
@@ -61,7 +61,7 @@ class SharingLM(HFLM):  # type: ignore[misc]
         for group in groups:
             members = [fits[m] for m in group.members]
             start = requests[members[0]][1][: group.length]
-            log.info("%d requests begin with the same %d tokens: read once", len(members), len(start))
+            log.info("computing the common prefix of %d requests, %d tokens, once", len(members), len(start))
             short = [(requests[m][0], requests[m][1][len(start) - 1 :], requests[m][2]) for m in members]
             self._current = self._read(start)
             try:
@@ -78,7 +78,7 @@ class SharingLM(HFLM):  # type: ignore[misc]
         return results
 
     def _after(self, request: Request) -> Request:
-        """A request whose context begins with the prefix's last token, cut on the left where it is too long."""
+        """The request with the prefix's last token before its context, which is cut on the left if it is too long."""
         key, context, continuation = request
         last = self.prefix_token_id
         if not _is_bare(key, context, last):
@@ -146,7 +146,7 @@ class SharingLM(HFLM):  # type: ignore[misc]
         mask: torch.Tensor,
         generation: dict[str, Any],
     ) -> torch.Tensor:
-        """Each row without its padding; the answers side by side, as one batch would give them."""
+        """Generate row by row without padding, and return the answers as one padded batch."""
         width = context.shape[1]
         answers = []
         for own in _unpadded(context, mask):
@@ -158,7 +158,7 @@ class SharingLM(HFLM):  # type: ignore[misc]
         return torch.cat([context, torch.stack(padded)], 1)
 
     def _shared_start(self, context: torch.Tensor, mask: torch.Tensor) -> Any:
-        """The cache of what all rows of a batch begin with, None where that is too little to pay."""
+        """The cache of the common prefix of all rows of a batch; None if it is too short to pay off."""
         rows = [row.tolist() for row in _unpadded(context, mask)]
         shortest = min(map(len, rows)) - 1
         length = 0
@@ -166,7 +166,7 @@ class SharingLM(HFLM):  # type: ignore[misc]
             length += 1
         if length < SHORTEST or (len(rows) - 1) * length < overhead(self.device):
             return None
-        # The same beginning only: what is computed must not depend on which batches this process had before.
+        # Only for exactly this prefix: results must not depend on the batches that this process had before.
         if self._last is None or self._last[0] != rows[0][:length]:
             self._last = (rows[0][:length], self._read(rows[0][:length]))
         cache = self._last[1]
@@ -174,7 +174,7 @@ class SharingLM(HFLM):  # type: ignore[misc]
 
 
 def _is_bare(key: Any, context: list[int], last: int) -> bool:
-    """Whether lm-eval put the prefix token there itself: an empty context, or a rolling document's first window."""
+    """Whether lm-eval added the prefix token itself: for an empty context, or a rolling document's first window."""
     return context == [last] and (key is None or key[0] is None or key[0] == "")
 
 

@@ -1,5 +1,5 @@
-"""``--tasks``: lm-eval's tasks on a model that our loader loaded, its requests divided among processes, with
-paired differences to the reference."""
+"""``--tasks``: run lm-eval tasks on a loaded model, the requests divided among processes, with paired differences to
+the reference."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from loadstone.ranks import Ranks
 
 # lm-eval writes "acc,none": metric, comma, filter.
 _STDERR = "_stderr"
-# Batches in a piece of the work: few enough to divide well, enough to sort within.
+# Batches in a piece of the work: few, so that pieces divide evenly; several, so that requests can be sorted.
 _PIECE_BATCHES = 8
 
 
 @dataclass(frozen=True, eq=False)
 class TaskScore:
-    """One metric of one task. ``samples``: its value on each example by the example's id, empty where a
-    metric is no mean over examples."""
+    """One metric of one task. ``samples``: its value on each example by the example's id, empty if the
+    metric is not a mean over examples."""
 
     task: str
     metric: str
@@ -70,7 +70,7 @@ def run_tasks(
     """Run lm-eval tasks (``include``: a folder of task YAMLs besides lm-eval's own) on a loaded model.
 
     Each process computes every ``ranks.size``-th piece of the requests; the pieces do not depend on their
-    number, so the scores do not either. ``share``: read beginnings that many requests of a piece have in common once.
+    number, so the scores do not either. ``share``: compute common prefixes of the requests of a piece once.
     A model after a prefix (`head.PrefixedModel`) answers every request after it. Raises as `task_manager` does.
     """
     manager = task_manager(names, include)
@@ -79,7 +79,7 @@ def run_tasks(
     from loadstone.evaluation.harness.sharing_lm import SharingLM
 
     class Divided(SharingLM):  # type: ignore[misc]
-        """lm-eval sees one process; what it asks for is computed by all of them."""
+        """lm-eval sees one process; its requests are computed by all of them."""
 
         def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> Any:
             return divide(super().loglikelihood, requests, batch_size, ranks)
@@ -111,10 +111,9 @@ def run_tasks(
 
 
 def divide(compute: Callable[..., Any], requests: Sequence[Any], batch_size: int, ranks: Ranks) -> list[Any]:
-    """Results of lm-eval requests in their order, ``compute`` having been handed pieces of them.
+    """Results of lm-eval requests, in order: ``compute`` is called with pieces of them.
 
-    Pieces hold requests of like length and, next to each other, those of one context, which lm-eval computes
-    once.
+    A piece holds requests of similar length; those with one context, which lm-eval computes once, are adjacent.
     """
     order = sorted(range(len(requests)), key=lambda i: (-len(requests[i].args[0]), requests[i].args[0], i))
     size = _PIECE_BATCHES * batch_size
@@ -155,7 +154,7 @@ def _scores(task: str, figures: dict[str, Any], samples: Any, higher: dict[str, 
 
 def task_records(scores: list[TaskScore], reference: list[TaskScore] | None) -> list[dict[str, Any]]:
     """The ``tasks`` of a model's JSON record; with a reference, paired by example: the difference of each
-    example is taken first, so that what both models find hard or easy drops out of the error."""
+    example is taken first, so that the difficulty of an example does not add to the error."""
     others = {(s.task, s.metric): s for s in reference or ()}
     return [
         {
@@ -179,7 +178,7 @@ def _paired(score: TaskScore, other: TaskScore | None) -> dict[str, Any]:
     error = _mean_error(apart)
     p_value = None
     if error == 0:
-        # All examples differ alike: by nothing, or by what no chance explains.
+        # All examples differ by the same amount: zero, or an amount that chance cannot explain.
         p_value = 0.0 if any(apart) else 1.0
     elif error is not None:
         # Two-sided, from the normal distribution of a mean of paired differences.

@@ -15,7 +15,8 @@ from loadstone.text.tokens import Protocol, TokenStream, resampling_units
 
 @dataclass(frozen=True, eq=False)
 class Units:
-    """What the bootstrap draws. ``of_token``: int64 (tokens,); ``tokens``, ``bytes``: float64 (units,)."""
+    """The units that the bootstrap resamples. ``of_token``: int64 (tokens,); ``tokens``, ``bytes``: float64
+    (units,)."""
 
     of_token: np.ndarray
     tokens: np.ndarray
@@ -40,10 +41,10 @@ class Delta:
 
 
 def make_units(stream: TokenStream, protocol: Protocol) -> Units:
-    """The units of a stream that the bootstrap draws, with their tokens and bytes."""
+    """The units that the bootstrap resamples, documents or segments of them, with their tokens and bytes."""
     of_token = resampling_units(stream, protocol)
     owner = stream.document[stream.scored]
-    # A segment's bytes are its document's, shared out by tokens.
+    # A segment gets the bytes of its document in proportion to its tokens.
     per_token = stream.bytes / np.maximum(np.bincount(owner, minlength=len(stream.bytes)), 1)
     count = int(of_token[-1]) + 1
     return Units(

@@ -63,9 +63,9 @@ def bound(numerator: np.ndarray, denominator: np.ndarray, level: float) -> float
     replicates, errors = _replicates(numerator, denominator)
     with np.errstate(divide="ignore", invalid="ignore"):
         t = (replicates - value) / errors
-    # A replicate without spread (all draws one unit) says nothing about the scale.
+    # A replicate that drew a single unit has no spread, and no scale.
     t = t[np.isfinite(t)]
-    # The replicates know their own level to so much only: stay on the safe side of it.
+    # The level itself has a sampling error with this many replicates: add it, to stay on the safe side.
     slack = np.sqrt(level * (1 - level) / max(len(t), 1))
     wanted = np.clip(1 - level + (slack if level < 0.5 else -slack), 0, 1)
     quantile = np.quantile(t, wanted)

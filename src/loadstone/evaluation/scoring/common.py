@@ -1,4 +1,4 @@
-"""Requests that begin with the same tokens, such as few-shot prompts: what they share is read once.
+"""Groups of requests that begin with the same tokens, such as few-shot prompts, so that these are computed once.
 
 The values are those of reading every request whole; kernels add in another order, as they do for another batch size.
 """
@@ -11,11 +11,11 @@ from itertools import pairwise
 
 import torch
 
-# A shorter beginning is not worth a pass of its own.
+# A shorter common prefix is not worth a pass of its own.
 SHORTEST = 16
-# Tokens that must be saved before reading a beginning alone pays: on a GPU it is a pass that fills no batch.
+# Tokens that a separate pass over a prefix must save to pay off: on a GPU such a pass leaves the batch unfilled.
 _OVERHEAD = {"cpu": 512, "cuda": 32768}
-# Splits of splits: deeper sharing is taken whole.
+# Recursion limit of nested groups.
 _DEEPEST = 64
 
 
@@ -28,7 +28,7 @@ class Group:
 
 
 def overhead(device: torch.device) -> int:
-    """Tokens that reading a beginning alone costs on a device."""
+    """The cost, in tokens, of a separate pass over a prefix on a device."""
     return _OVERHEAD.get(device.type, _OVERHEAD["cuda"])
 
 
@@ -53,7 +53,7 @@ def _best(
         return 0, []
     least = min(shared[low : high - 1])
     length = least if least >= SHORTEST else 0
-    # Where beginnings are too short to matter all cuts are made at once.
+    # Prefixes too short to matter are all cut at once.
     bar = max(least, SHORTEST - 1)
     cuts = [low, *(i + 1 for i in range(low, high - 1) if shared[i] <= bar), high]
     joined: list[int] = []
@@ -76,7 +76,7 @@ def _best(
 
 
 def _shared(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many tokens two rows share at their beginning, one at least being left of each."""
+    """The length of the common prefix of two rows, leaving at least one token of each."""
     return min(_alike(a, b), len(a) - 1, len(b) - 1)
 
 

@@ -11,16 +11,15 @@ from torch import nn
 from loadstone.loading.layers import layer_stack
 
 log = logging.getLogger(__name__)
-# torchao's int8 recipes turn inductor's exhaustive tuning on for the whole process: minutes a layer for
-# nothing.
+# torchao's int8 recipes turn on inductor's exhaustive tuning for the whole process: minutes per layer, no gain.
 _INDUCTOR = {"coordinate_descent_tuning": False, "coordinate_descent_check_all_directions": False}
 
 
 def compile_layers(model: Any) -> int:
-    """Compile each decoder layer in place; how many there are.
+    """Compile each decoder layer in place. Returns how many there are.
 
-    Layers are alike, so the first one's graph serves all: compiling the whole model instead costs minutes
-    and gains nothing more. Compiled kernels round differently from eager ones (they keep more in float32):
+    The layers are alike, so the graph of the first is used for all; compiling the whole model instead takes minutes
+    and is no faster. Compiled kernels round differently from eager ones (they keep more in float32):
     losses move in the third or fourth digit, the same way for every model, so models are compared under one
     mode only.
     """
@@ -28,13 +27,13 @@ def compile_layers(model: Any) -> int:
     if not layers:
         log.warning("--compile: no stack of decoder layers found; computing without it")
     for layer in layers:
-        # Windows come in few lengths; a symbolic shape would cost speed.
+        # Windows have few lengths, and symbolic shapes are slower.
         layer.compile(dynamic=False, options=_INDUCTOR)
     return len(layers)
 
 
 def eagerly(model: Any) -> AbstractContextManager[object]:
-    """Compute without the compiled layers for a while: a graph for the shape of a probe costs seconds."""
+    """Ignore compiled layers for the length of a block: compiling a graph for a probe's shape takes seconds."""
     if all(layer._compiled_call_impl is None for layer in decoder_layers(model)):
         return nullcontext()
     import torch
@@ -44,6 +43,6 @@ def eagerly(model: Any) -> AbstractContextManager[object]:
 
 
 def decoder_layers(model: Any) -> list[nn.Module]:
-    """The decoder layers; empty if there is no stack of them."""
+    """The decoder layers; empty if the model has no list of them."""
     stack = layer_stack(model)
     return [] if stack is None else list(stack.layers)

@@ -1,4 +1,4 @@
-"""Documents that begin with the same tokens, each scored alone: the beginning is scored and read once."""
+"""Score documents separately, computing the tokens that several begin with once."""
 
 from __future__ import annotations
 
@@ -32,13 +32,12 @@ def score_shared(
     share: tuple[int, int] = (0, 1),
     **options: Any,
 ) -> tuple[Values, Timing]:
-    """`score`, with what windows have in common at their beginning read once (plain `score` where that is nothing).
+    """`score`, with common prefixes of windows computed once; plain `score` if there are none.
 
-    A beginning's tokens get the same losses in every document, and the rest of each document comes after it. ``size``:
-    windows in a batch; the other arguments are `score`'s.
-    """
+    Tokens of a common prefix get the same losses in every document; the rest of each document is scored after it.
+    ``size``: windows in a batch; the other arguments are `score`'s."""
     windows = maker.windows
-    # What is streamed, or comes after a prefix already, is no plain module.
+    # A streamed model, or one after a prefix already, is not an nn.Module.
     plain = isinstance(model, torch.nn.Module)
     groups = [] if not plain else _groups(stream, protocol, windows, maker.device)
     if not groups:
@@ -46,10 +45,12 @@ def score_shared(
     seconds, tokens = 0.0, 0
     left = np.ones(len(windows), dtype=bool)
     for length, members in groups:
-        log.info("%s: %d documents begin with the same %d tokens: read once", name, len(members), length)
+        log.info(
+            "%s: computing the %d documents' common prefix of %d tokens once", name, len(members), length
+        )
         start = windows.start[members]
         if share[0] == 0:
-            # One process keeps the beginning's losses; the others would count them again.
+            # Only one process scores the prefix: otherwise its tokens would be counted several times.
             leader = start[:1]
             values, timing = _part(
                 model, maker, Windows(leader, np.full(1, length - 1), leader + 1), size,
@@ -86,7 +87,7 @@ def _part(
 def _groups(
     stream: TokenStream, protocol: Protocol, windows: Windows, device: torch.device
 ) -> list[tuple[int, np.ndarray]]:
-    """(shared tokens, windows) of documents' first windows that begin alike."""
+    """(length, windows) of each common prefix of documents' first windows."""
     if protocol.name != ROLLING or protocol.bos_each_window:
         return []
     firsts = np.flatnonzero(windows.first == windows.start + 1)

@@ -1,4 +1,4 @@
-"""``--speed``: how fast a model reads a prompt and writes tokens, for one sequence and for a full batch."""
+"""``--speed``: prefill and decode speed of a model, for one sequence and for a full batch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _PROMPT, _WRITTEN, _RUNS = 512, 16, 3
 
 
 def measure_speed(model: Any, ids: torch.Tensor, batch_sizes: tuple[int, ...]) -> list[dict[str, Any]]:
-    """Prefill and decode speed on prompts cut from ``ids`` (tokens,), one record a batch size: tokens per
+    """Prefill and decode speed on prompts cut from ``ids`` (tokens,), one record per batch size: tokens per
     second of all sequences together, seconds to the first token (median of three), peak memory in bytes."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or _PROMPT + _WRITTEN
     length = max(1, min(_PROMPT, limit - _WRITTEN, len(ids)))
@@ -26,7 +26,7 @@ def _measure(model: Any, prompt: torch.Tensor) -> dict[str, Any]:
     device = prompt.device
     reset_peak(device)
     firsts, rates = [], []
-    # The first run warms caches and kernels up.
+    # The first run is a warm-up.
     for _ in range(_RUNS + 1):
         first, rate = _generate(model, prompt)
         firsts.append(first)
