@@ -54,7 +54,9 @@ def table(title: str, columns: list[str], rows: list[list[str]], *, right: tuple
     result = Table(
         title=Text(title, "bold") if title else None,
         title_justify="left",
-        box=box.SIMPLE_HEAD,
+        box=box.SIMPLE_HEAD if any(columns) else None,
+        show_header=any(columns),
+        padding=(0, 3, 0, 1) if not any(columns) else (0, 1),
         pad_edge=False,
     )
     for number, name in enumerate(columns):

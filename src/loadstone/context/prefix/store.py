@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from loadstone.artifact import Artifact
+from loadstone.artifact.builtin import PREFIX as BUILTIN
+from loadstone.artifact.builtin import shown
 from loadstone.artifact.context_errors import (
     ArchitectureMismatch,
     BaseMismatch,
@@ -94,7 +96,7 @@ def describe(prefix: Prefix, source: Artifact | None) -> dict[str, Any]:
             "preview": text[:_PREVIEW] + ("…" if len(text) > _PREVIEW else ""),
         },
         "base": {
-            "source": str(source.path.resolve()) if source else None,
+            "source": shown(source.path.resolve()) if source else None,
             "recipe": recipe_of(source) if source else None,
             "fingerprint": base.digest,
             "architecture": architecture_of(model.config),
@@ -196,6 +198,8 @@ def find_base(file: ContextFile, base: str | Path | None) -> Artifact:
     if base is not None:
         return language_artifact(base)
     recorded = file.facts["base"].get("source")
+    if isinstance(recorded, str) and recorded.startswith(BUILTIN):
+        return language_artifact(recorded)
     for place in (Path(recorded), file.path / recorded) if isinstance(recorded, str) else ():
         if place.is_dir():
             return language_artifact(place)
