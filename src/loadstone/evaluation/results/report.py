@@ -35,7 +35,7 @@ table{border-collapse:collapse;margin:1rem 0;font-size:13px}
 td,th{padding:.3rem .7rem;text-align:right;border-bottom:1px solid #e3e6ee} td{white-space:nowrap}
 th{color:#68718a;font-weight:600;vertical-align:bottom} .word{text-align:left;white-space:normal;min-width:6rem}
 .failed{color:#c92a2a;font-weight:600} .passed{color:#2b8a3e;font-weight:600} code{background:#f1f3f9;padding:0 .3em}
-.text{white-space:pre-wrap;line-height:1.8;border-left:3px solid #e3e6ee;padding-left:.8rem}
+.text{color:#1d2433;white-space:pre-wrap;line-height:1.8;border-left:3px solid #e3e6ee;padding-left:.8rem}
 .text span{border-radius:2px} .text u{text-decoration:underline 2px #c92a2a;text-underline-offset:3px}
 .legend span{padding:0 .4em;color:#1d2433}
 @media (max-width:1000px){
