@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from loadstone.artifact.compressed_tensors import PackedWeight, read_block
+from loadstone.artifact.compressed_tensors.problems import serving_problems
 from loadstone.artifact.detect import CONFIG, PFN, Artifact, examine
 from loadstone.artifact.files import is_file, read_json
 from loadstone.artifact.formats.safetensors import FLOAT_DTYPES, TensorInfo
@@ -53,7 +55,11 @@ class DtypeTotal:
 
 @dataclass(frozen=True)
 class Report:
-    """``artifact`` as far as it could be read, and what follows from it; no ``problems``: all is well."""
+    """``artifact`` as far as it could be read, and what follows from it.
+
+    ``problems``: why it cannot be loaded here; ``serving``: why stock transformers or a server would fail or compute
+    something else.
+    """
 
     artifact: Artifact
     problems: tuple[ArtifactError, ...]
@@ -67,6 +73,7 @@ class Report:
     tied: tuple[tuple[str, ...], ...]
     sidecars: dict[str, str | None]
     manifest: dict[str, Any] | None = field(repr=False, default=None)
+    serving: tuple[ArtifactError, ...] = ()
 
     @property
     def recipe_samples(self) -> tuple[FlatTensor, ...]:
@@ -100,7 +107,7 @@ def collect(path: str | Path, *, checkpoint: str | None = None) -> Report:
     artifact = examine(path, checkpoint=checkpoint, sink=note)
     if unlisted:
         problems.append(ArtifactError(f"and {unlisted} more problems", "Mend the first ones and look again"))
-    flat = artifact.quantized
+    flat = artifact.quantized or artifact.packed
     parts = {part.name for tensor in flat.values() for part in tensor.parts.values()}
     plain = {n: t for n, t in artifact.tensors.items() if n not in parts and not looks_flattened(n)}
     quantized_groups = _quantized_groups(flat)
@@ -132,6 +139,16 @@ def collect(path: str | Path, *, checkpoint: str | None = None) -> Report:
         tied=tied,
         sidecars=_sidecars(artifact),
         manifest=manifest,
+        serving=tuple(_serving(artifact)),
+    )
+
+
+def _serving(artifact: Artifact) -> list[ArtifactError]:
+    block = artifact.quantization_config
+    if not artifact.packed or block is None:
+        return []
+    return serving_problems(
+        artifact.path, artifact.config, read_block(block), artifact.packed, artifact.tensors
     )
 
 
@@ -164,8 +181,8 @@ def _dtype_totals(stored: Iterable[TensorInfo]) -> tuple[DtypeTotal, ...]:
     return tuple(sorted(found, key=lambda d: (-d.nbytes, d.dtype)))
 
 
-def _quantized_groups(flat: dict[str, FlatTensor]) -> tuple[Group, ...]:
-    members: dict[tuple[str, str, int], list[FlatTensor]] = {}
+def _quantized_groups(flat: Mapping[str, FlatTensor | PackedWeight]) -> tuple[Group, ...]:
+    members: dict[tuple[str, str, int], list[FlatTensor | PackedWeight]] = {}
     for tensor in flat.values():
         members.setdefault((pattern_of(tensor.name), tensor.type, tensor.nominal_bits), []).append(tensor)
     groups = (

@@ -45,6 +45,7 @@ def _summary(plan: FinalizePlan) -> dict[str, Any]:
             {"module": module, "recipe": recipe, "why": why} for module, recipe, why in _modules(plan)
         ],
         "quantization_config": plan.config.get("quantization_config"),
+        "runs": [run._asdict() for run in plan.runs],
     }
 
 
@@ -107,6 +108,8 @@ def show_plan(plan: FinalizePlan, out: Path | None, json_to: str | None) -> None
 def _print_plan(plan: FinalizePlan) -> None:
     console = render.console()
     _print_groups(plan)
+    if plan.runs:
+        console.print(render.runs_table(plan.runs))
     if plan.recipe:
         import json
 
@@ -135,6 +138,8 @@ def show_done(done: Finalized, json_to: str | None) -> None:
 
 def _print_done(done: Finalized) -> None:
     _print_groups(done.plan)
+    if done.plan.runs:
+        render.console().print(render.runs_table(done.plan.runs))
     render.console().print(
         f"{done.out}: {len(done.files) + 1} files, {render.size(done.plan.bytes_after)} of weights "
         f"in {len(done.plan.shards)} shard(s), {done.seconds:.1f} s"

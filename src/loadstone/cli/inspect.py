@@ -39,7 +39,8 @@ def command(
 ) -> None:
     """Show what a directory is, how it would be loaded and why, and everything that is wrong with it.
 
-    Reads headers only, without torch. Exits with 3 when the directory could not be loaded.
+    Reads headers only, without torch. Exits with 3 when the directory could not be loaded, or when stock transformers
+    or a server would fail on it or compute something else.
 
     Example: [bold]loadstone inspect tiny-w4[/]
     """
@@ -63,13 +64,14 @@ def command(
         problems += refusal
     mismatches = _verify(report) if verify else None
     problems += mismatches or []
+    failed = [*problems, *report.serving]
     render.result(
         json_to,
         as_dict(report, load_plan, problems, mismatches),
         lambda: _show(report, load_plan, problems, mismatches),
     )
-    if problems:
-        raise typer.Exit(problems[0].exit_code)
+    if failed:
+        raise typer.Exit(failed[0].exit_code)
 
 
 def _plan(report: Report) -> tuple[LoadPlan | None, list[LoadstoneError]]:
@@ -123,6 +125,7 @@ def as_dict(
         "file_bytes": report.file_bytes,
         "dtypes": {d.dtype: {"tensors": d.tensors, "bytes": d.nbytes} for d in report.dtypes},
         "quantization": _quantization_dict(report),
+        "serving": _serving_dict(report),
         "unquantized": [_group_dict(g) for g in report.plain],
         "tied": [list(names) for names in report.tied],
         "sidecars": report.sidecars,
@@ -163,6 +166,19 @@ def _quantization_dict(report: Report) -> dict[str, Any] | None:
     }
 
 
+def _serving_dict(report: Report) -> dict[str, Any] | None:
+    from loadstone.artifact.servers import largest_tensor_parallel, runs_of
+
+    runs = runs_of(report.artifact)
+    if not runs:
+        return None
+    return {
+        "runs": [run._asdict() for run in runs],
+        "largest_tensor_parallel": largest_tensor_parallel(report.artifact),
+        "problems": [{"message": p.message, "remedy": p.remedy} for p in report.serving],
+    }
+
+
 def _group_dict(group: Group) -> dict[str, Any]:
     return {
         "pattern": group.pattern,
@@ -191,7 +207,8 @@ def _recipe(report: Report) -> str | None:
     """The recipe in loadstone's spelling, read off the tensors; None when they are of several or of none."""
     samples = report.recipe_samples
     if not samples:
-        return None
+        schemes = dict.fromkeys(group.type for group in report.quantized)
+        return ", ".join(schemes) or None
     from loadstone.quantization.schemes import recipe_for, spell
     from loadstone.quantization.torchao_config import scheme_of
 
@@ -212,6 +229,7 @@ def _show(
     from rich.text import Text
 
     from loadstone.artifact.builtin import shown
+    from loadstone.artifact.servers import runs_of
 
     artifact = report.artifact
     parts: list[Any] = [
@@ -230,10 +248,14 @@ def _show(
         parts.append(
             _group_table("Not quantized" if report.quantized else "Tensors", report.plain, "dtype", "")
         )
+    if runs := runs_of(artifact):
+        parts.append(render.runs_table(runs))
     for note in report.notes:
         parts.append(Text.assemble(("note: ", "yellow"), render.printable(note)))
     for problem in problems:
         parts.append(Text.assemble(("problem: ", "bold red"), render.printable(str(problem))))
+    for problem in report.serving:
+        parts.append(Text.assemble(("elsewhere: ", "bold red"), render.printable(str(problem))))
     if problems:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         parts.append(Text(f"Cannot be loaded: {count}", style="bold red"))
@@ -249,6 +271,7 @@ def _rows(
     report: Report, load_plan: LoadPlan | None, mismatches: list[LoadstoneError] | None
 ) -> list[tuple[str, str]]:
     from loadstone.artifact.kinds import PFN
+    from loadstone.artifact.servers import largest_tensor_parallel
 
     artifact = report.artifact
     rows = [("evidence", line) for line in artifact.evidence]
@@ -270,6 +293,8 @@ def _rows(
         recipe = _recipe(report)
         rows.append(("recipe", recipe or "mixed"))
         rows.append(("bits/weight", _bits(report)))
+    if (gpus := largest_tensor_parallel(artifact)) is not None:
+        rows.append(("divides", f"among up to {gpus} GPUs (tensor parallel)"))
     for names in report.tied:
         rows.append(("tied", " = ".join(names)))
     have = dict.fromkeys(file for file in report.sidecars.values() if file)

@@ -66,6 +66,12 @@ def table(title: str, columns: list[str], rows: list[list[str]], *, right: tuple
     return result
 
 
+def runs_table(runs: Any) -> Any:
+    """Where a quantized artifact runs (`artifact.servers.Runs`), a row for each server and scheme."""
+    rows = [[run.server, run.scheme, "yes" if run.runs else "no", run.how] for run in runs]
+    return table("Where it runs", ["", "scheme", "runs", "how"], rows)
+
+
 def print_whole(rows: Any) -> None:
     """Print a table of figures: on a terminal too narrow for it lines run over, and no figure is cut."""
     from rich.measure import Measurement

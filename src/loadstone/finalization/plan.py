@@ -13,6 +13,7 @@ from loadstone.artifact import Artifact, TensorInfo
 from loadstone.artifact.compressed_tensors.merging import merged_sets
 from loadstone.artifact.detect import DENSE, OTHER_QUANTIZER, QAT_KEY
 from loadstone.artifact.formats.safetensors import DTYPE_BITS, FLOAT_DTYPES
+from loadstone.artifact.servers import Runs
 from loadstone.artifact.torchao.flatten import SAFETENSORS_DTYPES
 from loadstone.errors import ArtifactError
 from loadstone.quantization import MixedRecipe, Recipe, Scheme
@@ -74,7 +75,7 @@ class Step:
 class FinalizePlan:
     """A finalize as data. ``shards``: the steps of each output file; ``config``: the config.json to write; ``header``:
     metadata for the header of every output file; ``kind``: of the artifact; ``indexed``: a single file has an index
-    too."""
+    too; ``runs``: where the artifact will run."""
 
     source: Artifact
     recipe: Recipe | MixedRecipe | None
@@ -84,6 +85,7 @@ class FinalizePlan:
     header: dict[str, str] = field(default_factory=lambda: {"format": "pt"}, repr=False)
     kind: str = DENSE
     indexed: bool = False
+    runs: tuple[Runs, ...] = ()
 
     @cached_property
     def steps(self) -> list[Step]:
@@ -191,7 +193,7 @@ def make_plan(
     if recipe is None:
         return plan
     header = encoder.header({step.name: step.encoding for step in steps})
-    return replace(plan, header=header, kind=encoder.kind)
+    return replace(plan, header=header, kind=encoder.kind, runs=encoder.runs(stored_as, config))
 
 
 def refuse_quantized(artifact: Artifact) -> None:

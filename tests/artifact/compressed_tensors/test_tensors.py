@@ -102,7 +102,7 @@ def replaced(tensors, suffix, **changes):
             lambda t: t.pop("model.layers.0.mlp.up_proj.weight_zero_point"),
             "is asymmetric",
         ),
-        ("W4A16 g128", lambda t: replaced(t, "weight_scale", shape=(256, 4)), "words a row"),
+        ("W4A16 g128", lambda t: replaced(t, "weight_scale", shape=(256, 4)), "has shape [256, 4]"),
         ("W4A16 channel", lambda t: replaced(t, "weight_scale", shape=(255, 1)), "has shape [255, 1]"),
         ("W4A16 g128", lambda t: replaced(t, "weight_packed", dtype="U8"), "has dtype U8"),
         ("W4A16 g128", lambda t: replaced(t, "weight_scale", dtype="I32"), "has dtype I32"),

@@ -40,6 +40,11 @@ class PackedWeight:
     columns: int | None = None
 
     @property
+    def type(self) -> str:
+        """The scheme's name."""
+        return str(self.scheme)
+
+    @property
     def module(self) -> str:
         return self.name.removesuffix(".weight")
 
@@ -59,15 +64,23 @@ class PackedWeight:
         if self.scheme.format != PACK:
             return rows, stored * 2
         weights = self.scheme.weights
-        if weights.grouped and "weight_g_idx" not in self.parts:
-            return rows, self.parts["weight_scale"].shape[1] * (weights.group_size or 1)
+        if self._columns_by_scale is not None:
+            return rows, self._columns_by_scale
         return rows, stored * (32 // weights.bits) if self.padded else stored * 32 // weights.bits
 
     @property
     def columns_known(self) -> bool:
         """Whether headers alone tell the number of columns."""
-        weights = self.scheme.weights
-        return self.scheme.format != PACK or (weights.grouped and "weight_g_idx" not in self.parts)
+        return self.scheme.format != PACK or self._columns_by_scale is not None
+
+    @property
+    def _columns_by_scale(self) -> int | None:
+        """Columns of whole groups, where that many are packed."""
+        weights, scale = self.scheme.weights, self.parts["weight_scale"].shape
+        if not weights.grouped or "weight_g_idx" in self.parts or not scale:
+            return None
+        columns = scale[-1] * (weights.group_size or 1)
+        return columns if words(columns, weights.bits, self.padded) == self.values.shape[-1] else None
 
     @property
     def dtype(self) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 from loadstone.artifact import TensorInfo
+from loadstone.artifact.servers import Runs
 from loadstone.quantization.model_facts import ModelFacts
 from loadstone.quantization.recipe_file import MixedRecipe
 from loadstone.quantization.rules import Decision
@@ -127,6 +128,12 @@ class Encoder(Protocol):
     ) -> dict[str, Any]:
         """Entries to add to config.json, such as ``quantization_config``. ``stored``: everything in the output, plain
         tensors as such."""
+        ...
+
+    def runs(
+        self, stored: Mapping[str, Encoding | TensorInfo], config: Mapping[str, Any]
+    ) -> tuple[Runs, ...]:
+        """Where the output runs; ``stored`` and ``config`` as `config` has them."""
         ...
 
 

@@ -18,6 +18,7 @@ from loadstone.artifact.compressed_tensors import Group, LayerScheme, write_bloc
 from loadstone.artifact.compressed_tensors.layout import row_tile, rows_needed, stored_tensors
 from loadstone.artifact.compressed_tensors.merging import merged_sets
 from loadstone.artifact.compressed_tensors.scheme import NVFP4
+from loadstone.artifact.servers import Runs, where_it_runs
 from loadstone.artifact.torchao.flatten import torch_dtype
 from loadstone.errors import ArtifactError, UsageError
 from loadstone.finalization.encoders.base import Encoding
@@ -185,6 +186,12 @@ class PackedEncoder:
         ignore = sorted(plain - tables - packed.keys(), key=_in_order)
         head = {name.removesuffix(".weight") for name, d in decisions.items() if d.table and d.linear}
         return {"quantization_config": write_block(_groups(packed, ignore, head), ignore)}
+
+    def runs(
+        self, stored: Mapping[str, Encoding | TensorInfo], config: Mapping[str, Any]
+    ) -> tuple[Runs, ...]:
+        found = {name: each.layer for name, each in stored.items() if isinstance(each, PackedEncoding)}
+        return where_it_runs(found.values(), any(".experts." in name for name in found))
 
 
 def _experts_misfit(scheme: Scheme, shape: tuple[int, ...]) -> str:

@@ -13,6 +13,9 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from loadstone.artifact import FlatTensor, TensorInfo
+from loadstone.artifact.compressed_tensors.merging import merged_sets
+from loadstone.artifact.servers import Runs, torchao_runs
+from loadstone.artifact.torchao.config import chooses_by_module
 from loadstone.artifact.torchao.flatten import describe, flatten
 from loadstone.artifact.torchao.tensors import part_name
 from loadstone.errors import ArtifactError
@@ -161,6 +164,18 @@ class TorchaoEncoder:
         stored: Mapping[str, Encoding | TensorInfo],
     ) -> dict[str, Any]:
         return {"quantization_config": quantization_block(recipe, skip, decisions)}
+
+    def runs(
+        self, stored: Mapping[str, Encoding | TensorInfo], config: Mapping[str, Any]
+    ) -> tuple[Runs, ...]:
+        found = {name: each for name, each in stored.items() if isinstance(each, TorchaoEncoding)}
+        modules = {name.removesuffix(".weight"): name in found for name in stored if name.endswith(".weight")}
+        return torchao_runs(
+            (json.loads(each.metadata)["_type"] for each in found.values()),
+            chooses_by_module(config["quantization_config"]["quant_type"]["default"]),
+            any(len(each.shape) == 3 for each in found.values()),
+            any(len({modules[m] for m in members}) > 1 for members in merged_sets(modules)),
+        )
 
 
 def quantization_block(
