@@ -9,12 +9,7 @@ from pathlib import Path
 import pytest
 from tests.docs import CODE, OTHER, ROOT, Session, blocks, pages
 
-# Pages whose blocks are not marked yet.
-PENDING = {
-    "docs/contexts.md",
-    "docs/eval.md",
-}
-PAGES = [str(page.relative_to(ROOT)) for page in pages() if str(page.relative_to(ROOT)) not in PENDING]
+PAGES = [str(page.relative_to(ROOT)) for page in pages()]
 # What a run decides, not the code: speeds and memory of eval's table, seconds, versions.
 _MEASURED = ("tokens/s", "peak MiB", "load s")
 _VOLATILE = re.compile(r"\d+(\.\d+)? s\b|\d+\.\d+\.\d+\S*|\b[0-9a-f]{16,64}\b|─+")
