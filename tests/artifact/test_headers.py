@@ -108,7 +108,7 @@ def test_refuses_by_name(file: Path, change, words: str) -> None:
         (struct.pack("<Q", 2**60) + b"{}", "header claims 1152921504606846976 bytes"),
         (struct.pack("<Q", MAX_HEADER_BYTES + 1) + b"{}", "over the limit"),
         (struct.pack("<Q", 4) + b"nope", "not valid JSON"),
-        (struct.pack("<Q", 2) + b"[]", "no JSON object"),
+        (struct.pack("<Q", 2) + b"[]", "not a JSON object"),
         (struct.pack("<Q", 2) + b"\xff\xfe", "not valid JSON"),
     ],
 )
@@ -122,7 +122,7 @@ def test_refuses_what_is_no_header(tmp_path: Path, raw: bytes, words: str) -> No
 def test_refuses_duplicate_names(tmp_path: Path) -> None:
     entry = json.dumps({"dtype": "U8", "shape": [1], "data_offsets": [0, 1]})
     write_raw(tmp_path / "m", f'{{"z": {entry}, "a": {entry}, "a": {entry}}}'.encode(), b"\0")
-    with pytest.raises(ArtifactError, match="'a' stands twice"):
+    with pytest.raises(ArtifactError, match="'a' is duplicated"):
         read_header(tmp_path / "m")
 
 

@@ -59,8 +59,8 @@ def test_best(tmp_path: Path) -> None:
         ("{}", "says which checkpoint is best"),
         ('{"best_model_checkpoint": null}', "says which checkpoint is best"),
         ('{"best_model_checkpoint": 7}', "says which checkpoint is best"),
-        ('{"best_model_checkpoint": "/a/b/.."}', "no checkpoint"),
-        ('{"best_model_checkpoint": "../../etc"}', "no checkpoint"),
+        ('{"best_model_checkpoint": "/a/b/.."}', "not a checkpoint"),
+        ('{"best_model_checkpoint": "../../etc"}', "not a checkpoint"),
         ("[1]", "trainer_state.json: not a valid JSON object"),
         ("[" * 100_000, "trainer_state.json: not a valid JSON object"),
     ],
@@ -207,7 +207,7 @@ def test_damaged_distributed_checkpoints(fsdp: Path) -> None:
     (folder / "__0_0.distcp").write_bytes(data)
     for bad, words in (
         (metadata[:-40], r"\.metadata: cannot be read"),
-        (b"\x80\x04}.", "no distributed checkpoint"),
+        (b"\x80\x04}.", "not the metadata of a distributed"),
         (b"\x80\x02cposix\nsystem\n(X\x01\x00\x00\x00ltR.", r"would call posix\.system"),
         (metadata.replace(b"__0_0.distcp", b"../../x.bin."), "leaves the directory"),
     ):

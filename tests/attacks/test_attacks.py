@@ -163,21 +163,21 @@ def shard_that_is_a_fifo(d: Path) -> None:
     os.mkfifo(d / "model-00002-of-00002.safetensors")
 
 
-@attack("no regular file")
+@attack("not a regular file")
 def config_that_is_a_directory(d: Path) -> None:
     dense(d)
     (d / "config.json").unlink()
     (d / "config.json").mkdir()
 
 
-@attack("no regular file")
+@attack("not a regular file")
 def config_that_is_a_fifo(d: Path) -> None:
     dense(d)
     (d / "config.json").unlink()
     os.mkfifo(d / "config.json")
 
 
-@attack("no regular file")
+@attack("not a regular file")
 def config_that_is_a_device(d: Path) -> None:
     dense(d)
     (d / "config.json").unlink()
@@ -320,7 +320,7 @@ def deep_tensor_description(d: Path) -> None:
     edit_header(d / "model.safetensors", lambda h: h["__metadata__"].update({UP: text}))
 
 
-@attack("stands twice")
+@attack("is duplicated")
 def duplicate_names_in_a_header(d: Path) -> None:
     dense(d)
     entry = json.dumps({"dtype": "U8", "shape": [1], "data_offsets": [0, 1]})
@@ -527,7 +527,7 @@ def tensor_with_a_foreign_attribute(d: Path) -> None:
 # Training runs and crowds
 
 
-@attack("no checkpoint")
+@attack("not a checkpoint")
 def best_checkpoint_elsewhere(d: Path) -> None:
     dense(d.parent / "secret")
     dense(d / "checkpoint-1")

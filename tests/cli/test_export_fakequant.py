@@ -59,7 +59,7 @@ def test_dry_run_writes_nothing(tiny: Path, tmp_path: Path, capsys: pytest.Captu
         (["--format", "fp8", "-o", "{tmp}/o", "--rules", "{tmp}/none.yaml"], 2, "there is no rules file"),
         (["--format", "fp8", "-o", "{tmp}/o", "--activations"], 2, "--calibrate FILE"),
         (["--format", "fp8", "-o", "{tmp}/o", "--remote-code", "run"], 2, "strip, copy"),
-        (["--format", "fp8", "-o", "{tmp}/o", "-M", "{tmp}"], 3, "is no model directory"),
+        (["--format", "fp8", "-o", "{tmp}/o", "-M", "{tmp}"], 3, "is not a model directory"),
         (["--format", "fp8", "-o", "{tmp}/o", "-M", "{quantized}"], 3, "already quantized"),
         (["--format", "fp8", "-o", "{tmp}/o", "--device", "cuda:77"], 5, "layers.0.mlp.down_proj.weight"),
     ],

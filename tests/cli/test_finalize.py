@@ -55,7 +55,7 @@ def test_list_recipes(capsys: pytest.CaptureFixture[str]) -> None:
             "Did you mean 'int8-weight-only'",
         ),
         (["-M", "{tiny}x", "-o", "{tmp}/o"], 2, "there is no directory"),
-        (["-M", "{tmp}", "-o", "{tmp}/o"], 3, "is no model directory"),
+        (["-M", "{tmp}", "-o", "{tmp}/o"], 3, "is not a model directory"),
         (["-M", "{tiny}", "-o", "{tmp}"], 2, "exists"),
         (["-M", "{tiny}"], 2, "-o OUT"),
         (["-M", "{tiny}", "-o", "{tmp}/o", "--skip", "x"], 2, "--quantize"),

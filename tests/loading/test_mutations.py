@@ -265,7 +265,7 @@ def plain_key_missing_beside_quantized(d: Path) -> None:
     edit_tensors(d / WEIGHTS, lambda t: t.pop("model.layers.0.input_layernorm.weight"))
 
 
-@mutation("bf16", WEIGHTS, "model.layers.0.surplus.weight", "belongs to no part")
+@mutation("bf16", WEIGHTS, "model.layers.0.surplus.weight", "is not part of")
 def key_extra(d: Path) -> None:
     edit_tensors(d / WEIGHTS, lambda t: t.update({"model.layers.0.surplus.weight": torch.zeros(2)}))
 
@@ -280,7 +280,7 @@ def part_extra(d: Path) -> None:
     edit_tensors(d / WEIGHTS, lambda t: t.update({"model.layers.7.extra._weight_qdata": torch.zeros(2, 2)}))
 
 
-@mutation("bf16", WEIGHTS, NORM, "twice")
+@mutation("bf16", WEIGHTS, NORM, "duplicated")
 def key_twice_in_the_header(d: Path) -> None:
     raw = (d / WEIGHTS).read_bytes()
     other = b'"model.layers.1.input_layernorm.weight"'

@@ -185,7 +185,7 @@ def test_plain_bin(tiny: Path, tmp_path: Path) -> None:
     ("change", "says"),
     [
         (lambda t: t.pop("model.layers.1.mlp.up_proj.weight"), "layers.1.mlp.up_proj.weight' is missing"),
-        (lambda t: t.update({"model.layers.9.extra": torch.zeros(2)}), "layers.9.extra' belongs to no part"),
+        (lambda t: t.update({"model.layers.9.extra": torch.zeros(2)}), "layers.9.extra' is not part of"),
         (lambda t: t.update({"model.norm.weight": torch.ones(32)}), r"model.norm.weight' has shape \[32\]"),
         (lambda t: t["model.norm.weight"].__setitem__(3, float("nan")), "model.norm.weight' holds NaN"),
         (

@@ -111,7 +111,7 @@ def read_context(directory: Path, *, verify: bool = False) -> ContextFile:
         _check_version(facts)
         if facts.get("digest") != digest(facts):
             raise CorruptContext(
-                f"{CONTEXT_JSON}: its content is not what was written (digest differs)", _RECOPY
+                f"{CONTEXT_JSON}: its content changed since it was written (digest differs)", _RECOPY
             )
         _check_shape(facts)
         path = check_inside(directory, CONTEXT_TENSORS)

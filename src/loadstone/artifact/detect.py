@@ -114,7 +114,7 @@ class Artifact:
 
     @property
     def config_dir(self) -> Path:
-        """Where config.json lies: ``path``, or the run's root when the checkpoint has none."""
+        """Where config.json is: ``path``, or the run's root when the checkpoint has none."""
         return next((d for d in self.sidecar_dirs if is_file(d / CONFIG)), self.path)
 
     @property
@@ -148,7 +148,7 @@ def detect(path: str | Path, *, checkpoint: str | None = None) -> Artifact:
     """Recognise a model directory.
 
     ``checkpoint`` chooses within a training run: ``newest`` (default), ``best``, a step number, a folder name
-    or a path. Raises `UsageError` when ``path`` is no directory, `ArtifactError` when it is no model or is
+    or a path. Raises `UsageError` when ``path`` is not a directory, `ArtifactError` when it is not a model or is
     damaged.
     """
     return examine(path, checkpoint=checkpoint)
@@ -157,7 +157,7 @@ def detect(path: str | Path, *, checkpoint: str | None = None) -> Artifact:
 def examine(path: str | Path, *, checkpoint: str | None = None, sink: Sink = refuse) -> Artifact:
     """`detect`, with each problem given to ``sink``.
 
-    With a sink that goes on, what could not be told is empty.
+    If ``sink`` does not raise, fields that could not be determined are empty.
     """
     root = _directory(path)
     directory, chosen = root, tuple[str, ...]()
@@ -225,7 +225,9 @@ def _directory(path: str | Path) -> Path:
     try:
         exists, is_directory = root.exists(), root.is_dir()
     except (OSError, ValueError) as error:
-        raise UsageError(f"'{ascii(str(path))[1:-1][:200]}' is no path ({error})", "Check the path") from None
+        raise UsageError(
+            f"'{ascii(str(path))[1:-1][:200]}' is not a path ({error})", "Check the path"
+        ) from None
     if not exists:
         raise UsageError(f"there is no directory '{root}'", nearest(root))
     if not is_directory:
@@ -254,14 +256,14 @@ def read_config(directory: Path, root: Path) -> dict[str, Any]:
     """
     file = directory / CONFIG
     if not is_file(file):
-        raise ArtifactError(f"'{root}' is no model directory: it has no {CONFIG}", no_config_hint(root))
+        raise ArtifactError(f"'{root}' is not a model directory: it has no {CONFIG}", no_config_hint(root))
     check_inside(directory, CONFIG)
     config = read_json(file, MAX_CONFIG_BYTES)
     names = config.get("architectures") or []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ArtifactError(f"{CONFIG}: architectures is no list of names", "Restore it from the source")
+        raise ArtifactError(f"{CONFIG}: architectures is not a list of names", "Restore it from the source")
     if not isinstance(config.get("model_type"), str) and not names:
-        raise ArtifactError(f"{CONFIG} names no model_type", "Restore it from the source")
+        raise ArtifactError(f"{CONFIG} has no model_type", "Restore it from the source")
     return config
 
 
@@ -269,7 +271,7 @@ def _no_weights(directory: Path) -> ArtifactError:
     for name in (SAFETENSORS, BIN):
         if (directory / name).is_symlink() or (directory / name).exists():
             return ArtifactError(
-                f"'{directory}' holds no weights: {name} is no regular file", "Copy the file itself"
+                f"'{directory}' holds no weights: {name} is not a regular file", "Copy the file itself"
             )
     for pattern, what, remedy in MODEL_FILES:
         if next(directory.glob(pattern), None) is not None:

@@ -1,4 +1,4 @@
-"""Reading files of a directory nobody vouches for.
+"""Reading files of a directory that is not trusted.
 
 Bounded, regular files only, never outside the directory.
 """

@@ -1,4 +1,4 @@
-"""What to say about a directory that is no model: what it seems to be, and where the model may be."""
+"""Hints for a directory that is not a model: what it seems to be, and where the model may be."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def no_config_hint(root: Path) -> str:
     """A hint for a directory without config.json."""
     try:
         if (root / "config.json").is_symlink() or (root / "config.json").exists():
-            return "config.json is there and is no regular file: restore it from the source"
+            return "config.json is there and is not a regular file: restore it from the source"
         for pattern, what, remedy in MODEL_FILES:
             if next(root.glob(pattern), None) is not None and pattern != "*.safetensors":
                 return f"It holds {what}. {remedy}"

@@ -1,4 +1,4 @@
-"""The kind of an artifact, told from its config and then from the tensors themselves."""
+"""Infer the kind of an artifact from config.json, then from the tensors."""
 
 from __future__ import annotations
 

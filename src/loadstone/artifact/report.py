@@ -18,7 +18,7 @@ from loadstone.artifact.torchao.checks import FlatTensor, looks_flattened
 from loadstone.artifact.torchao.uniform import pattern_of
 from loadstone.errors import ArtifactError
 
-# A header may hold a million bad entries: nobody reads that many lines.
+# A header may hold a million bad entries, which is more than anyone reads.
 MAX_PROBLEMS = 200
 
 
@@ -120,7 +120,7 @@ def collect(path: str | Path, *, checkpoint: str | None = None) -> Report:
     else:
         notes = []
     parameters = sum(t.numel for t in flat.values())
-    # Integers are weights that another quantizer packed; masks that are called "bias" (GPT-2) are none.
+    # Integers are weights that another quantizer packed; masks that are called "bias" (GPT-2) are not.
     parameters += sum(
         t.numel for t in _once(artifact, plain) if t.dtype in FLOAT_DTYPES or not t.name.endswith("bias")
     )
@@ -262,7 +262,7 @@ def _notes(artifact: Artifact, stored: list[TensorInfo]) -> list[str]:
     if artifact.kind != PFN and not any(is_file(d / n) for d in artifact.sidecar_dirs for n in tokenizers):
         notes.append("no tokenizer: text cannot be given to this model")
     if is_file(artifact.path / "adapter_config.json"):
-        notes.append("adapter_config.json: an adapter lies here and is not applied")
+        notes.append("adapter_config.json: there is an adapter here, which is not applied")
     total = artifact.weights.total_size
     actual = sum(t.nbytes for t in stored)
     if total is not None and total != actual:
@@ -272,7 +272,7 @@ def _notes(artifact: Artifact, stored: list[TensorInfo]) -> list[str]:
     if artifact.needs_remote_code:
         notes.append(f"{CONFIG}: auto_map names Python code in the directory")
     if (artifact.path / MANIFEST).exists() and not is_file(artifact.path / MANIFEST):
-        notes.append(f"{MANIFEST} is no regular file")
+        notes.append(f"{MANIFEST} is not a regular file")
     return notes
 
 

@@ -150,7 +150,7 @@ class SafetensorsSource:
         with ExitStack() as stack:
             for file in self.files:
                 handle = stack.enter_context(safe_open(self.directory / file, framework="pt", device="cpu"))
-                for name in handle.keys():  # noqa: SIM118 (a safe_open handle is no mapping)
+                for name in handle.keys():  # noqa: SIM118 (a safe_open handle is not a mapping)
                     slices[name] = handle.get_slice(name)
             yield slices, self.quantized
 

@@ -74,7 +74,8 @@ def _best(root: Path, found: list[Path]) -> tuple[Path, tuple[str, ...]]:
         name = PurePath(best.replace("\\", "/")).name
         if not is_checkpoint_name(name):
             raise ArtifactError(
-                f"{state_file.name} names {ascii(best)[:80]}, no checkpoint", "Choose one by its step"
+                f"{state_file.name} names {ascii(best)[:80]}, which is not a checkpoint",
+                "Choose one by its step",
             )
         path = (found[0].parent if found else root) / name
         if path.is_dir():

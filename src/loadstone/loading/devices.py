@@ -12,7 +12,7 @@ CPU, DISK = "cpu", "disk"
 
 
 def check_device(device: str) -> None:
-    """Raise `UsageError` for what is no ``auto``, ``cpu``, ``cuda`` or ``cuda:N``."""
+    """Raise `UsageError` unless it is ``auto``, ``cpu``, ``cuda`` or ``cuda:N``."""
     if not isinstance(device, str) or not re.fullmatch(r"auto|cpu|cuda(:\d{1,9})?", device):
         raise UsageError(f"--device {device!s:.40} is not known", "One of auto, cpu, cuda, cuda:N")
 

@@ -102,7 +102,7 @@ def stored_dtype(artifact: Artifact, config: Any) -> torch.dtype:
 
 
 def remote_code_refused(artifact: Artifact) -> ArtifactError:
-    """The error for a model whose class is code in its directory, which nobody asked to run."""
+    """The error for a model whose class is code in its directory, which was not asked for."""
     return ArtifactError(
         f"{artifact.config_dir}/config.json: auto_map asks to run Python code that came with the model",
         "Read that code, then pass --trust-remote-code if you trust it",

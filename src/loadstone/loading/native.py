@@ -92,7 +92,7 @@ def check_complete(artifact: Artifact, model: PreTrainedModel, info: dict[str, A
     where = artifact.weights.index or artifact.weights.files[0]
     for key, problem, remedy in (
         ("missing_keys", "is missing: it would be initialised at random", "Finalize or copy the model again"),
-        ("unexpected_keys", "belongs to no part of this model", "Check that config.json is of these weights"),
+        ("unexpected_keys", "is not part of this model", "Check that config.json is of these weights"),
     ):
         names = sorted(info[key])
         if names:

@@ -175,7 +175,9 @@ def _load_path(artifact: Artifact) -> tuple[str, str]:
             return IN_CONTEXT, "an in-context model of loadstone's own, in plain safetensors"
         case k if k == CONTEXT:
             remedy = "Use loadstone.load_context(path), or loadstone eval and predict"
-            raise ArtifactError(f"'{artifact.root}' is a fitted context, which is no model by itself", remedy)
+            raise ArtifactError(
+                f"'{artifact.root}' is a fitted context, which is not a model by itself", remedy
+            )
     raise ArtifactError(
-        f"'{artifact.root}' is a {artifact.kind}, which is no model", "Name a model directory"
+        f"'{artifact.root}' is a {artifact.kind}, which is not a model", "Name a model directory"
     )

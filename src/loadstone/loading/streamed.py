@@ -60,7 +60,7 @@ class StreamedModel:
         for key, destination in destinations(self.model, list(state)).items():
             if destination is None:
                 raise ArtifactError(
-                    f"{self._where}: tensor '{key}' belongs to no part of this model",
+                    f"{self._where}: tensor '{key}' is not part of this model",
                     "Check that config.json is of these weights",
                 )
             inside = destination.parameter.startswith(stack + ".")

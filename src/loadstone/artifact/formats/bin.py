@@ -78,7 +78,7 @@ class BinContents:
 def read_bin(path: Path, sink: Sink = refuse) -> BinContents:
     """Names, dtypes and shapes in one ``.bin``.
 
-    Raises `ArtifactError` when it is no state dict in zip form.
+    Raises `ArtifactError` when it is not a state dict in zip form.
     """
     data, storages = _read_archive(path)
     try:
@@ -190,7 +190,8 @@ def _check_directory(name: str, file: BinaryIO) -> None:
     length = record[zipfile._ECD_SIZE]  # type: ignore[attr-defined]
     if length > MAX_DIRECTORY_BYTES:
         raise ArtifactError(
-            f"{name}: its zip directory claims {length} bytes", "This is no model, or a hostile one"
+            f"{name}: its zip directory claims {length} bytes",
+            "This is not a model, or it was made to do harm",
         )
     file.seek(0)
 

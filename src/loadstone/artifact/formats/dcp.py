@@ -132,7 +132,7 @@ class _Reader:
         value = node.attribute(name) if isinstance(node, Node) else None
         if not isinstance(value, Node):
             raise ArtifactError(
-                f"{self.label}: no distributed checkpoint's metadata", "Copy the checkpoint again"
+                f"{self.label}: not the metadata of a distributed checkpoint", "Copy the checkpoint again"
             )
         return value.pairs()
 

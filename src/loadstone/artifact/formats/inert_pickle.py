@@ -1,4 +1,4 @@
-"""A pickle followed for what it describes, never for what it does.
+"""Read what a pickle describes without running it.
 
 A pickle is a program for a small stack machine. This one has no instruction that calls anything: where the
 real machine would import a name and call it, this one records name and arguments in a `Node`. Only the
@@ -30,7 +30,7 @@ class Node:
     _pairs: dict[str, Any] | None = field(default=None, init=False, repr=False)
 
     def pairs(self) -> dict[str, Any]:
-        """The items with string keys, as a dict (a later one wins); made once, for many may share one node."""
+        """The items with string keys, as a dict (a later one wins); computed once, since many may share one node."""
         if self._pairs is None:
             # Other keys are left out: chosen to collide, a million of them would take hours to hash.
             named = (i for i in self.items if type(i) is tuple and len(i) == 2 and type(i[0]) is str)
@@ -43,7 +43,7 @@ class Node:
 
 
 class MalformedPickle(ValueError):
-    """The bytes are no pickle that this machine can follow."""
+    """The bytes are not a pickle that this machine can follow."""
 
 
 def read_pickle(data: bytes) -> tuple[Any, frozenset[str]]:

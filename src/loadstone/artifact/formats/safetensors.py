@@ -75,11 +75,11 @@ def read_header(path: Path, sink: Sink = refuse, name: str | None = None) -> Sha
     try:
         header = json.loads(raw, object_pairs_hook=_no_duplicates)
     except _DuplicateKey as error:
-        raise ArtifactError(f"{name}: {error.args[0]!a} stands twice in the header", _RECOPY) from None
+        raise ArtifactError(f"{name}: {error.args[0]!a} is duplicated in the header", _RECOPY) from None
     except (ValueError, RecursionError):
         raise ArtifactError(f"{name}: the header is not valid JSON", _RECOPY) from None
     if not isinstance(header, dict):
-        raise ArtifactError(f"{name}: the header is no JSON object", _RECOPY)
+        raise ArtifactError(f"{name}: the header is not a JSON object", _RECOPY)
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise ArtifactError(f"{name}: __metadata__ must map strings to strings", _RECOPY)
@@ -195,4 +195,4 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 _RECOPY = "Copy or download the file again"
-_HOSTILE = "This is no safetensors file, or a hostile one"
+_HOSTILE = "This is not a safetensors file, or it was made to do harm"

@@ -85,7 +85,7 @@ def find_dcp(directory: Path) -> str | None:
 def _named(directory: Path, name: object, sink: Sink) -> WeightFiles:
     known = isinstance(name, str) and name.endswith((".safetensors", ".safetensors.index.json"))
     if not isinstance(name, str) or not known:
-        what = f"config.json: transformers_weights is {ascii(name)[:80]}, no safetensors file"
+        what = f"config.json: transformers_weights is {ascii(name)[:80]}, not a safetensors file"
         raise ArtifactError(what, "Restore config.json from the source")
     check_inside(directory, name)
     if not is_file(directory / name):

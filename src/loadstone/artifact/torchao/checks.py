@@ -254,7 +254,7 @@ def check_shapes(tensor: FlatTensor) -> None:
             tensor, qdata, f"has dtype {qdata.dtype}, {tensor.type} takes {' or '.join(spec.qdata)}"
         )
     if len(tensor.shape) < 2 or 0 in tensor.shape:
-        raise _misfit(tensor, qdata, f"has shape {list(qdata.shape)}, which is no weight's")
+        raise _misfit(tensor, qdata, f"has shape {list(qdata.shape)}, which no weight has")
     # The int4 classes compute in the dtype of their scales; Float8Tensor may leave its own unsaid.
     says = any(k in tensor.attributes for k in ("dtype", "orig_dtype")) and not tensor.type.startswith("Int4")
     if says and tensor.dtype not in _COMPUTE:
@@ -355,7 +355,7 @@ def _expect_shape(tensor: FlatTensor, part: TensorInfo, shape: tuple[int, ...], 
 
 def _expect_float(tensor: FlatTensor, part: TensorInfo) -> None:
     if part.dtype not in FLOAT_DTYPES:
-        raise _misfit(tensor, part, f"has dtype {part.dtype}, which is no scale's")
+        raise _misfit(tensor, part, f"has dtype {part.dtype}, which no scale has")
 
 
 def _misfit(tensor: FlatTensor, part: TensorInfo, what: str) -> ArtifactError:

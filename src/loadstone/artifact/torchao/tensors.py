@@ -31,7 +31,7 @@ def tensor_names(metadata: dict[str, str]) -> list[str]:
     except (ValueError, RecursionError):
         names = None
     if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
-        raise ArtifactError("header metadata 'tensor_names' is no JSON list of strings", _AGAIN)
+        raise ArtifactError("header metadata 'tensor_names' is not a JSON list of strings", _AGAIN)
     return names
 
 

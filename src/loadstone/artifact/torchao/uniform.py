@@ -25,7 +25,7 @@ def pattern_of(name: str) -> str:
 def check_layers(tensors: dict[str, TensorInfo], sink: Sink) -> None:
     """Reports a plain tensor whose dtype differs from the same tensor's in other layers, at equal width.
 
-    Different widths (a layer kept in float32) are a choice; BF16 in one layer and F16 in the next is none.
+    Different widths (a layer kept in float32) are a choice; BF16 in one layer and F16 in the next is not.
     """
     groups: dict[tuple[str, int], list[TensorInfo]] = {}
     overall: Counter[Any] = Counter()
