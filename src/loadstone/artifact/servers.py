@@ -29,11 +29,18 @@ class Runs(NamedTuple):
     how: str
 
 
-def where_it_runs(schemes: Iterable[LayerScheme], experts: bool) -> tuple[Runs, ...]:
-    """A line for each server and scheme of the compressed-tensors layout. ``experts``: the model has some."""
+def where_it_runs(
+    schemes: Iterable[LayerScheme], experts: bool, plain_experts: bool = False
+) -> tuple[Runs, ...]:
+    """A line for each server and scheme of the compressed-tensors layout.
+
+    ``experts``: some are quantized; ``plain_experts``: the model's experts are plain.
+    """
     found = []
     for scheme in dict.fromkeys(schemes):
         answers = _answers(scheme, experts)
+        if plain_experts and (scheme.weights.type, scheme.weights.bits) != ("float", 8):
+            answers = ((False, "plain experts beside packed layers do not merge on load"), *answers[1:])
         found += [Runs(server, str(scheme), *answer) for server, answer in zip(SERVERS, answers, strict=True)]
     return tuple(found)
 
@@ -67,7 +74,8 @@ def runs_of(artifact: Artifact) -> tuple[Runs, ...]:
 
     if artifact.packed:
         experts = any(".experts." in name for name in artifact.packed)
-        return where_it_runs((weight.scheme for weight in artifact.packed.values()), experts)
+        plain = not experts and any(".experts." in name for name in artifact.tensors)
+        return where_it_runs((weight.scheme for weight in artifact.packed.values()), experts, plain)
     if not artifact.quantized or not artifact.is_torchao:
         return ()
     block = artifact.quantization_config or {}

@@ -191,7 +191,9 @@ class PackedEncoder:
         self, stored: Mapping[str, Encoding | TensorInfo], config: Mapping[str, Any]
     ) -> tuple[Runs, ...]:
         found = {name: each.layer for name, each in stored.items() if isinstance(each, PackedEncoding)}
-        return where_it_runs(found.values(), any(".experts." in name for name in found))
+        experts = any(".experts." in name for name in found)
+        plain = not experts and any(".experts." in name for name in stored)
+        return where_it_runs(found.values(), experts, plain)
 
 
 def _experts_misfit(scheme: Scheme, shape: tuple[int, ...]) -> str:
