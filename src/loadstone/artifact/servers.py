@@ -82,8 +82,8 @@ def runs_of(artifact: Artifact) -> tuple[Runs, ...]:
     quant_type = block.get("quant_type")
     recipe = quant_type.get("default") if isinstance(quant_type, dict) else None
     modules = {name.removesuffix(".weight"): True for name in artifact.quantized}
-    plain = {n.removesuffix(".weight"): False for n in artifact.tensors if n.endswith(".weight")}
-    split = any(len({(modules | plain)[m] for m in members}) > 1 for members in merged_sets(modules | plain))
+    modules |= {n.removesuffix(".weight"): False for n in artifact.tensors if n.endswith(".weight")}
+    split = any(len({modules[m] for m in members}) > 1 for members in merged_sets(modules))
     return torchao_runs(
         (flat.type for flat in artifact.quantized.values()),
         isinstance(recipe, dict) and chooses_by_module(recipe),
