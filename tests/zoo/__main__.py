@@ -1,0 +1,128 @@
+"""Try every model type: ``python -m tests.zoo [--types a,b] [--part N/M] [--jobs 2] [--commands c,d] -o out.json``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import tempfile
+import threading
+import time
+from pathlib import Path
+from queue import Empty, Queue
+from typing import Any
+
+from tests.zoo.checks import CHECKS, Case, Result
+from tests.zoo.process import Process
+from tests.zoo.table import FAULTLESS, summary, write_table
+
+
+def try_type(
+    model_type: str, commands: list[str], folder: Path, stock: Process, loadstone: Process
+) -> dict[str, Any]:
+    """Make the model of one type and run the checks on it. Each result is [status, detail, seconds]."""
+    path = folder / model_type
+    path.mkdir(parents=True)
+    try:
+        answer = stock.ask("build", model_type=model_type, path=str(path))
+        if "ok" not in answer:
+            return {"failed": f"the zoo cannot make it: {reason(answer)}"}
+        facts = answer["ok"]
+        if "no_model" in facts:
+            return {"none": facts["no_model"]}
+        case = Case(model_type, path, facts, stock, loadstone, {})
+        answer = case.observe(stock, case.model, keep=True)
+        if "ok" not in answer:
+            return facts | {"failed": f"transformers cannot reload its own save: {reason(answer)}"}
+        case.original = answer["ok"]
+        return facts | {
+            "info": case.original["info"],
+            "results": {name: _timed(name, case) for name in commands},
+        }
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+        stock.rest()
+        loadstone.rest()
+
+
+def reason(answer: dict[str, Any]) -> str:
+    return f"{answer.get('error') or answer['crash']} {answer.get('where', '')}".strip()
+
+
+def _timed(name: str, case: Case) -> list[Any]:
+    start = time.monotonic()
+    try:
+        result = CHECKS[name](case)
+    except Exception as error:
+        result = Result("zoo error", f"{type(error).__name__}: {error}")
+    return [result.status, result.detail, round(time.monotonic() - start, 2)]
+
+
+def work(types: Queue[str], commands: list[str], folder: Path, done: dict[str, Any]) -> None:
+    stock, loadstone = Process("stock"), Process("loadstone")
+    try:
+        while True:
+            model_type = types.get_nowait()
+            start = time.monotonic()
+            done[model_type] = entry = try_type(model_type, commands, folder, stock, loadstone)
+            entry["seconds"] = round(time.monotonic() - start, 1)
+            print(_line(model_type, entry), flush=True)
+    except Empty:
+        pass
+    finally:
+        stock.close()
+        loadstone.close()
+
+
+def _line(model_type: str, entry: dict[str, Any]) -> str:
+    faults = [
+        f"{k}: {r[0]} ({r[1][:150]})" for k, r in entry.get("results", {}).items() if r[0] not in FAULTLESS
+    ]
+    text = entry.get("failed") or entry.get("none") or "; ".join(faults) or "ok"
+    return f"{model_type} {entry['seconds']} s {text[:400]}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.zoo", description=__doc__)
+    parser.add_argument("--types", help="model types, separated by commas (default: all)")
+    parser.add_argument("--part", default="1/1", help="N/M: every M-th type, from the N-th")
+    parser.add_argument("--jobs", type=int, default=2, help="models tried at a time")
+    parser.add_argument("--commands", help=f"columns, separated by commas: {', '.join(CHECKS)}")
+    parser.add_argument("-o", "--out", type=Path, help="JSON file of the results")
+    parser.add_argument("--table", type=Path, help="Markdown table to write")
+    options = parser.parse_args()
+
+    from tests.zoo.classes import model_types
+
+    number, parts = map(int, options.part.split("/"))
+    chosen = options.types.split(",") if options.types else model_types()[number - 1 :: parts]
+    commands = options.commands.split(",") if options.commands else list(CHECKS)
+    types: Queue[str] = Queue()
+    for model_type in chosen:
+        types.put(model_type)
+    done: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory(prefix="zoo-") as folder:
+        threads = [
+            threading.Thread(target=work, args=(types, commands, Path(folder), done))
+            for _ in range(options.jobs)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    results = dict(sorted(done.items()))
+    if options.out:
+        if options.out.exists():  # the other parts of the zoo
+            results = dict(sorted((json.loads(options.out.read_text()) | results).items()))
+        options.out.write_text(json.dumps(results, indent=1))
+    if options.table:
+        write_table(results, options.table)
+    print(summary(results))
+    faults = any(
+        r[0] not in FAULTLESS for entry in results.values() for r in entry.get("results", {}).values()
+    )
+    return int(faults or any("failed" in entry for entry in results.values()))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
