@@ -113,7 +113,7 @@ def test_int4_tiles_are_multiplied_by_cublas_to_rounding(model_factory: Any) -> 
     model = model_factory(hidden_size=256, intermediate_size=512).to("cuda", torch.bfloat16)
     quantize_(model.model, to_torchao(parse_recipe("int4-weight-only:group_size=32").scheme))
     fast = copy.deepcopy(model)
-    assert speed_up(fast).packed == 14
+    assert speed_up(fast).repacked == 14
     for name, linear in model.named_modules():
         if name.endswith("proj"):
             # A row of the identity reads one column of the weight: the values are the kernel's own.
