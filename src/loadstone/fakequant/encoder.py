@@ -70,6 +70,10 @@ class FakeQuantEncoding:
         return 4
 
     @property
+    def moves(self) -> bool:
+        return False
+
+    @property
     def shares_scale(self) -> bool:
         return False
 

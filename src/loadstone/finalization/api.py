@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -10,7 +11,7 @@ from pathlib import Path
 
 from loadstone.artifact import Artifact
 from loadstone.errors import UsageError
-from loadstone.finalization.encoders import TORCHAO, encoder_for
+from loadstone.finalization.encoders import COMPRESSED_TENSORS, TORCHAO, encoder_for
 from loadstone.finalization.journal import discard_calibration
 from loadstone.finalization.plan import FinalizePlan, make_plan, refuse_quantized, weight_dtype
 from loadstone.finalization.run import Finalized, write_plan
@@ -18,6 +19,8 @@ from loadstone.quantization.recipe_file import MixedRecipe, read_recipe, recipes
 from loadstone.quantization.schemes import Recipe, parse_recipe
 from loadstone.ranks import joined
 from loadstone.writing.publish import check_output
+
+log = logging.getLogger(__name__)
 
 OnProgress = Callable[[str, int, int], None]
 CALIBRATE, WRITE, VERIFY = "calibrate", "write", "verify"
@@ -56,7 +59,7 @@ def finalize(
     calibrate_tokens: number of calibration tokens.
     skip: modules to leave unquantized: names or parts of them, globs or ``re:REGEX``.
     layout: how quantized weights are stored: torchao, or compressed-tensors, which vLLM and SGLang run on their own
-        kernels.
+        kernels. With compressed-tensors and no recipe, a torchao artifact is moved over without loss.
     checkpoint: of a training run: newest (default), best, a step or a folder.
     dtype: floating dtype of unquantized tensors: auto (as stored), float32, bfloat16 or float16.
     max_shard_size: bytes of the largest file to write, or a text such as ``"500MB"``.
@@ -140,18 +143,33 @@ def plan_finalize(
     # Errors in the options themselves come before anything heavy is imported.
     asked = _recipe(recipe)
     max_shard_bytes = parse_size(max_shard_size)
+    from loadstone.finalization.moving import plan_move
     from loadstone.loading import plan as load_plan
     from loadstone.loading.devices import quantize_device
     from loadstone.loading.loader import import_libraries
+    from loadstone.loading.packed import dense_view
     from loadstone.quantization.qat import recorded_recipe
     from loadstone.quantization.quantize import check_runs
 
     artifact = load_plan(
         source, dtype=dtype, checkpoint=checkpoint, trust_remote_code=trust_remote_code
     ).artifact
+    if layout == COMPRESSED_TENSORS and artifact.is_torchao and asked is None:
+        if out is not None:
+            check_output(artifact.root, Path(out), overwrite)
+        import_libraries()
+        return plan_move(artifact, max_shard_bytes=max_shard_bytes, trust_remote_code=trust_remote_code)
     refuse_quantized(artifact)
+    if artifact.packed:
+        log.warning("%s is quantized: its decoded weights are what is finalized", artifact.root)
+        artifact = dense_view(artifact)
     chosen = recorded_recipe(artifact, asked)
     chosen = _with_options(chosen, algorithm, calibrate is not None, skip)
+    if layout != TORCHAO and chosen is None:
+        raise UsageError(
+            f"--layout {layout} is about quantized weights",
+            "Add --quantize RECIPE or --recipe FILE, or take an artifact that is quantized with torchao",
+        )
     if out is not None:
         check_output(artifact.root, Path(out), overwrite)
     import_libraries()

@@ -292,15 +292,22 @@ def _quantize_step(
 
 
 def _separate(info: TensorInfo, artifact: Artifact) -> list[TensorInfo]:
-    """The matrices that a source tensor is stored as by name: itself, or each expert's; empty where it cannot be
-    divided.
+    """The matrices that a source tensor is stored as; empty where it cannot be divided."""
+    if len(info.shape) > 2 and artifact.weights.format != "safetensors":
+        return []
+    return divided(info)
 
-    A tensor of all experts (experts, out, in) of transformers' own kind holds gate above up.
+
+def divided(info: TensorInfo) -> list[TensorInfo]:
+    """A matrix itself, or those of each expert under the names that servers look for; empty for others.
+
+    A tensor of all experts (experts, out, in) of transformers' own kind holds gate above up. The parts are byte ranges
+    of the same file.
     """
     if len(info.shape) == 2:
         return [info]
     owner, _, last = info.name.removesuffix(".weight").rpartition(".")
-    if len(info.shape) != 3 or artifact.weights.format != "safetensors":
+    if len(info.shape) != 3:
         return []
     experts, rows, columns = info.shape
     names = ("gate_proj", "up_proj") if last == "gate_up_proj" else (last,)

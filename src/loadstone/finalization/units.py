@@ -112,6 +112,11 @@ def encode_unit(
             "Add --calibrate FILE",
         )
     width = unit.source.shape[-1]
+    if encoding.moves:
+        for at in range(0, len(values), block):
+            rows = values[at : at + block].view(-1, width)
+            yield from encoding.encode(rows, (unit.start + at) // width, None)
+        return
     first = sum(prod(s.shape[:-1]) for s in step.sources[: unit.number]) + unit.start // width
     target = torch_dtype(encoding.dtype)
     extremes = None

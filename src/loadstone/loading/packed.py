@@ -5,12 +5,19 @@ What comes out is a plain tensor of the model's dtype, so experts merge and laye
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, ClassVar
 
+from loadstone.artifact import Artifact, FlatTensor, TensorInfo
 from loadstone.artifact.compressed_tensors import PackedWeight
 from loadstone.artifact.compressed_tensors.layout import row_tile, rows_needed
-from loadstone.artifact.torchao.flatten import torch_dtype
+from loadstone.artifact.compressed_tensors.tensors import is_side_tensor
+from loadstone.artifact.detect import DENSE
+from loadstone.artifact.source import Source
+from loadstone.artifact.torchao.flatten import SAFETENSORS_DTYPES, torch_dtype
+from loadstone.artifact.values import Limits, packed_limits
 from loadstone.errors import ArtifactError
 from loadstone.quantization.packing import decode_rows
 
@@ -96,3 +103,90 @@ def _check_shape(weight: PackedWeight, stored: torch.Tensor) -> None:
             f"{info.file}: '{info.name}' says {stored.tolist()}, the tensors beside it hold {list(weight.shape)}",
             "Copy the file again, or make the artifact again",
         )
+
+
+def dense_view(artifact: Artifact) -> Artifact:
+    """The artifact as if its weights were plain: what a command that wants an unquantized model takes as its source."""
+    dtype = _model_dtype(artifact)
+    tensors: dict[str, TensorInfo] = {}
+    parts = {part.name for weight in artifact.packed.values() for part in weight.parts.values()}
+    for name, info in artifact.tensors.items():
+        if name not in parts and not is_side_tensor(name):
+            tensors[name] = info
+    for name, weight in artifact.packed.items():
+        nbytes = weight.numel * torch_dtype(dtype).itemsize
+        tensors[name] = TensorInfo(name, dtype, weight.shape, weight.values.file, 0, nbytes)
+    config = {key: value for key, value in artifact.config.items() if key != "quantization_config"}
+    if isinstance(inner := config.get("text_config"), dict):
+        config["text_config"] = {key: value for key, value in inner.items() if key != "quantization_config"}
+    source: Any = DecodedSource(artifact.source, artifact.packed, tensors)
+    return replace(artifact, kind=DENSE, config=config, source=source, packed={}, quant_method=None)
+
+
+def _model_dtype(artifact: Artifact) -> str:
+    """The floating dtype that the model computes in, in safetensors' spelling."""
+    inner = artifact.config.get("text_config")
+    for config in (artifact.config, inner if isinstance(inner, dict) else {}):
+        declared = config.get("dtype") or config.get("torch_dtype")
+        if isinstance(declared, str) and declared.removeprefix("torch.") in SAFETENSORS_DTYPES:
+            return SAFETENSORS_DTYPES[declared.removeprefix("torch.")]
+    return next(iter(artifact.packed.values())).dtype
+
+
+@dataclass(frozen=True)
+class DecodedSource:
+    """The tensors of a packed artifact, packed weights as plain ones (see `artifact.source` for the attributes)."""
+
+    stored: Source = field(repr=False)
+    packed: dict[str, PackedWeight] = field(repr=False)
+    tensors: dict[str, TensorInfo] = field(repr=False)
+    quantized: dict[str, FlatTensor] = field(default_factory=dict)
+    metadata: dict[str, str] = field(default_factory=dict)
+    shared: tuple[tuple[str, ...], ...] = ()
+    foreign: tuple[ArtifactError, ...] = ()
+    content: ClassVar[str] = "holds packed weights"
+    divisible: ClassVar[bool] = True
+    streamable: ClassVar[bool] = True
+    mappable: ClassVar[bool] = False
+    repeats_ties: ClassVar[bool] = False
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        return self.stored.files
+
+    def read(
+        self, info: TensorInfo, start: int = 0, stop: int | None = None, *, pinned: bool = False
+    ) -> torch.Tensor:
+        weight = self.packed.get(info.name)
+        if weight is None:
+            return self.stored.read(info, start, stop, pinned=pinned)
+
+        def read(suffix: str, first: int, last: int) -> torch.Tensor:
+            part = weight.parts[suffix]
+            if not part.shape:
+                return self.stored.read(part)
+            size = part.numel // part.shape[0]
+            return self.stored.read(part, first * size, last * size).view(-1, *part.shape[1:])
+
+        dtype, (rows, columns) = torch_dtype(info.dtype), weight.shape
+        if stop is None:
+            return decode(weight, read, 0, rows, dtype)
+        tile = row_tile(weight.scheme)
+        first = start // columns // tile * tile
+        last = min(-(-stop // columns // tile) * tile, rows) if stop > start else first
+        values = decode(weight, read, first, last, dtype).reshape(-1)
+        return values[start - first * columns : stop - first * columns]
+
+    @contextmanager
+    def opened(self) -> Iterator[tuple[dict[str, Any], dict[str, FlatTensor]]]:
+        with self.stored.opened() as (stored, _):
+            found = {name: part for name, part in stored.items() if name in self.tensors}
+            for name, weight in self.packed.items():
+                found[name] = LazyPacked(weight, {s: stored[p.name] for s, p in weight.parts.items()})
+            yield found, {}
+
+    def describe(self, name: str) -> FlatTensor:
+        return self.quantized[name]
+
+    def check_values(self, limits: Limits) -> None:
+        self.stored.check_values(limits | packed_limits(self.packed.values()))

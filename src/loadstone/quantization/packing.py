@@ -46,10 +46,13 @@ def unpack_ints(packed: torch.Tensor, bits: int, columns: int, padded: bool = Fa
     """
     import torch
 
+    if packed.stride(-1) != 1:
+        # Not `contiguous`: of a single column that changes nothing.
+        packed = torch.empty(packed.shape, dtype=packed.dtype, device=packed.device).copy_(packed)
     if bits == 8:
-        return (packed.contiguous().view(torch.uint8)[:, :columns] ^ 0x80).view(torch.int8)
+        return (packed.view(torch.uint8)[:, :columns] ^ 0x80).view(torch.int8)
     if bits == 4:
-        both = packed.contiguous().view(torch.uint8).to(torch.int16)
+        both = packed.view(torch.uint8).to(torch.int16)
         return ((both | (both << 4)) & 0x0F0F).view(torch.int8)[:, :columns] - 8
     index = torch.arange(columns, device=packed.device)
     per_word = 32 // bits

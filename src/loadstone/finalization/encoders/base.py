@@ -54,6 +54,11 @@ class Encoding(Protocol):
         ...
 
     @property
+    def moves(self) -> bool:
+        """Whether `encode` takes the values of a quantized tensor as they are stored."""
+        ...
+
+    @property
     def shares_scale(self) -> bool:
         """Whether layers that servers merge take one scale of the whole tensor, from the largest value of all."""
         ...

@@ -72,6 +72,7 @@ class PackedEncoding:
     def temporaries(self) -> int:
         return self.rounding.temporaries
 
+    moves = False
     scales_inputs = False
 
     @property
@@ -86,15 +87,20 @@ class PackedEncoding:
         else:
             parts = _parts(quantize_weight(rows, self.rounding))
         stored = stored_rows(self.layer, parts, torch_dtype(self.dtype), self.name)
-        for output in self.outputs:
-            suffix = output.name.rpartition(".")[2]
-            if suffix in stored:
-                last = first_row + rows.shape[0]
-                start, _ = rows_needed(self.layer, suffix, output.shape, first_row, last)
-                yield output.name, stored[suffix], start * (output.nbytes // output.shape[0])
+        yield from self.placed(stored, first_row, rows.shape[0])
         if first_row == 0:
             for name, tensor in self._whole(parts).items():
                 yield name, tensor, 0
+
+    def placed(
+        self, stored: dict[str, torch.Tensor], first_row: int, count: int
+    ) -> Iterator[tuple[str, torch.Tensor, int]]:
+        """Stored tensors of ``count`` rows from ``first_row`` on, by suffix, with their names and byte offsets."""
+        for output in self.outputs:
+            suffix = output.name.rpartition(".")[2]
+            if suffix in stored:
+                start, _ = rows_needed(self.layer, suffix, output.shape, first_row, first_row + count)
+                yield output.name, stored[suffix], start * (output.nbytes // output.shape[0])
 
     def with_scheme(self, scheme: Scheme) -> PackedEncoding:
         return replace(self, scheme=scheme)

@@ -69,6 +69,7 @@ class TorchaoEncoding:
     def temporaries(self) -> int:
         return self.scheme.temporaries
 
+    moves = False
     shares_scale = False
 
     @property
