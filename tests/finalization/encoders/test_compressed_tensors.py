@@ -309,3 +309,48 @@ def test_what_is_loaded_is_checked(tiny: Path, tmp_path: Path) -> None:
         save_file(stored | {f"{name}.{suffix}": tensor}, out / "model.safetensors", {"format": "pt"})
         with pytest.raises(ArtifactError, match=said):
             loadstone.load(out)
+
+
+TEXT = ["the quick brown fox jumps over the lazy dog and runs away " * 200]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "algorithm"),
+    [
+        ("intx4-weight-only", "gptq"),
+        ("intx4-weight-only:mapping=asymmetric", "gptq"),
+        ("intx4-weight-only:group_size=64", "awq"),
+    ],
+)
+def test_calibrated_rounding_is_that_of_torchaos_layout(
+    recipe: str, algorithm: str, tiny: Path, tmp_path: Path
+) -> None:
+    options = {"recipe": recipe, "algorithm": algorithm, "calibrate": TEXT, "calibrate_tokens": 512}
+
+    loadstone.finalize(tiny, tmp_path / "packed", layout="compressed-tensors", **options)
+    loadstone.finalize(tiny, tmp_path / "torchao", **options)
+    found, expected = loadstone.load(tmp_path / "packed"), dequantized(loadstone.load(tmp_path / "torchao"))
+    for name, tensor in found.state_dict().items():
+        assert torch.equal(bits(tensor), bits(expected[name])), name
+
+
+@pytest.mark.parametrize(
+    ("recipe", "algorithm"), [("int8-dynamic-act-int8-weight", "smoothquant"), ("int8-weight-only", "awq")]
+)
+def test_scales_of_inputs_are_folded_into_what_comes_before(
+    recipe: str, algorithm: str, tiny: Path, tmp_path: Path
+) -> None:
+    """torchao's tensors would hold them; this layout has no place for them, so norms and Linears take them over."""
+    options = {"recipe": recipe, "algorithm": algorithm, "calibrate": TEXT, "calibrate_tokens": 512}
+
+    loadstone.finalize(tiny, tmp_path / "packed", layout="compressed-tensors", **options)
+    packed, dense = (
+        loadstone.load(tmp_path / "packed", dtype="float32"),
+        loadstone.load(tiny, dtype="float32"),
+    )
+    norm = "model.layers.0.input_layernorm.weight"
+    assert torch.equal(packed.get_parameter(norm), dense.get_parameter(norm)) == (algorithm == "awq")
+    tokens = torch.arange(60).reshape(1, -1)
+    with torch.inference_mode():
+        found, expected = packed(tokens).logits, dense(tokens).logits
+    assert (found - expected).norm() / expected.norm() < 0.05
