@@ -25,6 +25,8 @@ def _to(size: int) -> Callable[[int], int]:
 
 # The first pattern that matches a whole field name gives its size.
 RULES: list[tuple[str, Callable[[int], int]]] = [
+    (r"query_dim", lambda value: value),
+    (r"rotary_dim", _at_most(HEAD_DIM // 2)),
     (r"mamba_(?:n_heads|num_heads)", lambda value: 2 * HIDDEN // HEAD_DIM),
     (r"mamba_d_ssm", lambda value: 2 * HIDDEN),
     (r"(?:.*_)?(?:kv_heads|key_value_heads|num_key_heads)", lambda value: min(value, 2)),
@@ -42,7 +44,8 @@ RULES: list[tuple[str, Callable[[int], int]]] = [
     (r"first_k_dense_replace|num_dense_layers|moe_layer_start_index", _at_most(1)),
     (r"(?:.*_)?(?:vocab_size|num_embeddings|codebook_size)|vocab_offset", _at_most(VOCAB)),
     (r"(?:.*_)?(?:num_experts_per_tok(?:en)?|topk_group|moe_topk|moe_k)", _at_most(2)),
-    (r"(?:.*_)?(?:num_experts|num_local_experts|n_routed_experts|moe_num_experts)|n_group", _at_most(4)),
+    (r"(?:.*_)?(?:num_experts|num_local_experts|n_routed_experts|moe_num_experts)", _at_most(4)),
+    (r"n_group|num_expert_group", _at_most(2)),
     (
         r"(?:.*_)?(?:intermediate_size|ffn_dim|d_ff|dff|mlp_dim|ffn_hidden_size|n_inner|dim_feedforward|feed_forward_size"
         r"|feedforward_dim|intermediate_dim|linear_units|dim_ff|d_inner|mlp_hidden_size)",

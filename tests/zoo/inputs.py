@@ -133,7 +133,7 @@ def features(config: Any) -> list[torch.Tensor]:
     )
     frames = 2 * size(audio, "max_source_positions", default=32)
     shapes = [(bins, frames), (frames, bins), (bins, 100), (100, bins), (bins, 400), (400, bins)]
-    return [torch.rand(1, *shape) for shape in shapes]
+    return [torch.rand(1, *shape) for shape in shapes] + [torch.rand(1, 1, 100, bins), torch.rand(bins, 100)]
 
 
 def waves(config: Any) -> list[torch.Tensor]:
@@ -142,6 +142,7 @@ def waves(config: Any) -> list[torch.Tensor]:
     return [
         torch.randn(1, 4800),
         torch.randn(1, channels, 4800),
+        torch.randn(1, 7680),
         torch.randn(1, channels, 19200),
         torch.rand(1, frames, bins),
         torch.rand(1, bins, frames),
@@ -199,6 +200,10 @@ VALUES: dict[str, Callable[[Any], list[Any]]] = {
     "pixel_position_ids": lambda config: [
         torch.cartesian_prod(torch.arange(GRID[1]), torch.arange(GRID[2]))[None]
     ],
+    "input_features_mask": lambda config: [
+        torch.ones(value.shape[0], value.shape[-1], dtype=torch.long) for value in features(config)
+    ],
+    "task_inputs": lambda config: [token_ids(77)],
     "merge_sizes": lambda config: [torch.tensor([1])],
     "image_sizes": lambda config: [torch.tensor([_sides(config)])],
     "bbox": boxes,
@@ -226,8 +231,7 @@ VALUES: dict[str, Callable[[Any], list[Any]]] = {
     "returns_to_go": lambda config: [torch.randn(1, 4, 1)],
     "timesteps": lambda config: [torch.arange(4)[None]],
     "flattened_patches": lambda config: [
-        torch.rand(1, 16, 2 + 3 * 16 * 16),
-        torch.rand(1, 16, size(config, "patch_embed_hidden_size", default=770)),
+        torch.rand(1, 16, 2 + size(config, "patch_embed_hidden_size", default=768))
     ],
     "state": lambda config: [torch.randn(1, size(config, "max_state_dim", default=32))],
     "prompt_masks": lambda config: pixels(config)[:1],
@@ -249,10 +253,12 @@ def candidates(model: Any) -> Iterator[dict[str, Any]]:
     grids = [name for name in GRIDS if name in signature]
     kinds = [name for name in ("mm_token_type_ids",) if name in signature]
     decoder = ["decoder_input_ids"] if "decoder_input_ids" in signature else []
-    main = [model.main_input_name] if model.main_input_name in signature else []
+    named = model.main_input_name if isinstance(model.main_input_name, list) else [model.main_input_name]
+    main = [name for name in named if name in signature]
     groups = [
         [*required, *text, *media[:1], *grids[:1], *kinds] if grids and media else [],
         [*required, *text, *media[:1], *kinds] if media else [],
+        [*required, "input_features", "input_features_mask"] if "input_features_mask" in signature else [],
         [*required, *main, *decoder],
         [*required, *main],
         [*required, *text, "bbox"] if "bbox" in signature else [],
@@ -267,7 +273,7 @@ def candidates(model: Any) -> Iterator[dict[str, Any]]:
         [*required, "past_values", "past_time_features", "past_observed_mask"]
         if "past_time_features" in signature
         else [],
-        [*required, "states", "actions", "rewards", "returns_to_go", "timesteps", "attention_mask"]
+        [*required, "states", "actions", "rewards", "returns_to_go", "timesteps"]
         if "states" in signature
         else [],
         [*required, "hidden_states"] if "hidden_states" in signature else [],
@@ -284,8 +290,8 @@ def candidates(model: Any) -> Iterator[dict[str, Any]]:
 def _values(names: list[str], config: Any) -> Iterator[dict[str, Any]]:
     """Every argument at its first value, then one or all at their later ones."""
     options = {name: VALUES[name](config) if name in VALUES else [] for name in names}
-    if any(name in GRIDS for name in names):
-        options |= {name: patches(config) for name in names if name in MEDIA}
+    if any(name in (*GRIDS, "pixel_position_ids") for name in names):
+        options |= {name: patches(config) for name in names if name in (*MEDIA, "hidden_states")}
     if not all(options.values()):
         return
     for index in range(max(map(len, options.values()))):
@@ -303,7 +309,12 @@ def with_placeholders(inputs: dict[str, Any], error: str, config: Any) -> dict[s
     kind = found[1].lower() if found[1].lower() in ("image", "video", "audio") else "image"
     token = find(config, f"{kind}_token_id", f"{kind}_token_index")
     count = int(found[2])
-    if token is None or inputs["input_ids"].dim() != 2 or not 0 < count <= 600:
+    if (
+        token is None
+        or (inputs["input_ids"] == token).any()
+        or inputs["input_ids"].dim() != 2
+        or not 0 < count <= 600
+    ):
         return None
     row = torch.cat(
         [inputs["input_ids"][:, :4], torch.full((1, count), token), inputs["input_ids"][:, 4:]], 1

@@ -40,11 +40,12 @@ def build(model_type: str) -> Any:
             if not parameter.is_floating_point() or not parameter.numel():
                 continue
             noise = torch.randn(parameter.shape, generator=generator)
-            if not parameter.isfinite().all() or parameter.abs().max() > 1e4:
-                parameter.copy_(noise * 0.02)
-            elif parameter.min() == parameter.max():
+            largest = parameter.abs().max()
+            if parameter.min() == parameter.max() and largest.isfinite():
                 # A bias of zeros or a norm of ones would hide a tensor put in the wrong place.
                 parameter.copy_(parameter * (1 + 0.1 * noise) + 0.02 * noise)
+            elif not 1e-3 < largest < 1e4:
+                parameter.copy_(noise * 0.02)
     return model.eval()
 
 
@@ -78,19 +79,17 @@ def save(model_type: str, path: Path) -> dict[str, Any]:
 
 def _first_input(model: Any) -> tuple[dict[str, Any] | None, str]:
     """The first input that the model takes, or why it took none."""
-    error = ""
-    for inputs in candidates(model):
-        attempt: dict[str, Any] | None = inputs
-        for _ in range(2):
-            assert attempt is not None
-            reason = _refusal(model, attempt)
-            if not reason:
-                return attempt, ""
-            error = error or f"{sorted(attempt)}: {reason}"
-            attempt = with_placeholders(attempt, reason, model.config)
-            if attempt is None:
-                break
-    return None, error or "no input known"
+    errors: list[str] = []
+    for extra in ({}, {"use_cache": False}):
+        for inputs in candidates(model):
+            attempt: dict[str, Any] | None = inputs | extra
+            while attempt is not None:
+                reason = _refusal(model, attempt)
+                if not reason:
+                    return attempt, ""
+                errors.append(f"{sorted(attempt)}: {reason}")
+                attempt = with_placeholders(attempt, reason, model.config)
+    return None, "; ".join(dict.fromkeys(errors)) or "no input known"
 
 
 def _refusal(model: Any, inputs: dict[str, Any]) -> str:

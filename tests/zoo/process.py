@@ -58,7 +58,7 @@ class Process:
             environment = os.environ | {
                 "HF_HUB_OFFLINE": "1",
                 "TOKENIZERS_PARALLELISM": "false",
-                "TRANSFORMERS_VERBOSITY": "error",
+                "TRANSFORMERS_VERBOSITY": "warning",
                 "NO_COLOR": "1",
                 "COLUMNS": "200",
                 "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "src")]),

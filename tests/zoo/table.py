@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import sys
 from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
@@ -52,7 +54,7 @@ def general(text: str) -> str:
     """A message without what differs from model to model: classes, tensor names, numbers, paths."""
     text = re.sub(r"[0-9a-f]{12,}", "#", text)
     text = re.sub(r"\b[\w-]+(?:\.[\w-]+){2,}\b", "NAME", text)
-    text = re.sub(r"\b[A-Z]\w*(?:Model|ForCausalLM|For[A-Z]\w+|Encoder|Decoder|Config)\b", "CLASS", text)
+    text = re.sub(r"\b(?!\w*(?:Error|Tensor)\b)(?:[A-Z]+[a-z0-9_]+){2,}[A-Z]*\b", "CLASS", text)
     return re.sub(r"\d+(?:\.\d+)?(?:e-?\d+)?", "N", text)[:200]
 
 
@@ -74,6 +76,14 @@ def faults_text(results: dict[str, Any]) -> str:
             "",
         ]
     return "\n".join(lines)
+
+
+def main() -> None:
+    """``python -m tests.zoo.table results.json…``: the faults by kind."""
+    results: dict[str, Any] = {}
+    for path in sys.argv[1:]:
+        results |= json.loads(Path(path).read_text())
+    print(faults_text(results))
 
 
 def write_table(results: dict[str, Any], path: Path) -> None:
@@ -117,3 +127,7 @@ def _cell(result: list[Any], reasons: dict[str, str]) -> str:
 
 def _letter(number: int) -> str:
     return chr(ord("a") + number) if number < 26 else _letter(number // 26 - 1) + _letter(number % 26)
+
+
+if __name__ == "__main__":
+    main()

@@ -124,9 +124,13 @@ class Worker:
             import loadstone
 
             return loadstone.load(path), {}
+        from transformers import AutoConfig
+
         module, name = class_name.split(":")
         cls = getattr(importlib.import_module(module), name)
-        model, info = cls.from_pretrained(path, output_loading_info=True)
+        # The config by its model type, as the auto classes read it.
+        config = AutoConfig.from_pretrained(path)
+        model, info = cls.from_pretrained(path, config=config, output_loading_info=True)
         return model, {k: sorted(map(str, v)) for k, v in info.items() if v and k != "error_msgs"}
 
     def observe(
@@ -143,7 +147,7 @@ class Worker:
         if failed is not None:
             # What stock only prints says more than its exception.
             failed.args = (
-                f"{failed} {' '.join(line for line in read().splitlines() if 'Error' in line)}"[:600],
+                f"{failed} {' '.join(line for line in read().splitlines() if "Error" in line)}"[:600],
             )
             raise failed
         seen = observe(model, loaded) | {"info": info}
