@@ -146,9 +146,8 @@ class Worker:
                 failed = error
         if failed is not None:
             # What stock only prints says more than its exception.
-            failed.args = (
-                f"{failed} {' '.join(line for line in read().splitlines() if "Error" in line)}"[:600],
-            )
+            printed = " ".join(line.strip() for line in read().splitlines() if "Error" in line)
+            failed.args = (f"{failed} {printed}"[:600],)
             raise failed
         seen = observe(model, loaded) | {"info": info}
         if keep:
