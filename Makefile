@@ -83,7 +83,7 @@ test-tabpfn: $(VENV)-tabpfn/.ready
 
 # Run the commands in README.md and docs/, and write their output there.
 docs: $(READY)
-	$(PY) -m tests.docs --write
+	$(PY) -m tests.docs --write $(DOCS)
 
 bench: $(READY) $(MODEL)/config.json
 	$(PY) -m tests.bench $(BENCH)

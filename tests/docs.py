@@ -206,9 +206,11 @@ def signature(name: str) -> list[str]:
     return [*lines, f") -> {found.return_annotation}"]
 
 
-def write() -> None:
-    """Run every block and write the page anew where outputs differ."""
+def write(names: list[str]) -> None:
+    """Run every block and write the page anew where outputs differ. ``names``: of pages; none means all."""
     for page in pages():
+        if names and page.name not in names:
+            continue
         lines = page.read_text(encoding="utf-8").splitlines()
         with tempfile.TemporaryDirectory() as directory:
             session = Session(Path(directory), separate=True)
@@ -222,6 +224,6 @@ def write() -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] != ["--write"]:
+    if sys.argv[1:2] != ["--write"]:
         sys.exit(f"{__doc__}")
-    write()
+    write(sys.argv[2:])

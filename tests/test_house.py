@@ -15,6 +15,7 @@ ROOMS = (
     "errors",
     "_version",
     "ranks",
+    "progress",
     "artifact",
     "quantization",
     "loading",
@@ -29,7 +30,7 @@ ROOMS = (
 HEAVY = {"torch", "torchao", "transformers", "datasets", "accelerate", "numpy", "safetensors", "pandas"}
 MAX_LINES = 500
 # Tables that give public names and commands their modules, resolved on first use.
-LAZY_TABLES = {"loadstone", "loadstone.context", "loadstone.cli.app"}
+LAZY_TABLES = {"loadstone", "loadstone.context", "loadstone.fakequant", "loadstone.cli.app"}
 
 # What is left to mend: each entry goes with the change that mends it.
 KNOWN_ROOMS: set[str] = set()

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from loadstone.context import predict as predict
     from loadstone.evaluation import evaluate as evaluate
     from loadstone.fakequant import export_fakequant as export_fakequant
+    from loadstone.fakequant import plan_export as plan_export
     from loadstone.finalization import finalize as finalize
     from loadstone.finalization import plan_finalize as plan_finalize
     from loadstone.loading import load_tokenizer as load_tokenizer
@@ -40,6 +41,7 @@ __all__ = [
     "load_context",
     "load_tokenizer",
     "plan",
+    "plan_export",
     "plan_finalize",
     "predict",
 ]
@@ -54,6 +56,7 @@ _HOMES = {
     "load_context": "loadstone.context",
     "load_tokenizer": "loadstone.loading",
     "plan": "loadstone.loading",
+    "plan_export": "loadstone.fakequant",
     "plan_finalize": "loadstone.finalization",
     "predict": "loadstone.context",
 }

@@ -46,7 +46,7 @@ torch.set_num_threads(2)
 import loadstone, loadstone.fakequant.live
 from loadstone.fakequant.formats.fold import fold
 from loadstone.fakequant.options import make_options
-from loadstone.fakequant.run import export_fakequant, plan_for
+from loadstone.fakequant import export_fakequant, plan_export
 
 def anonymous():
     return next(int(l.split()[1]) * 1024 for l in open("/proc/self/status") if l.startswith("RssAnon"))
@@ -75,7 +75,7 @@ else:
         mtq.quantize(model, config, lambda m: m(ids))
         export_hf_vllm_fq_checkpoint(model, export_dir=out, inplace_mem_efficient=True)
 # What an export imports on its way is no memory of the model.
-plan_for(loadstone.detect(source), make_options(format=form))
+plan_export(source, format=form)
 fold("w", torch.ones(64, 64).bfloat16(), make_options(format=form).rules.default.weight)
 gc.collect()
 base = anonymous()

@@ -284,7 +284,7 @@ def test_eval_applies_them(make_model: Callable[..., Path], tmp_path: Path) -> N
         ({"format": "fp8", "kv_cache": "fp8"}, "--kv-cache: ranges have to be measured"),
         ({"format": "fp8", "kv_cache": "int3", "calibrate": TEXTS}, "--kv-cache int3 is not known"),
         ({"format": "fp8", "calibrate": [""]}, "no text to calibrate on"),
-        ({"format": "fp8", "calibrate": "one text"}, "documents are wanted"),
+        ({"format": "fp8", "calibrate": "no-such-file.txt"}, "no-such-file.txt"),
         ({"format": "fp8", "remote_code": "run"}, "One of strip, copy"),
         ({"format": "fp8", "emit": "onnx"}, "--emit onnx"),
     ],

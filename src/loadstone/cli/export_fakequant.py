@@ -11,8 +11,7 @@ from loadstone.cli import options, render
 from loadstone.errors import UsageError
 
 if TYPE_CHECKING:
-    from loadstone.fakequant.export import Exported
-    from loadstone.fakequant.plan import ExportPlan
+    from loadstone.fakequant import Exported, ExportPlan
 
 _FORMAT = "Format"
 
@@ -131,52 +130,29 @@ def command(
         raise UsageError(
             "no format is named", "Pass --format (fp8, int8, int4, nvfp4, mxfp8, …) or --rules FILE"
         )
-    # Wrong options are reported before anything heavy is imported.
-    from loadstone.fakequant.options import make_options
+    from loadstone.fakequant import export_fakequant, plan_export
 
-    documents = None
-    if calibrate is not None:
-        from loadstone.text.corpus import read_corpus
-
-        documents = read_corpus(calibrate, limit=calibrate_limit).documents
-    chosen = make_options(
-        format=format,
-        rules=rules,
-        activations=activations,
-        calibrate=documents,
-        kv_cache=kv_cache,
-        untie=untie,
-        remote_code=remote_code,
-        emit=emit,
-        device=device,
-        overwrite=overwrite,
-        resume=resume,
-        trust_remote_code=trust_remote_code,
-    )
-    from loadstone.artifact import detect
-    from loadstone.fakequant.run import plan_for, run_directory
-    from loadstone.loading.loader import import_libraries
-    from loadstone.writing.publish import check_output
-
-    artifact = detect(model, checkpoint=checkpoint)
-    if out is not None:
-        check_output(artifact.root, out, overwrite or dry_run)
-    import_libraries()
-    plan = plan_for(artifact, chosen)
     if dry_run:
+        plan = plan_export(
+            model, out, format=format, rules=rules, activations=activations, calibrate=calibrate, kv_cache=kv_cache,
+            untie=untie, remote_code=remote_code, emit=emit, checkpoint=checkpoint, overwrite=True,
+            trust_remote_code=trust_remote_code,
+        )  # fmt: skip
         facts = {"dry_run": True, "out": str(out) if out else None} | _summary(plan)
         return render.result(json_to, facts, lambda: _print_plan(plan))
     assert out is not None
-    from loadstone.ranks import joined
-
-    with joined() as ranks:
-        share = sum(step.source_bytes for shard in plan.shards[ranks.rank :: ranks.size] for step in shard)
-        with render.progress(f"export {out.name}", share, unit_bytes=True) as advance:
-            done = run_directory(artifact, plan, out, chosen, ranks=ranks, on_progress=advance)
-    if ranks.rank != 0:
-        return
-    facts = {"out": str(out), "seconds": round(done.seconds, 3), "quantizers": len(done.quantizers)}
-    render.result(json_to, facts | _summary(plan) | {"sha256": done.files}, lambda: _print_done(done))
+    with render.stages({"write": f"export {out.name}"}) as advance:
+        done = export_fakequant(
+            model, out, format=format, rules=rules, activations=activations, calibrate=calibrate,
+            calibrate_limit=calibrate_limit, kv_cache=kv_cache, untie=untie, remote_code=remote_code, emit=emit,
+            checkpoint=checkpoint, device=device, overwrite=overwrite, resume=resume,
+            trust_remote_code=trust_remote_code, on_progress=advance,
+        )  # fmt: skip
+    # Of several ranks the first one shows the result.
+    if done.files:
+        facts = {"out": str(out), "seconds": round(done.seconds, 3), "quantizers": len(done.quantizers)}
+        facts |= _summary(done.plan) | {"sha256": done.files}
+        render.result(json_to, facts, lambda: _print_done(done))
 
 
 def _summary(plan: ExportPlan) -> dict[str, Any]:

@@ -15,21 +15,40 @@ if TYPE_CHECKING:
     from loadstone.loading import LoadPlan
 
 
-def load(target: str | Path | Artifact | LoadPlan, **options: Any) -> Any:
+def load(
+    target: str | Path | Artifact | LoadPlan,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    checkpoint: str | None = None,
+    no_checkpoint: bool = False,
+    trust_remote_code: bool = False,
+) -> Any:
     """Load any model in eval mode: an ordinary transformers model or, for an in-context model, a `PFN`.
 
-    ``target``: a directory, a name such as ``builtin:tiny-llama``, or a plan that `plan` made. ``options`` are
-    `plan`'s: ``device`` (auto, cpu, cuda, cuda:N), ``dtype`` (auto, float32, bfloat16, float16), ``checkpoint``,
-    ``trust_remote_code``. Raises `ArtifactError` (damaged, or cannot be loaded here), `MissingError` (package or GPU)
-    or `UsageError` (also for options beside a plan, which has its own).
+    target: a directory, a name such as ``builtin:tiny-llama``, or a plan that `plan` made, which has its own options.
+    device: auto, cpu, cuda, cuda:N.
+    dtype: auto (as stored), float32, bfloat16 or float16.
+    checkpoint: of a training run: newest (default), best, a step or a folder. no_checkpoint: its own directory instead.
+    trust_remote_code: run Python code that came with the model.
+
+    Raises `ArtifactError` (damaged, or cannot be loaded here), `MissingError` (package or GPU) or `UsageError`.
     """
     from loadstone.loading import load as load_model
     from loadstone.loading import plan
     from loadstone.loading.plan import IN_CONTEXT, LoadPlan
 
-    if isinstance(target, LoadPlan) and options:
-        raise UsageError(f"{', '.join(options)}: a plan is loaded as it is", "Give options to plan()")
-    chosen = target if isinstance(target, LoadPlan) else plan(target, **options)
+    options = {
+        "device": device, "dtype": dtype, "checkpoint": checkpoint, "no_checkpoint": no_checkpoint,
+        "trust_remote_code": trust_remote_code,
+    }  # fmt: skip
+    if isinstance(target, LoadPlan):
+        given = [name for name, value in options.items() if value not in ("auto", None, False)]
+        if given:
+            raise UsageError(f"{', '.join(given)}: a plan is loaded as it is", "Give options to plan()")
+        chosen = target
+    else:
+        chosen = plan(target, **options)  # type: ignore[arg-type]
     if chosen.load_path != IN_CONTEXT:
         return load_model(chosen)
     from loadstone.context.pfn.load import load_pfn

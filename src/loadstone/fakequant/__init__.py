@@ -5,16 +5,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from loadstone.fakequant.api import export_fakequant as export_fakequant
+    from loadstone.fakequant.api import plan_export as plan_export
     from loadstone.fakequant.export import Exported as Exported
-    from loadstone.fakequant.run import export_fakequant as export_fakequant
+    from loadstone.fakequant.plan import ExportPlan as ExportPlan
 
-__all__ = ["Exported", "export_fakequant"]
+_HOMES = {"ExportPlan": "plan", "Exported": "export", "export_fakequant": "api", "plan_export": "api"}
+__all__ = ["ExportPlan", "Exported", "export_fakequant", "plan_export"]
 
 
 def __getattr__(name: str) -> Any:
     # The command line parses formats without torch: the rest is imported on first use.
-    if name in __all__:
-        from loadstone.fakequant import run
+    if name in _HOMES:
+        from importlib import import_module
 
-        return getattr(run, name)
+        return getattr(import_module(f"loadstone.fakequant.{_HOMES[name]}"), name)
     raise AttributeError(f"module 'loadstone.fakequant' has no attribute {name!r}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ from loadstone.fakequant.plan import ExportPlan, files_of, make_plan
 from loadstone.fakequant.quantizers import OwnQuantizers, find_quantizers, kind_of
 from loadstone.fakequant.roles import roles_in
 from loadstone.fakequant.state import QuantizerState, input_specs
+from loadstone.progress import WRITE, OnProgress, reporter
 from loadstone.writing.index import SHARD_BYTES
 from loadstone.writing.publish import check_output
 from loadstone.writing.sidecars import sidecars_in
@@ -165,7 +166,7 @@ def export_model(
     *,
     max_shard_size: int = SHARD_BYTES,
     sidecars: str | Path | None = None,
-    on_progress: Callable[[int], None] | None = None,
+    on_progress: OnProgress | None = None,
 ) -> Exported:
     """Export a live model; it is as before when this returns or raises.
 
@@ -212,7 +213,7 @@ def export_model(
         device=where,
         overwrite=options.overwrite,
         emit_modelopt=options.emit_modelopt,
-        on_progress=on_progress,
+        on_progress=reporter(on_progress, WRITE, plan.nbytes),
     )
 
 

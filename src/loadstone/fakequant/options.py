@@ -41,7 +41,7 @@ class Options:
 def make_options(
     *,
     format: str | Format | None = None,
-    rules: Path | RuleSet | None = None,
+    rules: str | Path | RuleSet | None = None,
     activations: bool = False,
     calibrate: Sequence[Any] | None = None,
     kv_cache: str | None = None,
@@ -65,10 +65,6 @@ def make_options(
         raise UsageError(f"--emit {emit} is not known", "The one choice is modelopt")
     if kv_cache is not None and kv_cache not in KV_FORMATS:
         raise UsageError(f"--kv-cache {kv_cache} is not known", f"One of {', '.join(KV_FORMATS)}")
-    if isinstance(calibrate, str):
-        raise UsageError(
-            "calibrate: documents are wanted, not one text", "Give a list of texts or token tensors"
-        )
     options = Options(
         rules=rule_set,
         activations=activations or (calibrate is not None and kv_cache is None),

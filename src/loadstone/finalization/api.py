@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,15 +15,13 @@ from loadstone.finalization.encoders import COMPRESSED_TENSORS, TORCHAO, encoder
 from loadstone.finalization.journal import discard_calibration
 from loadstone.finalization.plan import FinalizePlan, make_plan, refuse_quantized, weight_dtype
 from loadstone.finalization.run import Finalized, write_plan
+from loadstone.progress import CALIBRATE, VERIFY, WRITE, OnProgress, reporter
 from loadstone.quantization.recipe_file import MixedRecipe, read_recipe, recipes_in, with_algorithm
 from loadstone.quantization.schemes import Recipe, parse_recipe
 from loadstone.ranks import joined
 from loadstone.writing.publish import check_output
 
 log = logging.getLogger(__name__)
-
-OnProgress = Callable[[str, int, int], None]
-CALIBRATE, WRITE, VERIFY = "calibrate", "write", "verify"
 
 
 def finalize(
@@ -107,14 +105,14 @@ def finalize(
                 plan, calibrate, calibrate_tokens, out, where, ranks, trust_remote_code, layers
             )
         share = sum(step.source_bytes for shard in plan.shards[ranks.rank :: ranks.size] for step in shard)
-        report = _reporter(on_progress, WRITE, share)
+        report = reporter(on_progress, WRITE, share)
         done = write_plan(
             plan, out, device=where, overwrite=overwrite, resume=resume, ranks=ranks, on_progress=report
         )
         if ranks.rank != 0:
             return done
     if verify:
-        report = _reporter(on_progress, VERIFY, sum(step.source_bytes for step in plan.steps))
+        report = reporter(on_progress, VERIFY, sum(step.source_bytes for step in plan.steps))
         done = replace(done, verified=verify_output(plan, out, device=where, on_progress=report))
     discard_calibration(out)
     return done
@@ -226,17 +224,3 @@ def _with_options(
         if each.scheme.calibrated and not calibrated:
             raise UsageError(f"{each} needs text to calibrate with", "Add --calibrate FILE")
     return recipe
-
-
-def _reporter(on_progress: OnProgress | None, stage: str, total: int) -> Callable[[int], None] | None:
-    """A callback that adds up what it is told and reports the sum."""
-    if on_progress is None:
-        return None
-    done = 0
-
-    def advance(count: int) -> None:
-        nonlocal done
-        done += count
-        on_progress(stage, done, total)
-
-    return advance
