@@ -8,17 +8,19 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
 from loadstone.errors import UsageError
+from loadstone.evaluation.causal import Vocabulary, require_causal
 from loadstone.evaluation.fast.replace import FastPath, speed_up
 from loadstone.evaluation.measure import reset_peak
 from loadstone.evaluation.models import EvalModel
 from loadstone.evaluation.options import Options
 from loadstone.evaluation.scoring.compiling import compile_layers
-from loadstone.evaluation.scoring.head import PrefixedModel
+from loadstone.evaluation.scoring.head import PrefixedModel, logits_of
 from loadstone.evaluation.scoring.streaming import StreamedLm, can_stream, must_stream
 from loadstone.loading import LoadPlan, load
 from loadstone.loading.placement import resolve_device
@@ -30,9 +32,11 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True, eq=False)
 class LoadedModel:
     """A loaded model. ``device``: where its inputs go; ``fast``: how many Linear layers were replaced by faster
-    ones."""
+    ones; ``vocabulary``: the tokens it takes and predicts."""
 
+    name: str
     model: Any
+    vocabulary: Vocabulary
     device: torch.device
     load_seconds: float
     parameters: int
@@ -41,7 +45,10 @@ class LoadedModel:
 
 @contextmanager
 def open_model(model: EvalModel, options: Options) -> Iterator[LoadedModel]:
-    """Load a model for the length of a ``with`` block; its memory is freed at the end."""
+    """Load a model for the length of a ``with`` block; its memory is freed at the end.
+
+    Raises UsageError for a model that is no causal language model.
+    """
     reset_peak(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     clock = time.perf_counter()
     with ExitStack() as stack:
@@ -49,13 +56,14 @@ def open_model(model: EvalModel, options: Options) -> Iterator[LoadedModel]:
             device = input_device(model.plan)
             source = stack.enter_context(streamed(model.plan, device))
             parameters = _count(source.model)
-            module: Any = StreamedLm(source, fast=options.fast)
-            fast = module.fast
+            module: Any = StreamedLm(source, model.name, fast=options.fast)
+            fast, vocabulary = module.fast, module.vocabulary
         else:
             module = load(model.plan)
             parameters = _count(module)
-            device = module.get_input_embeddings().weight.device
             hooked = _apply_quantizers(module, model)
+            vocabulary = require_causal(module, model.name, partial(logits_of, module))
+            device = module.get_input_embeddings().weight.device
             cache = None
             if model.prefix is not None:
                 from loadstone.context.prefix.store import bind_prefix
@@ -70,7 +78,9 @@ def open_model(model: EvalModel, options: Options) -> Iterator[LoadedModel]:
             if cache is not None:
                 module = PrefixedModel(module, cache)
                 del cache
-        loaded = LoadedModel(module, device, time.perf_counter() - clock, parameters, fast)
+        loaded = LoadedModel(
+            model.name, module, vocabulary, device, time.perf_counter() - clock, parameters, fast
+        )
         del module
         try:
             yield loaded

@@ -137,6 +137,8 @@ def _run(
 
 def _plan_batches(context: EvalContext, *models: LoadedModel) -> tuple[BatchMaker, Any, int]:
     task, options = context.task.result(), context.options
+    for loaded in models:
+        loaded.vocabulary.require(task.stream.ids, task.tokenizer, loaded.name)
     maker = BatchMaker(task.stream, task.protocol, task.windows, models[0].device)
     length = task.protocol.context_length
     size = options.batch_size or choose_batch_size(

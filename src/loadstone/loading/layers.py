@@ -40,6 +40,16 @@ def layer_stack(model: nn.Module) -> LayerStack | None:
     return next(LayerStack(name, found) for name, module in model.named_modules() if module is found)
 
 
+def hidden_parts(model: nn.Module) -> list[nn.Module]:
+    """The parts of a model whose last hidden states its own forward may make logits of, the outermost first: its base
+    model, and the decoder inside that some forwards call instead (OPT)."""
+    base = getattr(model, "base_model", model)
+    if base is model:
+        return []
+    decoder = _decoder(model)
+    return [base] if decoder in (base, model) else [base, decoder]
+
+
 def _decoder(model: nn.Module) -> nn.Module:
     """The language model inside ``model``: all of it where transformers has no other answer."""
     from torch import nn

@@ -14,6 +14,7 @@ from loadstone.context.prefix.attention import NAME, register
 from loadstone.context.prefix.cache import Prefix, PrefixCache, capture, text_config
 from loadstone.context.prefix.stored_states import check_kind
 from loadstone.errors import ArtifactError, UsageError
+from loadstone.loading.layers import hidden_parts
 
 log = logging.getLogger(__name__)
 # Tokens read at once: as many as keep a device busy; the logits of the last one only are computed.
@@ -109,8 +110,11 @@ def make_prefix(
     tokens = tokens.to(device)
     cache = DynamicCache(config=model.config)
     seen: list[Tensor] = []
-    # The base model's last hidden state makes the next token's logits; its own head computes them for one position.
-    hook = model.base_model.register_forward_hook(lambda _, __, out: seen.append(out[0][:, -1:]))
+    # The last hidden state makes the next token's logits; the model's own head computes them for one position.
+    hooks = [
+        part.register_forward_hook(lambda _, __, out: seen.append(out[0][:, -1:]))
+        for part in hidden_parts(model)
+    ]
     step = _CHUNK.get(device.type, _CHUNK["cuda"])
     try:
         with torch.inference_mode(False):
@@ -123,7 +127,8 @@ def make_prefix(
                     **_last_only(model),
                 )
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
     if getattr(out, "past_key_values", None) is not cache or not seen:
         raise ArtifactError(
             f"{type(model).__name__} keeps its past in a way of its own",

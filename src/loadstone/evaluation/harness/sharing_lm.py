@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from lm_eval.models.huggingface import HFLM
 
+from loadstone.evaluation.scoring.beginnings import Beginnings
 from loadstone.evaluation.scoring.common import SHORTEST, common_prefixes, overhead
-from loadstone.evaluation.scoring.head import PrefixedModel, split_head
+from loadstone.evaluation.scoring.head import PrefixedModel
 
 log = logging.getLogger(__name__)
 Request = tuple[Any, list[int], list[int]]
@@ -33,7 +34,7 @@ class SharingLM(HFLM):  # type: ignore[misc]
             # The prefix already begins with BOS: no second one in the middle.
             options["add_bos_token"] = False
         super().__init__(pretrained=plain, tokenizer=tokenizer, batch_size=batch_size, **options)
-        self._own_split: Any = None
+        self._beginnings = Beginnings(self.model)
 
     @property
     def prefix_token_id(self) -> int:
@@ -61,9 +62,12 @@ class SharingLM(HFLM):  # type: ignore[misc]
         for group in groups:
             members = [fits[m] for m in group.members]
             start = requests[members[0]][1][: group.length]
+            longest = max((requests[m] for m in members), key=lambda r: len(r[1]) + len(r[2]))
+            self._current = self._beginnings.read(start, [*longest[1], *longest[2]][len(start) : -1])
+            if self._current is None:
+                break
             log.info("computing the common prefix of %d requests, %d tokens, once", len(members), len(start))
             short = [(requests[m][0], requests[m][1][len(start) - 1 :], requests[m][2]) for m in members]
-            self._current = self._read(start)
             try:
                 found = super()._loglikelihood_tokens(short, *args, **kwargs)
             finally:
@@ -86,17 +90,10 @@ class SharingLM(HFLM):  # type: ignore[misc]
             context = [last, *context[-room:]] if room > 0 else [last]
         return key, context, continuation
 
-    def _read(self, tokens: list[int]) -> Any:
-        from loadstone.context.prefix.fit import make_prefix
-
-        return make_prefix(self.model, torch.tensor([tokens]))
-
     def _model_call(self, inps: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self._current is None:
             return super()._model_call(inps, *args, **kwargs)  # type: ignore[no-any-return]
-        if self._own_split is None:
-            self._own_split = split_head(self.model)
-        split = PrefixedModel(self.model, self._current, self._own_split).split_model
+        split = self._beginnings.after(self._current).split_model
         with torch.no_grad():
             hidden = split.backbone(inps)
             return split.head(hidden.flatten(0, 1)[None] if not split.whole else hidden[None]).view(
@@ -168,8 +165,11 @@ class SharingLM(HFLM):  # type: ignore[misc]
             return None
         # Only for exactly this prefix: results must not depend on the batches that this process had before.
         if self._last is None or self._last[0] != rows[0][:length]:
-            self._last = (rows[0][:length], self._read(rows[0][:length]))
+            longest = max(rows, key=len)
+            self._last = rows[0][:length], self._beginnings.read(longest[:length], longest[length:])
         cache = self._last[1]
+        if cache is None:
+            return None
         return cache if cache.takes_padding or len({*map(len, rows)}) == 1 else None
 
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 
 from loadstone.evaluation.scoring.compiling import eagerly
+from loadstone.loading.layers import hidden_parts
 
+log = logging.getLogger(__name__)
 # Logits of one chunk (float32), in bytes: small enough to stay near a CPU's caches, large enough to fill a
 # GPU.
 _CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}
@@ -85,28 +88,29 @@ def split_head(model: Any) -> SplitModel:
     """
     if hasattr(model, "split_model"):
         return model.split_model  # type: ignore[no-any-return]
-    base = getattr(model, "base_model", model)
-
-    def logits_of(ids: torch.Tensor, cache: Any = None) -> torch.Tensor:
-        with flat_attention():
-            output = model(input_ids=ids, **_after(cache))
-        return output.logits  # type: ignore[no-any-return]
-
-    whole = SplitModel(logits_of, lambda logits: logits[0], True)
-    if base is model:
-        return whole
-    split = split_unchecked(model, base)
-    ids = torch.arange(_PROBE_TOKENS, device=model.get_input_embeddings().weight.device)[None]
-    try:
-        with torch.no_grad(), eagerly(model):
-            same = torch.equal(split.head(split.backbone(ids)), logits_of(ids)[0])
-    except (AttributeError, TypeError, IndexError):
-        same = False
-    return split if same else whole
+    weight = model.get_input_embeddings().weight
+    ids = (torch.arange(_PROBE_TOKENS, device=weight.device) % weight.shape[0])[None]
+    with torch.no_grad(), eagerly(model):
+        expected = logits_of(model, ids)[0]
+        for base in hidden_parts(model):
+            split = _split_at(model, base)
+            try:
+                if torch.equal(split.head(split.backbone(ids)), expected):
+                    return split
+            # Whatever fails here does not fail for the whole model.
+            except Exception as error:
+                log.debug("%s cannot be split at %s: %s", type(model).__name__, type(base).__name__, error)
+    return SplitModel(partial(logits_of, model), lambda logits: logits[0], True)
 
 
-def split_unchecked(model: Any, base: Any) -> SplitModel:
-    """Split a model at its base model, without comparing logits."""
+def logits_of(model: Any, ids: torch.Tensor, cache: Any = None) -> torch.Tensor:
+    """A model's logits (B, L, V) of token ids (B, L), which follow a transformers cache or nothing."""
+    with flat_attention():
+        return model(input_ids=ids, **_after(cache)).logits  # type: ignore[no-any-return]
+
+
+def _split_at(model: Any, base: Any) -> SplitModel:
+    """Split a model at one of its parts, without comparing logits."""
     output_types: list[type] = []
 
     def backbone(ids: torch.Tensor, cache: Any = None) -> torch.Tensor:

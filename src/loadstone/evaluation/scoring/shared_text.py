@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from loadstone.evaluation.scoring.beginnings import Beginnings
 from loadstone.evaluation.scoring.common import common_prefixes, overhead
-from loadstone.evaluation.scoring.head import PrefixedModel
 from loadstone.evaluation.scoring.losses import BatchMaker, Timing, Values, plan_batches, score
 from loadstone.text.tokens import ROLLING, Protocol, TokenStream, Windows
 
@@ -43,12 +43,18 @@ def score_shared(
     if not groups:
         return score(model, maker, batches, name=name, values=values, share=share, **options)
     seconds, tokens = 0.0, 0
+    beginnings = Beginnings(model)
     left = np.ones(len(windows), dtype=bool)
     for length, members in groups:
+        start = windows.start[members]
+        longest = members[int(np.argmax(windows.length[members]))]
+        own = stream.ids[windows.start[longest] :][: windows.length[longest]]
+        cache = beginnings.read(own[:length].tolist(), own[length:].tolist())
+        if cache is None:
+            break
         log.info(
             "%s: computing the %d documents' common prefix of %d tokens once", name, len(members), length
         )
-        start = windows.start[members]
         if share[0] == 0:
             # Only one process scores the prefix: otherwise its tokens would be counted several times.
             leader = start[:1]
@@ -61,10 +67,9 @@ def score_shared(
             theirs = maker.slots_at((start[:, None] + places).reshape(-1)).reshape(len(members), -1)
             for losses in values.values():
                 losses[theirs] = losses[theirs[0]]
-        cache = _read(model, stream.ids[start[0] : start[0] + length])
         rest = Windows(start + length - 1, windows.length[members] - (length - 1), start + length)
         values, timing = _part(
-            PrefixedModel(model, cache), maker, rest, size, name=name, values=values, share=share, **options
+            beginnings.after(cache), maker, rest, size, name=name, values=values, share=share, **options
         )
         seconds, tokens = seconds + timing.seconds, tokens + timing.tokens
         left[members] = False
@@ -96,9 +101,3 @@ def _groups(
     ends = windows.start + windows.length
     rows = [stream.ids[windows.start[i] : ends[i]].tolist() for i in firsts]
     return [(g.length, firsts[list(g.members)]) for g in common_prefixes(rows, overhead(device))]
-
-
-def _read(model: Any, ids: np.ndarray) -> Any:
-    from loadstone.context.prefix.fit import make_prefix
-
-    return make_prefix(model, torch.from_numpy(np.ascontiguousarray(ids))[None])

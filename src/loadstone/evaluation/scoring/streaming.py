@@ -12,15 +12,19 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from loadstone.artifact.detect import FAKEQUANT
+from loadstone.errors import LoadstoneError, UsageError
+from loadstone.evaluation.causal import Probe, Vocabulary, make_probe
 from loadstone.evaluation.fast.replace import FastPath, speed_up, speed_up_layer
 from loadstone.evaluation.measure import free_bytes
-from loadstone.evaluation.scoring.head import SplitModel, flat_attention, split_unchecked
+from loadstone.evaluation.scoring.head import flat_attention, logits_of, split_head
 from loadstone.loading import LoadPlan
 from loadstone.loading.placement import weight_bytes
 from loadstone.loading.plan import NATIVE, NATIVE_QUANTIZED, NATIVE_UNPACKED
@@ -35,21 +39,31 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class StreamedLm:
-    """A causal language model whose layers are read one at a time. ``together``: the number of batches in a round."""
+    """A causal language model whose layers are read one at a time. ``together``: the number of batches in a round.
 
-    def __init__(self, source: StreamedModel, *, fast: bool) -> None:
+    Raises UsageError for a model whose forward does more with its layers than call one after the other, and, when the
+    first layer that shows it has been read, for one that is not causal.
+    """
+
+    def __init__(self, source: StreamedModel, name: str, *, fast: bool) -> None:
         self.source = source
         self.config = source.model.config
+        self._name = name
         self._fast = fast
+        self._probe: Probe | None = make_probe(source.model, name)
+        self._first_output = self._run_first_layer(self._probe.ids)
         self.fast = speed_up(source.model) if fast else FastPath()
         self.together = 1
-        self._base = source.model.base_model
-        split = split_unchecked(source.model, self._base)
-        self._backbone = split.backbone
-        self.split_model = SplitModel(lambda ids: next(self.hidden([ids])), split.head, False, self.hidden)
-        self._tuples = False
         self._counted: set[int] = set()
         self._seen: dict[torch.Size, list[Call]] = {}
+        # Bits decide how the model is split; stand-ins for the layers give the same hidden states to both ways.
+        with self._layers_returning(None):
+            logits = self._probe.logits(partial(logits_of, source.model))
+            split = split_head(source.model)
+        self.vocabulary = Vocabulary(self._probe.inputs, logits.shape[-1])
+        self._backbone = split.backbone
+        self._enter(self._probe.ids)
+        self.split_model = replace(split, backbone=lambda ids: next(self.hidden([ids])), together=self.hidden)
 
     def get_input_embeddings(self) -> Any:
         return self.source.model.get_input_embeddings()
@@ -62,6 +76,9 @@ class StreamedLm:
 
     def hidden(self, many: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
         """Hidden states (B, L, H) for each of the ids (B, L), layer by layer for all of them."""
+        # The probe goes through the layers with the first round, so that no layer is read for it alone.
+        probe = self._probe
+        many = list(many) if probe is None else [probe.ids, *many]
         states, calls = zip(*(self._enter(ids) for ids in many), strict=True)
         now = list(states)
         logged = time.perf_counter()
@@ -74,15 +91,22 @@ class StreamedLm:
                 for batch, call in enumerate(calls):
                     args, kwargs = call[index]
                     out = layer(now[batch], *args, **kwargs)
-                    self._tuples = isinstance(out, tuple)
-                    now[batch] = out[0] if self._tuples else out
+                    now[batch] = out[0] if isinstance(out, tuple) else out
                 del layer
+                if probe is not None:
+                    probe.require_causal(now[0])
                 if time.perf_counter() - logged > _LOG_EVERY:
                     logged = time.perf_counter()
                     log.info("layer %d of %d, %d batches", index + 1, len(self.source), len(now))
         for batch, ids in enumerate(many):
-            yield self._leave(ids, now[batch])
+            with self._layers_returning(now[batch]):
+                last = self._backbone(ids)
             now[batch] = ids  # frees the states
+            if probe is not None and batch == 0:
+                probe.require_causal(last)
+                self._probe = None
+                continue
+            yield last
 
     def _layer(self, index: int) -> nn.Module:
         layer = self.source.layer(index)
@@ -93,33 +117,90 @@ class StreamedLm:
                 self.fast = self.fast + counted
         return layer
 
+    def _run_first_layer(self, ids: torch.Tensor) -> Any:
+        """The output of the first layer: its type is what the model's forward expects of all of them."""
+        reached: list[Any] = []
+
+        def stop(index: int, *args: Any, **kwargs: Any) -> None:
+            reached.append((index, args, kwargs))
+            raise _Stop
+
+        try:
+            with _replaced_layers(self.source.stack, stop), flat_attention(), torch.no_grad():
+                self.source.model(input_ids=ids, use_cache=False)
+        except _Stop:
+            pass
+        except Exception as error:
+            raise self._refused(f"its forward fails before the first layer ({error})") from None
+        if not reached or reached[0][0] != 0:
+            raise self._refused("its forward does not begin with the first of them")
+        _, args, kwargs = reached[0]
+        with torch.no_grad(), flat_attention():
+            try:
+                return self.source.layer(0)(*args, **kwargs)
+            except LoadstoneError:
+                raise
+            except Exception as error:
+                raise self._refused(f"the first fails alone ({type(error).__name__}: {error})") from None
+
+    def _output(self, state: torch.Tensor) -> Any:
+        """What a layer that leaves ``state`` returns to the model's forward."""
+        if not isinstance(self._first_output, tuple):
+            return state
+        return (state, *(_Unused() for _ in self._first_output[1:]))
+
+    @torch.no_grad()
     def _enter(self, ids: torch.Tensor) -> tuple[torch.Tensor, list[Call]]:
         """The hidden states (B, L, H) that enter the first layer, and the other arguments of each layer: recorded from
         the model's own forward, with layers that only record and pass on."""
         calls: list[Call] = []
-        first: list[torch.Tensor] = []
+        states: list[torch.Tensor] = []
 
-        def note(index: int, *args: Any, **kwargs: Any) -> torch.Tensor:
-            state: torch.Tensor
+        def note(index: int, *args: Any, **kwargs: Any) -> Any:
             state, args = (kwargs.pop("hidden_states"), args) if not args else (args[0], args[1:])
-            first.append(state)
+            if index != len(calls):
+                raise self._refused("its forward calls them in another order, or some of them twice")
+            if states and state is not states[0]:
+                raise self._refused("its forward computes something between them")
+            if any(isinstance(value, _Unused) for value in (*args, *kwargs.values())):
+                raise self._refused("its forward hands more than hidden states from one to the next")
+            states.append(state)
             calls.append((args, kwargs))
-            return state
+            return self._output(state)
 
         with _replaced_layers(self.source.stack, note):
             self._backbone(ids)
+        if len(calls) != len(self.source):
+            raise self._refused(f"its forward calls {len(calls)} of its {len(self.source)} layers")
         known = self._seen.setdefault(ids.shape, calls)
         # Masks and position embeddings of one shape are usually equal for all batches: store them once.
-        return first[0], known if known is calls or _same(known, calls) else calls
+        return states[0], known if known is calls or _same_calls(known, calls) else calls
 
-    def _leave(self, ids: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
-        """The backbone's output for the last layer's output ``state``: its own forward, with layers that return it."""
+    @contextmanager
+    def _layers_returning(self, state: torch.Tensor | None) -> Iterator[None]:
+        """Layers that return ``state``, or for None what they are given, for the length of a block."""
 
-        def replace_forward(index: int, *args: Any, **kwargs: Any) -> Any:
-            return (state,) if self._tuples else state
+        def stand_in(index: int, *args: Any, **kwargs: Any) -> Any:
+            given = args[0] if args else kwargs["hidden_states"]
+            return self._output(given if state is None else state)
 
-        with _replaced_layers(self.source.stack, replace_forward):
-            return self._backbone(ids)
+        with _replaced_layers(self.source.stack, stand_in):
+            yield
+
+    def _refused(self, why: str) -> UsageError:
+        return UsageError(
+            f"--stream: the layers of '{self._name}' ({type(self.source.model).__name__}) cannot be computed one at a "
+            f"time: {' '.join(why.split())[:200]}",
+            "Leave --stream out (--no-stream where the size of the model turned it on)",
+        )
+
+
+class _Stop(Exception):
+    """Ends a forward pass at its first layer."""
+
+
+class _Unused:
+    """Stands for what a layer returns beside its hidden states."""
 
 
 @contextmanager
@@ -135,13 +216,19 @@ def _replaced_layers(stack: nn.ModuleList, replace_forward: Any) -> Iterator[Non
 
 
 def _same(one: Any, other: Any) -> bool:
+    """Whether two lists of calls are equal and may be stored once: nothing in them can change."""
     if isinstance(one, torch.Tensor):
         return isinstance(other, torch.Tensor) and one.shape == other.shape and torch.equal(one, other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
-    if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(_same, one, other))
-    return bool(one == other)
+    if isinstance(one, tuple):
+        return isinstance(other, tuple) and len(one) == len(other) and all(map(_same, one, other))
+    return one is other or (isinstance(one, bool | int | float | str) and one == other)
+
+
+def _same_calls(one: list[Call], other: list[Call]) -> bool:
+    return all(
+        _same(a[0], b[0]) and a[1].keys() == b[1].keys() and all(_same(a[1][k], b[1][k]) for k in a[1])
+        for a, b in zip(one, other, strict=True)
+    )
 
 
 def can_stream(plan: LoadPlan) -> bool:

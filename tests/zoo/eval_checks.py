@@ -1,0 +1,238 @@
+"""eval on each model of the zoo, against a plain loop: batch 1, no padding, no cache, float64.
+
+Each column is a function of a model's directory (`columns`); ``python -m tests.zoo.eval_checks DIR...`` tries all of
+them. The directory gets a tokenizer of plain words (`add_tokenizer`) unless it has one.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+# Largest difference of a mean loss to the plain loop's, relative.
+LIMIT = 1e-5
+CONTEXT = 48
+_DOCUMENTS, _ALIKE = 7, 8
+
+
+@dataclass(frozen=True)
+class Finding:
+    """``status``: right, refused or the kind of fault, as `checks.Result` has them."""
+
+    status: str
+    detail: str = ""
+
+
+@dataclass
+class Subject:
+    """A model's directory and what the plain loop gave for it, by column."""
+
+    path: Path
+    class_name: str = ""
+    model: Any = None
+    plain: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def loaded(self) -> Any:
+        """The model as stock transformers loads it, in float64."""
+        if self.model is None:
+            self.model = stock_class(self.path, self.class_name).from_pretrained(
+                self.path, dtype=torch.float64, attn_implementation="eager", experts_implementation="eager"
+            )
+            self.model.eval()
+        return self.model
+
+
+def stock_class(path: Path, class_name: str) -> Any:
+    import transformers
+
+    if class_name:
+        module, _, name = class_name.partition(":")
+        return getattr(importlib.import_module(module), name)
+    return getattr(transformers, json.loads((path / "config.json").read_text())["architectures"][0])
+
+
+def add_tokenizer(path: Path, vocabulary: int) -> None:
+    """A tokenizer of the words w0, w1, …, none of them a special token of the config; w1 ends a document."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    raw = Tokenizer(models.WordLevel({f"w{i}": i for i in range(min(vocabulary, 200))}, unk_token="w2"))
+    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="w1").save_pretrained(path)
+
+
+def write_documents(path: Path, alike: bool) -> Path:
+    """Documents of different lengths as JSON lines, in words of the model's tokenizer; ``alike``: they share a long
+    beginning."""
+    from transformers import AutoTokenizer
+
+    config = json.loads((path / "config.json").read_text())
+    special = set(_special(config))
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    words = [t for t, i in sorted(tokenizer.get_vocab().items(), key=lambda x: x[1]) if i not in special]
+    words = [w for w in words if w not in tokenizer.all_special_tokens][:150]
+    random = np.random.default_rng(0)
+
+    def some(count: int) -> str:
+        return tokenizer.convert_tokens_to_string([words[i] for i in random.integers(len(words), size=count)])
+
+    start = some(110)
+    texts = (
+        [f"{start} {some(5 + 4 * i)}" for i in range(_ALIKE)]
+        if alike
+        else [some(9 + 11 * i) for i in range(_DOCUMENTS)]
+    )
+    file = path / ("alike.jsonl" if alike else "documents.jsonl")
+    file.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    return file
+
+
+def _special(config: Any) -> list[int]:
+    """Ids that a config names, such as image placeholders."""
+    found = []
+    for key, value in config.items() if isinstance(config, dict) else ():
+        if isinstance(value, dict):
+            found += _special(value)
+        elif isinstance(value, int) and key.endswith(("_token_id", "_token_index")):
+            found.append(value)
+    return found
+
+
+@torch.no_grad()
+def plain_losses(model: Any, task: Any) -> np.ndarray:
+    """Losses of the scored tokens, one window at a time."""
+    stream, windows = task.stream, task.windows
+    losses = np.full(len(stream.ids), np.nan)
+    for start, length, first in zip(windows.start, windows.length, windows.first, strict=True):
+        ids = torch.from_numpy(stream.ids[start : start + length])[None].clone()
+        if task.protocol.bos_each_window:
+            ids[0, 0] = task.protocol.separator_id
+        logits = model(input_ids=ids, use_cache=False).logits[0].double().log_softmax(-1)
+        for at in range(first, start + length + 1):
+            losses[at] = -float(logits[at - 1 - start, stream.ids[at]])
+    return losses[stream.scored]
+
+
+def compare(subject: Subject, key: str, *, alike: bool = False, **options: Any) -> Finding:
+    """One evaluation against the plain loop of the same windows; ``key`` names these."""
+    import loadstone
+    from loadstone.errors import LoadstoneError
+
+    data = write_documents(subject.path, alike)
+    try:
+        found = loadstone.evaluate(
+            subject.path, data=data, context_length=160 if alike else CONTEXT, dtype="float32", **options
+        )
+    except LoadstoneError as error:
+        return Finding("refused", f"exit {error.exit_code}: {error}")
+    except Exception as error:
+        import traceback
+
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        text = " ".join(str(error).split())[:150]
+        return Finding("exit 1", f"{type(error).__name__} {Path(last.filename).name}:{last.lineno} {text}")
+    if key not in subject.plain:
+        subject.plain[key] = plain_losses(subject.loaded(), found.task)
+    plain, ours = subject.plain[key], next(iter(found.values.values()))["nll"]
+    mean = abs(float(ours.astype(np.float64).mean()) / float(plain.mean()) - 1)
+    worst = float(np.abs(ours - plain).max())
+    text = f"mean loss {mean:.1e} relative, a token's {worst:.1e} nats"
+    return Finding("right" if mean <= LIMIT else "wrong number", text)
+
+
+def packed(subject: Subject) -> Finding:
+    return compare(subject, "packed", batch_size=1)
+
+
+def packed_in_batches(subject: Subject) -> Finding:
+    return compare(subject, "packed")
+
+
+def rolling(subject: Subject) -> Finding:
+    return compare(subject, "rolling", protocol="rolling", batch_size=1)
+
+
+def rolling_in_batches(subject: Subject) -> Finding:
+    return compare(subject, "rolling", protocol="rolling", batch_size=3)
+
+
+def rolling_plain_modules(subject: Subject) -> Finding:
+    return compare(subject, "rolling", protocol="rolling", fast=False)
+
+
+def alike(subject: Subject) -> Finding:
+    return compare(subject, "alike", alike=True, protocol="rolling")
+
+
+def alike_plain_modules(subject: Subject) -> Finding:
+    return compare(subject, "alike", alike=True, protocol="rolling", fast=False)
+
+
+def streamed(subject: Subject) -> Finding:
+    """--stream gives the resident model's losses, bit for bit."""
+    import loadstone
+    from loadstone.errors import LoadstoneError
+
+    data = write_documents(subject.path, False)
+    options: dict[str, Any] = {"data": data, "context_length": CONTEXT, "dtype": "float32", "batch_size": 3}
+    options |= {"protocol": "rolling"}
+    for fast in (True, False):
+        values = []
+        for stream in (False, True):
+            try:
+                found = loadstone.evaluate(subject.path, fast=fast, stream=stream, **options)
+            except LoadstoneError as error:
+                where = "--stream" if stream else "resident"
+                return Finding("refused", f"{where}, exit {error.exit_code}: {error}")
+            except Exception as error:
+                import traceback
+
+                last = traceback.extract_tb(error.__traceback__)[-1]
+                text = f"{type(error).__name__} {Path(last.filename).name}:{last.lineno} {error}"
+                return Finding("exit 1", f"{'--stream' if stream else 'resident'} {text}"[:200])
+            values.append(next(iter(found.values.values()))["nll"])
+        if not np.array_equal(*values):
+            return Finding("wrong number", f"largest difference {np.abs(values[0] - values[1]).max():.1e}")
+    return Finding("right")
+
+
+columns: dict[str, Callable[[Subject], Finding]] = {
+    "eval packed, batch 1": packed,
+    "eval packed": packed_in_batches,
+    "eval rolling, batch 1": rolling,
+    "eval rolling": rolling_in_batches,
+    "eval --no-fast": rolling_plain_modules,
+    "eval alike": alike,
+    "eval alike --no-fast": alike_plain_modules,
+    "eval --stream": streamed,
+}
+
+
+def main() -> int:
+    import time
+
+    torch.set_num_threads(1)
+    faults = 0
+    for name in sys.argv[1:]:
+        subject, clock = Subject(Path(name)), time.monotonic()
+        results = {column: check(subject) for column, check in columns.items()}
+        wrong = {c: r for c, r in results.items() if r.status not in ("right", "refused")}
+        refused = {c: r for c, r in results.items() if r.status == "refused"}
+        faults += len(wrong)
+        print(f"{Path(name).name} {time.monotonic() - clock:.1f} s {'ok' if not wrong | refused else ''}")
+        for column, result in (wrong | refused).items():
+            print(f"    {column}: {result.status}: {result.detail[:260]}")
+        sys.stdout.flush()
+    return int(bool(faults))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
