@@ -115,6 +115,8 @@ def plain_losses(model: Any, task: Any) -> np.ndarray:
         ids = torch.from_numpy(stream.ids[start : start + length])[None].clone()
         if task.protocol.bos_each_window:
             ids[0, 0] = task.protocol.separator_id
+        # A short pass resets frequencies that transformers keeps from a longer one.
+        model(input_ids=ids[:, :1], use_cache=False)
         logits = model(input_ids=ids, use_cache=False).logits[0].double().log_softmax(-1)
         for at in range(first, start + length + 1):
             losses[at] = -float(logits[at - 1 - start, stream.ids[at]])

@@ -21,6 +21,7 @@ from loadstone.evaluation.models import EvalModel
 from loadstone.evaluation.options import Options
 from loadstone.evaluation.scoring.compiling import compile_layers
 from loadstone.evaluation.scoring.head import PrefixedModel, logits_of
+from loadstone.evaluation.scoring.lengths import forget_lengths
 from loadstone.evaluation.scoring.streaming import StreamedLm, can_stream, must_stream
 from loadstone.loading import LoadPlan, load
 from loadstone.loading.placement import resolve_device
@@ -56,11 +57,13 @@ def open_model(model: EvalModel, options: Options) -> Iterator[LoadedModel]:
             device = input_device(model.plan)
             source = stack.enter_context(streamed(model.plan, device))
             parameters = _count(source.model)
+            forget_lengths(source.model)
             module: Any = StreamedLm(source, model.name, fast=options.fast)
             fast, vocabulary = module.fast, module.vocabulary
         else:
             module = load(model.plan)
             parameters = _count(module)
+            forget_lengths(module)
             hooked = _apply_quantizers(module, model)
             vocabulary = require_causal(module, model.name, partial(logits_of, module))
             device = module.get_input_embeddings().weight.device

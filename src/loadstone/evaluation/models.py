@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -165,13 +164,3 @@ def compute_dtype(reference: LoadPlan, device: str) -> tuple[str, str]:
     return (
         stored if stored in ("float32", "float16") else "bfloat16"
     ), "the dtype of the reference model's weights"
-
-
-def context_limit(config: dict[str, Any]) -> int | None:
-    """The most positions a model takes, from its ``config.json`` (its text part where it has one)."""
-    config = {**config, **(config.get("text_config") or {})}
-    for name in ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length"):
-        value = config.get(name)
-        if isinstance(value, int) and value > 0:
-            return value
-    return None

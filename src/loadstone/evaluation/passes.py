@@ -23,6 +23,7 @@ from loadstone.evaluation.record import Cost
 from loadstone.evaluation.results.store import Store, entry_key, merge_partials
 from loadstone.evaluation.scoring.batching import choose_batch_size
 from loadstone.evaluation.scoring.divergence import score_pair
+from loadstone.evaluation.scoring.lengths import batch_regime, length_regime
 from loadstone.evaluation.scoring.losses import BatchMaker, Timing, Values, check_finite, plan_batches, score
 from loadstone.evaluation.scoring.shared_text import score_shared
 from loadstone.evaluation.scoring.speed import measure_speed
@@ -56,7 +57,8 @@ def score_alone(context: EvalContext, model: EvalModel) -> tuple[Values, Cost]:
         maker, batches, size = _plan_batches(context, loaded)
 
         def compute(**options: Any) -> tuple[Values, Timing]:
-            if context.options.fast and not context.options.compile:
+            plain = context.options.compile or length_regime(loaded.model.config) is not None
+            if context.options.fast and not plain:
                 task = context.task.result()
                 return score_shared(
                     loaded.model, maker, batches, size, task.stream, task.protocol, name=model.name, **options
@@ -149,9 +151,10 @@ def _plan_batches(context: EvalContext, *models: LoadedModel) -> tuple[BatchMake
     if options.stream:
         for loaded in models:
             loaded.model.plan_round(size * length, len(models))
-    elif options.compile:
-        maker.rows = size
-    return maker, plan_batches(task.windows, size), size
+    regime = batch_regime([length_regime(loaded.model.config) for loaded in models], task.protocol)
+    if options.compile and not options.stream:
+        maker.rows, maker.widens = size, regime is None
+    return maker, plan_batches(task.windows, size, regime), size
 
 
 def _cost(context: EvalContext, loaded: LoadedModel, timing: Timing, size: int) -> Cost:
@@ -229,14 +232,16 @@ def run_extras(
             log.info("%s: running lm-eval tasks", model.name)
             if options.fast and not model.has_quantizers:
                 speed_up(loaded.model)
+            # Requests of other lengths would change each other's frequencies.
+            alone = length_regime(loaded.model.config) is not None
             scores = run_tasks(
                 loaded.model,
                 task.tokenizer,
                 options.tasks,
                 include=options.task_path,
                 limit=options.limit,
-                batch_size=batch_size,
+                batch_size=1 if alone else batch_size,
                 ranks=context.ranks,
-                share=options.fast,
+                share=options.fast and not alone,
             )
     return scores, speeds

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from loadstone.artifact.context_file import CONTEXT_TENSORS, ContextFile
 from loadstone.errors import UsageError
-from loadstone.evaluation.models import EvalModel, context_limit
+from loadstone.evaluation.models import EvalModel
 from loadstone.evaluation.options import DEFAULT_CACHE, Options
 from loadstone.evaluation.results.compare import Units, make_units
 from loadstone.loading import load_tokenizer
+from loadstone.loading.model_class import load_config, positions
 from loadstone.text.corpus import read_corpus
 from loadstone.text.tokens import (
     ROLLING,
@@ -24,6 +26,8 @@ from loadstone.text.tokens import (
     tokenize,
     tokenizer_hash,
 )
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,8 +70,7 @@ def make_task(options: Options, subjects: tuple[EvalModel, ...]) -> Task:
                 f"'{first.name}' and '{other.name}' tokenize the text differently: no comparison",
                 "Evaluate them one at a time and compare bits_per_byte",
             )
-    limits = [limit for s in subjects if (limit := context_limit(s.plan.artifact.config)) is not None]
-    longest = min(limits, default=None)
+    longest = longest_context(subjects, options)
     length = 0 if prefix is None else prefix.facts["prompt"]["tokens"]
     if prefix is not None and longest is not None:
         # The prefix's last token is counted as part of the window.
@@ -90,6 +93,25 @@ def make_task(options: Options, subjects: tuple[EvalModel, ...]) -> Task:
             prefix_sha256=prefix.facts["prompt"]["sha256"],
         )
     return Task(stream, protocol, make_windows(stream, protocol), make_units(stream, protocol), tokenizer)
+
+
+def longest_context(subjects: tuple[EvalModel, ...], options: Options) -> int | None:
+    """The most tokens that all models take: more than they were made for where ``--context-length`` asks for it and
+    their positions can be computed, with a warning."""
+    asked = options.context_length or 0
+    limits = []
+    for subject in subjects:
+        limit, extends = positions(load_config(subject.plan.artifact, subject.plan.trust_remote_code))
+        if limit is None:
+            continue
+        if asked > limit and extends and subject.prefix is None:
+            log.warning(
+                "%s: --context-length %d is more than the %d positions it was made for: losses beyond them may be high",
+                subject.name, asked, limit,
+            )  # fmt: skip
+            limit = asked
+        limits.append(limit)
+    return min(limits, default=None)
 
 
 def last_token(prefix: ContextFile) -> int:

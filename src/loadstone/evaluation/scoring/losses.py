@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from loadstone.errors import ArtifactError
 from loadstone.evaluation.scoring.head import SplitModel, chunk_rows, split_head
+from loadstone.evaluation.scoring.lengths import Regime
 from loadstone.text.tokens import Protocol, TokenStream, Windows
 
 _NARROWEST = 64
@@ -35,10 +36,11 @@ class Batch:
     slots: torch.Tensor
 
 
-def plan_batches(windows: Windows, batch_size: int) -> list[np.ndarray]:
+def plan_batches(windows: Windows, batch_size: int, regime: Regime | None = None) -> list[np.ndarray]:
     """Window indices of each batch, longest windows first, and none padded by more than a quarter of its length.
 
-    The batches depend on nothing else, so any number of processes divides the same batches and gets the same bits.
+    ``regime``: only windows of one key share a batch (`length_regime`). The batches depend on nothing else, so any
+    number of processes divides the same batches and gets the same bits.
     """
     batches: list[list[int]] = []
     for index in np.argsort(-windows.length, kind="stable").tolist():
@@ -47,6 +49,7 @@ def plan_batches(windows: Windows, batch_size: int) -> list[np.ndarray]:
             last
             and len(last) < batch_size
             and windows.length[last[0]] <= _WIDEST_PADDING * windows.length[index]
+            and (regime is None or regime(windows.length[last[0]]) == regime(windows.length[index]))
         ):
             last.append(index)
         else:
@@ -58,10 +61,11 @@ class BatchMaker:
     """Builds batches from a token stream that is moved to the device once.
 
     ``rows``: for compiled models every batch is padded to that many rows, and to a width that is a power of two or the
-    context length, so that few graphs are compiled.
+    context length, so that few graphs are compiled. ``widens``: whether the width may be.
     """
 
     rows: int | None = None
+    widens = True
 
     def __init__(
         self, stream: TokenStream, protocol: Protocol, windows: Windows, device: torch.device
@@ -92,7 +96,8 @@ class BatchMaker:
         start = self.windows.start[members]
         width = int(self.windows.length[members].max())
         if self.rows is not None:
-            width = min(max(_NARROWEST, 1 << (width - 1).bit_length()), self._context)
+            if self.widens:
+                width = min(max(_NARROWEST, 1 << (width - 1).bit_length()), self._context)
             start = np.pad(start, (0, self.rows - len(members)), mode="edge")
         targets = [self._targets(i) for i in members]
         rows = [i * width + wanted - 1 - start[i] for i, wanted in enumerate(targets)]

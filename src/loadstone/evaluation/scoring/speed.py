@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from loadstone.evaluation.measure import peak_bytes, reset_peak
+from loadstone.loading.model_class import positions
 
 _PROMPT, _WRITTEN, _RUNS = 512, 16, 3
 
@@ -16,7 +17,7 @@ _PROMPT, _WRITTEN, _RUNS = 512, 16, 3
 def measure_speed(model: Any, ids: torch.Tensor, batch_sizes: tuple[int, ...]) -> list[dict[str, Any]]:
     """Prefill and decode speed on prompts cut from ``ids`` (tokens,), one record per batch size: tokens per
     second of all sequences together, seconds to the first token (median of three), peak memory in bytes."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or _PROMPT + _WRITTEN
+    limit = positions(model.config).limit or _PROMPT + _WRITTEN
     length = max(1, min(_PROMPT, limit - _WRITTEN, len(ids)))
     prompt = ids[:length]
     return [_measure(model, prompt.expand(size, length).contiguous()) for size in sorted(set(batch_sizes))]
