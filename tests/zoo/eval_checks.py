@@ -44,7 +44,7 @@ class Subject:
         """The model as stock transformers loads it, in float64."""
         if self.model is None:
             self.model = stock_class(self.path, self.class_name).from_pretrained(
-                self.path, dtype=torch.float64, attn_implementation="eager", experts_implementation="eager"
+                self.path, dtype=torch.float64, experts_implementation="eager"
             )
             self.model.eval()
         return self.model

@@ -53,7 +53,7 @@ class StreamedModel:
         if found is None:
             raise ArtifactError(
                 f"'{artifact.root}' has no list of decoder layers that could be streamed",
-                "Use a larger machine",
+                "Leave --stream out, on a machine that holds the model",
             )
         stack, self.stack = found
         self._parts: dict[int | None, dict[str, Any]] = {}

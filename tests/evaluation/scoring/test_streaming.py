@@ -155,3 +155,49 @@ def test_what_cannot_be_streamed_is_refused(model_dir: Path, tmp_path: Path) -> 
     (tmp_path / "m" / "model.safetensors").unlink()
     with pytest.raises(UsageError, match="--stream"):
         run(Options((str(tmp_path / "m"),), limit=1, stream=True))
+
+
+OTHERS: dict[str, dict[str, Any]] = {
+    "Bloom": {"n_layer": 3, "n_head": 4},
+    "OPT": {"ffn_dim": 64, "word_embed_proj_dim": 16, "num_hidden_layers": 3},
+    "GPTJ": {"n_embd": 32, "n_layer": 3, "n_head": 4, "rotary_dim": 4, "n_positions": 128},
+    "FalconH1": {
+        "num_hidden_layers": 3, "num_key_value_heads": 2, "mamba_d_ssm": 64, "mamba_n_heads": 8, "mamba_d_head": 8,
+        "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_chunk_size": 16, "head_dim": 8,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_outputs_and_roots_of_other_kinds(save_model: Any, tokenizer: Any, tmp_path: Path, name: str) -> None:
+    """Layers that return tuples, decoders that the base model is not called for, several masks."""
+    import transformers
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 400, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
+    sizes |= {"max_position_embeddings": 128, "pad_token_id": 0, "eos_token_id": 0, "bos_token_id": 0}
+    config = getattr(transformers, f"{name}Config")(**(sizes | OTHERS[name]))
+    model = getattr(transformers, f"{name}ForCausalLM")(config).float().eval()
+    options = Options((str(save_model(model, tokenizer, tmp_path / "m")),), limit=3, batch_size=2)
+    for fast in (True, False):
+        resident, streamed = (run(replace(options, stream=on, fast=fast)) for on in (False, True))
+        assert np.array_equal(losses(resident)[0], losses(streamed)[0])
+
+
+def test_forwards_that_do_more_than_call_the_layers(
+    model_factory: Any, save_model: Any, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = model_factory(num_hidden_layers=3)
+    path = save_model(model, tokenizer, tmp_path / "m")
+    real = type(model.model).forward
+
+    def doubled(self: Any, *args: Any, **kwargs: Any) -> Any:
+        hook = self.layers[1].register_forward_pre_hook(lambda module, given: (given[0] * 2, *given[1:]))
+        try:
+            return real(self, *args, **kwargs)
+        finally:
+            hook.remove()
+
+    monkeypatch.setattr(type(model.model), "forward", doubled)
+    with pytest.raises(UsageError, match=r"--stream.*computes something between them"):
+        run(Options((str(path),), limit=1, stream=True))
