@@ -160,7 +160,8 @@ def loads(case: Case, out: Path, rounding: str) -> Result:
         return seen
     stock, ours = seen
     if stock["info"] != case.original["info"]:
-        return Result("stock reload", f"stock says {_difference(stock['info'], case.original['info'])}")
+        said = "; ".join(f"{key} ({len(names)}): {names[0]}" for key, names in stock["info"].items())
+        return Result("stock reload", f"stock reports {said}")
     fault = same_values(ours, stock) or (
         _rounded(stock, case, rounding) if rounding else _same(stock, case.original)
     )

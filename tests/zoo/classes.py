@@ -48,6 +48,8 @@ ORDER = (
     "BACKBONE",
     "IMAGE",
 )
+# The heads of Sapiens2 have sizes without a default.
+CLASSES = {"sapiens2": "Sapiens2Backbone"}
 SEQ_TO_SEQ = ("SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ")
 
 
@@ -76,6 +78,8 @@ def model_class(model_type: str, config: Any) -> Any:
     import transformers
 
     config_class = type(config)
+    if model_type in CLASSES:
+        return getattr(transformers, CLASSES[model_type])
     # Encoder-decoders and masked models also have a causal class, which few save.
     first = SEQ_TO_SEQ if config.is_encoder_decoder else ("MASKED_LM",)
     names = [mapping(task).get(model_type) for task in (*first, *ORDER, "")]

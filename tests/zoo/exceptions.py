@@ -16,12 +16,31 @@ _RESNET = {
 }
 _DETR: dict[str, Any] = {"start": {"backbone_config": _RESNET}}
 _HGNET_PARENT: dict[str, Any] = {"encoder_in_channels": [32, 64, 64], "decoder_in_channels": [64, 64, 64]}
+_ATOMS = {"num_spatial_rope_pairs_per_axis": 1, "num_uid_rope_pairs": 5}
+_NO_EXTRA_EMBEDDING = {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}
+# Kernel, stride and padding of each convolution.
+_PADDLE_NECK: dict[str, Any] = {
+    "intraclass_block_config": {
+        "reduce_channel": [1, 1, 0],
+        "return_channel": [1, 1, 0],
+        **{
+            f"{direction}_{ratio}ratio": [kernel(size), 1, kernel(size, 0)]
+            for direction, kernel in {
+                "vertical_long_to_small_conv": lambda n, pad=None: [n, 1] if pad is None else [n // 2, 0],
+                "horizontal_small_to_long_conv": lambda n, pad=None: [1, n] if pad is None else [0, n // 2],
+                "symmetric_conv_long": lambda n, pad=None: n if pad is None else n // 2,
+            }.items()
+            for ratio, size in (("long", 7), ("mid", 5), ("short", 3))
+        },
+    },
+    "scale_factor_list": [1, 2, 4, 8],
+    "kernel_list": [3, 2, 2],
+}
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _IMAGE_TOKEN = {"<image>": 200, "IMGIMGA": 201, "IMGIMGB": 202}
 
 EXCEPTIONS: dict[str, dict[str, Any]] = {
     "autoformer": {"start": {"prediction_length": 8, "context_length": 16}},
-    "bailing_hybrid": {},
     "beit": {"start": {"out_indices": [1, 2, 3, 4]}},
     "data2vec-vision": {"start": {"out_indices": [1, 2, 3, 4]}},
     "bit": {"num_groups": 8},
@@ -97,15 +116,6 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0],
         "hidden_size_per_layer_input": 16,
     },
-    "gemma4_assistant": {
-        "text_config": {
-            "start": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0},
-            "hidden_size_per_layer_input": 0,
-            "vocab_size_per_layer_input": 0,
-            "num_kv_shared_layers": 2,
-        }
-    },
-    "gemma4_unified_assistant": {"text_config": {"num_kv_shared_layers": 2}, "num_centroids": 16},
     "granite4_vision": {
         "start": {"deepstack_layer_map": [[0, 0], [1, 1]], "downsample_rate": "1/2"},
         "spatial_target_layers": [0, 1],
@@ -132,9 +142,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "qwen3_omni_moe_talker_text": {"start": {"shared_expert_intermediate_size": 32}},
     "tvp": {"visual_prompt_size": 8, "max_img_size": 64, "num_frames": 2},
     "vitmatte": {"fusion_hidden_sizes": [32, 32, 16, 16], "convstream_hidden_sizes": [16, 32, 32]},
-    "esm_fold2_atom_encoder": {"num_spatial_rope_pairs_per_axis": 1, "num_uid_rope_pairs": 5},
     "lw_detr_vit": {"image_size": 64},
-    "sapiens2": {},
     "t5gemma2_decoder": {"dropout_rate": 0.0},
     "t5gemma2_text": {"dropout_rate": 0.0},
     "t5gemma2_encoder": {"dropout_rate": 0.0, "text_config": {"dropout_rate": 0.0}},
@@ -206,6 +214,29 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "step3p5": {"start": {"sliding_window": 8}},
     "superpoint": {"keypoint_decoder_dim": 65},
     "xlstm": {"qk_dim_factor": 1.0},
+    "esmfold2": {
+        "single_inputs_size": 131,
+        "atom_encoder": _ATOMS,
+        "structure_head": {"diffusion_module": {"atom_encoder": _ATOMS}},
+    },
+    "gemma4_assistant": {
+        "start": {
+            "text_config": {"model_type": "gemma4_text", **_NO_EXTRA_EMBEDDING, "num_kv_shared_layers": 30}
+        },
+        "text_config": _NO_EXTRA_EMBEDDING | {"num_kv_shared_layers": 2},
+    },
+    "gemma4_unified_assistant": {"text_config": {"num_kv_shared_layers": 2}},
+    "pix2struct_text_model": {"initializer_range": 0.02},
+    "pp_ocrv5_server_det": _PADDLE_NECK,
+    "pp_ocrv6_medium_det": _PADDLE_NECK,
+    "pp_ocrv6_small_det": {
+        "start": {
+            "backbone_config": {
+                "model_type": "pp_lcnet_v4",
+                "out_features": ["stage1", "stage2", "stage3", "stage4"],
+            }
+        }
+    },
     "zoedepth": {"backbone_config": {"start": {"out_features": None}}},
     "zamba": {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2},
     "table-transformer": _DETR,

@@ -54,8 +54,12 @@ def general(text: str) -> str:
     """A message without what differs from model to model: classes, tensor names, numbers, paths."""
     text = re.sub(r"[0-9a-f]{12,}", "#", text)
     text = re.sub(r"\b[\w-]+(?:\.[\w-]+){2,}\b", "NAME", text)
-    text = re.sub(r"\b(?!\w*(?:Error|Tensor)\b)(?:[A-Z]+[a-z0-9_]+){2,}[A-Z]*\b", "CLASS", text)
-    return re.sub(r"\d+(?:\.\d+)?(?:e-?\d+)?", "N", text)[:200]
+    text = re.sub(
+        r"\b(?!\w*(?:Error|Tensor)\b)(?:(?:[A-Z]+[a-z0-9_]+){2,}[A-Z]*|[A-Z][a-z]+\d*[A-Z]{2,})\b",
+        "CLASS",
+        text,
+    )
+    return re.sub(r"\d+(?:\.\d+)?(?:e-?\d+)?", "N", text)[:150]
 
 
 def faults_text(results: dict[str, Any]) -> str:
@@ -64,9 +68,10 @@ def faults_text(results: dict[str, Any]) -> str:
     for (status, kind), types in sorted(faults(results).items(), key=lambda item: -len(item[1])):
         example = min(types)
         entry = results[example]
-        details = [r[1] for r in entry.get("results", {}).values() if r[0] == status] or [
-            entry.get("failed", "")
+        outcomes = [
+            r[1] for r in entry.get("results", {}).values() if (r[0], general(r[1])) == (status, kind)
         ]
+        details = outcomes or [entry.get("failed", "")]
         columns = sorted(set().union(*types.values()))
         lines += [
             f"## {status}: {len(types)} types ({', '.join(columns)})",
