@@ -61,6 +61,9 @@ def _decoder(model: nn.Module) -> nn.Module:
         answer, decoder = decoder, ask() if callable(ask) else decoder
         if not isinstance(decoder, nn.Module) or not any(m is decoder for m in answer.modules()):
             return answer
+        if next(_module_lists(decoder), None) is None:
+            # Named a decoder, but without layers: ModernBERT's output projection.
+            return answer
     return decoder
 
 
