@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
 from loadstone.errors import ArtifactError, LoadstoneError, UsageError
@@ -29,9 +28,9 @@ class Vocabulary:
     inputs: int
     outputs: int
 
-    def require(self, ids: np.ndarray, tokenizer: Any, name: str) -> None:
-        """Raise ArtifactError, naming the token, when one of ``ids`` is beyond the embedding or the logits."""
-        highest = int(ids.max(initial=0))
+    def require(self, highest: int, tokenizer: Any, name: str) -> None:
+        """Raise ArtifactError, naming the token, when the highest id of a text is beyond the embedding or the
+        logits."""
         if highest < min(self.inputs, self.outputs):
             return
         what = "embedding has" if highest >= self.inputs else "head predicts"

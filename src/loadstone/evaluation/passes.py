@@ -140,7 +140,7 @@ def _run(
 def _plan_batches(context: EvalContext, *models: LoadedModel) -> tuple[BatchMaker, Any, int]:
     task, options = context.task.result(), context.options
     for loaded in models:
-        loaded.vocabulary.require(task.stream.ids, task.tokenizer, loaded.name)
+        loaded.vocabulary.require(int(task.stream.ids.max()), task.tokenizer, loaded.name)
     maker = BatchMaker(task.stream, task.protocol, task.windows, models[0].device)
     length = task.protocol.context_length
     size = options.batch_size or choose_batch_size(
@@ -243,5 +243,6 @@ def run_extras(
                 batch_size=1 if alone else batch_size,
                 ranks=context.ranks,
                 share=options.fast and not alone,
+                vocabulary=loaded.vocabulary,
             )
     return scores, speeds

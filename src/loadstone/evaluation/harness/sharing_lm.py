@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from lm_eval.models.huggingface import HFLM
 
+from loadstone.evaluation.causal import Vocabulary
 from loadstone.evaluation.scoring.beginnings import Beginnings
 from loadstone.evaluation.scoring.common import SHORTEST, common_prefixes, overhead
 from loadstone.evaluation.scoring.head import PrefixedModel
@@ -23,7 +25,16 @@ class SharingLM(HFLM):  # type: ignore[misc]
     the model is then called after the prefix.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, *, batch_size: int, share: bool = True) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        batch_size: int,
+        share: bool = True,
+        vocabulary: Vocabulary | None = None,
+    ) -> None:
+        self._vocabulary = vocabulary
         self._fixed = model.cache if isinstance(model, PrefixedModel) else None
         self._current: Any = self._fixed
         self._last: tuple[list[int], Any] | None = None
@@ -49,6 +60,7 @@ class SharingLM(HFLM):  # type: ignore[misc]
         return int(super().max_length) - taken
 
     def _loglikelihood_tokens(self, requests: list[Request], *args: Any, **kwargs: Any) -> list[Any]:
+        self._require(token for _, *parts in requests for part in parts for token in part)
         if self._fixed is not None:
             return list(super()._loglikelihood_tokens([self._after(r) for r in requests], *args, **kwargs))
         fits = [i for i, (_, c, t) in enumerate(requests) if len(c) + len(t) <= self.max_length + 1]
@@ -81,6 +93,12 @@ class SharingLM(HFLM):  # type: ignore[misc]
             results[i] = result
         return results
 
+    def _require(self, tokens: Iterable[int]) -> None:
+        """Raise ArtifactError for a token that the model does not have."""
+        if self._vocabulary is not None:
+            highest = max(tokens, default=0)
+            self._vocabulary.require(highest, self.tokenizer, type(self.model).__name__)
+
     def _after(self, request: Request) -> Request:
         """The request with the prefix's last token before its context, which is cut on the left if it is too long."""
         key, context, continuation = request
@@ -103,6 +121,7 @@ class SharingLM(HFLM):  # type: ignore[misc]
     def _model_generate(
         self, context: torch.Tensor, max_length: int, stop: list[str], **generation: Any
     ) -> torch.Tensor:
+        self._require(context.unique().tolist())
         mask = generation.pop("attention_mask", torch.ones_like(context))
         if self._fixed is not None and not self._fixed.takes_padding and not mask.all():
             return self._one_by_one(context, max_length, stop, mask, generation)

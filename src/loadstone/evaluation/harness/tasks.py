@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from loadstone.errors import MissingError, UsageError
+from loadstone.evaluation.causal import Vocabulary
 from loadstone.ranks import Ranks
 
 # lm-eval writes "acc,none": metric, comma, filter.
@@ -66,11 +67,13 @@ def run_tasks(
     batch_size: int,
     ranks: Ranks = Ranks(),
     share: bool = True,
+    vocabulary: Vocabulary | None = None,
 ) -> list[TaskScore]:
     """Run lm-eval tasks (``include``: a folder of task YAMLs besides lm-eval's own) on a loaded model.
 
     Each process computes every ``ranks.size``-th piece of the requests; the pieces do not depend on their
     number, so the scores do not either. ``share``: compute common prefixes of the requests of a piece once.
+    ``vocabulary``: the model's, which the tasks' tokens must fit.
     A model after a prefix (`head.PrefixedModel`) answers every request after it. Raises as `task_manager` does.
     """
     manager = task_manager(names, include)
@@ -90,7 +93,7 @@ def run_tasks(
         def generate_until(self, requests: Any, disable_tqdm: bool = False) -> Any:
             return divide(super().generate_until, requests, batch_size, ranks)
 
-    adapter = Divided(model, tokenizer, batch_size=batch_size, share=share)
+    adapter = Divided(model, tokenizer, batch_size=batch_size, share=share, vocabulary=vocabulary)
     results = lm_eval.simple_evaluate(
         model=adapter,
         tasks=list(names),
