@@ -1,7 +1,7 @@
 """eval on each model of the zoo, against a plain loop: batch 1, no padding, no cache, float64.
 
-Each column is a function of a model's directory (`columns`); ``python -m tests.zoo.eval_checks DIR...`` tries all of
-them. The directory gets a tokenizer of plain words (`add_tokenizer`) unless it has one.
+Each column (`columns`) is a function of a model's directory, which gets a tokenizer of plain words unless it has one.
+A worker calls `check`; ``python -m tests.zoo.eval_checks DIR...`` tries all columns.
 """
 
 from __future__ import annotations
@@ -50,6 +50,21 @@ class Subject:
         return self.model
 
 
+_subjects: dict[Path, Subject] = {}
+
+
+def check(path: str, class_name: str, column: str) -> dict[str, str]:
+    """One column for one model, in the process that calls this; the model of the last call is kept."""
+    folder = Path(path)
+    if folder not in _subjects:
+        _subjects.clear()
+        _subjects[folder] = Subject(folder, class_name)
+        if not (folder / "tokenizer_config.json").exists():
+            add_tokenizer(folder)
+    found = columns[column](_subjects[folder])
+    return {"status": found.status, "detail": found.detail}
+
+
 def stock_class(path: Path, class_name: str) -> Any:
     import transformers
 
@@ -59,11 +74,12 @@ def stock_class(path: Path, class_name: str) -> Any:
     return getattr(transformers, json.loads((path / "config.json").read_text())["architectures"][0])
 
 
-def add_tokenizer(path: Path, vocabulary: int) -> None:
-    """A tokenizer of the words w0, w1, …, none of them a special token of the config; w1 ends a document."""
+def add_tokenizer(path: Path) -> None:
+    """A tokenizer of the words w0, w1, …; w1 ends a document."""
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
+    from transformers import AutoConfig, PreTrainedTokenizerFast
 
+    vocabulary = getattr(AutoConfig.from_pretrained(path).get_text_config(), "vocab_size", None) or 100
     raw = Tokenizer(models.WordLevel({f"w{i}": i for i in range(min(vocabulary, 200))}, unk_token="w2"))
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="w1").save_pretrained(path)
@@ -93,6 +109,16 @@ def write_documents(path: Path, alike: bool) -> Path:
     file = path / ("alike.jsonl" if alike else "documents.jsonl")
     file.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
     return file
+
+
+def context_of(path: Path, wanted: int) -> int:
+    """A context length that the model takes."""
+    from transformers import AutoConfig
+
+    text = AutoConfig.from_pretrained(path).get_text_config()
+    limit = getattr(text, "max_position_embeddings", None)
+    # Some have rows for two positions that they never use.
+    return min(wanted, limit - 2) if isinstance(limit, int) and limit > 4 else wanted
 
 
 def _special(config: Any) -> list[int]:
@@ -131,7 +157,11 @@ def compare(subject: Subject, key: str, *, alike: bool = False, **options: Any) 
     data = write_documents(subject.path, alike)
     try:
         found = loadstone.evaluate(
-            subject.path, data=data, context_length=160 if alike else CONTEXT, dtype="float32", **options
+            subject.path,
+            data=data,
+            context_length=context_of(subject.path, 160 if alike else CONTEXT),
+            dtype="float32",
+            **options,
         )
     except LoadstoneError as error:
         return Finding("refused", f"exit {error.exit_code}: {error}")
@@ -184,8 +214,8 @@ def streamed(subject: Subject) -> Finding:
     from loadstone.errors import LoadstoneError
 
     data = write_documents(subject.path, False)
-    options: dict[str, Any] = {"data": data, "context_length": CONTEXT, "dtype": "float32", "batch_size": 3}
-    options |= {"protocol": "rolling"}
+    options: dict[str, Any] = {"data": data, "dtype": "float32", "batch_size": 3, "protocol": "rolling"}
+    options["context_length"] = context_of(subject.path, CONTEXT)
     for fast in (True, False):
         values = []
         for stream in (False, True):
@@ -224,8 +254,8 @@ def main() -> int:
     torch.set_num_threads(1)
     faults = 0
     for name in sys.argv[1:]:
-        subject, clock = Subject(Path(name)), time.monotonic()
-        results = {column: check(subject) for column, check in columns.items()}
+        clock = time.monotonic()
+        results = {column: Finding(**check(name, "", column)) for column in columns}
         wrong = {c: r for c, r in results.items() if r.status not in ("right", "refused")}
         refused = {c: r for c, r in results.items() if r.status == "refused"}
         faults += len(wrong)
