@@ -33,7 +33,7 @@ def try_type(
         case = Case(model_type, path, facts, stock, loadstone, {})
         answer = case.observe(stock, case.model, keep=True)
         if "ok" not in answer:
-            return facts | {"failed": f"transformers cannot reload its own save: {reason(answer)}"}
+            return {"none": f"transformers cannot reload what it saved: {reason(answer)}"}
         case.original = answer["ok"]
         return facts | {
             "info": case.original["info"],
