@@ -1,11 +1,12 @@
 """Finalize: time beside stock load-quantize-save and a plain copy, peak memory by size, a dry run on 671B headers.
 
-python -m tests.bench finalize [--parts time,memory,other,headers] [--gb 3] [--runs 3]
+python -m tests.bench finalize [--parts time,serving,memory,other,headers] [--gb 3] [--runs 3]
 
 Each run in a process of its own, sides in turn, medians. Before the clock starts, imports are done and a tiny model has
 been through the same code. Memory is the peak resident set above what was resident then. The limit is reading the
-source and writing as many bytes as the output has, synced. ``other`` is llm-compressor's ``model_free_ptq``, when
-LLMCOMPRESSOR names the Python of an environment that has it.
+source and writing as many bytes as the output has, synced. ``serving`` is the compressed-tensors layout beside torchao's.
+``other`` is llm-compressor's ``model_free_ptq``, when LLMCOMPRESSOR names the Python of an environment that has it: FP8
+beside torchao's layout, and W4A16 beside the same scheme in the compressed-tensors layout.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from tests.conftest import SMOLLM2
 from tests.finalization.headers import write_headers
 
 W4 = "int8-dynamic-act-int4-weight"
+SERVED = "intx4-weight-only"
 
 CHILD = """
 import json, logging, os, sys, time
@@ -38,7 +40,12 @@ if who == "llm-compressor":
     from llmcompressor import model_free_ptq
     def work(source, out):
         kept = ["lm_head", "model.embed_tokens"]
-        model_free_ptq(source, out, scheme="FP8_DYNAMIC", ignore=kept, device="cpu", max_workers=2)
+        scheme = "FP8_DYNAMIC"
+        if recipe.startswith("intx4"):
+            from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+            args = QuantizationArgs(num_bits=4, type="int", strategy="group", group_size=32, symmetric=True)
+            scheme = QuantizationScheme(targets=["Linear"], weights=args)
+        model_free_ptq(source, out, scheme=scheme, ignore=kept, device="cpu", max_workers=2)
 else:
     import torch, torchao, transformers, accelerate
     import torchao.prototype.safetensors.safetensors_support
@@ -47,10 +54,12 @@ else:
     import loadstone
     from loadstone.finalization.plan import make_plan
     from loadstone.finalization.run import write_plan
+    from loadstone.finalization.encoders import encoder_for
     from loadstone.quantization import parse_recipe, to_torchao
     def work(source, out):
-        if who == "loadstone":
-            write_plan(make_plan(loadstone.detect(source), parse_recipe(recipe)), Path(out))
+        if who in ("loadstone", "served"):
+            encoder = encoder_for("compressed-tensors" if who == "served" else "torchao")
+            write_plan(make_plan(loadstone.detect(source), parse_recipe(recipe), encoder=encoder), Path(out))
         else:
             config = TorchAoConfig(to_torchao(parse_recipe(recipe).scheme))
             model = AutoModelForCausalLM.from_pretrained(source, quantization_config=config, device_map="cpu")
@@ -105,17 +114,19 @@ def make_llama(out: Path, hidden: int, layers: int, shard: str) -> Path:
     return out
 
 
-def compare(bench: Bench, label: str, source: Path, recipe: str, other: str, runs: int) -> None:
+def compare(
+    bench: Bench, label: str, source: Path, recipe: str, other: str, runs: int, us: str = "loadstone"
+) -> None:
     """One row: ours and another's seconds and MiB, in turn, and the limit."""
     ours, theirs, limits = [], [], []
     for _ in range(runs):
-        ours.append(bench.run("loadstone", source, recipe))
+        ours.append(bench.run(us, source, recipe))
         limits.append(limit_seconds(source, bench.last, bench.folder))
         theirs.append(bench.run(other, source, recipe))
     mine, his = ([statistics.median(r[i] for r in each) for i in (0, 1, 2)] for each in (ours, theirs))
     limit = statistics.median(limits)
     print(
-        f"| {label} | {recipe} | {mine[0]:.1f} | {other} {his[0]:.1f} | {his[0] / mine[0]:.1f}x | {mine[1]:.1f} | "
+        f"| {label} | {recipe}{' (served)' if us == 'served' else ''} | {mine[0]:.1f} | {other} {his[0]:.1f} | {his[0] / mine[0]:.1f}x | {mine[1]:.1f} | "
         f"{his[1]:.1f} | {his[1] / mine[1]:.1f}x | {limit / mine[0]:.0%} | {mine[2]:.0f} | {his[2]:.0f} |",
         flush=True,
     )
@@ -123,14 +134,14 @@ def compare(bench: Bench, label: str, source: Path, recipe: str, other: str, run
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--parts", default="time,memory,other,headers")
+    parser.add_argument("--parts", default="time,serving,memory,other,headers")
     parser.add_argument("--gb", type=float, default=1)
     parser.add_argument("--runs", type=int, default=3)
     options = parser.parse_args()
     parts = options.parts.split(",")
     with tempfile.TemporaryDirectory() as name:
         bench = Bench(Path(name))
-        if "time" in parts or "other" in parts:
+        if {"time", "other", "serving"} & set(parts):
             times(bench, parts, options.gb, options.runs)
         if "memory" in parts:
             memory(bench)
@@ -147,8 +158,11 @@ def times(bench: Bench, parts: list[str], gigabytes: float, runs: int) -> None:
     for label, source in (("SmolLM2", SMOLLM2), (f"synthetic {size(big) / 1e9:.1f} GB", big)):
         if "time" in parts:
             compare(bench, label, source, W4, "stock", runs)
+        if "serving" in parts:
+            compare(bench, label, source, SERVED, "loadstone", runs, us="served")
         if "other" in parts and "LLMCOMPRESSOR" in os.environ:
             compare(bench, label, source, "float8-weight-only", "llm-compressor", runs)
+            compare(bench, label, source, SERVED, "llm-compressor", runs, us="served")
     shutil.rmtree(big)
 
 

@@ -1,8 +1,12 @@
 """The serving layout: same numbers as torchao's layout, names and merged layers as servers want them."""
 
 import json
+import multiprocessing
+import random
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +23,8 @@ from loadstone.finalization.plan import make_plan
 from loadstone.finalization.run import write_plan
 from loadstone.finalization.verify import verify
 from loadstone.quantization import parse_recipe, read_recipe
+
+from ..test_finalize import snapshot
 
 # Every scheme with every rounding that needs no text.
 RECIPES = [
@@ -354,3 +360,35 @@ def test_scales_of_inputs_are_folded_into_what_comes_before(
     with torch.inference_mode():
         found, expected = packed(tokens).logits, dense(tokens).logits
     assert (found - expected).norm() / expected.norm() < 0.05
+
+
+def _killed_child(source: Path, out: Path) -> None:
+    loadstone.finalize(
+        source, out, recipe="nvfp4-weight-only", layout="compressed-tensors", max_shard_size=12_000
+    )
+
+
+def test_killed_and_resumed_or_spread_over_ranks_it_has_the_same_bytes(tiny: Path, tmp_path: Path) -> None:
+    _killed_child(tiny, tmp_path / "undisturbed")
+    expected = snapshot(tmp_path / "undisturbed")
+    fork, moments = multiprocessing.get_context("fork"), random.Random(7)
+    for _ in range(8):
+        process = fork.Process(target=_killed_child, args=(tiny, tmp_path / "out"))
+        process.start()
+        process.join(moments.uniform(0, 0.4))
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+        if (tmp_path / "out").exists():
+            assert snapshot(tmp_path / "out") == expected
+            shutil.rmtree(tmp_path / "out")
+    _killed_child(tiny, tmp_path / "out")
+    assert snapshot(tmp_path / "out") == expected
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "loadstone",
+        "finalize", "-M", tiny, "-o", tmp_path / "ranks", "--quantize", "nvfp4-weight-only", "--layout",
+        "compressed-tensors", "--max-shard-size", "12000B",
+    ]  # fmt: skip
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert snapshot(tmp_path / "ranks") == expected
