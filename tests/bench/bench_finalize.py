@@ -4,7 +4,7 @@ python -m tests.bench finalize [--parts time,serving,memory,other,headers] [--gb
 
 Each run in a process of its own, sides in turn, medians. Before the clock starts, imports are done and a tiny model has
 been through the same code. Memory is the peak resident set above what was resident then. The limit is reading the
-source and writing as many bytes as the output has, synced. ``serving`` is the compressed-tensors layout beside torchao's.
+source and writing as many bytes as the output has, synced. ``serving``: the compressed-tensors layout beside torchao's.
 ``other`` is llm-compressor's ``model_free_ptq``, when LLMCOMPRESSOR names the Python of an environment that has it: FP8
 beside torchao's layout, and W4A16 beside the same scheme in the compressed-tensors layout.
 """
@@ -125,9 +125,10 @@ def compare(
         theirs.append(bench.run(other, source, recipe))
     mine, his = ([statistics.median(r[i] for r in each) for i in (0, 1, 2)] for each in (ours, theirs))
     limit = statistics.median(limits)
+    served = " (served)" if us == "served" else ""
     print(
-        f"| {label} | {recipe}{' (served)' if us == 'served' else ''} | {mine[0]:.1f} | {other} {his[0]:.1f} | {his[0] / mine[0]:.1f}x | {mine[1]:.1f} | "
-        f"{his[1]:.1f} | {his[1] / mine[1]:.1f}x | {limit / mine[0]:.0%} | {mine[2]:.0f} | {his[2]:.0f} |",
+        f"| {label} | {recipe}{served} | {mine[0]:.1f} | {other} {his[0]:.1f} | {his[0] / mine[0]:.1f}x | "
+        f"{mine[1]:.1f} | {his[1]:.1f} | {his[1] / mine[1]:.1f}x | {limit / mine[0]:.0%} | {mine[2]:.0f} | {his[2]:.0f} |",
         flush=True,
     )
 
