@@ -128,7 +128,8 @@ def compare(
     served = " (served)" if us == "served" else ""
     print(
         f"| {label} | {recipe}{served} | {mine[0]:.1f} | {other} {his[0]:.1f} | {his[0] / mine[0]:.1f}x | "
-        f"{mine[1]:.1f} | {his[1]:.1f} | {his[1] / mine[1]:.1f}x | {limit / mine[0]:.0%} | {mine[2]:.0f} | {his[2]:.0f} |",
+        f"{mine[1]:.1f} | {his[1]:.1f} | {his[1] / mine[1]:.1f}x | {limit / mine[0]:.0%} | "
+        f"{mine[2]:.0f} | {his[2]:.0f} |",
         flush=True,
     )
 
