@@ -35,7 +35,7 @@ _PATTERNS = {
 
 
 # Bit patterns of the finite values above zero: (view dtype, smallest, largest).
-_POSITIVE = {"BF16": ("uint16", 1, 0x7F7F), "F16": ("uint16", 1, 0x7BFF), "F32": ("uint32", 1, 0x7F7FFFFF)}
+POSITIVE = {"BF16": ("uint16", 1, 0x7F7F), "F16": ("uint16", 1, 0x7BFF), "F32": ("uint32", 1, 0x7F7FFFFF)}
 _POSITIVE_SCALES = ("IntxUnpackedToInt8Tensor", "Int8Tensor", "Float8Tensor")
 
 
@@ -44,8 +44,8 @@ def limits_of(quantized: Iterable[FlatTensor]) -> Limits:
     limits: Limits = {}
     for tensor in quantized:
         scale = tensor.parts.get("scale")
-        if tensor.type in _POSITIVE_SCALES and scale is not None and scale.dtype in _POSITIVE:
-            limits[scale.name] = _POSITIVE[scale.dtype]
+        if tensor.type in _POSITIVE_SCALES and scale is not None and scale.dtype in POSITIVE:
+            limits[scale.name] = POSITIVE[scale.dtype]
         if tensor.type == "IntxUnpackedToInt8Tensor":
             bits = int(tensor.attributes["target_dtype"]["_data"].removeprefix("int"))
             limits[tensor.parts["qdata"].name] = ("int8", -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
@@ -57,8 +57,8 @@ def packed_limits(packed: Iterable[PackedWeight]) -> Limits:
     limits: Limits = {}
     for weight in packed:
         scale = weight.parts["weight_scale"]
-        if scale.dtype in _POSITIVE:
-            limits[scale.name] = _POSITIVE[scale.dtype]
+        if scale.dtype in POSITIVE:
+            limits[scale.name] = POSITIVE[scale.dtype]
         elif scale.dtype == "U8":
             limits[scale.name] = ("uint8", 0, 254)
     return limits

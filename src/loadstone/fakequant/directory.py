@@ -49,11 +49,14 @@ def plan_directory(
         # The class is Python code in the directory, which is not run unless asked for: names and shapes must do.
         roles, ties = roles_by_name(infos), _ties_by_name(artifact, infos)
     else:
+        from loadstone.loading.complete import check_stored
         from loadstone.loading.meta import destinations, meta_model
 
         model = meta_model(artifact, trust_remote_code)
+        places = destinations(model, list(infos))
+        check_stored(model, infos, places, artifact.weights.index or artifact.weights.files[0])
         roles = roles_in(model, infos)
-        stored_as = {d.parameter: k for k, d in destinations(model, list(infos)).items() if d}
+        stored_as = {d.parameter: k for k, d in places.items() if d}
         tied = model.all_tied_weights_keys
         ties = {stored_as.get(t, t): stored_as.get(s, s) for t, s in tied.items()}
     return make_plan(rules, infos, _files(artifact, infos), roles, ties, config, untie=untie)

@@ -27,18 +27,19 @@ def roles_in(model: PreTrainedModel, infos: dict[str, TensorInfo]) -> dict[str, 
 
     Raises `ArtifactError` for a tensor that belongs to no part of the model.
     """
+    from loadstone.loading.complete import CHECK_CONFIG, UNEXPECTED, ignored_keys
     from loadstone.loading.meta import destinations
+    from loadstone.quantization.weight_use import output_head
 
     where = destinations(model, list(infos))
-    ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
-    head = model.get_output_embeddings()
+    ignored = ignored_keys(model, [key for key, place in where.items() if place is None])
+    head = output_head(model)
     roles: dict[str, Role] = {}
     for key, info in infos.items():
         place = where[key]
-        if place is None and not any(re.search(pattern, key) for pattern in ignored):
+        if place is None and key not in ignored:
             raise ArtifactError(
-                f"{info.file}: tensor '{key}' belongs to no part of {type(model).__name__}",
-                "Check that config.json is of these weights",
+                f"{info.file}: tensor '{key}' {UNEXPECTED} ({type(model).__name__})", CHECK_CONFIG
             )
         if place is None or len(info.shape) not in (2, 3) or info.dtype not in FLOAT_DTYPES:
             roles[key] = _VECTOR

@@ -83,7 +83,8 @@ def plan_move(artifact: Artifact, *, max_shard_bytes: int, trust_remote_code: bo
     Raises `UsageError` for tensors that servers have no kernel for, and where layers that servers merge differ,
     `ArtifactError` for tensors that scale their inputs.
     """
-    from loadstone.loading.meta import model_map
+    from loadstone.loading.meta import meta_model
+    from loadstone.quantization.model_facts import facts_of
 
     parts = {part.name for flat in artifact.quantized.values() for part in flat.parts.values()}
     plain = {name: info for name, info in sorted(artifact.tensors.items()) if name not in parts}
@@ -94,7 +95,7 @@ def plan_move(artifact: Artifact, *, max_shard_bytes: int, trust_remote_code: bo
             raise ArtifactError(f"tensor '{name}': experts are divided in safetensors only", _SOURCE)
         steps += _moved(artifact.source, name, flat, schemes[name])
     _check_merged(steps, plain, artifact.source)
-    model = model_map(artifact, list(plain), trust_remote_code).facts
+    model = facts_of(meta_model(artifact, trust_remote_code))
     encoder = PackedEncoder()
     stored = {step.name: step.encoding or step.outputs[0] for step in steps}
     recipes = [recipe_for(scheme) for scheme in dict.fromkeys(schemes.values())]

@@ -15,13 +15,14 @@ from loadstone.artifact.detect import DENSE, OTHER_QUANTIZER, QAT_KEY
 from loadstone.artifact.formats.safetensors import DTYPE_BITS, FLOAT_DTYPES
 from loadstone.artifact.servers import Runs
 from loadstone.artifact.torchao.flatten import SAFETENSORS_DTYPES
+from loadstone.artifact.torchao.tensors import part_name
 from loadstone.errors import ArtifactError
 from loadstone.quantization import MixedRecipe, Recipe, Scheme
 from loadstone.writing.index import SHARD_BYTES, in_shards, shard_name, weights_name
 
 if TYPE_CHECKING:
     from loadstone.finalization.encoders import Encoder, Encoding
-    from loadstone.loading.meta import Destination
+    from loadstone.loading.meta import Destination, ModelMap
     from loadstone.quantization.model_facts import ModelFacts
     from loadstone.quantization.rules import Decision
 
@@ -128,7 +129,7 @@ def make_plan(
     from loadstone.loading.meta import model_map
 
     found = stored_tensors(artifact)
-    mapped = model_map(artifact, list(found), trust_remote_code)
+    mapped = model_map(artifact, found, trust_remote_code)
     model, where = mapped.facts, mapped.places
     sources = source_tensors(artifact, found, model)
     encoder = encoder or TorchaoEncoder(device)
@@ -136,16 +137,12 @@ def make_plan(
     present = {place.parameter for key in sources if (place := where[key])}
     untied = _untied(model, decisions, present)
     fused = _fused(model, sources, where)
+    names, unloadable = ({}, {}) if encoder.keeps_names else _names_that_load(mapped, decisions)
     steps: list[Step] = []
     for key, info in sources.items():
         place = where[key]
         if place is not None and place.parameter in untied:
             continue
-        if place is None and not _matches(key, model.ignored):
-            raise ArtifactError(
-                f"{info.file}: tensor '{key}' belongs to no part of {model.model}",
-                "Check that config.json is of these weights",
-            )
         stored = SAFETENSORS_DTYPES[dtype] if dtype != "auto" and info.dtype in FLOAT_DTYPES else info.dtype
         decision = decisions.get(place.parameter) if place else None
         if encoder.keeps_names and decision and decision.scheme and place:
@@ -154,8 +151,11 @@ def make_plan(
             if separate:
                 steps += _untied_steps(info, place.parameter, stored, decisions, untied, encoder)
                 continue
+        elif recipe and decision and decision.scheme and place and place.parameter in unloadable:
+            decision = replace(decision, scheme=None, reason=unloadable[place.parameter])
         elif recipe and decision and decision.scheme and place and not place.converted:
-            steps.append(_quantize_step((info,), place.parameter, stored, decision, encoder))
+            name = names.get(place.parameter, place.parameter)
+            steps.append(_quantize_step((info,), name, stored, decision, encoder))
             steps += _untied_steps(info, place.parameter, stored, decisions, untied, encoder)
             continue
         elif recipe and decision and decision.scheme and place and place.parameter in fused:
@@ -182,7 +182,7 @@ def make_plan(
         )
     config = _config(artifact, dtype)
     if recipe:
-        steps = _sharing_scales(steps)
+        steps = _sharing_scales(steps if encoder.keeps_names else _dotted(steps, mapped))
         stored_as = {step.name: step.encoding or step.outputs[0] for step in steps}
         config |= encoder.config(recipe, skip, decisions, stored_as)
     if untied:
@@ -325,6 +325,54 @@ def divided(info: TensorInfo) -> list[TensorInfo]:
     ]
 
 
+def _names_that_load(
+    mapped: ModelMap, decisions: dict[str, Decision]
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Under which name each quantized parameter is stored, so that a load's own renaming of its parts ends at the
+    parameter: its own name or, where that would be renamed again, the source's. Then the parameters without such a
+    name, with the reason why they stay as they are."""
+    keys = {place.parameter: key for key, place in mapped.places.items() if place and not place.converted}
+    chosen = [name for name, decision in decisions.items() if decision.scheme]
+
+    def part(name: str) -> str:
+        return part_name(name, "qdata")
+
+    loaded = mapped.loaded_names([part(n) for name in chosen for n in {name, keys.get(name, name)}])
+    names: dict[str, str] = {}
+    unloadable: dict[str, str] = {}
+    for name in chosen:
+        fitting = [n for n in (name, keys.get(name, name)) if loaded[part(n)] == part(name)]
+        if fitting:
+            names[name] = fitting[0]
+        else:
+            unloadable[name] = "renamed on load, where the parts of torchao's tensors would not be found"
+    return names, unloadable
+
+
+def _dotted(steps: list[Step], mapped: ModelMap) -> list[Step]:
+    """The steps with a dot in each name: torchao's reader in transformers divides every name of a file at its last dot.
+
+    A name without one takes the base model's prefix, which a load removes again. Raises `ArtifactError` where it would
+    not.
+    """
+    dotless = [step for step in steps if "." not in step.name and step.encoding is None]
+    longer = {step.name: f"{mapped.prefix}.{step.name}" for step in dotless}
+    loaded = mapped.loaded_names(list(longer.values())) if dotless else {}
+    for name, new in longer.items():
+        if not mapped.prefix or loaded[new] != name:
+            raise ArtifactError(
+                f"tensor '{name}' has no dot in its name, and torchao's reader in transformers refuses a quantized "
+                "artifact with such a name",
+                "Use --layout compressed-tensors, or finalize it without --quantize",
+            )
+    return [
+        replace(step, name=longer[step.name], outputs=(step.outputs[0]._replace(name=longer[step.name]),))
+        if step.name in longer
+        else step
+        for step in steps
+    ]
+
+
 def _sharing_scales(steps: list[Step]) -> list[Step]:
     """The steps, where layers that servers merge need one scale of the whole tensor, each with the others' sources."""
     sharing = {
@@ -368,9 +416,3 @@ def _total(tensors: Iterable[TensorInfo]) -> int:
 
 def _nbytes(info: TensorInfo, dtype: str) -> int:
     return info.numel * DTYPE_BITS[dtype] // 8 if dtype != info.dtype else info.nbytes
-
-
-def _matches(key: str, patterns: Any) -> bool:
-    import re
-
-    return any(re.search(pattern, key) for pattern in patterns)

@@ -8,7 +8,8 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from loadstone.artifact import Source, TensorInfo
-from loadstone.artifact.torchao.flatten import torch_dtype
+from loadstone.artifact.torchao.flatten import SAFETENSORS_DTYPES, torch_dtype
+from loadstone.artifact.values import POSITIVE, check_tensor
 from loadstone.errors import ArtifactError, UsageError
 from loadstone.finalization.plan import FinalizePlan, Step
 
@@ -104,7 +105,9 @@ def encode_unit(
     if encoding is None:
         target = torch_dtype(step.outputs[0].dtype)
         for at in range(0, len(values), block):
-            yield step.name, values[at : at + block].to(target), (unit.start + at) * target.itemsize
+            part = values[at : at + block].to(target)
+            _check_plain(unit.source, part, target)
+            yield step.name, part, (unit.start + at) * target.itemsize
         return
     if encoding.scheme.calibrated:
         raise UsageError(
@@ -129,7 +132,45 @@ def encode_unit(
         rows = values[at : at + block].view(-1, width).to(device)
         if extremes is None:
             _finite_extremes(unit.source, rows)
-        yield from encoding.encode(rows.to(target), first + at // width, extremes)
+        for name, part, offset in encoding.encode(rows.to(target), first + at // width, extremes):
+            if "scale" in name.rpartition(".")[2]:
+                _check_scale(name, part, unit.source)
+            yield name, part, offset
+
+
+def _check_plain(source: TensorInfo, part: torch.Tensor, target: torch.dtype) -> None:
+    """Raise `ArtifactError` for a value that is not finite in the dtype that it is stored in."""
+    if not target.is_floating_point or not part.numel():
+        return
+    if target.itemsize == 1:
+        return check_tensor(part, source)
+    import torch
+
+    # Minimum and maximum keep a NaN.
+    if torch.stack(torch.aminmax(part)).isfinite().all():
+        return
+    stored = str(target).removeprefix("torch.")
+    cast = torch_dtype(source.dtype) != target
+    raise ArtifactError(
+        f"{source.file}: tensor '{source.name}' holds NaN or infinity{f' as {stored}' if cast else ''}",
+        "Use another checkpoint" + (", or --dtype bfloat16 for values beyond 65,504" if cast else ""),
+    )
+
+
+def _check_scale(name: str, part: torch.Tensor, source: TensorInfo) -> None:
+    """Raise `ArtifactError` for scales that a load would refuse: not finite or, of a weight, not above zero."""
+    dtype = SAFETENSORS_DTYPES.get(str(part.dtype).removeprefix("torch."))
+    if dtype is None:
+        return
+    info = TensorInfo(name, dtype, tuple(part.shape), source.file, 0, part.nbytes)
+    positive = name.endswith("weight_scale") and dtype in POSITIVE
+    try:
+        check_tensor(part.cpu(), info, {name: POSITIVE[dtype]} if positive else None)
+    except ArtifactError as error:
+        raise ArtifactError(
+            f"{source.file}: tensor '{source.name}' cannot be quantized: {error.message.partition(': ')[2]}",
+            "Leave it out with --skip, or choose another dtype or recipe",
+        ) from None
 
 
 def extremes_of(info: TensorInfo, reader: Source) -> tuple[torch.Tensor, torch.Tensor]:

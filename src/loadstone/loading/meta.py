@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from loadstone.artifact import Artifact
+from loadstone.artifact import Artifact, TensorInfo
+from loadstone.loading.complete import check_stored
 from loadstone.loading.model_class import construction, load_config, model_class_of
 from loadstone.quantization.model_facts import ModelFacts, facts_of
 
@@ -27,16 +30,27 @@ def meta_model(artifact: Artifact, trust_remote_code: bool = False) -> PreTraine
 
 @dataclass(frozen=True)
 class ModelMap:
-    """What planning asks of a model: its facts, and where each tensor of the checkpoint goes (None: nowhere)."""
+    """What planning asks of a model: its facts, where each tensor of the checkpoint goes (None: nowhere), the names in
+    the model that a load gives to stored names. ``prefix``: of the base model's names, which a load adds or
+    removes."""
 
     facts: ModelFacts
     places: dict[str, Destination | None]
+    loaded_names: Callable[[list[str]], dict[str, str]] = field(repr=False)
+    prefix: str = ""
 
 
-def model_map(artifact: Artifact, keys: list[str], trust_remote_code: bool = False) -> ModelMap:
-    """The map of an artifact whose files hold the tensors ``keys``."""
+def model_map(
+    artifact: Artifact, stored: Mapping[str, TensorInfo], trust_remote_code: bool = False
+) -> ModelMap:
+    """The map of an artifact whose files hold the ``stored`` tensors.
+
+    Raises `ArtifactError` for tensors that are missing, are not part of the model or have another shape.
+    """
     model = meta_model(artifact, trust_remote_code)
-    return ModelMap(facts_of(model), destinations(model, keys))
+    places = destinations(model, list(stored))
+    check_stored(model, stored, places, artifact.weights.index or artifact.weights.files[0])
+    return ModelMap(facts_of(model), places, partial(names_when_quantized, model), model.base_model_prefix)
 
 
 class Destination(NamedTuple):
@@ -73,6 +87,24 @@ def destinations(model: PreTrainedModel, keys: list[str]) -> dict[str, Destinati
             place = (int(numbers[-1]), place[1]) if numbers else None
         result[key] = Destination(name, pattern is not None, place) if name in state else None
     return result
+
+
+def names_when_quantized(model: PreTrainedModel, stored: list[str]) -> dict[str, str]:
+    """The name in the model that a load makes of each ``stored`` name, whether the model has such a tensor or not.
+
+    The parts of a quantized weight (``x._weight_qdata``) are renamed before they are put together.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    mapping: list[Any] = get_model_conversion_mapping(model, None, None)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    state = model.state_dict()
+    return {
+        name: rename_source_key(name, renamings, converters, model.base_model_prefix, state)[0]
+        for name in stored
+    }
 
 
 def _row_places(converters: list[Any]) -> dict[str, tuple[int, int] | None]:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from loadstone.artifact import Artifact
 from loadstone.artifact.source import values_checked
 from loadstone.errors import ArtifactError
+from loadstone.loading.complete import CHECK_CONFIG, COPY_AGAIN, MISSING, UNEXPECTED
 from loadstone.loading.devices import CPU, DISK
 from loadstone.loading.kernels import check_kernels
 from loadstone.loading.lazy import lazy_state_dict
@@ -91,8 +92,8 @@ def check_complete(artifact: Artifact, model: PreTrainedModel, info: dict[str, A
     """Raise `ArtifactError` for what `from_pretrained` only reports in its loading info, or not at all."""
     where = artifact.weights.index or artifact.weights.files[0]
     for key, problem, remedy in (
-        ("missing_keys", "is missing: it would be initialised at random", "Finalize or copy the model again"),
-        ("unexpected_keys", "is not part of this model", "Check that config.json is of these weights"),
+        ("missing_keys", MISSING, COPY_AGAIN),
+        ("unexpected_keys", UNEXPECTED, CHECK_CONFIG),
     ):
         names = sorted(info[key])
         if names:
@@ -102,18 +103,16 @@ def check_complete(artifact: Artifact, model: PreTrainedModel, info: dict[str, A
         name, stored, expected = sorted(info["mismatched_keys"])[0]
         raise ArtifactError(
             f"{where}: tensor '{name}' has shape {list(stored)}, config.json asks for {list(expected)}",
-            "Check that config.json is of these weights",
+            CHECK_CONFIG,
         )
     if info.get("error_msgs"):
-        raise ArtifactError(f"{where}: {info['error_msgs'][0]}", "Finalize or copy the model again")
+        raise ArtifactError(f"{where}: {info['error_msgs'][0]}", COPY_AGAIN)
     # accelerate keeps what it offloads outside the model, and leaves meta tensors in its place.
     places = set((getattr(model, "hf_device_map", None) or {}).values())
     if len(places) < 2 or not places & {CPU, DISK}:
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             if tensor.device.type == "meta":
-                raise ArtifactError(
-                    f"{where}: '{name}' was left without data", "Finalize or copy the model again"
-                )
+                raise ArtifactError(f"{where}: '{name}' was left without data", COPY_AGAIN)
 
 
 def _finish(artifact: Artifact, model: PreTrainedModel) -> None:

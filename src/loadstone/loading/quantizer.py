@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def attach_quantizer(artifact: Artifact, model: PreTrainedModel) -> None:
     """Set ``config.quantization_config`` and ``hf_quantizer`` as transformers' own load does."""
-    from transformers import TorchAoConfig
+    from transformers import PreTrainedModel, TorchAoConfig
     from transformers.quantizers.quantizer_torchao import TorchAoHfQuantizer
 
     block = artifact.quantization_config
@@ -33,6 +33,12 @@ def attach_quantizer(artifact: Artifact, model: PreTrainedModel) -> None:
     if artifact.source.metadata:
         quantizer.metadata = artifact.source.metadata
     model.hf_quantizer = quantizer
+    # What transformers' own load sets before and after it reads the weights; some models ask (Jamba's Mamba layers).
+    model.is_quantized = True
+    model.quantization_method = config.quant_method
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel):
+            part.config._is_quantized = True
 
 
 def recovered_scheme(artifact: Artifact) -> Scheme:

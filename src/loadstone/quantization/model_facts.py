@@ -5,6 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
+from loadstone.quantization.weight_use import (
+    input_embeddings,
+    output_head,
+    parts_outside,
+    weights_used_otherwise,
+)
+
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
@@ -17,7 +24,9 @@ class Weight(NamedTuple):
 
     ``owner`` is its module's class. ``head``, ``table``: of the output head, of the input embeddings. ``excluded``:
     never quantized by transformers' default; ``float32_only``: nor where the output head is wanted. ``transposed``:
-    whether fused experts are stored (in, out), None for other weights.
+    whether fused experts are stored (in, out), None for other weights. ``used_otherwise``: how the model uses the
+    weight of a Linear without calling it, which a quantized tensor does not allow; empty for others. ``outside``: which
+    part of the model that is left out by default it lies in (a task head, a vision tower); empty for others.
     """
 
     name: str
@@ -30,21 +39,21 @@ class Weight(NamedTuple):
     excluded: bool
     float32_only: bool
     transposed: bool | None
+    used_otherwise: str = ""
+    outside: str = ""
 
 
 @dataclass(frozen=True)
 class ModelFacts:
     """A model's matrix weights, and other facts that planning needs.
 
-    ``tied``: transformers' `all_tied_weights_keys` (target to source). ``ignored``: patterns of checkpoint keys that
-    belong to no parameter. ``head`` is the output head's module name, ``table`` the class of the input embeddings,
-    ``table_has_buffers`` whether they keep a scale beside the weight.
+    ``tied``: transformers' `all_tied_weights_keys` (target to source). ``head`` is the output head's module name,
+    ``table`` the class of the input embeddings, ``table_has_buffers`` whether they keep a scale beside the weight.
     """
 
     model: str
     weights: tuple[Weight, ...]
     tied: dict[str, str]
-    ignored: tuple[str, ...]
     head: str | None
     table: str | None
     table_has_buffers: bool
@@ -55,7 +64,8 @@ def facts_of(model: PreTrainedModel) -> ModelFacts:
     from transformers.quantizers.base import HfQuantizer
     from transformers.quantizers.quantizers_utils import should_convert_module
 
-    head, table = model.get_output_embeddings(), model.get_input_embeddings()
+    head, table = output_head(model), input_embeddings(model)
+    otherwise, outside = weights_used_otherwise(model), parts_outside(model)
     float32 = list(model._keep_in_fp32_modules or ())
     default = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
     weights = []
@@ -70,13 +80,14 @@ def facts_of(model: PreTrainedModel) -> ModelFacts:
                     full, module_name, type(module).__name__, kind, tuple(parameter.shape), module is head,
                     module is table, not should_convert_module(full, default),
                     not should_convert_module(full, float32), getattr(module, "is_transposed", None),
+                    otherwise.get(module_name, "") if kind == LINEAR else "",
+                    next((why for part, why in outside.items() if f"{module_name}.".startswith(f"{part}.")), ""),
                 )
             )  # fmt: skip
     return ModelFacts(
         type(model).__name__,
         tuple(weights),
         dict(model.all_tied_weights_keys),
-        tuple(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()),
         next((name for name, module in model.named_modules() if module is head), "")
         if head is not None
         else None,

@@ -84,11 +84,15 @@ def _decide_linear(weight: Weight, mixed: MixedRecipe, skip: list[str], used: se
         return Decision(None, "skipped as asked", linear=True, table=weight.head)
     if _is_excluded(weight, mixed):
         return Decision(None, NOT_CONVERTED, linear=True, table=weight.head)
+    if weight.used_otherwise:
+        return Decision(None, weight.used_otherwise, linear=True, table=weight.head)
     if weight.head:
         return _fitting(mixed.lm_head, weight.shape, "output head", linear=True, table=True)
     recipe = rules[0].recipe if rules else mixed.default
     if recipe is None:
         return Decision(None, "skipped as asked", linear=True)
+    if weight.outside and not rules:
+        return Decision(None, f"{weight.outside}; a rule of a recipe file includes it", linear=True)
     return _fitting(recipe, weight.shape, "linear weight", linear=True)
 
 
@@ -118,6 +122,8 @@ def _decide_fused(
         return Decision(None, "skipped as asked", fused=True)
     if _is_excluded(weight, mixed):
         return Decision(None, NOT_CONVERTED, fused=True)
+    if weight.outside and not rules:
+        return Decision(None, f"{weight.outside}; a rule of a recipe file includes it", fused=True)
     if weight.transposed is None:
         return Decision(None, f"3-D weight of {weight.owner}, which has a matmul of its own", fused=True)
     if weight.transposed:
