@@ -18,6 +18,7 @@ from loadstone._version import __version__
 
 if TYPE_CHECKING:
     from loadstone.artifact import detect as detect
+    from loadstone.artifact.files import following_links as following_links
     from loadstone.context import fit as fit
     from loadstone.context import load as load
     from loadstone.context import load_context as load_context
@@ -37,6 +38,7 @@ __all__ = [
     "export_fakequant",
     "finalize",
     "fit",
+    "following_links",
     "load",
     "load_context",
     "load_tokenizer",
@@ -52,6 +54,7 @@ _HOMES = {
     "export_fakequant": "loadstone.fakequant",
     "finalize": "loadstone.finalization",
     "fit": "loadstone.context",
+    "following_links": "loadstone.artifact.files",
     "load": "loadstone.context",
     "load_context": "loadstone.context",
     "load_tokenizer": "loadstone.loading",

@@ -40,7 +40,7 @@ def inspect_json(inspect):
 
 KEYS = [
     "schema", "path", "root", "loadable", "problems", "notes", "kind", "evidence", "plan", "model_type",
-    "architectures", "parameters", "bytes", "file_bytes", "dtypes", "quantization", "unquantized", "tied",
+    "architectures", "parameters", "bytes", "file_bytes", "dtypes", "quantization", "serving", "unquantized", "tied",
     "sidecars", "weights", "manifest", "verified",
 ]  # fmt: skip
 
@@ -170,7 +170,9 @@ def test_an_untied_model_without_a_head_is_a_problem(tmp_path: Path, inspect_jso
 
 
 def test_remote_code_is_refused_as_the_plan_refuses_it(tmp_path: Path, inspect_json) -> None:
-    code, found = inspect_json(dense(tmp_path / "m", config=CONFIG | {"auto_map": {"AutoModel": "m.M"}}))
+    code, found = inspect_json(
+        dense(tmp_path / "m", config=CONFIG | {"auto_map": {"AutoModel": "m.M"}, "architectures": ["M"]})
+    )
     assert code == 3 and "auto_map" in found["problems"][0]["message"]
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from loadstone.artifact.files import following_links
 from loadstone.errors import ArtifactError
 from loadstone.writing.sidecars import copy_sidecars, sidecars_in
 
@@ -20,6 +21,7 @@ def model(tmp_path: Path) -> Path:
         "additional_chat_templates/tool.jinja",
     ):  # fmt: skip
         (folder / name).write_text("x")
+    (folder / "config.json").write_text('{"auto_map": {"AutoModel": "code.Model"}}')
     return folder
 
 
@@ -31,6 +33,50 @@ def test_what_is_copied(model: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     copy_sidecars(sidecars_in((model,)), tmp_path / "out")
     assert (tmp_path / "out" / "additional_chat_templates" / "tool.jinja").read_text() == "x"
+
+
+def test_a_sentence_encoder_is_carried_over_whole(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    carried = (
+        "modules.json", "1_Pooling/config.json", "2_Dense/model.safetensors", "LICENSE", "vocab.bpe", "assets/a/b.png",
+        "tokenization_x.py", "tokenizer_config.json",
+    )  # fmt: skip
+    left = (
+        "model.safetensors",
+        "onnx/model.onnx",
+        "optimizer.pt",
+        ".git/config",
+        "runs/x/events.out.tfevents.1",
+        "x.tmp",
+    )
+    for name in (*carried, *left):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
+    (tmp_path / "modules.json").write_text('[{"path": ""}, {"path": "1_Pooling"}]')
+    (tmp_path / "tokenizer_config.json").write_text(
+        '{"auto_map": {"AutoTokenizer": [null, "tokenization_x.X"]}}'
+    )
+    caplog.set_level("INFO", "loadstone")
+    assert set(sidecars_in((tmp_path,), remote_code=True)) == set(carried)
+    (line,) = [r.getMessage() for r in caplog.records]
+    assert "other weights (onnx/model.onnx)" in line and "training state (optimizer.pt)" in line
+    assert "tokenization_x.py" not in sidecars_in((tmp_path,))
+
+
+def test_links_are_followed_on_request(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").write_text("x")
+    (model / "vocab.json").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ArtifactError, match="--follow-links"):
+        sidecars_in((model,))
+    with following_links():
+        assert "vocab.json" in sidecars_in((model,))
+
+
+def test_blobs_may_be_a_link(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk" / "1234").write_text("x")
+    (model.parents[1] / "blobs").symlink_to(tmp_path / "disk")
+    (model / "vocab.json").symlink_to("../../blobs/1234")
+    assert "vocab.json" in sidecars_in((model,))
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "additional_chat_templates/more.jinja"])

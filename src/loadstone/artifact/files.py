@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn
 
@@ -29,10 +31,24 @@ def refuse(error: ArtifactError) -> NoReturn:
     raise error
 
 
+_FOLLOWING: ContextVar[bool] = ContextVar("following_links", default=False)
+
+
+@contextmanager
+def following_links(follow: bool = True) -> Iterator[None]:
+    """Within the block, files of a model directory may be links that leave it, as in a folder of links."""
+    token = _FOLLOWING.set(follow)
+    try:
+        yield
+    finally:
+        _FOLLOWING.reset(token)
+
+
 def check_inside(directory: Path, name: str) -> Path:
     """The path of ``name`` in ``directory``; raises `ArtifactError` when it is, or links, outside.
 
-    A link to another file of the same Hugging Face cache (``blobs/`` beside ``snapshots/``) is allowed.
+    A link to another file of the same Hugging Face cache (``blobs/`` beside ``snapshots/``, wherever that is) is
+    allowed, and within `following_links` any link.
     """
     parts = PurePosixPath(name).parts
     if (
@@ -53,10 +69,11 @@ def check_inside(directory: Path, name: str) -> Path:
         ) from None
     # A checkpoint's folder within a repository links to the same blobs as the repository's own files.
     snapshots = [folder for folder in (root, *root.parents) if folder.parent.name == "snapshots"]
-    allowed = [root, *(folder.parent.parent / "blobs" for folder in snapshots)]
-    if not any(target.is_relative_to(a) for a in allowed):
+    allowed = [root, *((folder.parent.parent / "blobs").resolve() for folder in snapshots)]
+    if not _FOLLOWING.get() and not any(target.is_relative_to(a) for a in allowed):
         raise ArtifactError(
-            f"'{name}' is a link that leaves the directory (to {target})", "Copy the file itself"
+            f"'{name}' is a link that leaves the directory (to {target})",
+            "Copy the file itself, or pass --follow-links if you trust the directory",
         )
     return path
 

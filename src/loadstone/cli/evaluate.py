@@ -65,6 +65,7 @@ def evaluate(
         ),
     ] = False,
     trust_remote_code: options.TrustRemoteCode = False,
+    follow_links: options.FollowLinks = False,
     data: Annotated[
         str,
         typer.Option(

@@ -113,6 +113,7 @@ def command(
     ] = True,
     checkpoint: options.Checkpoint = None,
     trust_remote_code: options.TrustRemoteCode = False,
+    follow_links: options.FollowLinks = False,
     device: options.Device = "auto",
     dry_run: options.DryRun = False,
     json_to: options.Json = None,

@@ -33,6 +33,7 @@ def command(
     ] = None,
     checkpoint: options.Checkpoint = None,
     trust_remote_code: options.TrustRemoteCode = False,
+    follow_links: options.FollowLinks = False,
     out: options.Out = None,
     dtype: Annotated[
         str,

@@ -62,6 +62,7 @@ def command(
     ] = None,
     checkpoint: options.Checkpoint = None,
     trust_remote_code: options.TrustRemoteCode = False,
+    follow_links: options.FollowLinks = False,
     cache_dtype: Annotated[
         str | None,
         typer.Option(

@@ -27,6 +27,7 @@ def command(
     context: typer.Context,
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Model directory or training run.")],
     checkpoint: options.Checkpoint = None,
+    follow_links: options.FollowLinks = False,
     verify: Annotated[
         bool,
         typer.Option(

@@ -29,6 +29,25 @@ Checkpoint = Annotated[
         rich_help_panel=INPUT,
     ),
 ]
+
+
+def _follow(context: typer.Context, value: bool) -> bool:
+    if value:
+        from loadstone.artifact.files import following_links
+
+        context.with_resource(following_links())
+    return value
+
+
+FollowLinks = Annotated[
+    bool,
+    typer.Option(
+        "--follow-links",
+        help="Read files that are links out of the model directory.",
+        callback=_follow,
+        rich_help_panel=INPUT,
+    ),
+]
 TrustRemoteCode = Annotated[
     bool,
     typer.Option(

@@ -24,6 +24,7 @@ from loadstone.fakequant.rules import RuleSet
 from loadstone.fakequant.state import QuantizerState
 from loadstone.finalization.plan import FinalizePlan, stored_tensors
 from loadstone.finalization.run import write_artifact
+from loadstone.loading.model_class import has_own_class
 from loadstone.ranks import Ranks
 from loadstone.writing.index import SHARD_BYTES
 from loadstone.writing.publish import check_output
@@ -45,7 +46,7 @@ def plan_directory(
     _refuse_quantized(artifact)
     infos = stored_tensors(artifact)
     config = artifact.config if remote_code == COPY else without_auto_map(artifact.config)
-    if artifact.needs_remote_code and not trust_remote_code and not _is_known(artifact):
+    if artifact.needs_remote_code and not trust_remote_code and not has_own_class(artifact):
         # The class is Python code in the directory, which is not run unless asked for: names and shapes must do.
         roles, ties = roles_by_name(infos), _ties_by_name(artifact, infos)
     else:
@@ -78,12 +79,6 @@ def _files(artifact: Artifact, infos: dict[str, TensorInfo]) -> dict[str, str]:
     if any(info.file not in order for info in infos.values()):
         return files_of(infos, SHARD_BYTES)
     return {name: order[info.file] for name, info in infos.items()}
-
-
-def _is_known(artifact: Artifact) -> bool:
-    from transformers import CONFIG_MAPPING
-
-    return artifact.config.get("model_type") in CONFIG_MAPPING
 
 
 def _ties_by_name(artifact: Artifact, infos: dict[str, TensorInfo]) -> dict[str, str]:

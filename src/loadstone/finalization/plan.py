@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -177,7 +178,7 @@ def make_plan(
             steps += _untied_steps(info, place.parameter, stored, decisions, untied, encoder)
     if recipe and not any(step.action == QUANTIZE for step in steps):
         raise ArtifactError(
-            f"'{artifact.path}': {model.model} has no weight that {recipe} can quantize",
+            f"'{artifact.path}': {model.model} has no weight that {recipe} can quantize{_most_common_reason(steps)}",
             "Finalize it without --quantize",
         )
     config = _config(artifact, dtype)
@@ -194,6 +195,12 @@ def make_plan(
         return plan
     header = encoder.header({step.name: step.encoding for step in steps})
     return replace(plan, header=header, kind=encoder.kind, runs=encoder.runs(stored_as, config))
+
+
+def _most_common_reason(steps: list[Step]) -> str:
+    """Why most matrices stay as they are, for a message; empty when no step says why."""
+    reasons = Counter(step.reason for step in steps if step.reason and len(step.source.shape) > 1)
+    return f" ({reasons.most_common(1)[0][0]})" if reasons else ""
 
 
 def refuse_quantized(artifact: Artifact) -> None:

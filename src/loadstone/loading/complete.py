@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from math import prod
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from loadstone.artifact import TensorInfo
 from loadstone.errors import ArtifactError
@@ -14,12 +14,22 @@ from loadstone.errors import ArtifactError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from loadstone.loading.meta import Destination
-
 MISSING = "is missing: it would be initialised at random"
 UNEXPECTED = "is not part of this model"
 CHECK_CONFIG = "Check that config.json is of these weights"
 COPY_AGAIN = "Finalize or copy the model again"
+
+
+class Destination(NamedTuple):
+    """Where a checkpoint tensor goes: ``parameter`` in the model; ``converted`` when it is merged or reshaped there.
+
+    ``place`` sorts the tensors of a parameter that is their rows in a row (fused experts: expert by expert, within one
+    gate before up); None for other conversions.
+    """
+
+    parameter: str
+    converted: bool
+    place: tuple[int, int] | None = None
 
 
 def ignored_keys(model: PreTrainedModel, unexpected: Iterable[str]) -> frozenset[str]:

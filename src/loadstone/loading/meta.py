@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from loadstone.artifact import Artifact, TensorInfo
+from loadstone.loading.complete import Destination as Destination
 from loadstone.loading.complete import check_stored
 from loadstone.loading.model_class import construction, load_config, model_class_of
 from loadstone.quantization.model_facts import ModelFacts, facts_of
@@ -51,18 +52,6 @@ def model_map(
     places = destinations(model, list(stored))
     check_stored(model, stored, places, artifact.weights.index or artifact.weights.files[0])
     return ModelMap(facts_of(model), places, partial(names_when_quantized, model), model.base_model_prefix)
-
-
-class Destination(NamedTuple):
-    """Where a checkpoint tensor goes: ``parameter`` in the model; ``converted`` when it is merged or reshaped there.
-
-    ``place`` sorts the tensors of a parameter that is their rows in a row (fused experts: expert by expert, within one
-    gate before up); None for other conversions.
-    """
-
-    parameter: str
-    converted: bool
-    place: tuple[int, int] | None = None
 
 
 def destinations(model: PreTrainedModel, keys: list[str]) -> dict[str, Destination | None]:

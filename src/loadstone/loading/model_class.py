@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -48,7 +48,7 @@ def model_class_of(config: Any, artifact: Artifact, trust_remote_code: bool = Fa
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
-    reference = (getattr(config, "auto_map", None) or {}).get("AutoModelForCausalLM")
+    reference = _own_code(getattr(config, "auto_map", None) or {}, config.architectures or ())
     if trust_remote_code and reference:
         try:
             return get_class_from_dynamic_module(reference, artifact.config_dir, local_files_only=True)
@@ -83,6 +83,14 @@ def positions(config: Any) -> Positions:
         if isinstance(limit, int) and limit > 0:
             return Positions(limit, bool(getattr(text, "rope_parameters", None)))
     return Positions(None, True)
+
+
+def _own_code(auto_map: dict[str, Any], architectures: Sequence[str]) -> str | None:
+    """Which class of a directory's own code is the model: the one that ``architectures`` names, else the first for the
+    causal language model, else any model."""
+    models = {key: str(value) for key, value in auto_map.items() if key.startswith("AutoModel")}
+    named = [value for value in models.values() if value.rpartition(".")[2] in architectures]
+    return next(iter([*named, *filter(None, [models.get("AutoModelForCausalLM")]), *models.values()]), None)
 
 
 @contextmanager
@@ -120,6 +128,15 @@ def stored_dtype(artifact: Artifact, config: Any) -> torch.dtype:
         if tensor.dtype in names:
             sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.nbytes
     return names[max(sizes, key=lambda k: sizes[k])] if sizes else torch.float32
+
+
+def has_own_class(artifact: Artifact) -> bool:
+    """Whether transformers itself has the class that config.json names, so that code beside it need not run."""
+    import transformers
+    from transformers import CONFIG_MAPPING
+
+    names = artifact.config.get("architectures") or [""]
+    return artifact.config.get("model_type") in CONFIG_MAPPING and hasattr(transformers, str(names[0]))
 
 
 def remote_code_refused(artifact: Artifact) -> ArtifactError:

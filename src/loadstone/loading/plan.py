@@ -23,7 +23,7 @@ from loadstone.artifact.detect import (
 from loadstone.artifact.training_run import checkpoints
 from loadstone.errors import ArtifactError, UsageError
 from loadstone.loading.devices import check_device
-from loadstone.loading.model_class import remote_code_refused
+from loadstone.loading.model_class import has_own_class, remote_code_refused
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ def plan(
     messages: list[str] = []
     artifact = _choose(target, checkpoint, no_checkpoint, messages)
     load_path, reason = _load_path(artifact)
-    if artifact.needs_remote_code:
+    if artifact.needs_remote_code and (trust_remote_code or not has_own_class(artifact)):
         if not trust_remote_code:
             raise remote_code_refused(artifact)
         load_path, reason = FROM_PRETRAINED, f"{reason}; its model class is code in the directory"

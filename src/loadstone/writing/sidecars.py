@@ -3,48 +3,146 @@
 from __future__ import annotations
 
 import json
+import logging
+import re
 import shutil
 from pathlib import Path
 
 from loadstone.artifact import Artifact
 from loadstone.artifact.files import check_inside, is_file, read_json
 
-# Weights in any form, training state, and what finalize writes anew.
-_LEFT_OUT_SUFFIXES = (
+# Not carried over from a model directory, by what they are; everything else is.
+WEIGHTS, TRAINING, CACHES, CODE = (
+    "other weights",
+    "training state",
+    "caches",
+    "Python code that no config names",
+)
+_WRITTEN_ANEW = {"config.json", "loadstone.json"}
+_WEIGHT_SUFFIXES = (
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".index.json", ".distcp", ".h5", ".msgpack", ".onnx",
-    ".tmp", ".lock",
+    ".onnx_data", ".ot", ".tflite", ".npz", ".pkl", ".pickle", ".joblib", ".mlmodel", ".mlpackage",
 )  # fmt: skip
-_LEFT_OUT_NAMES = {
-    "config.json", "loadstone.json", "trainer_state.json", "training_args.json", "all_results.json",
-    "train_results.json", "eval_results.json", "scheduler.json",
-}  # fmt: skip
-_KEPT_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".md", ".tiktoken", ".py", ".spm", ".yaml")
-_KEPT_NAMES = {"LICENSE", "NOTICE", "LICENCE", "COPYING"}
+_TRAINING = re.compile(
+    r"optimizer.*|scheduler.*|scaler.*|rng_state.*|random_states.*|trainer_state\.json|training_args\.(json|bin)"
+    r"|(all|train|eval)_results\.json|events\.out\..*|latest|zero_to_fp32\.py"
+)
+_TRAINING_FOLDERS = re.compile(
+    r"checkpoint-\d+|runs|logs|wandb|global_step\d+|optimizer(_\d+)?|pytorch_model_fsdp_\d+"
+)
+_WEIGHT_FOLDERS = ("onnx", "openvino", "original", "coreml", "tf", "flax", "gguf", "mlx")
+# The weights that are read: no word about them.
+_SOURCE_SUFFIXES = (".safetensors", ".bin", ".json", ".distcp")
+_CACHE_SUFFIXES = (".tmp", ".lock", ".pyc", ".incomplete")
+# Hidden files that say something of the model; others belong to tools.
+_HIDDEN_KEPT = (".gitattributes",)
 
+log = logging.getLogger(__name__)
 TEMPLATE_FILE = "chat_template.jinja"
 TOKENIZER_CONFIG = "tokenizer_config.json"
-TEMPLATES = "additional_chat_templates"
 
 
 def find_sidecars(artifact: Artifact) -> dict[str, Path]:
-    """Sidecar files by their relative name; a checkpoint's own win over those of its training run."""
-    return sidecars_in(tuple(reversed(artifact.sidecar_dirs)), bool(artifact.config.get("auto_map")))
+    """Files to carry over, by relative name; a checkpoint's own win over those of its training run.
+
+    What stays behind is said in one line of the log.
+    """
+    return sidecars_in(tuple(reversed(artifact.sidecar_dirs)), remote_code=True)
 
 
 def sidecars_in(directories: tuple[Path, ...], remote_code: bool = False) -> dict[str, Path]:
-    """Sidecar files of directories, the last of which wins; ``remote_code``: Python files too.
+    """Every file of the directories, the last of which wins, but weights, training state, caches and what is written
+    anew; of the last one its folders too. The weights of a sentence-transformers module (modules.json) belong to it.
 
-    Raises `ArtifactError` for a link that leaves its directory: a copy would publish what it points to.
+    ``remote_code``: Python files too, where a config names code (``auto_map``). What stays behind is logged. Raises
+    `ArtifactError` for a link that leaves its directory: a copy would publish what it points to.
     """
     found: dict[str, Path] = {}
-    for directory in dict.fromkeys(directories):
-        for path in sorted(directory.iterdir()):
-            if is_file(path) and _is_sidecar(path.name, remote_code):
-                found[path.name] = check_inside(directory, path.name)
-    last = directories[-1]
-    for path in sorted((last / TEMPLATES).glob("*.jinja")):
-        found[f"{TEMPLATES}/{path.name}"] = check_inside(last, f"{TEMPLATES}/{path.name}")
+    left: dict[str, list[str]] = {}
+    unique = list(dict.fromkeys(directories))
+    code = remote_code and any(_names_code(directory) for directory in unique)
+    for directory in unique:
+        modules = _module_folders(directory)
+        for name in _files(directory, folders=directory is unique[-1]):
+            why = "" if name.partition("/")[0] in modules else _left_out(name, code)
+            if name in _WRITTEN_ANEW:
+                continue
+            if why:
+                left.setdefault(why, []).append(name)
+            else:
+                found[name] = check_inside(directory, name)
+    _tell(left)
     return found
+
+
+def _tell(left: dict[str, list[str]]) -> None:
+    """Say in one line what stays behind and why; weights in safetensors and .bin are the source itself."""
+    told = []
+    for why, names in sorted(left.items()):
+        shown = [
+            n
+            for n in names
+            if why != WEIGHTS or "/" in n or not n.endswith((".safetensors", ".bin", ".json", ".distcp"))
+        ]
+        if shown:
+            more = f" and {len(shown) - 3} more" if len(shown) > 3 else ""
+            told.append(f"{why} ({', '.join(shown[:3])}{more})")
+    if told:
+        log.info("left behind: %s", "; ".join(told))
+
+
+def _files(directory: Path, *, folders: bool) -> list[str]:
+    """Relative names of the regular files of a directory, in order; links to folders are not followed."""
+    names: list[str] = []
+    pending = [directory]
+    while pending:
+        folder = pending.pop()
+        for path in sorted(folder.iterdir()):
+            if is_file(path):
+                names.append(path.relative_to(directory).as_posix())
+            elif folders and path.is_dir() and not path.is_symlink() and not _skipped(path, directory):
+                pending.append(path)
+    return sorted(names)
+
+
+def _skipped(folder: Path, root: Path) -> bool:
+    """Whether a folder holds nothing of the model: caches, version control, another training state."""
+    hidden = folder.name.startswith(".") or folder.name == "__pycache__"
+    return hidden or (folder.parent == root and _TRAINING_FOLDERS.fullmatch(folder.name) is not None)
+
+
+def _left_out(name: str, code: bool) -> str:
+    """Why a file stays behind; empty for one that is carried over."""
+    folder, _, leaf = name.rpartition("/")
+    if leaf.endswith(_CACHE_SUFFIXES) or (leaf.startswith(".") and leaf not in _HIDDEN_KEPT):
+        return CACHES
+    if _TRAINING.fullmatch(leaf):
+        return TRAINING
+    if leaf.endswith(_WEIGHT_SUFFIXES) or folder.partition("/")[0] in _WEIGHT_FOLDERS:
+        return WEIGHTS
+    return CODE if leaf.endswith(".py") and not code else ""
+
+
+def _names_code(directory: Path) -> bool:
+    """Whether the config of the model, its tokenizer or its processors names Python code beside it."""
+    for name in ("config.json", TOKENIZER_CONFIG, "processor_config.json", "preprocessor_config.json"):
+        if is_file(directory / name) and read_json(check_inside(directory, name)).get("auto_map"):
+            return True
+    return False
+
+
+def _module_folders(directory: Path) -> set[str]:
+    """The folders of a sentence-transformers model's modules, which hold weights of their own."""
+    if not is_file(directory / "modules.json"):
+        return set()
+    try:
+        modules = json.loads(check_inside(directory, "modules.json").read_bytes())
+        paths = {str(module["path"]) for module in modules} if isinstance(modules, list) else set()
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()
+    # Saved without an entry for some module, its folder is still named by number.
+    numbered = {path.name for path in directory.iterdir() if re.fullmatch(r"\d+_[A-Z]\w*", path.name)}
+    return {path for path in paths if path} | numbered
 
 
 def copy_sidecars(sidecars: dict[str, Path], out: Path) -> list[str]:
@@ -55,7 +153,7 @@ def copy_sidecars(sidecars: dict[str, Path], out: Path) -> list[str]:
     notes = []
     for name, path in sidecars.items():
         target = out / name
-        target.parent.mkdir(exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, target)
     if TEMPLATE_FILE in sidecars and TOKENIZER_CONFIG in sidecars:
         config = read_json(sidecars[TOKENIZER_CONFIG])
@@ -68,11 +166,3 @@ def copy_sidecars(sidecars: dict[str, Path], out: Path) -> list[str]:
             text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
             (out / TOKENIZER_CONFIG).write_text(text, encoding="utf-8")
     return notes
-
-
-def _is_sidecar(name: str, remote_code: bool) -> bool:
-    if name in _LEFT_OUT_NAMES or name.endswith(_LEFT_OUT_SUFFIXES) or name.startswith("."):
-        return False
-    if name.endswith(".py"):
-        return remote_code
-    return name.endswith(_KEPT_SUFFIXES) or name.partition(".")[0].upper() in _KEPT_NAMES
