@@ -140,18 +140,12 @@ def streamed(plan: LoadPlan, device: torch.device) -> Iterator[StreamedModel]:
 
 def skeleton(model_class: Any, config: Any, dtype: torch.dtype) -> PreTrainedModel:
     """The model with its parameters on the meta device and its buffers, which no checkpoint holds, real."""
-    import torch
     from accelerate import init_empty_weights
     from transformers.initialization import no_init_weights
 
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with init_empty_weights(include_buffers=False), no_init_weights():
-            model: PreTrainedModel = model_class(config)
-        return model
-    finally:
-        torch.set_default_dtype(before)
+    with init_empty_weights(include_buffers=False), no_init_weights():
+        model: PreTrainedModel = model_class._from_config(config, dtype=dtype)
+    return model
 
 
 def _load_options(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> Any:
