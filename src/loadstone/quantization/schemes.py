@@ -164,6 +164,10 @@ class Int4WeightOnly(Scheme):
         return _group_misfit(self.group_size, in_features)
 
 
+# Sides of the squares that share a scale in block-wise FP8, as DeepSeek-V3 introduced it.
+FLOAT8_BLOCK = 128
+
+
 @dataclass(frozen=True)
 class _Float8(Scheme):
     """float8 e4m3 weights with float32 scales."""
@@ -197,21 +201,45 @@ class Float8WeightOnly(_Float8):
 class Float8DynActFloat8Weight(_Float8):
     """float8 e4m3 dynamic activations and weights."""
 
+    # block: a scale for each square of 128 x 128, in the serving layout only.
+    granularity: Literal["row", "tensor", "block"] = "row"  # type: ignore[assignment]
+
     side_multiple = 16
+
+    def stored_bits(self, in_features: int, out_features: int, scale_bits: int = 16) -> float:
+        if self.granularity == "block":
+            return 8 + scale_bits / FLOAT8_BLOCK**2
+        return super().stored_bits(in_features, out_features, scale_bits)
 
     @property
     def row_multiple(self) -> int:
         # torchao passes over weights whose sides are not a multiple of 16.
         return 16 if self.granularity == "row" else 0
 
+    def misfit(self, out_features: int, in_features: int) -> str:
+        if self.granularity == "block" and (out_features % FLOAT8_BLOCK or in_features % FLOAT8_BLOCK):
+            return f"shape {out_features}x{in_features} is no multiple of {FLOAT8_BLOCK}"
+        return super().misfit(out_features, in_features)
+
     @property
     def serving(self) -> LayerScheme:
+        if self.granularity == "block":
+            square = QuantArgs(8, "float", "block", block=(FLOAT8_BLOCK, FLOAT8_BLOCK))
+            return LayerScheme(FLOAT, square, QuantArgs(8, "float", "group", FLOAT8_BLOCK, dynamic=True))
         inputs = QuantArgs(8, "float", "token", dynamic=True)
         return LayerScheme(FLOAT, QuantArgs(8, "float", "channel"), inputs)
 
     @property
     def weight_only(self) -> Scheme:
-        return Float8WeightOnly(self.granularity)
+        return Float8Blocks() if self.granularity == "block" else Float8WeightOnly(self.granularity)
+
+
+@dataclass(frozen=True)
+class Float8Blocks(Scheme):
+    """float8 e4m3 weights with a scale for each square of 128 x 128: our own rounding, in no recipe by itself."""
+
+    row_multiple = FLOAT8_BLOCK
+    side_multiple = FLOAT8_BLOCK
 
 
 @dataclass(frozen=True)

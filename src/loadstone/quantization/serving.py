@@ -18,7 +18,7 @@ from loadstone.quantization.packing import (
     scale_as_divisor,
     scales_in,
 )
-from loadstone.quantization.schemes import Scheme, recipe_for
+from loadstone.quantization.schemes import FLOAT8_BLOCK, Scheme, recipe_for
 
 if TYPE_CHECKING:
     import torch
@@ -31,6 +31,20 @@ def layer_scheme(scheme: Scheme) -> LayerScheme:
         why, instead = scheme.unserved
         raise UsageError(f"{recipe_for(scheme)} has no serving layout: {why}", f"Use {instead}")
     return found
+
+
+def float8_blocks(rows: torch.Tensor) -> dict[str, torch.Tensor]:
+    """``qdata`` and ``scale`` of rows (a multiple of 128) in squares of 128 x 128: the largest magnitude becomes 448.
+
+    The scale is rounded to the rows' dtype first, so that what is stored is what rounding used.
+    """
+    import torch
+
+    squares = rows.float().unflatten(1, (-1, FLOAT8_BLOCK)).unflatten(0, (-1, FLOAT8_BLOCK))
+    scale = (squares.abs().amax((1, 3)) / 448).to(rows.dtype)
+    scale = torch.where(scale == 0, 1, scale)
+    values = (squares / scale.float()[:, None, :, None]).clamp(-448, 448).to(torch.float8_e4m3fn)
+    return {"qdata": values.reshape(rows.shape), "scale": scale}
 
 
 def stored_rows(
@@ -55,6 +69,8 @@ def stored_rows(
         packed = "weight_packed" if layer.packed else "weight"
         return {packed: values, "weight_scale": scale.view(torch.uint8)}
     rows = values.shape[0]
+    if layer.weights.strategy == "block":
+        return {"weight": values, "weight_scale": scale}
     scale = scales_in(scale.reshape(-1, scale.shape[-1]) if scale.dim() else scale.reshape(1, 1), dtype, name)
     found = {"weight_scale": scale.expand(rows, -1)}
     if layer.format != PACK:

@@ -128,6 +128,31 @@ def test_nvfp4_has_one_scale_for_layers_that_servers_merge(tiny: Path, tmp_path:
     )
 
 
+def test_float8_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from safetensors.torch import load_file
+
+    recipe, source = (
+        "float8-dynamic-act-float8-weight:granularity=block",
+        loadstone.detect("builtin:tiny-llama").path,
+    )
+    whole = written(source, recipe, tmp_path / "whole")
+    monkeypatch.setattr(units, "BLOCK", 1 << 10)
+    blocks = written(source, recipe, tmp_path / "blocks")
+    assert (whole / "model.safetensors").read_bytes() == (blocks / "model.safetensors").read_bytes()
+    dense, name = load_file(source / "model.safetensors"), "model.layers.1.mlp.gate_proj.weight"
+    weight, stored = dense[name].float(), load_file(whole / "model.safetensors")
+    scale = stored[f"{name}_scale"]
+    assert scale.shape == (weight.shape[0] // 128, weight.shape[1] // 128) and scale.dtype == torch.bfloat16
+    square = weight[128:256, :128]
+    assert float(scale[1, 0]) == pytest.approx(float(square.abs().max()) / 448, rel=2**-8)
+    expected = (square / scale[1, 0].float()).clamp(-448, 448).to(torch.float8_e4m3fn)
+    assert torch.equal(bits(stored[name][128:256, :128]), bits(expected))
+    found = loadstone.load(whole).get_parameter(name)[128:256, :128]
+    assert torch.equal(found, expected.to(torch.bfloat16) * scale[1, 0])
+    with pytest.raises(UsageError, match="no float8 weights in blocks"):
+        loadstone.plan_finalize(source, recipe=recipe)
+
+
 def test_a_row_of_zeros_has_a_scale_above_zero(tiny: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 

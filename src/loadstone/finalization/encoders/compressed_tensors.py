@@ -27,8 +27,8 @@ from loadstone.quantization.packing import decode_rows
 from loadstone.quantization.quantize import quantize_rows, quantize_weight
 from loadstone.quantization.recipe_file import MixedRecipe
 from loadstone.quantization.rules import Decision, decide
-from loadstone.quantization.schemes import Recipe, Scheme, recipe_for
-from loadstone.quantization.serving import layer_scheme, stored_rows, whole_tensors
+from loadstone.quantization.schemes import Float8Blocks, Float8WeightOnly, Recipe, Scheme, recipe_for
+from loadstone.quantization.serving import float8_blocks, layer_scheme, stored_rows, whole_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -84,6 +84,8 @@ class PackedEncoding:
     ) -> Iterator[tuple[str, torch.Tensor, int]]:
         if extremes:
             parts = quantize_rows(rows, self.rounding, *extremes)
+        elif isinstance(self.rounding, Float8Blocks):
+            parts = float8_blocks(rows)
         else:
             parts = _parts(quantize_weight(rows, self.rounding))
         stored = stored_rows(self.layer, parts, torch_dtype(self.dtype), self.name)
@@ -141,7 +143,8 @@ class PackedEncoder:
 
     def rounding(self, recipe: Recipe) -> Recipe:
         layer_scheme(recipe.scheme)
-        return recipe_for(recipe.scheme.weight_only)
+        own = isinstance(recipe.scheme.weight_only, Float8Blocks)
+        return recipe_for(Float8WeightOnly() if own else recipe.scheme.weight_only)
 
     def decide(
         self, model: ModelFacts, recipe: Recipe | MixedRecipe, skip: list[str] | None

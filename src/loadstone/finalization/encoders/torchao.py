@@ -18,7 +18,7 @@ from loadstone.artifact.servers import Runs, torchao_runs
 from loadstone.artifact.torchao.config import chooses_by_module
 from loadstone.artifact.torchao.flatten import describe, flatten
 from loadstone.artifact.torchao.tensors import part_name
-from loadstone.errors import ArtifactError
+from loadstone.errors import ArtifactError, UsageError
 from loadstone.finalization.encoders.base import Encoding, row_offset
 from loadstone.quantization.model_facts import ModelFacts
 from loadstone.quantization.quantize import (
@@ -30,6 +30,7 @@ from loadstone.quantization.quantize import (
 from loadstone.quantization.recipe_file import MixedRecipe
 from loadstone.quantization.rules import NOT_CONVERTED, Decision, decide
 from loadstone.quantization.schemes import (
+    Float8Blocks,
     Recipe,
     Scheme,
 )
@@ -134,6 +135,11 @@ class TorchaoEncoder:
         self._templates: dict[tuple[Scheme, tuple[int, ...], str], FlatTensor] = {}
 
     def rounding(self, recipe: Recipe) -> Recipe:
+        if isinstance(recipe.scheme.weight_only, Float8Blocks):
+            raise UsageError(
+                f"{recipe}: torchao's layout has no float8 weights in blocks",
+                "Add --layout compressed-tensors",
+            )
         return recipe
 
     def decide(
