@@ -1,0 +1,196 @@
+"""Sources that finalize and export refuse before anything is published, and models that are no plain Llama."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+import loadstone
+from loadstone.errors import ArtifactError
+
+W8 = "int8-weight-only"
+UP = "model.layers.0.mlp.up_proj.weight"
+SMALL = {
+    "vocab_size": 256, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+}  # fmt: skip
+
+Tensors = dict[str, torch.Tensor]
+
+
+def _without(name: str) -> Callable[[Tensors], Any]:
+    return lambda tensors: tensors.pop(name)
+
+
+def _extra_layer(tensors: Tensors) -> None:
+    tensors |= {k.replace("layers.1", "layers.2"): v.clone() for k, v in tensors.items() if "layers.1" in k}
+
+
+def _zero3(tensors: Tensors) -> None:
+    tensors |= {k: torch.empty(0, dtype=v.dtype) for k, v in tensors.items() if "layers" in k}
+
+
+def _filled(name: str, value: float) -> Callable[[Tensors], Any]:
+    return lambda tensors: tensors[name][-1, :1].fill_(value)
+
+
+def _edited(source: Path, to: Path, edit: Callable[[Tensors], Any], **config: object) -> Path:
+    to.mkdir()
+    tensors = load_file(source / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, to / "model.safetensors", metadata={"format": "pt"})
+    found = json.loads((source / "config.json").read_text()) | config
+    (to / "config.json").write_text(json.dumps(found))
+    return to
+
+
+@pytest.mark.parametrize("recipe", [None, W8])
+@pytest.mark.parametrize(
+    ("edit", "says"),
+    [
+        (_without(UP), f"{UP}' is missing"),
+        (_extra_layer, "layers.2.* is not part of this model"),
+        (_zero3, r"has shape \[0\], config.json asks for"),
+        (_filled("model.embed_tokens.weight", float("nan")), "embed_tokens.weight' holds NaN"),
+        (_filled(UP, float("inf")), f"{UP}' holds NaN or infinity"),
+    ],
+    ids=["missing", "extra", "zero3", "nan", "inf"],
+)
+def test_a_source_that_is_not_sound(
+    make_model: Callable[..., Path],
+    tmp_path: Path,
+    edit: Callable[[Tensors], Any],
+    says: str,
+    recipe: str | None,
+) -> None:
+    source = _edited(make_model("llama-untied"), tmp_path / "source", edit)
+    with pytest.raises(ArtifactError, match=says):
+        loadstone.finalize(source, tmp_path / "out", recipe=recipe)
+    assert [p.name for p in tmp_path.iterdir() if not p.name.endswith(".lock")] == ["source"]
+
+
+def test_an_export_of_a_source_that_misses_a_tensor(make_model: Callable[..., Path], tmp_path: Path) -> None:
+    source = _edited(make_model("llama-untied"), tmp_path / "source", _without(UP))
+    with pytest.raises(ArtifactError, match="is missing"):
+        loadstone.export_fakequant(source, tmp_path / "out", format="fp8")
+
+
+@pytest.mark.parametrize("recipe", [None, W8])
+def test_values_beyond_float16(make_model: Callable[..., Path], tmp_path: Path, recipe: str | None) -> None:
+    source = _edited(make_model("llama-untied"), tmp_path / "source", _filled(UP, 1e5))
+    with pytest.raises(ArtifactError, match="up_proj"):
+        loadstone.finalize(source, tmp_path / "out", recipe=recipe, dtype="float16")
+    loadstone.finalize(source, tmp_path / "right", recipe=recipe)
+
+
+def test_a_state_dict_inside_another(make_model: Callable[..., Path], tmp_path: Path) -> None:
+    source = make_model("llama-untied")
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "config.json").write_text((source / "config.json").read_text())
+    torch.save({"model": load_file(source / "model.safetensors")}, tmp_path / "source" / "pytorch_model.bin")
+    with pytest.raises(ArtifactError):
+        loadstone.finalize(tmp_path / "source", tmp_path / "out")
+
+
+def test_keys_that_transformers_ignores(make_model: Callable[..., Path], tmp_path: Path) -> None:
+    def add(tensors: Tensors) -> None:
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.rand(8)
+
+    source = _edited(make_model("llama-untied"), tmp_path / "source", add)
+    loadstone.finalize(source, tmp_path / "out", recipe=W8)
+    loadstone.export_fakequant(source, tmp_path / "fq", format="fp8")
+    assert loadstone.load(tmp_path / "out") and loadstone.load(tmp_path / "fq")
+
+
+def _saved(model: Any, directory: Path) -> Path:
+    model.to(torch.bfloat16).save_pretrained(directory)
+    return directory
+
+
+def _quantized(directory: Path) -> set[str]:
+    return {name.removesuffix(".weight") for name in loadstone.detect(directory).quantized}
+
+
+def test_a_name_without_a_dot(tmp_path: Path) -> None:
+    config = transformers.BartConfig(
+        vocab_size=256, d_model=64, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=128, decoder_ffn_dim=128, max_position_embeddings=64,
+    )  # fmt: skip
+    source = _saved(transformers.BartForConditionalGeneration(config), tmp_path / "source")
+    loadstone.finalize(source, tmp_path / "out", recipe=W8)
+    assert "model.final_logits_bias" in loadstone.detect(tmp_path / "out").tensors
+    stock = transformers.BartForConditionalGeneration.from_pretrained(tmp_path / "out").eval()
+    ours = loadstone.load(tmp_path / "out")
+    ids = torch.arange(3, 20)[None]
+    with torch.inference_mode():
+        assert torch.equal(stock(input_ids=ids).logits, ours(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("recipe", [None, W8])
+def test_a_model_without_input_embeddings(tmp_path: Path, recipe: str | None) -> None:
+    part = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = transformers.CLIPConfig(
+        text_config={**part, "vocab_size": 256, "max_position_embeddings": 32},
+        vision_config={**part, "image_size": 32, "patch_size": 8}, projection_dim=64,
+    )  # fmt: skip
+    source = _saved(transformers.CLIPModel(config), tmp_path / "source")
+    loadstone.finalize(source, tmp_path / "out", recipe=recipe)
+    assert type(loadstone.load(tmp_path / "out")).__name__ == "CLIPModel"
+
+
+def test_weights_that_a_model_reads_itself_stay_plain(tmp_path: Path) -> None:
+    config = transformers.MambaConfig(
+        vocab_size=256, hidden_size=64, state_size=16, num_hidden_layers=2, expand=2, time_step_rank=32
+    )
+    source = _saved(transformers.MambaForCausalLM(config), tmp_path / "source")
+    plan = loadstone.plan_finalize(source, recipe=W8)
+    reasons = {step.name: step.reason for step in plan.steps if "dt_proj.weight" in step.name}
+    assert len(reasons) == 2 and all("reads it itself" in reason for reason in reasons.values())
+    loadstone.finalize(source, tmp_path / "out", recipe=W8)
+    with torch.inference_mode():
+        loadstone.load(tmp_path / "out")(input_ids=torch.arange(3, 20)[None])
+
+
+def test_task_heads_and_vision_towers_stay_plain(tmp_path: Path) -> None:
+    classifier = transformers.BertForSequenceClassification(transformers.BertConfig(**SMALL, num_labels=64))
+    loadstone.finalize(_saved(classifier, tmp_path / "bert"), tmp_path / "bert-w8", recipe=W8)
+    assert "classifier" not in _quantized(tmp_path / "bert-w8")
+    assert "bert.encoder.layer.0.output.dense" in _quantized(tmp_path / "bert-w8")
+    text = {**SMALL, "num_key_value_heads": 2, "head_dim": 16, "sliding_window": 32}
+    vision = {**SMALL, "image_size": 32, "patch_size": 8}
+    config = transformers.Gemma3Config(
+        text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=5, boi_token_index=6,
+        eoi_token_index=7,
+    )  # fmt: skip
+    source = _saved(transformers.Gemma3ForConditionalGeneration(config), tmp_path / "gemma3")
+    loadstone.finalize(source, tmp_path / "gemma3-w8", recipe=W8)
+    quantized = _quantized(tmp_path / "gemma3-w8")
+    assert quantized and not any("vision" in name for name in quantized)
+    rules = tmp_path / "rules.yaml"
+    rules.write_text(f"default: {W8}\nrules:\n  - modules: vision_tower\n    scheme: {W8}\n")
+    loadstone.finalize(source, tmp_path / "gemma3-all", recipe=rules)
+    assert any("vision" in name for name in _quantized(tmp_path / "gemma3-all"))
+
+
+def test_a_quantized_model_carries_what_stock_loading_sets(
+    make_model: Callable[..., Path], quantize_to: Callable[..., Path]
+) -> None:
+    directory = quantize_to(make_model("llama-untied"), W8)
+    ours, stock = loadstone.load(directory), transformers.AutoModelForCausalLM.from_pretrained(directory)
+    assert set(vars(ours)) == set(vars(stock))
+    for name in ("is_quantized", "quantization_method"):
+        assert getattr(ours, name) == getattr(stock, name)
+    assert ours.config._is_quantized and ours.model.config._is_quantized
+
+
+def test_code_beside_a_class_that_transformers_has(make_model: Callable[..., Path], tmp_path: Path) -> None:
+    code = {"AutoModelForCausalLM": "modeling_x.LlamaForCausalLM"}
+    source = _edited(make_model("llama-untied"), tmp_path / "source", lambda tensors: None, auto_map=code)
+    loadstone.finalize(source, tmp_path / "out", recipe=W8)
+    assert loadstone.load(tmp_path / "out")
