@@ -39,6 +39,14 @@ def test_quantized_is_refused_on_disk(tiny: Path, quantize_to: Callable[..., Pat
         split_map(artifact, {"cpu": 60_000})
 
 
+def test_packed_weights_are_placed_and_refused_on_disk(tiny: Path, tmp_path: Path) -> None:
+    loadstone.finalize(tiny, tmp_path / "out", recipe="intx4-weight-only", layout="compressed-tensors")
+    artifact = loadstone.detect(tmp_path / "out")
+    with pytest.raises(MissingError, match="packed weights cannot be mapped from disk"):
+        split_map(artifact, {"cpu": 60_000})
+    assert set(split_map(artifact, {"cpu": 10**8}).values()) == {"cpu"}
+
+
 def test_a_checkpoint_on_disk_whose_config_lies_in_its_run(tiny: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny, tmp_path / "run", ignore=shutil.ignore_patterns("*.safetensors"))
     (tmp_path / "run" / "checkpoint-1").mkdir()

@@ -69,6 +69,11 @@ def _check_mappable(artifact: Artifact, max_memory: dict[Any, int]) -> None:
             f"{size}, and quantized tensors cannot be offloaded to disk",
             "Use a machine with more memory, or the unquantized source",
         )
+    if artifact.packed:
+        raise MissingError(
+            f"{size}, and packed weights cannot be mapped from disk",
+            "Finalize it without --quantize, which writes its decoded weights, and load the result",
+        )
     if not artifact.source.mappable:
         raise MissingError(
             f"{size}, and a training run's own checkpoint format cannot be mapped from disk",
