@@ -133,7 +133,7 @@ def features(config: Any) -> list[torch.Tensor]:
     )
     frames = 2 * size(audio, "max_source_positions", default=32)
     shapes = [(bins, frames), (frames, bins), (bins, 100), (100, bins), (bins, 400), (400, bins)]
-    return [torch.rand(1, *shape) for shape in shapes] + [torch.rand(1, 1, 100, bins), torch.rand(bins, 100)]
+    return [torch.rand(1, *shape) for shape in shapes] + [torch.rand(1, 1, 64, bins), torch.rand(bins, 100)]
 
 
 def waves(config: Any) -> list[torch.Tensor]:
@@ -203,6 +203,10 @@ VALUES: dict[str, Callable[[Any], list[Any]]] = {
     "input_features_mask": lambda config: [
         torch.ones(value.shape[0], value.shape[-1], dtype=torch.long) for value in features(config)
     ],
+    "image_attention_mask": lambda config: [torch.ones(1, TEXT_LENGTH, 1, dtype=torch.long)],
+    "image_embeds_position_mask": lambda config: [
+        torch.arange(TEXT_LENGTH)[None] < size(config, "latent_query_num")
+    ],
     "task_inputs": lambda config: [token_ids(77)],
     "merge_sizes": lambda config: [torch.tensor([1])],
     "image_sizes": lambda config: [torch.tensor([_sides(config)])],
@@ -261,6 +265,12 @@ def candidates(model: Any) -> Iterator[dict[str, Any]]:
         [*required, "input_features", "input_features_mask"] if "input_features_mask" in signature else [],
         [*required, *main, *decoder],
         [*required, *main],
+        *(
+            [*required, *text, *media[:1], name]
+            for name in ("image_attention_mask", "image_embeds_position_mask")
+            if name in signature
+        ),
+        [*required, *text, "bbox", *decoder] if "bbox" in signature else [],
         [*required, *text, "bbox"] if "bbox" in signature else [],
         [*required, *text, *media[:1], "bbox"] if "bbox" in signature else [],
         [*required, *text, *media[:1], "image_sizes"] if "image_sizes" in signature else [],
