@@ -87,7 +87,7 @@ def main() -> int:
     parser.add_argument("--types", help="model types, separated by commas (default: all)")
     parser.add_argument("--part", default="1/1", help="N/M: every M-th type, from the N-th")
     parser.add_argument("--jobs", type=int, default=2, help="models tried at a time")
-    parser.add_argument("--commands", help=f"columns, separated by commas: {', '.join(CHECKS)}")
+    parser.add_argument("--commands", help=f"columns or their first words: {', '.join(CHECKS)}")
     parser.add_argument("-o", "--out", type=Path, help="JSON file of the results")
     parser.add_argument("--table", type=Path, help="Markdown table to write")
     options = parser.parse_args()
@@ -96,7 +96,8 @@ def main() -> int:
 
     number, parts = map(int, options.part.split("/"))
     chosen = options.types.split(",") if options.types else model_types()[number - 1 :: parts]
-    commands = options.commands.split(",") if options.commands else list(CHECKS)
+    words = options.commands.split(",") if options.commands else list(CHECKS)
+    commands = [column for column in CHECKS if any(f"{column} ".startswith(f"{word} ") for word in words)]
     types: Queue[str] = Queue()
     for model_type in chosen:
         types.put(model_type)

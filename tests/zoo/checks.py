@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.zoo.eval_checks import columns
 from tests.zoo.process import Process
 
 # Largest relative distance of a weight to the original: well above each format's rounding, well below a wrong scale.
@@ -191,6 +192,21 @@ def _same(artifact: dict[str, Any], original: dict[str, Any]) -> Result | None:
     return None
 
 
+def evaluation(column: str) -> Callable[[Case], Result]:
+    """A column of eval against the plain loop."""
+
+    def check(case: Case) -> Result:
+        answer = case.loadstone.ask(
+            "evaluate", path=str(case.model), class_name=case.facts["class"], column=column
+        )
+        if "ok" not in answer:
+            return Result("crash", answer.get("error") or answer["crash"])
+        return Result(answer["ok"]["status"], answer["ok"]["detail"].replace(str(case.path), ""))
+
+    return check
+
+
+# Eval's columns come last: they put a tokenizer into the model's directory.
 CHECKS: dict[str, Callable[[Case], Result]] = {
     "load": load,
     "plain": finalize(""),
@@ -198,4 +214,5 @@ CHECKS: dict[str, Callable[[Case], Result]] = {
     "intx4-weight-only": finalize("intx4-weight-only"),
     "float8-weight-only": finalize("float8-weight-only"),
     "export nvfp4": export("nvfp4"),
+    **{column: evaluation(column) for column in columns},
 }

@@ -174,6 +174,13 @@ class Worker:
                     far[name] = off
         return far, quantized
 
+    def evaluate(self, path: str, class_name: str, column: str) -> dict[str, str]:
+        """One column of `eval_checks`."""
+        from tests.zoo.eval_checks import check
+
+        with captured():
+            return check(path, class_name, column)
+
     def command(self, arguments: list[str]) -> dict[str, Any]:
         """Run one command line in this process: exit code and what it printed, in one line."""
         from loadstone.cli import main
