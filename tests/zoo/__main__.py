@@ -33,7 +33,8 @@ def try_type(
         case = Case(model_type, path, facts, stock, loadstone, {})
         answer = case.observe(stock, case.model, keep=True)
         if "ok" not in answer:
-            return {"none": f"transformers cannot reload what it saved: {reason(answer)}"}
+            why = reason(answer).replace(str(path), "")
+            return {"none": f"transformers cannot reload what it saved: {why}"}
         case.original = answer["ok"]
         return facts | {
             "info": case.original["info"],

@@ -107,7 +107,7 @@ def write_table(results: dict[str, Any], path: Path) -> None:
     others: dict[str, list[str]] = defaultdict(list)
     for name, entry in results.items():
         if "results" not in entry:
-            others[(entry.get("none") or entry["failed"]).replace(name, "TYPE")].append(name)
+            others[entry.get("none") or entry["failed"]].append(name)
     text = [
         HEAD + f"{len(results)} model types, {len(tried)} tried.\n",
         "| command | types |\n|---|---|",
