@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+import loadstone
 from loadstone.evaluation.fast.products import DequantizedLinear, Int8LinearVnni, PackedProductInOrder
 from loadstone.evaluation.fast.replace import FastPath, _amd, speed_up
 from loadstone.evaluation.fast.rounding import SharedRounding, int8_round_trip, int8_rows
@@ -261,3 +264,34 @@ def test_siblings_round_their_input_once() -> None:
     assert shared(x) is not None and shared._result is not None
     del x
     assert shared._result is None
+
+
+@pytest.mark.parametrize("recipe", ["", "int8-weight-only"])
+def test_layers_whose_weight_the_model_reads_stay(tokenizer: Any, tmp_path: Path, recipe: str) -> None:
+    """Mamba multiplies by its projection's weight itself."""
+    import transformers
+    from tests.small_models import make_model, save
+
+    from loadstone.evaluation.fast.reads import read_weights
+    from loadstone.evaluation.options import Options
+    from loadstone.evaluation.run import run
+
+    assert not read_weights(make_model())
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": 400,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "state_size": 8,
+        "time_step_rank": 8,
+    }
+    model = transformers.MambaForCausalLM(transformers.MambaConfig(**sizes, pad_token_id=0)).float().eval()
+    assert {"dt_proj", "lm_head"} <= read_weights(model) and "in_proj" not in read_weights(model)
+    path = save(model, tokenizer, tmp_path / "m")
+    if recipe:
+        loadstone.finalize(path, tmp_path / "q", recipe=recipe)
+        path = tmp_path / "q"
+    fast, plain = (
+        run(Options((str(path),), limit=2, fast=on)).values[str(path)]["nll"] for on in (True, False)
+    )
+    assert np.abs(fast - plain).max() < 1e-4

@@ -37,6 +37,7 @@ from loadstone.evaluation.fast.products import (
     Product,
     Rounding,
 )
+from loadstone.evaluation.fast.reads import read_weights
 from loadstone.evaluation.fast.rounding import SharedRounding, int8_round_trip, int8_rows, mx_round_trip
 from loadstone.evaluation.measure import free_bytes
 
@@ -111,8 +112,11 @@ def packs_here(weight: torch.Tensor) -> bool:
 def _cache_dequantized(model: Any) -> tuple[int, int, int]:
     """Replace quantized Linear layers. Returns how many give the same bits, how many agree to rounding, and how many
     there are."""
+    read = read_weights(model)
     found = [
-        (name, m) for name, m in model.named_modules() if type(m) is nn.Linear and _is_quantized(m.weight)
+        (name, m)
+        for name, m in model.named_modules()
+        if type(m) is nn.Linear and _is_quantized(m.weight) and name.rpartition(".")[2] not in read
     ]
     if not found:
         return 0, 0, 0
@@ -158,11 +162,15 @@ def _share_rounding(model: Any) -> None:
 def _pack(model: Any, head: nn.Module | None) -> int:
     """Pack the weights of plain and of dequantized Linear layers. Returns how many layers that are."""
     room = _SHARE * free_bytes(torch.device("cpu"))
-    modules = dict(model.named_modules())
+    modules, read = dict(model.named_modules()), read_weights(model)
     rounding = any(_rounds_activations(m) for m in modules.values())
     packed = set()
     for name, module in modules.items():
-        plain = type(module) is nn.Linear and not _is_quantized(module.weight)
+        plain = (
+            type(module) is nn.Linear
+            and not _is_quantized(module.weight)
+            and name.rpartition(".")[2] not in read
+        )
         if (not plain and not isinstance(module, Product)) or module.weight.device.type == "meta":
             continue
         room -= 4 * module.weight.numel()
