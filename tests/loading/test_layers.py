@@ -99,7 +99,11 @@ def test_a_multimodal_model_is_calibrated(
     (tmp_path / "text.txt").write_text(
         "Where are the decoder layers of this model? In its language model.\n" * 9
     )
-    options = ["--quantize", "intx4-weight-only", "--calibrate", tmp_path / "text.txt"]
+    recipe = "scheme: intx4-weight-only"
+    (tmp_path / "all.yaml").write_text(
+        f"default: intx4-weight-only\nrules:\n  - modules: vision_tower\n    {recipe}\n"
+    )
+    options = ["--recipe", tmp_path / "all.yaml", "--calibrate", tmp_path / "text.txt"]
     code, _, err = run(capsys, "finalize", "-M", gemma3, *options, "-o", tmp_path / "out")
     assert code == 0, err
     model = loadstone.load(tmp_path / "out")
