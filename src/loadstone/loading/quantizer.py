@@ -32,6 +32,8 @@ def attach_quantizer(artifact: Artifact, model: PreTrainedModel) -> None:
     quantizer = TorchAoHfQuantizer(config, pre_quantized=True)
     if artifact.source.metadata:
         quantizer.metadata = artifact.source.metadata
+    # Sets whether modules are offloaded to the CPU.
+    quantizer.validate_environment(device_map=getattr(model, "hf_device_map", None))
     model.hf_quantizer = quantizer
     # What transformers' own load sets before and after it reads the weights; some models ask (Jamba's Mamba layers).
     model.is_quantized = True
