@@ -26,19 +26,19 @@ def build(model_type: str) -> Any:
     """The random model of this type, in float32, with no parameter constant."""
     if model_type in IMPOSSIBLE:
         raise NoModel(IMPOSSIBLE[model_type])
+    torch.manual_seed(0)
     config = tiny_config(model_type)
-    cls = model_class(model_type, config)
-    if cls is None:
-        raise NoModel("a part of other models: transformers has no class that stands alone")
     try:
+        cls = model_class(model_type, config)
+        if cls is None:
+            raise NoModel("a part of other models: transformers has no class that stands alone")
         with torch.device("meta"):
             count = sum(p.numel() for p in cls(copy.deepcopy(config)).parameters())
+        if count > LARGEST:
+            raise ValueError(f"the general rules make a model of {count:,} parameters: add an exception")
+        model = cls(config)
     except ImportError as error:
         raise NoModel(" ".join(str(error).split())[:160]) from error
-    if count > LARGEST:
-        raise ValueError(f"the general rules make a model of {count:,} parameters: add an exception")
-    torch.manual_seed(0)
-    model = cls(config)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
