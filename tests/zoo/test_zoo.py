@@ -12,14 +12,27 @@ from tests.zoo.__main__ import try_type
 from tests.zoo.process import Process
 from tests.zoo.table import FAULTLESS, faults, write_table
 
-# What is seldom the same in two of them: causal, GPT-2's Conv1D, experts in one tensor, a weight that is read outside
-# a layer's call, encoder and decoder, masked, two towers, image and text, sound, convolutions, a tensor without a dot
-# in its name.
-KINDS = ("llama", "gpt2", "qwen3_moe", "mamba", "t5", "bert", "clip", "llava", "wav2vec2", "resnet", "bart")
+# Causal, GPT-2's Conv1D, experts in one tensor, a weight that is read outside a layer's call, encoder and decoder,
+# masked, two towers, image and text, sound, convolutions, a tensor without a dot in its name, an embedding that is a
+# parameter, weights renamed on load, a generation config of its own, one float32 layer in a bfloat16 model.
+KINDS = (
+    *("llama", "gpt2", "qwen3_moe", "mamba", "t5", "bert", "clip", "llava", "wav2vec2", "resnet", "bart"),
+    *("perceiver", "mistral_large4", "diffusion_gemma", "switch_transformers"),
+)
 COLUMNS = ("load", "plain", "int8-weight-only", "export nvfp4")
 
 # (kind, column) -> the fault that today's code has, as a strict xfail.
-KNOWN: dict[tuple[str, str], str] = {}
+_GENERATION = "loadstone gives a plain generation config, stock the class's own"
+_EMBEDDING = "finalize takes an embedding that is a parameter for a module"
+KNOWN: dict[tuple[str, str], str] = {
+    **{("perceiver", column): _EMBEDDING for column in ("plain", "int8-weight-only")},
+    (
+        "mistral_large4",
+        "int8-weight-only",
+    ): "transformers renames the weights, not all parts of quantized ones",
+    **{("diffusion_gemma", column): _GENERATION for column in ("load", "plain", "int8-weight-only")},
+    ("switch_transformers", "int8-weight-only"): "loadstone refuses a float32 router beside bfloat16",
+}
 
 
 @pytest.fixture(scope="module")

@@ -55,7 +55,9 @@ def attributes(model: Any) -> dict[str, Any]:
         values[name] = str(value) if isinstance(value, plain) else type(value).__name__
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None:
-        values["quantizer"] = {k: str(v) for k, v in vars(quantizer).items() if isinstance(v, plain)}
+        values["quantizer"] = {
+            k: str(v) for k, v in vars(quantizer).items() if isinstance(v, plain) and k not in _SKIPPED
+        }
     for name in ("config", "generation_config"):
         value = getattr(model, name, None)
         if value is not None:
