@@ -305,6 +305,27 @@ def test_experts_are_stored_one_by_one_under_the_sources_names(
             assert 0 < change < 0.2, name
 
 
+def test_a_router_that_is_a_linear_stays_plain(tmp_path: Path) -> None:
+    from transformers import JambaConfig, JambaForCausalLM
+
+    config = JambaConfig(
+        vocab_size=128, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_experts=4, num_experts_per_tok=2, expert_layer_period=2, expert_layer_offset=1,
+        attn_layer_period=2, attn_layer_offset=0, mamba_d_state=4, mamba_dt_rank=4, use_mamba_kernels=False,
+    )  # fmt: skip
+    JambaForCausalLM(config).bfloat16().save_pretrained(tmp_path / "m")
+    plan = make_plan(
+        loadstone.detect(tmp_path / "m"), parse_recipe("intx4-weight-only"), encoder=PackedEncoder()
+    )
+    chosen = {step.name: step.scheme for step in plan.steps}
+    router = "model.layers.1.feed_forward.router.weight"
+    assert (
+        chosen[router] is None
+        and router.removesuffix(".weight") in plan.config["quantization_config"]["ignore"]
+    )
+    assert chosen["model.layers.1.feed_forward.experts.0.gate_proj.weight"] is not None
+
+
 def test_experts_in_one_tensor_give_the_same_bytes(make_model: Callable[..., Path], tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 

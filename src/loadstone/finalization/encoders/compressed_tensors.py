@@ -161,7 +161,7 @@ class PackedEncoder:
                 f"{recipe.file or 'the recipe'}: no server reads quantized embeddings", "Remove embeddings"
             )
         decisions = decide(model, recipe, skip, _experts_misfit)
-        return _merged_together(decisions)
+        return _merged_together(_routers_plain(decisions))
 
     def header(self, encodings: Mapping[str, Encoding | None]) -> dict[str, str]:
         return {"format": "pt"}
@@ -212,6 +212,17 @@ def _experts_misfit(scheme: Scheme, shape: tuple[int, ...]) -> str:
     """
     rows, columns = shape[-2:]
     return scheme.misfit(rows, columns) or scheme.misfit(rows // 2, columns)
+
+
+def _routers_plain(decisions: dict[str, Decision]) -> dict[str, Decision]:
+    """Servers compute the router of a layer's experts in the model's dtype, also where it is an ordinary Linear."""
+    owners = {name.partition(".experts.")[0] for name in decisions if ".experts." in name}
+    changed = {}
+    for name, decision in decisions.items():
+        owner, _, last = name.removesuffix(".weight").rpartition(".")
+        router = decision.linear and last in ("gate", "router") and owner in owners
+        changed[name] = replace(decision, scheme=None, reason="router of experts") if router else decision
+    return changed
 
 
 def _merged_together(decisions: dict[str, Decision]) -> dict[str, Decision]:
