@@ -19,7 +19,7 @@ from loadstone.artifact.formats.weights import (
     find_weights,
 )
 from loadstone.artifact.hashing import sha256_file
-from loadstone.artifact.hints import MODEL_FILES, nearest, no_config_hint
+from loadstone.artifact.hints import MODEL_FILES, file_hint, nearest, no_config_hint
 from loadstone.artifact.kinds import (
     COMPRESSED_TENSORS,
     CONTEXT,
@@ -133,12 +133,12 @@ class Artifact:
 
         total = hashlib.sha256()
         names = dict.fromkeys((*self.weights.files, *self.weight_files))
-        files = [self.config_dir / CONFIG, *(self.path / name for name in names)]
+        paths = [self.config_dir / CONFIG, *(self.path / name for name in names)]
         # Quantizers of inputs change what is computed with the same weights.
-        files += [self.path / name for name in QUANTIZER_FILES if is_file(self.path / name)]
+        paths += [self.path / name for name in QUANTIZER_FILES if is_file(self.path / name)]
         # Half the cores: the others work on the same files.
         with ThreadPoolExecutor(min(max((os.cpu_count() or 1) // 2, 1), 8)) as pool:
-            for path, digest in zip(files, pool.map(sha256_file, files), strict=True):
+            for path, digest in zip(paths, pool.map(sha256_file, paths), strict=True):
                 name = path.relative_to(self.path) if path.is_relative_to(self.path) else path.name
                 total.update(f"{name}\0{digest}\n".encode())
         return total.hexdigest()
@@ -146,6 +146,8 @@ class Artifact:
 
 def detect(path: str | Path, *, checkpoint: str | None = None) -> Artifact:
     """Recognise a model directory.
+
+    ``path`` may be a Hugging Face cache's folder of a repository, whose newest snapshot is meant.
 
     ``checkpoint`` chooses within a training run: ``newest`` (default), ``best``, a step number, a folder name
     or a path. Raises `UsageError` when ``path`` is not a directory, `ArtifactError` when it is not a model or is
@@ -200,15 +202,15 @@ def examine(path: str | Path, *, checkpoint: str | None = None, sink: Sink = ref
 def _context(directory: Path, root: Path, sink: Sink) -> Artifact:
     """A fitted context: no weights of a model's, so neither config nor plain weight files are looked for."""
     context = _or_empty(sink, lambda: read_context(directory), None)
-    files = (CONTEXT_TENSORS,) if context else ()
+    stored = (CONTEXT_TENSORS,) if context else ()
     return Artifact(
         path=directory,
         root=root,
         kind=CONTEXT,
         evidence=(f"{CONTEXT_JSON} describes a fitted context",),
         config=context.facts if context else {},
-        weights=WeightFiles("safetensors", files),
-        source=SafetensorsSource(directory, files, TensorTable(context.tensors if context else {}, {})),
+        weights=WeightFiles("safetensors", stored),
+        source=SafetensorsSource(directory, stored, TensorTable(context.tensors if context else {}, {})),
     )
 
 
@@ -231,8 +233,27 @@ def _directory(path: str | Path) -> Path:
     if not exists:
         raise UsageError(f"there is no directory '{root}'", nearest(root))
     if not is_directory:
-        raise UsageError(f"'{root}' is a file, not a model directory", f"Name the directory: {root.parent}")
-    return root
+        raise UsageError(f"'{root}' is a file, not a model directory", file_hint(root))
+    return snapshot_of(root)
+
+
+def snapshot_of(root: Path) -> Path:
+    """The snapshot that a Hugging Face cache's folder of a repository (``models--org--name``) has as its newest.
+
+    Any other directory as it is. Raises `UsageError` when the folder holds no snapshot, or several and none is named.
+    """
+    if not root.absolute().name.startswith("models--") or not (root / "snapshots").is_dir():
+        return root
+    try:
+        names = sorted(p.name for p in (root / "snapshots").iterdir() if p.is_dir())
+        main = root / "refs" / "main"
+        named = main.read_text().strip() if is_file(main) and main.stat().st_size < 200 else ""
+    except (OSError, ValueError):
+        names, named = [], ""
+    if named in names or len(names) == 1:
+        return root / "snapshots" / (named if named in names else names[0])
+    listed = f"Name one of {', '.join(f'snapshots/{n}' for n in names[:5])}" if names else "Download it again"
+    raise UsageError(f"'{root}' is a Hugging Face cache, and refs/main names no snapshot in it", listed)
 
 
 def _sidecar_dirs(path: Path, root: Path) -> tuple[Path, ...]:

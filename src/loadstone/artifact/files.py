@@ -13,6 +13,7 @@ from contextvars import ContextVar
 from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn
 
+from loadstone.artifact.hints import LFS_REMEDY, is_lfs_pointer
 from loadstone.errors import ArtifactError
 
 # Where checks report what they find: `refuse` stops at the first problem, a list's `append` collects all of
@@ -104,6 +105,8 @@ def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
         raise ArtifactError(f"{path.name}: {size} bytes, over the limit of {limit}", "Check the directory")
     try:
         raw = path.read_bytes()
+        if is_lfs_pointer(raw[:32]):
+            raise ArtifactError(f"{path.name}: a git-LFS pointer, not the file", LFS_REMEDY)
         content = None if too_many_items(raw) else json.loads(raw)
     except OSError as error:
         raise ArtifactError(f"{path.name}: cannot be read ({error.strerror})", _PERMISSIONS) from None

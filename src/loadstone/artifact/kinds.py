@@ -12,6 +12,7 @@ from loadstone.artifact.compressed_tensors.tensors import stored_shape
 from loadstone.artifact.files import Sink, is_file
 from loadstone.artifact.formats.safetensors import FLOAT_DTYPES, TensorInfo
 from loadstone.artifact.formats.weights import WeightFiles
+from loadstone.artifact.hints import MLX_REMEDY, MODELOPT_REMEDY, mlx_block, wrapped_names
 from loadstone.artifact.source import Source
 from loadstone.artifact.torchao.checks import FlatTensor
 from loadstone.artifact.torchao.config import check_agreement, check_block, chooses_by_module
@@ -74,6 +75,9 @@ def classify(
     except ArtifactError as error:
         sink(error)
         return UNKNOWN, (), None
+    if (wrapped := wrapped_names(tensors)) is not None:
+        sink(wrapped)
+        return UNKNOWN, (), None
     check_layers(tensors, sink)
     if flat:
         check_quantized(flat, tensors, config, sink)
@@ -82,7 +86,7 @@ def classify(
         return TORCHAO_UNMARKED, (f"{where} {len(flat)} tensors of {kinds}",), "torchao"
     if not weights.files:
         return UNKNOWN, (), None
-    _check_leftovers(tensors, sink)
+    _check_leftovers(directory, tensors, sink)
     if is_file(directory / "fakequant_manifest.json"):
         return FAKEQUANT, ("fakequant_manifest.json",), None
     if isinstance(config.get(QAT_KEY), dict):
@@ -99,7 +103,11 @@ def _from_block(
     packed: dict[str, PackedWeight],
 ) -> Verdict:
     block = quantization_block(config)
+    if (mlx := mlx_block(config, tensors)) is not None:
+        raise mlx
     method = quant_method(block)
+    if method.startswith("modelopt"):
+        raise ArtifactError("config.json: the model is quantized by ModelOpt", MODELOPT_REMEDY)
     if method != "torchao":
         if flat:
             name = next(iter(flat))
@@ -159,20 +167,20 @@ def quant_method(block: Any) -> str:
     return method
 
 
-def _check_leftovers(tensors: dict[str, TensorInfo], sink: Sink) -> None:
+def _check_leftovers(directory: Path, tensors: dict[str, TensorInfo], sink: Sink) -> None:
     """Reports one tensor that another quantizer wrote, in a directory whose config no longer says so."""
     for tensor in tensors.values():
-        owner = None
+        owner, remedy = None, "Restore the quantization_config block of config.json"
         if tensor.name.endswith(_LEFTOVER_SUFFIXES):
             owner = next(o for suffix, o in _LEFTOVERS.items() if tensor.name.endswith(suffix))
         if owner is None and tensor.name.endswith(".weight") and tensor.dtype not in FLOAT_DTYPES:
             owner = "an unknown quantizer"
+            if f"{tensor.name.removesuffix('weight')}scales" in tensors:
+                owner, remedy = "mlx", MLX_REMEDY
+        if owner and owner != "mlx" and is_file(directory / "hf_quant_config.json"):
+            owner, remedy = "ModelOpt (hf_quant_config.json)", MODELOPT_REMEDY
         if owner is not None:
             what = f"'{tensor.name}' ({tensor.dtype}) was written by {owner}"
             what += ", and config.json has no quantization_config"
-            sink(
-                ArtifactError(
-                    f"{tensor.file}: {what}", "Restore the quantization_config block of config.json"
-                )
-            )
+            sink(ArtifactError(f"{tensor.file}: {what}", remedy))
             return

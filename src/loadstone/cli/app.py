@@ -127,6 +127,9 @@ def _outcome(error: Exception) -> tuple[str, int]:
         return str(error), error.exit_code
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"the disk is full ({error}). Free some space and run again", MissingError.exit_code
+    if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError):
+        where = f"'{error.filename}': " if isinstance(error.filename, str) else ""
+        return f"the system refused a file ({where}{error.strerror}). Check the disk and its permissions", 5
     text = " ".join(str(error).split()) or type(error).__name__
     name = type(error).__name__
     return f"unexpected {name}: {text[:500]}. Run again with --debug for the traceback", 1

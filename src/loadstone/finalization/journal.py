@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from loadstone.artifact.hashing import sha256_file
 from loadstone.artifact.manifest import MANIFEST
 from loadstone.errors import UsageError
 from loadstone.finalization.plan import FinalizePlan
+from loadstone.writing.filesystem import sync_file
 from loadstone.writing.publish import PARTIAL, name_taken, remove_work, working_path
 
 NOTES = "journal"
@@ -133,5 +133,5 @@ def _write(path: Path, content: dict) -> None:
     with partial.open("w") as file:
         json.dump(content, file)
         file.flush()
-        os.fsync(file.fileno())
+        sync_file(file.fileno(), path.parent)
     partial.rename(path)

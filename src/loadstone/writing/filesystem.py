@@ -8,6 +8,7 @@ import fcntl
 import logging
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from loadstone.errors import LoadstoneError, MissingError, UsageError
@@ -59,10 +60,20 @@ def sync_tree(folder: Path) -> None:
         elif path.is_file():
             descriptor = os.open(path, os.O_RDONLY)
             try:
-                os.fsync(descriptor)
+                sync_file(descriptor, folder)
             finally:
                 os.close(descriptor)
     sync_directory(folder)
+
+
+def sync_file(descriptor: int, folder: Path, sync: Callable[[int], None] = os.fsync) -> None:
+    """Have the disk take the bytes of an open file of ``folder``, where its file system can."""
+    try:
+        sync(descriptor)
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise
+        _warn_once(folder, "cannot sync files: after a power failure an output may be damaged")
 
 
 def sync_directory(folder: Path) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from loadstone.artifact.formats.safetensors import DTYPE_BITS, TensorInfo
 from loadstone.artifact.torchao.flatten import dtype_name, tensor_bytes
+from loadstone.writing.filesystem import sync_file
 
 if TYPE_CHECKING:
     import torch
@@ -36,6 +37,7 @@ class ShardWriter:
         raw = _header([(t.name, t.dtype, t.shape, t.nbytes) for t in ordered], metadata)
         raw += b" " * (-len(raw) % 8)
         self._base = 8 + len(raw)
+        self._folder = path.parent
         self._file = os.open(path, os.O_CREAT | os.O_RDWR | os.O_TRUNC, 0o644)
         os.write(self._file, struct.pack("<Q", len(raw)) + raw)
         os.ftruncate(self._file, self._base + position)
@@ -56,12 +58,14 @@ class ShardWriter:
 
     def flush(self) -> None:
         """Have the disk take what is written so far: the sync at the end then finds little to do."""
-        os.fdatasync(self._file)
+        sync_file(self._file, self._folder, os.fdatasync)
 
     def close(self) -> None:
         """Sync and close."""
-        os.fsync(self._file)
-        os.close(self._file)
+        try:
+            sync_file(self._file, self._folder)
+        finally:
+            os.close(self._file)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from loadstone.artifact.files import Sink, file_size, refuse
 from loadstone.artifact.formats.inert_pickle import Global, MalformedPickle, Node, read_pickle
 from loadstone.artifact.formats.safetensors import DTYPE_BITS, TensorInfo
+from loadstone.artifact.hints import LFS_REMEDY, is_lfs_pointer
 from loadstone.artifact.torchao.checks import (
     SUBCLASSES,
     FlatTensor,
@@ -151,6 +152,8 @@ def _read_archive(path: Path) -> tuple[bytes, dict[str, int]]:
     file_size(path)
     try:
         with path.open("rb") as file:
+            if is_lfs_pointer(file.read(32)):
+                raise ArtifactError(f"{path.name}: a git-LFS pointer, not the file", LFS_REMEDY)
             _check_directory(path.name, file)
             with zipfile.ZipFile(file) as archive:
                 entries = {e.filename: e for e in archive.infolist()}

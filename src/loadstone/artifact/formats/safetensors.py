@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from loadstone.artifact.files import MAX_JSON_ITEMS, Sink, file_size, refuse, too_many_items
+from loadstone.artifact.hints import LFS_REMEDY, is_lfs_pointer
 from loadstone.errors import ArtifactError
 
 MAX_HEADER_BYTES = 100_000_000
@@ -99,6 +100,8 @@ def _read_raw(path: Path, name: str, file_bytes: int) -> bytes:
     try:
         with path.open("rb") as file:
             prefix = file.read(8)
+            if prefix == b"version " and is_lfs_pointer(prefix + file.read(16)):
+                raise ArtifactError(f"{name}: a git-LFS pointer, not the file", LFS_REMEDY)
             if len(prefix) < 8:
                 raise ArtifactError(
                     f"{name}: {file_bytes} bytes is too short for a safetensors file", _RECOPY

@@ -12,6 +12,7 @@ from typing import Any
 
 from loadstone.artifact.files import Sink, refuse
 from loadstone.artifact.formats.safetensors import TensorInfo
+from loadstone.artifact.hints import QUANTO_REMEDY
 from loadstone.artifact.torchao.checks import (
     SUBCLASSES,
     FlatTensor,
@@ -71,6 +72,9 @@ def flat_tensors(
         except ArtifactError as error:
             sink(error)
     for stored, tensor in tensors.items():
+        if stored.endswith((".weight._data", ".weight._scale")):
+            sink(ArtifactError(f"{tensor.file}: '{stored}' was written by quanto", QUANTO_REMEDY))
+            break
         if stored not in claimed and looks_flattened(stored):
             sink(
                 ArtifactError(
