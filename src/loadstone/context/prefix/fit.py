@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from loadstone.context.prefix.attention import NAME, register
 from loadstone.context.prefix.cache import Prefix, PrefixCache, capture, text_config
+from loadstone.context.prefix.continuation import check_continues
 from loadstone.context.prefix.stored_states import check_kind
 from loadstone.errors import ArtifactError, UsageError
 from loadstone.loading.layers import hidden_parts
@@ -93,10 +95,9 @@ def make_prefix(
 
     ``cache_kind``: `stored_states.CACHE_KINDS` (None: the model's dtype). ``share``: let the model's attention read the
     prefix in place where it can (`share_attention`). Raises UsageError for more tokens than the model has positions,
-    ArtifactError for layers whose state cannot be kept and for states that are not finite.
+    ArtifactError for layers whose state cannot be kept, for states that are not finite, and for a model that does not
+    continue after a prefix as in one pass (`check_continues`).
     """
-    from transformers import DynamicCache
-
     device = model.get_input_embeddings().weight.device
     dtype = compute_dtype(model)
     kind = check_kind(cache_kind, dtype)
@@ -107,7 +108,20 @@ def make_prefix(
             f"the prefix has {length} tokens and the model {limit} positions",
             "Shorten it: requests need room too",
         )
-    tokens = tokens.to(device)
+    plain = str(dtype).removeprefix("torch.")
+    check_continues(model, lambda ids: PrefixCache(_read(model, ids, plain), share=False))
+    prefix = replace(_read(model, tokens.to(device), kind), text=text, template=template, tokenizer=tokenizer)
+    found = PrefixCache(prefix)
+    if share:
+        share_attention(found)
+    return found
+
+
+def _read(model: Any, tokens: Tensor, kind: str) -> Prefix:
+    """The state of every layer after ``tokens`` (1, P), keys and values stored as ``kind``."""
+    from transformers import DynamicCache
+
+    device, dtype, length = tokens.device, compute_dtype(model), tokens.shape[1]
     cache = DynamicCache(config=model.config)
     seen: list[Tensor] = []
     # The last hidden state makes the next token's logits; the model's own head computes them for one position.
@@ -124,7 +138,7 @@ def make_prefix(
                     input_ids=tokens[:, at : at + step],
                     past_key_values=cache,
                     use_cache=True,
-                    **_last_only(model),
+                    **last_only(model),
                 )
     finally:
         for hook in hooks:
@@ -136,7 +150,6 @@ def make_prefix(
         )
     logits = out.logits[:, -1].float()
     layers = capture(cache, length, kind)
-    prefix = Prefix(tokens, layers, logits, seen[-1], dtype, kind, text, template, model, tokenizer)
     for number, layer in enumerate(layers):
         for name, tensor in layer.tensors().items():
             if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
@@ -144,10 +157,7 @@ def make_prefix(
                     f"layer {number}: '{name}' of the prefix is not finite",
                     "The model's weights hold NaN or infinity, or the dtype overflows",
                 )
-    found = PrefixCache(prefix)
-    if share:
-        share_attention(found)
-    return found
+    return Prefix(tokens, layers, logits, seen[-1], dtype, kind, "", False, model, None)
 
 
 def compute_dtype(model: Any) -> torch.dtype:
@@ -156,7 +166,8 @@ def compute_dtype(model: Any) -> torch.dtype:
     return dtype if dtype.is_floating_point else model.dtype
 
 
-def _last_only(model: Any) -> dict[str, int]:
+def last_only(model: Any) -> dict[str, int]:
+    """The argument that leaves out the logits of all tokens but the last, for models that know it."""
     import inspect
 
     known = "logits_to_keep" in inspect.signature(model.forward).parameters

@@ -40,7 +40,7 @@ from loadstone.context.prefix.base import (
     tokenizer_facts,
 )
 from loadstone.context.prefix.cache import EMPTY, FULL, LINEAR, SLIDING, LayerState, Prefix, PrefixCache
-from loadstone.context.prefix.fit import compute_dtype, share_attention
+from loadstone.context.prefix.fit import compute_dtype, last_only, share_attention
 from loadstone.context.prefix.stored_states import CACHE_KINDS, Stored, check_kind
 from loadstone.errors import ArtifactError, LoadstoneError, MissingError
 from loadstone.writing.contexts import write_context
@@ -69,7 +69,7 @@ def save_prefix(
         "tokens": prefix.tokens.to(torch.int32),
         "state.hidden": prefix.hidden,
         "state.logits": prefix.logits,
-        "probe.logits": probe(cache),
+        "probe.logits": _proven(cache),
     }
     return write_context(path, tensors, describe(prefix, source), overwrite=overwrite)
 
@@ -80,6 +80,29 @@ def probe(cache: PrefixCache) -> Tensor:
         ids = cache.tokens[:, :1]
         out = cache.model(input_ids=ids, past_key_values=cache.fork(keeps=False), use_cache=True)
     return out.logits[:, -1].float()  # type: ignore[no-any-return]
+
+
+def _proven(cache: PrefixCache) -> Tensor:
+    """The probe's logits from one uncached pass, after the cached ones were held against them: float32 (1, V).
+
+    A quantized cache changes logits on purpose; of one the cached logits are stored.
+    """
+    found = probe(cache)
+    prefix = cache.prefix
+    if prefix.cache_kind != _name(prefix.dtype):
+        return found
+    ids = torch.cat([prefix.tokens, prefix.tokens[:, :1]], 1)
+    with torch.no_grad():
+        out = cache.model(input_ids=ids, use_cache=False, **last_only(cache.model))
+    expected: Tensor = out.logits[:, -1].float()
+    apart = ((found - expected).abs().max() / expected.abs().max().clamp(min=1)).item()
+    # `not <=` and not `>`: a NaN fails too.
+    if not apart <= PROBE_TOLERANCE[_name(prefix.dtype)]:
+        raise ArtifactError(
+            f"{type(cache.model).__name__} does not continue this prefix as in one pass: logits differ by {apart:.2g}",
+            "Evaluate this model without a prefix",
+        )
+    return expected
 
 
 def describe(prefix: Prefix, source: Artifact | None) -> dict[str, Any]:
