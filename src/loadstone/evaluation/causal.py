@@ -52,6 +52,10 @@ def require_language_model(plan: LoadPlan, name: str) -> None:
     if cls is causal or not cls.__module__.startswith("transformers."):
         # The probe has the last word.
         return
+    try:
+        config.get_text_config()
+    except ValueError:
+        raise refused(name, cls.__name__, "has several parts that read text") from None
     if getattr(config, "is_encoder_decoder", False):
         raise refused(name, cls.__name__, "writes an output for an input, and plain text has no such pairs")
     if not cls.can_generate():

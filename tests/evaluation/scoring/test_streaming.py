@@ -161,6 +161,8 @@ OTHERS: dict[str, dict[str, Any]] = {
     "Bloom": {"n_layer": 3, "n_head": 4},
     "OPT": {"ffn_dim": 64, "word_embed_proj_dim": 16, "num_hidden_layers": 3},
     "GPTJ": {"n_embd": 32, "n_layer": 3, "n_head": 4, "rotary_dim": 4, "n_positions": 128},
+    # Its layers hand a state to the next one.
+    "Rwkv": {"attention_hidden_size": 32, "num_hidden_layers": 3},
     "FalconH1": {
         "num_hidden_layers": 3, "num_key_value_heads": 2, "mamba_d_ssm": 64, "mamba_n_heads": 8, "mamba_d_head": 8,
         "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_chunk_size": 16, "head_dim": 8,
@@ -170,7 +172,7 @@ OTHERS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_outputs_and_roots_of_other_kinds(save_model: Any, tokenizer: Any, tmp_path: Path, name: str) -> None:
-    """Layers that return tuples, decoders that the base model is not called for, several masks."""
+    """Tuples as outputs, states handed from layer to layer, decoders inside the base model, several masks."""
     import transformers
 
     torch.manual_seed(0)

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -62,7 +62,12 @@ class StreamedLm:
             split = split_head(source.model)
         self.vocabulary = Vocabulary(self._probe.inputs, logits.shape[-1])
         self._backbone = split.backbone
-        self._enter(self._probe.ids)
+        try:
+            self._enter(self._probe.ids)
+        except UsageError:
+            raise
+        except Exception as error:
+            raise self._refused(f"its forward needs more than they return ({error})") from None
         self.split_model = replace(split, backbone=lambda ids: next(self.hidden([ids])), together=self.hidden)
 
     def get_input_embeddings(self) -> Any:
@@ -81,6 +86,8 @@ class StreamedLm:
         many = list(many) if probe is None else [probe.ids, *many]
         states, calls = zip(*(self._enter(ids) for ids in many), strict=True)
         now = list(states)
+        passed: list[dict[_Passed, Any]] = [{} for _ in now]
+        needed = {value for args, kwargs in calls[0] for value in _values(args, kwargs) if _is_passed(value)}
         logged = time.perf_counter()
         with ThreadPoolExecutor(1) as pool, flat_attention():
             coming = pool.submit(self._layer, 0)
@@ -89,9 +96,12 @@ class StreamedLm:
                 if index + 1 < len(self.source):
                     coming = pool.submit(self._layer, index + 1)
                 for batch, call in enumerate(calls):
-                    args, kwargs = call[index]
+                    args, kwargs = _with_passed(call[index], passed[batch])
                     out = layer(now[batch], *args, **kwargs)
-                    now[batch] = out[0] if isinstance(out, tuple) else out
+                    now[batch], *others = out if isinstance(out, tuple | list) else (out,)
+                    for number, value in enumerate(others):
+                        if _Passed(index, number) in needed:
+                            passed[batch][_Passed(index, number)] = value
                 del layer
                 if probe is not None:
                     probe.require_causal(now[0])
@@ -143,11 +153,12 @@ class StreamedLm:
             except Exception as error:
                 raise self._refused(f"the first fails alone ({type(error).__name__}: {error})") from None
 
-    def _output(self, state: torch.Tensor) -> Any:
-        """What a layer that leaves ``state`` returns to the model's forward."""
-        if not isinstance(self._first_output, tuple):
+    def _output(self, index: int, state: torch.Tensor) -> Any:
+        """What layer ``index`` returns to the model's forward when it leaves ``state``."""
+        if not isinstance(self._first_output, tuple | list):
             return state
-        return (state, *(_Unused() for _ in self._first_output[1:]))
+        others = self._first_output[1:]
+        return (state, *(None if v is None else _Passed(index, k) for k, v in enumerate(others)))
 
     @torch.no_grad()
     def _enter(self, ids: torch.Tensor) -> tuple[torch.Tensor, list[Call]]:
@@ -162,11 +173,9 @@ class StreamedLm:
                 raise self._refused("its forward calls them in another order, or some of them twice")
             if states and state is not states[0]:
                 raise self._refused("its forward computes something between them")
-            if any(isinstance(value, _Unused) for value in (*args, *kwargs.values())):
-                raise self._refused("its forward hands more than hidden states from one to the next")
             states.append(state)
             calls.append((args, kwargs))
-            return self._output(state)
+            return self._output(index, state)
 
         with _replaced_layers(self.source.stack, note):
             self._backbone(ids)
@@ -182,7 +191,7 @@ class StreamedLm:
 
         def stand_in(index: int, *args: Any, **kwargs: Any) -> Any:
             given = args[0] if args else kwargs["hidden_states"]
-            return self._output(given if state is None else state)
+            return self._output(index, given if state is None else state)
 
         with _replaced_layers(self.source.stack, stand_in):
             yield
@@ -199,8 +208,28 @@ class _Stop(Exception):
     """Ends a forward pass at its first layer."""
 
 
-class _Unused:
-    """Stands for what a layer returns beside its hidden states."""
+class _Passed(NamedTuple):
+    """Stands for what a layer returns beside its hidden states, which the model may hand to a later layer."""
+
+    layer: int
+    number: int
+
+
+def _is_passed(value: Any) -> bool:
+    return isinstance(value, _Passed)
+
+
+def _values(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    return [*args, *kwargs.values()]
+
+
+def _with_passed(call: Call, passed: dict[_Passed, Any]) -> Call:
+    """A call with what earlier layers returned in place of what stands for it."""
+    args, kwargs = call
+    return (
+        tuple(passed[v] if _is_passed(v) else v for v in args),
+        {k: passed[v] if _is_passed(v) else v for k, v in kwargs.items()},
+    )
 
 
 @contextmanager
