@@ -77,9 +77,9 @@ def stock_class(path: Path, class_name: str) -> Any:
 def add_tokenizer(path: Path) -> None:
     """A tokenizer of the words w0, w1, …; w1 ends a document."""
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import AutoConfig, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
-    vocabulary = getattr(AutoConfig.from_pretrained(path).get_text_config(), "vocab_size", None) or 100
+    vocabulary = getattr(text_config(path), "vocab_size", None) or 100
     raw = Tokenizer(models.WordLevel({f"w{i}": i for i in range(min(vocabulary, 200))}, unk_token="w2"))
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="w1").save_pretrained(path)
@@ -111,12 +111,19 @@ def write_documents(path: Path, alike: bool) -> Path:
     return file
 
 
-def context_of(path: Path, wanted: int) -> int:
-    """A context length that the model takes."""
+def text_config(path: Path) -> Any:
+    """The config of a model's text part; None where several parts read text."""
     from transformers import AutoConfig
 
-    text = AutoConfig.from_pretrained(path).get_text_config()
-    limit = getattr(text, "max_position_embeddings", None)
+    try:
+        return AutoConfig.from_pretrained(path).get_text_config()
+    except ValueError:
+        return None
+
+
+def context_of(path: Path, wanted: int) -> int:
+    """A context length that the model takes."""
+    limit = getattr(text_config(path), "max_position_embeddings", None)
     # Some have rows for two positions that they never use.
     return min(wanted, limit - 2) if isinstance(limit, int) and limit > 4 else wanted
 
