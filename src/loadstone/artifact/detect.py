@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from loadstone.artifact.adapter import (
+    ADAPTER_CONFIG,
+    Adapter,
+    MergedSource,
+    is_adapter,
+    read_adapter,
+    read_adapter_config,
+)
 from loadstone.artifact.builtin import PREFIX, builtin_path
 from loadstone.artifact.compressed_tensors import PackedWeight
 from loadstone.artifact.context_file import CONTEXT_JSON, CONTEXT_TENSORS, is_context, read_context
@@ -21,6 +29,7 @@ from loadstone.artifact.formats.weights import (
 from loadstone.artifact.hashing import sha256_file
 from loadstone.artifact.hints import MODEL_FILES, file_hint, nearest, no_config_hint
 from loadstone.artifact.kinds import (
+    ADAPTER,
     COMPRESSED_TENSORS,
     CONTEXT,
     DENSE,
@@ -46,6 +55,7 @@ CONFIG = "config.json"
 QUANTIZER_FILES = ("fakequant_manifest.json", "fakequant_state.safetensors")
 
 __all__ = [
+    "ADAPTER",
     "COMPRESSED_TENSORS",
     "CONFIG",
     "CONTEXT",
@@ -82,6 +92,7 @@ class Artifact:
     packed: dict[str, PackedWeight] = field(repr=False, default_factory=dict)
     quant_method: str | None = None
     notes: tuple[str, ...] = ()
+    adapter: Adapter | None = field(repr=False, default=None)
 
     @property
     def tensors(self) -> dict[str, TensorInfo]:
@@ -115,7 +126,8 @@ class Artifact:
     @property
     def config_dir(self) -> Path:
         """Where config.json is: ``path``, or the run's root when the checkpoint has none."""
-        return next((d for d in self.sidecar_dirs if is_file(d / CONFIG)), self.path)
+        folders = self.sidecar_dirs if self.adapter is None else _sidecar_dirs(self.path, self.path)
+        return next((d for d in folders if is_file(d / CONFIG)), self.path)
 
     @property
     def sidecar_dirs(self) -> tuple[Path, ...]:
@@ -123,6 +135,11 @@ class Artifact:
 
         With the weights, then in the run's root.
         """
+        if self.adapter is not None:
+            # An adapter is saved with the tokenizer it was trained with.
+            return tuple(
+                dict.fromkeys((self.adapter.directory, self.root, *_sidecar_dirs(self.path, self.path)))
+            )
         return _sidecar_dirs(self.path, self.root)
 
     def fingerprint(self) -> str:
@@ -144,19 +161,22 @@ class Artifact:
         return total.hexdigest()
 
 
-def detect(path: str | Path, *, checkpoint: str | None = None) -> Artifact:
+def detect(path: str | Path, *, checkpoint: str | None = None, base: str | Path | None = None) -> Artifact:
     """Recognise a model directory.
 
     ``path`` may be a Hugging Face cache's folder of a repository, whose newest snapshot is meant.
 
     ``checkpoint`` chooses within a training run: ``newest`` (default), ``best``, a step number, a folder name
-    or a path. Raises `UsageError` when ``path`` is not a directory, `ArtifactError` when it is not a model or is
+    or a path. ``base``: of an adapter, the model it was trained on, if it is not where the adapter says. Raises
+    `UsageError` when ``path`` is not a directory, `ArtifactError` when it is not a model or is
     damaged.
     """
-    return examine(path, checkpoint=checkpoint)
+    return examine(path, checkpoint=checkpoint, base=base)
 
 
-def examine(path: str | Path, *, checkpoint: str | None = None, sink: Sink = refuse) -> Artifact:
+def examine(
+    path: str | Path, *, checkpoint: str | None = None, base: str | Path | None = None, sink: Sink = refuse
+) -> Artifact:
     """`detect`, with each problem given to ``sink``.
 
     If ``sink`` does not raise, fields that could not be determined are empty.
@@ -167,6 +187,10 @@ def examine(path: str | Path, *, checkpoint: str | None = None, sink: Sink = ref
         directory, chosen = choose_checkpoint(root, checkpoint)
         if is_context(directory):
             return _context(directory, root, sink)
+        if is_adapter(directory):
+            return _adapter(directory, root, base, chosen, sink)
+        if base is not None:
+            raise UsageError(f"'{root}' is not an adapter, so it has no base", "Leave out --base")
     except ArtifactError as error:
         sink(error)
     except OSError as error:
@@ -197,6 +221,54 @@ def examine(path: str | Path, *, checkpoint: str | None = None, sink: Sink = ref
         quant_method=method,
         notes=weights.notes,
     )
+
+
+def _adapter(
+    directory: Path, root: Path, base: str | Path | None, chosen: tuple[str, ...], sink: Sink
+) -> Artifact:
+    """An adapter: its base's facts, with the adapter's changes merged into the tensors as they are read."""
+    if find_weights(directory) is not None:
+        raise ArtifactError(
+            f"'{directory}' holds full weights and an adapter: it does not say whether they are merged",
+            f"Move the adapter ({ADAPTER_CONFIG}, adapter_model.*) to a directory of its own, or remove it",
+        )
+    recorded = read_adapter_config(directory).get("base_model_name_or_path")
+    named = base if base is not None else recorded
+    if base is None and (
+        not isinstance(recorded, str) or not recorded.isprintable() or not is_directory(recorded)
+    ):
+        raise UsageError(
+            f"'{root}' is an adapter, and its base ({ascii(recorded)[:200]}) is not a directory here",
+            "Name the base model's directory: --base DIR (base=DIR)",
+        )
+    if is_adapter(_directory(str(named))):
+        raise ArtifactError(
+            f"the base '{named}' is an adapter itself", "Merge that one first, by loadstone finalize"
+        )
+    below = examine(str(named), sink=sink)
+    if below.kind not in (DENSE, QAT):
+        raise ArtifactError(
+            f"the base '{named}' is {below.kind}: an adapter is merged into unquantized weights",
+            "Name the unquantized base by --base",
+        )
+    adapter = read_adapter(directory, below.tensors, sink)
+    merged: Any = MergedSource(below.source, adapter)
+    return replace(
+        below,
+        root=root,
+        kind=ADAPTER,
+        evidence=(*chosen, f"{ADAPTER_CONFIG}: {adapter}, merged into {below.root}"),
+        source=merged,
+        adapter=adapter,
+    )
+
+
+def is_directory(name: str) -> bool:
+    """Whether a recorded name is a directory here, or a model in the package."""
+    try:
+        return name.startswith(PREFIX) or Path(name).is_dir()
+    except (OSError, ValueError):
+        return False
 
 
 def _context(directory: Path, root: Path, sink: Sink) -> Artifact:

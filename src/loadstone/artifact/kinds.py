@@ -19,6 +19,7 @@ from loadstone.artifact.torchao.config import check_agreement, check_block, choo
 from loadstone.artifact.torchao.uniform import check_layers, check_quantized
 from loadstone.errors import ArtifactError
 
+ADAPTER = "adapter"
 DENSE = "dense"
 TORCHAO = "torchao"
 TORCHAO_UNMARKED = "torchao-unmarked"

@@ -92,7 +92,7 @@ class Report:
         return _per_weight(self.quantized, lambda g: g.nominal_bits * g.parameters)
 
 
-def collect(path: str | Path, *, checkpoint: str | None = None) -> Report:
+def collect(path: str | Path, *, checkpoint: str | None = None, base: str | Path | None = None) -> Report:
     """Look at a directory and keep going past every problem; raises `UsageError` only."""
     problems: list[ArtifactError] = []
     unlisted = 0
@@ -104,7 +104,7 @@ def collect(path: str | Path, *, checkpoint: str | None = None) -> Report:
         else:
             unlisted += 1
 
-    artifact = examine(path, checkpoint=checkpoint, sink=note)
+    artifact = examine(path, checkpoint=checkpoint, base=base, sink=note)
     if unlisted:
         problems.append(ArtifactError(f"and {unlisted} more problems", "Mend the first ones and look again"))
     flat = artifact.quantized or artifact.packed

@@ -95,6 +95,7 @@ def _has_weights(directory: Path) -> bool:
         "model*.safetensors",
         "*.safetensors.index.json",
         "pytorch_model*.bin*",
+        "adapter_model.*",
         ".metadata",
         "*/.metadata",
     )

@@ -113,6 +113,7 @@ def command(
     ] = True,
     checkpoint: options.Checkpoint = None,
     trust_remote_code: options.TrustRemoteCode = False,
+    base: options.Base = None,
     follow_links: options.FollowLinks = False,
     device: options.Device = "auto",
     dry_run: options.DryRun = False,
@@ -137,7 +138,7 @@ def command(
         plan = plan_export(
             model, out, format=format, rules=rules, activations=activations, calibrate=calibrate, kv_cache=kv_cache,
             untie=untie, remote_code=remote_code, emit=emit, checkpoint=checkpoint, overwrite=True,
-            trust_remote_code=trust_remote_code,
+            trust_remote_code=trust_remote_code, base=base,
         )  # fmt: skip
         facts = {"dry_run": True, "out": str(out) if out else None} | _summary(plan)
         return render.result(json_to, facts, lambda: _print_plan(plan))
@@ -147,7 +148,7 @@ def command(
             model, out, format=format, rules=rules, activations=activations, calibrate=calibrate,
             calibrate_limit=calibrate_limit, kv_cache=kv_cache, untie=untie, remote_code=remote_code, emit=emit,
             checkpoint=checkpoint, device=device, overwrite=overwrite, resume=resume,
-            trust_remote_code=trust_remote_code, on_progress=advance,
+            trust_remote_code=trust_remote_code, base=base, on_progress=advance,
         )  # fmt: skip
     # Of several ranks the first one shows the result.
     if done.files:

@@ -33,6 +33,7 @@ def command(
     ] = None,
     checkpoint: options.Checkpoint = None,
     trust_remote_code: options.TrustRemoteCode = False,
+    base: options.Base = None,
     follow_links: options.FollowLinks = False,
     out: options.Out = None,
     dtype: Annotated[
@@ -151,7 +152,7 @@ def command(
         plan = plan_finalize(
             model, out, recipe=recipe or quantize, algorithm=algorithm, calibrate=calibrate, skip=skip or (),
             layout=layout, checkpoint=checkpoint, dtype=dtype, max_shard_size=max_shard_size, device=device,
-            overwrite=True, trust_remote_code=trust_remote_code,
+            overwrite=True, trust_remote_code=trust_remote_code, base=base,
         )  # fmt: skip
         return show_plan(plan, out, json_to)
     assert out is not None
@@ -161,7 +162,7 @@ def command(
             model, out, recipe=recipe or quantize, algorithm=algorithm, calibrate=calibrate,
             calibrate_tokens=calibrate_tokens, skip=skip or (), layout=layout, checkpoint=checkpoint, dtype=dtype,
             max_shard_size=max_shard_size, device=device, overwrite=overwrite, resume=resume, verify=verify,
-            trust_remote_code=trust_remote_code, on_progress=advance,
+            trust_remote_code=trust_remote_code, base=base, on_progress=advance,
         )  # fmt: skip
     # Of several ranks the first one shows the result.
     if done.files:

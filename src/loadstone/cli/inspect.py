@@ -27,6 +27,7 @@ def command(
     context: typer.Context,
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Model directory or training run.")],
     checkpoint: options.Checkpoint = None,
+    base: options.Base = None,
     follow_links: options.FollowLinks = False,
     verify: Annotated[
         bool,
@@ -57,7 +58,7 @@ def command(
         return
     from loadstone.artifact.report import collect
 
-    report = collect(directory, checkpoint=checkpoint)
+    report = collect(directory, checkpoint=checkpoint, base=base)
     problems: list[LoadstoneError] = list(report.problems)
     load_plan = None
     if not problems:

@@ -59,7 +59,7 @@ Base = Annotated[
     typer.Option(
         "--base",
         metavar="DIR",
-        help="Of a context: its base model, if it is not where the context says.",
+        help="Of an adapter or a context: its base model, if it is not where that says.",
         rich_help_panel=INPUT,
     ),
 ]

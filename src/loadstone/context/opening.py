@@ -23,6 +23,7 @@ def load(
     checkpoint: str | None = None,
     no_checkpoint: bool = False,
     trust_remote_code: bool = False,
+    base: str | Path | None = None,
 ) -> Any:
     """Load any model in eval mode: an ordinary transformers model or, for an in-context model, a `PFN`.
 
@@ -31,6 +32,7 @@ def load(
     dtype: auto (as stored), float32, bfloat16 or float16.
     checkpoint: of a training run: newest (default), best, a step or a folder. no_checkpoint: its own directory instead.
     trust_remote_code: run Python code that came with the model.
+    base: of an adapter, the model to merge it into, if it is not where the adapter says.
 
     Raises `ArtifactError` (damaged, or cannot be loaded here), `MissingError` (package or GPU) or `UsageError`.
     """
@@ -40,7 +42,7 @@ def load(
 
     options = {
         "device": device, "dtype": dtype, "checkpoint": checkpoint, "no_checkpoint": no_checkpoint,
-        "trust_remote_code": trust_remote_code,
+        "trust_remote_code": trust_remote_code, "base": base,
     }  # fmt: skip
     if isinstance(target, LoadPlan):
         given = [name for name, value in options.items() if value not in ("auto", None, False)]

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
+from loadstone.artifact.adapter import holds_adapter
 from loadstone.artifact.context_file import PREFIX, context_kind
 from loadstone.errors import UsageError
 from loadstone.evaluation.options import DEFAULT_DATA, Options
@@ -124,8 +125,8 @@ def evaluate(
         from loadstone.evaluation.fitted_tables import evaluate_tables
 
         return evaluate_tables(options)
-    if options.base is not None and PREFIX not in kinds:
-        raise UsageError(f"--base {options.base} is for contexts", "Leave it out")
+    if options.base is not None and PREFIX not in kinds and not any(map(holds_adapter, options.models)):
+        raise UsageError(f"--base {options.base} is for contexts and adapters", "Leave it out")
     from loadstone.evaluation.results import report as page
 
     if report is not None:

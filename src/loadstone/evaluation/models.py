@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from loadstone.artifact import Artifact
+from loadstone.artifact.adapter import holds_adapter
 from loadstone.artifact.context_file import PREFIX, ContextFile, is_context, read_context, require_kind
 from loadstone.artifact.detect import FAKEQUANT, PFN
 from loadstone.errors import UsageError
@@ -65,6 +66,7 @@ def plan_models(options: Options, device: str, *, referenced: bool = False) -> t
             checkpoint=options.checkpoint if name in options.models else None,
             no_checkpoint=options.no_checkpoint and name in options.models,
             trust_remote_code=options.trust_remote_code,
+            base=options.base if prefix is None and holds_adapter(name) else None,
         )
         for name, prefix in zip(names, prefixes, strict=True)
     ]

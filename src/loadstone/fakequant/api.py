@@ -39,6 +39,7 @@ def export_fakequant(
     overwrite: bool = False,
     resume: bool = True,
     trust_remote_code: bool = False,
+    base: str | Path | None = None,
     max_shard_size: int = SHARD_BYTES,
     sidecars: str | Path | None = None,
     on_progress: OnProgress | None = None,
@@ -64,6 +65,7 @@ def export_fakequant(
     overwrite: replace an existing ``out``.
     resume: take over the files that a killed run finished; False starts again (directories only).
     trust_remote_code: run Python code that came with the model.
+    base: of an adapter, the model to merge it into, if it is not where the adapter says.
     max_shard_size: bytes of the largest file of a live model; a directory keeps its division into files.
     sidecars: directory to take a live model's tokenizer and the like from; by default the one it was loaded from.
     on_progress: called as ``on_progress("write", done, total)`` in bytes.
@@ -98,7 +100,7 @@ def export_fakequant(
     from loadstone.fakequant.directory import export_directory
     from loadstone.ranks import joined
 
-    artifact = _artifact(model, checkpoint)
+    artifact = _artifact(model, checkpoint, base)
     check_output(artifact.root, out, overwrite)
     plan = _plan(artifact, options)
     with joined() as ranks:
@@ -133,6 +135,7 @@ def plan_export(
     checkpoint: str | None = None,
     overwrite: bool = False,
     trust_remote_code: bool = False,
+    base: str | Path | None = None,
 ) -> ExportPlan:
     """What `export_fakequant` would write with the same options, from headers alone: nothing is written.
 
@@ -149,14 +152,14 @@ def plan_export(
         emit=emit,
         trust_remote_code=trust_remote_code,
     )
-    artifact = _artifact(source, checkpoint)
+    artifact = _artifact(source, checkpoint, base)
     if out is not None:
         check_output(artifact.root, Path(out), overwrite)
     return _plan(artifact, options)
 
 
-def _artifact(source: str | Path | Artifact, checkpoint: str | None) -> Artifact:
-    return source if isinstance(source, Artifact) else detect(source, checkpoint=checkpoint)
+def _artifact(source: str | Path | Artifact, checkpoint: str | None, base: str | Path | None) -> Artifact:
+    return source if isinstance(source, Artifact) else detect(source, checkpoint=checkpoint, base=base)
 
 
 def _documents(calibrate: str | Path | Sequence[Any] | None, limit: int) -> Sequence[Any] | None:

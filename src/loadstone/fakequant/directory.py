@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from loadstone.artifact import Artifact, TensorInfo
-from loadstone.artifact.detect import DENSE, FAKEQUANT, QAT
+from loadstone.artifact.detect import ADAPTER, DENSE, FAKEQUANT, QAT
 from loadstone.errors import ArtifactError
 from loadstone.fakequant.export import (
     Exported,
@@ -64,7 +64,7 @@ def plan_directory(
 
 
 def _refuse_quantized(artifact: Artifact) -> None:
-    if artifact.kind not in (DENSE, QAT):
+    if artifact.kind not in (DENSE, QAT, ADAPTER):
         what = "a fake-quantized export" if artifact.kind == FAKEQUANT else "already quantized"
         raise ArtifactError(
             f"'{artifact.root}' is {what} ({artifact.evidence[-1]})",

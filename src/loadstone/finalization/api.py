@@ -42,6 +42,7 @@ def finalize(
     resume: bool = True,
     verify: bool = False,
     trust_remote_code: bool = False,
+    base: str | Path | None = None,
     on_progress: OnProgress | None = None,
 ) -> Finalized:
     """Write a checkpoint as a self-describing artifact, quantized or plain; ``out`` appears whole or not at all.
@@ -66,6 +67,7 @@ def finalize(
     resume: take over the finished shards of a run that was killed; False starts again.
     verify: read every tensor back and compare it with a fresh quantization.
     trust_remote_code: run Python code that came with the model.
+    base: of an adapter, the model to merge it into, if it is not where the adapter says.
     on_progress: called as ``on_progress(stage, done, total)``; the stage is calibrate (in layers), write or verify (in
         source bytes).
 
@@ -92,6 +94,7 @@ def finalize(
         device=device,
         overwrite=overwrite,
         trust_remote_code=trust_remote_code,
+        base=base,
     )
     with joined() as ranks:
         where = quantize_device(device)
@@ -133,6 +136,7 @@ def plan_finalize(
     device: str = "auto",
     overwrite: bool = False,
     trust_remote_code: bool = False,
+    base: str | Path | None = None,
 ) -> FinalizePlan:
     """What `finalize` would do with the same options, from headers alone: nothing is written.
 
@@ -150,7 +154,7 @@ def plan_finalize(
     from loadstone.quantization.quantize import check_runs
 
     artifact = load_plan(
-        source, dtype=dtype, checkpoint=checkpoint, trust_remote_code=trust_remote_code
+        source, dtype=dtype, checkpoint=checkpoint, trust_remote_code=trust_remote_code, base=base
     ).artifact
     if layout == COMPRESSED_TENSORS and artifact.is_torchao and asked is None:
         if out is not None:

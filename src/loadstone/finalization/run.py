@@ -238,6 +238,14 @@ def _finish(writer: ShardWriter, work: Path, name: str, syncer: ThreadPoolExecut
     note_finished(work, name, digest)
 
 
+def _source(plan: FinalizePlan, fingerprint: str) -> dict[str, Any]:
+    """Where the tensors came from; of an adapter also what was merged, and into what."""
+    facts: dict[str, Any] = {"path": str(plan.source.path), "fingerprint": fingerprint}
+    if plan.source.adapter is not None:
+        facts["adapter"] = {"path": str(plan.source.adapter.directory), "merged": str(plan.source.adapter)}
+    return facts
+
+
 def _write_manifest(
     plan: FinalizePlan, work: Path, source_hash: str, digests: dict[str, str]
 ) -> dict[str, str]:
@@ -246,7 +254,7 @@ def _write_manifest(
         "format_version": FORMAT_VERSION,
         "kind": plan.kind,
         "recipe": str(plan.recipe) if plan.recipe else None,
-        "source": {"path": str(plan.source.path), "fingerprint": source_hash},
+        "source": _source(plan, source_hash),
         "versions": versions(),
         "command": ["loadstone", *sys.argv[1:]],
         "files": files,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loadstone.artifact.detect import (
+    ADAPTER,
     COMPRESSED_TENSORS,
     CONTEXT,
     DENSE,
@@ -73,11 +74,14 @@ def plan(
     checkpoint: str | None = None,
     no_checkpoint: bool = False,
     trust_remote_code: bool = False,
+    base: str | Path | None = None,
 ) -> LoadPlan:
     """Decide how ``target`` must be loaded and say so once on the log.
 
     ``checkpoint`` and ``no_checkpoint`` choose within a training run; an artifact that loads one way only overrides
-    them, with one warning that names the flag. Raises `UsageError`, `ArtifactError` or `MissingError`.
+    them, with one warning that names the flag.
+
+    ``base``: of an adapter, its base model's directory. Raises `UsageError`, `ArtifactError` or `MissingError`.
     """
     check_device(device)
     if dtype not in DTYPES:
@@ -85,7 +89,7 @@ def plan(
     if checkpoint is not None and no_checkpoint:
         raise UsageError(f"--checkpoint {checkpoint} and --no-checkpoint exclude each other", "Give one")
     messages: list[str] = []
-    artifact = _choose(target, checkpoint, no_checkpoint, messages)
+    artifact = _choose(target, checkpoint, no_checkpoint, messages, base)
     load_path, reason = _load_path(artifact)
     if artifact.needs_remote_code and (trust_remote_code or not has_own_class(artifact)):
         if not trust_remote_code:
@@ -99,7 +103,11 @@ def plan(
 
 
 def _choose(
-    target: str | Path | Artifact, checkpoint: str | None, no_checkpoint: bool, messages: list[str]
+    target: str | Path | Artifact,
+    checkpoint: str | None,
+    no_checkpoint: bool,
+    messages: list[str],
+    base: str | Path | None,
 ) -> Artifact:
     if isinstance(target, Artifact):
         if checkpoint is not None or no_checkpoint:
@@ -108,7 +116,7 @@ def _choose(
             )
         return target
     if checkpoint is None and not no_checkpoint:
-        return detect(target)
+        return detect(target, base=base)
     root = Path(target)
     forced = _forces_its_own_path(root)
     if forced is not None:
@@ -128,7 +136,7 @@ def _choose(
                 "Leave out --no-checkpoint",
             )
         return detect(root)
-    return detect(root, checkpoint=checkpoint)
+    return detect(root, checkpoint=checkpoint, base=base)
 
 
 def _forces_its_own_path(root: Path) -> Artifact | None:
@@ -151,6 +159,8 @@ def _schemes(artifact: Artifact) -> str:
 
 def _load_path(artifact: Artifact) -> tuple[str, str]:
     match artifact.kind:
+        case k if k == ADAPTER:
+            return NATIVE, f"{artifact.adapter} merged into its base, {artifact.path}, as it is read"
         case k if k == DENSE:
             return NATIVE, f"plain tensors in {artifact.weights.format}"
         case k if k == TORCHAO:

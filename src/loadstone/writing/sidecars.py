@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 
 from loadstone.artifact import Artifact
+from loadstone.artifact.adapter import ADAPTER_CONFIG
 from loadstone.artifact.files import check_inside, is_file, read_json
 
 # Not carried over from a model directory, by what they are; everything else is.
@@ -47,7 +48,13 @@ def find_sidecars(artifact: Artifact) -> dict[str, Path]:
 
     What stays behind is said in one line of the log.
     """
-    return sidecars_in(tuple(reversed(artifact.sidecar_dirs)), remote_code=True)
+    if artifact.adapter is None:
+        return sidecars_in(tuple(reversed(artifact.sidecar_dirs)), remote_code=True)
+    # The output holds the base with the adapter merged in: it is no adapter itself.
+    own = sidecars_in((artifact.adapter.directory,), remote_code=True)
+    return sidecars_in((artifact.path,), remote_code=True) | {
+        n: p for n, p in own.items() if n != ADAPTER_CONFIG
+    }
 
 
 def sidecars_in(directories: tuple[Path, ...], remote_code: bool = False) -> dict[str, Path]:
