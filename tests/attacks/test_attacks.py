@@ -476,9 +476,8 @@ def bin_of_zeros(d: Path) -> None:
 
 @attack("auto_map asks to run Python code")
 def remote_code(d: Path) -> None:
-    dense(
-        d, config=CONFIG | {"auto_map": {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}}
-    )
+    auto_map = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
+    dense(d, config=CONFIG | {"auto_map": auto_map, "architectures": ["Model"]})
     (d / "evil.py").write_text(f"open({str(mark(d))!r}, 'w')")
 
 

@@ -115,7 +115,6 @@ def test_gate_failure_exits_4_and_says_by_how_much(
 @pytest.mark.parametrize(
     ("args", "code", "message"),
     [
-        (["--context-length", "9999"], 2, "9999 is more than the 256 positions"),
         (["--data", "absent.txt"], 2, "no file or directory"),
         (["--fail-if", "dloss>0.1"], 2, "needs a baseline"),
         (["--fail-if", "nonsense"], 2, "The form is METRIC"),

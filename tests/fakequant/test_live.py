@@ -374,7 +374,7 @@ def test_quantized_models_are_refused(tiny: Path, quantize_to: Callable[..., Pat
     model = loadstone.load(quantize_to(tiny, "int8-weight-only"))
     with pytest.raises(ArtifactError, match="already quantized"):
         export_fakequant(model, tmp_path / "out", format="fp8")
-    model.hf_quantizer = None
+    model.hf_quantizer = model.quantization_method = None
     del model.config.quantization_config
     with pytest.raises(ArtifactError, match="is a Int8Tensor, not a plain tensor"):
         export_fakequant(model, tmp_path / "out", format="fp8")

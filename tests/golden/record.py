@@ -60,6 +60,17 @@ def run(*arguments: object) -> None:
             raise RuntimeError(f"exit {stop.code}: loadstone {' '.join(map(str, arguments))}") from None
 
 
+def machine() -> str:
+    """The processor and the version of torch: sums of floats, and with them losses and calibrated roundings, differ
+    between these in the last digits."""
+    import torch
+
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    processor = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    return f"{processor} {torch.backends.cpu.get_cpu_capability()} torch {torch.__version__}"
+
+
 def weights_digest(directory: Path) -> str:
     """sha256 over the names and bytes of the weight files, without the manifest and config."""
     digest = hashlib.sha256()
@@ -85,7 +96,7 @@ def loss(directory: Path | str, work: Path) -> float:
 
 def record(names: set[str] | None = None) -> dict[str, Any]:
     """The table; ``names``: only these rows."""
-    found: dict[str, Any] = {"finalized": {}, "exported": {}}
+    found: dict[str, Any] = {"machine": machine(), "finalized": {}, "exported": {}}
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         if names is None or "source" in names:

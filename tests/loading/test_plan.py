@@ -80,7 +80,7 @@ def test_no_checkpoint_on_a_run_without_weights_of_its_own(run: Path) -> None:
 
 def test_remote_code_is_off_until_asked_for(tiny: Path, tmp_path: Path) -> None:
     path = Path(shutil.copytree(tiny, tmp_path / "copy"))
-    edit_config(path, auto_map={"AutoModelForCausalLM": "evil.Model"})
+    edit_config(path, auto_map={"AutoModelForCausalLM": "evil.Model"}, architectures=["Model"])
     (path / "evil.py").write_text("raise SystemExit('ran')")
     with pytest.raises(ArtifactError, match=r"auto_map.*--trust-remote-code"):
         loadstone.load(path)

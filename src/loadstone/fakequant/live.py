@@ -218,9 +218,10 @@ def export_model(
 
 
 def _refuse_quantized(model: PreTrainedModel) -> None:
-    if getattr(model, "hf_quantizer", None) is not None or getattr(model, "quantization_method", None):
+    method = getattr(model, "quantization_method", None)
+    if getattr(model, "hf_quantizer", None) is not None or method:
         raise ArtifactError(
-            f"this {type(model).__name__} is already quantized ({model.config.quantization_config.quant_method})",
+            f"this {type(model).__name__} is already quantized ({getattr(method, 'value', method)})",
             "Export the unquantized model",
         )
 
