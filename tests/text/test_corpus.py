@@ -112,9 +112,6 @@ def test_compressed_text(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:-9])
     with pytest.raises(UsageError, match="not a whole xz file"):
         read_corpus(str(file))
-    (tmp_path / "b.csv.xz").write_bytes(b"")
-    with pytest.raises(UsageError, match=r"only \.txt\.xz"):
-        read_corpus(str(tmp_path / "b.csv.xz"))
 
 
 @pytest.mark.parametrize(
@@ -126,7 +123,7 @@ def test_compressed_text(tmp_path: Path) -> None:
         ("a.jsonl", '{"text": "fine"}\n{broken\n', r"a\.jsonl:2 is not JSON"),
         ("a.jsonl", '{"text": 3}\n', "holds int, not text"),
         ("a.jsonl", "[1]\n", "neither a string nor a record"),
-        ("a.json", '{"text": "x"}', "not a list"),
+        ("a.json", '{"text":\n"x"}', "not a list"),
         ("a.docx", "text", r"unknown suffix '\.docx'.*\.csv, \.json"),
         ("a.parquet", "no parquet", "not a readable parquet"),
         ("a.json", "[" * 100_000, "is not JSON"),
@@ -145,7 +142,7 @@ def test_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
     def refused(*args: object, **kwargs: object) -> str:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "read_text", refused)
+    monkeypatch.setattr(Path, "open", refused)
     with pytest.raises(UsageError, match=r"a\.txt cannot be read \(Permission denied\)"):
         read_corpus(path)
 

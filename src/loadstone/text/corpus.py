@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import itertools
 import json
 import logging
@@ -16,6 +17,15 @@ from pathlib import Path
 from typing import Any
 
 from loadstone.errors import ArtifactError, MissingError, UsageError
+from loadstone.text.opening import (
+    COMPRESSED,
+    MOST_CHARACTERS,
+    check_regular,
+    inner_suffix,
+    lines,
+    undecodable,
+    whole,
+)
 
 log = logging.getLogger(__name__)
 # In the package: all held-out stories (1.02M tokens of builtin:tiny-llama), the first of them, and older prose.
@@ -51,9 +61,10 @@ def read_corpus(
 ) -> Corpus:
     """Read the first ``limit`` non-blank documents of ``data``.
 
-    ``data`` is one of the package's texts (``"sample"``, ``"stories"``, ``"austen"``), a file (.txt, .jsonl,
-    .json, .parquet, .csv; .txt.xz too), a directory that holds such files or that ``datasets`` saved, or a
-    dataset's hub name (``owner/name`` or ``owner/name:config``).
+    ``data`` is one of the package's texts (``"sample"``, ``"stories"``, ``"austen"``), a file (.txt, .md, .raw or no
+    suffix; .jsonl, .json, .csv, .parquet; all but the last also as .gz, .bz2, .xz or .zst), a directory that holds
+    such files, ``data/train-*.parquet`` and other splits, or what ``datasets`` saved, or a dataset's hub name
+    (``owner/name`` or ``owner/name:config``).
     ``column`` names the text column of tables (default ``text``). Raises UsageError for an unknown suffix,
     a missing column or empty text, MissingError for a dataset that is not available.
     """
@@ -90,9 +101,12 @@ def _documents(data: str, column: str, split: str | None) -> Iterator[str]:
         yield from _saved_dataset(path, column, split)
         return
     if not in_package and not path.exists():
-        if path.suffix.lower() in _READERS or data.startswith((".", "/", "~")):
+        if ((suffix := inner_suffix(path)) and suffix in _READERS) or data.startswith((".", "/", "~")):
             raise UsageError(f"there is no file or directory {data!r}")
         yield from _hub_dataset(data, column, split)
+        return
+    if not in_package and path.is_dir() and (parts := _split_files(path)):
+        yield from _files_of_split(path, parts, column, split)
         return
     if split is not None:
         log.warning("--split %s has no effect: %s has no splits", split, data)
@@ -100,9 +114,10 @@ def _documents(data: str, column: str, split: str | None) -> Iterator[str]:
         name = AUSTEN if data == AUSTEN else STORIES
         packed = files("loadstone").joinpath("data", f"{name}.txt.xz").read_bytes()
         count = _SAMPLE_STORIES if data == SAMPLE else None
-        yield from itertools.islice(_split(lzma.decompress(packed).decode()), count)
+        yield from itertools.islice(_split(io.StringIO(lzma.decompress(packed).decode())), count)
     elif path.is_dir():
-        inner = sorted(p for p in path.iterdir() if p.suffix.lower() in _READERS and p.is_file())
+        # A README beside the text is not part of it.
+        inner = sorted(p for p in path.iterdir() if inner_suffix(p) in _IN_FOLDERS and p.is_file())
         if not inner:
             raise UsageError(
                 f"the directory {data!r} holds neither a saved dataset nor text", f"Known: {_known()}"
@@ -113,46 +128,74 @@ def _documents(data: str, column: str, split: str | None) -> Iterator[str]:
         yield from _file(path, column)
 
 
+def _split_files(path: Path) -> dict[str, list[Path]]:
+    """The files of each split of a data set's folder as the hub lays it out: ``data/train-00000-of-00002.parquet``."""
+    found: dict[str, list[Path]] = {}
+    for file in sorted((path / "data").glob("*")) if (path / "data").is_dir() else []:
+        name = file.name.split(".")[0].split("-")[0]
+        if inner_suffix(file) in _READERS and name in _SPLITS and file.is_file():
+            found.setdefault(name, []).append(file)
+    return found
+
+
+def _files_of_split(
+    path: Path, parts: dict[str, list[Path]], column: str, split: str | None
+) -> Iterator[str]:
+    chosen = split or next(s for s in _SPLITS if s in parts)
+    if chosen not in parts:
+        raise UsageError(f"{path} has no split {chosen!r}", f"It has: {', '.join(parts)}")
+    for file in parts[chosen]:
+        yield from _file(file, column)
+
+
 def _file(path: Path, column: str) -> Iterator[str]:
-    reader = _READERS.get(path.suffix.lower())
+    check_regular(path)
+    reader = _READERS.get(inner_suffix(path))
     if reader is None:
         raise UsageError(f"cannot read {path}: unknown suffix {path.suffix!r}", f"Known: {_known()}")
     try:
         yield from reader(path, column)
-    except UnicodeDecodeError as error:
-        raise UsageError(
-            f"{path} is not UTF-8 text: byte {error.start} is {error.object[error.start]:#x}"
-        ) from None
+    except UnicodeDecodeError:
+        at, byte = undecodable(path, "utf-8") or (0, 0)
+        raise UsageError(f"{path} is not UTF-8 text: byte {at} is {byte:#x}") from None
 
 
-def _split(text: str) -> Iterator[str]:
+def _split(lines: Iterable[str]) -> Iterator[str]:
     # A line holding only a form feed starts a new document; without one the text is one document.
-    for document in text.split(f"\n{DOCUMENT_BREAK}\n"):
-        yield document.strip("\n")
+    held: list[str] = []
+    size = 0
+    for line in lines:
+        if line.rstrip("\n") == DOCUMENT_BREAK:
+            yield "".join(held).strip("\n")
+            held, size = [], 0
+            continue
+        held.append(line)
+        size += len(line)
+        if size > MOST_CHARACTERS:
+            raise UsageError(
+                f"a document has more than {MOST_CHARACTERS} characters",
+                "Divide it with lines that hold only a form feed",
+            )
+    yield "".join(held).strip("\n")
 
 
 def _txt(path: Path, column: str) -> Iterator[str]:
-    yield from _split(path.read_text(encoding=_ENCODING))
-
-
-def _xz(path: Path, column: str) -> Iterator[str]:
-    if path.with_suffix("").suffix.lower() != ".txt":
-        raise UsageError(f"cannot read {path}: of compressed files only .txt.xz is known")
-    try:
-        yield from _split(lzma.decompress(path.read_bytes()).decode(_ENCODING))
-    except lzma.LZMAError as error:
-        raise UsageError(f"{path} is not a whole xz file: {error}") from None
+    yield from _split(lines(path, _ENCODING))
 
 
 def _jsonl(path: Path, column: str) -> Iterator[str]:
-    with path.open(encoding=_ENCODING) as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                yield _cell(_parsed(line, f"{path}:{number}"), column, f"{path}:{number}")
+    for number, line in enumerate(lines(path, _ENCODING), 1):
+        if line.strip():
+            yield _cell(_parsed(line, f"{path}:{number}"), column, f"{path}:{number}")
 
 
 def _json(path: Path, column: str) -> Iterator[str]:
-    rows = _parsed(path.read_text(encoding=_ENCODING), str(path))
+    # Many tools write JSON lines under this suffix too.
+    first = next((line.strip() for line in lines(path, _ENCODING) if line.strip()), "")
+    if first.startswith("{") and first.endswith("}"):
+        yield from _jsonl(path, column)
+        return
+    rows = _parsed(whole(path, _ENCODING), str(path))
     if not isinstance(rows, list):
         raise UsageError(
             f"{path} is not a list of strings or records", "Write one record a line in a .jsonl file"
@@ -170,16 +213,17 @@ def _parsed(text: str, where: str) -> Any:
 
 def _csv(path: Path, column: str) -> Iterator[str]:
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-    with path.open(encoding=_ENCODING, newline="") as handle:
-        rows = csv.DictReader(handle)
-        for row in rows:
-            yield _cell(row, column, f"{path}:{rows.line_num}")
+    rows = csv.DictReader(lines(path, _ENCODING, newline=""))
+    for row in rows:
+        yield _cell(row, column, f"{path}:{rows.line_num}")
 
 
 def _parquet(path: Path, column: str) -> Iterator[str]:
     import pyarrow
     import pyarrow.parquet
 
+    if path.suffix.lower() in COMPRESSED:
+        raise UsageError(f"{path} is compressed twice", "Decompress it: parquet is compressed inside")
     try:
         table = pyarrow.parquet.ParquetFile(path)
     except pyarrow.ArrowException as error:
@@ -254,14 +298,17 @@ def _text(value: Any, column: str, where: str) -> str:
 
 
 def _known() -> str:
-    return ", ".join(sorted(_READERS))
+    return ", ".join(sorted(filter(None, _READERS))) + f"; compressed: {', '.join(COMPRESSED)}"
 
 
 _READERS: dict[str, Callable[[Path, str], Iterator[str]]] = {
+    "": _txt,
     ".txt": _txt,
-    ".xz": _xz,
+    ".md": _txt,
+    ".raw": _txt,
     ".jsonl": _jsonl,
     ".json": _json,
     ".csv": _csv,
     ".parquet": _parquet,
 }
+_IN_FOLDERS = frozenset(_READERS) - {"", ".md"}

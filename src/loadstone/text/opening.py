@@ -1,0 +1,121 @@
+"""Text files opened for reading: compressed or not, as a stream, and never anything but a regular file."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import io
+import lzma
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, cast
+
+from loadstone.errors import MissingError, UsageError
+
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+# Characters of one document, or of one line of JSON or CSV: more is a damaged or hostile file.
+MOST_CHARACTERS = 1 << 28
+
+
+def inner_suffix(path: Path) -> str:
+    """The suffix that says what a file holds: ``.jsonl`` of ``a.jsonl.gz``."""
+    name = path.with_suffix("") if path.suffix.lower() in COMPRESSED else path
+    return name.suffix.lower()
+
+
+def check_regular(path: Path) -> None:
+    """Raise `UsageError` for a device, a FIFO or a socket: opening one may never return."""
+    if path.exists() and not path.is_file():
+        raise UsageError(f"{path} is not a regular file", "Text is read from files")
+
+
+@contextmanager
+def open_binary(path: Path) -> Iterator[IO[bytes]]:
+    """The decompressed bytes of a file, read as they are asked for.
+
+    Raises `UsageError` for a damaged compressed file, `MissingError` where a package is needed for its kind.
+    """
+    check_regular(path)
+    suffix = path.suffix.lower()
+    with path.open("rb") as raw:
+        try:
+            if suffix == ".gz":
+                handle: Any = gzip.GzipFile(fileobj=raw)
+            elif suffix == ".bz2":
+                handle = bz2.BZ2File(raw)
+            elif suffix == ".xz":
+                handle = lzma.LZMAFile(raw)  # noqa: SIM115
+            elif suffix == ".zst":
+                handle = _zstd(path, raw)
+            else:
+                handle = raw
+            yield cast("IO[bytes]", handle)
+        except (EOFError, lzma.LZMAError, gzip.BadGzipFile) as error:
+            raise UsageError(f"{path} is not a whole {suffix[1:]} file: {error}") from None
+        except OSError as error:
+            # bz2 has no error class of its own.
+            if suffix not in COMPRESSED or error.errno is not None:
+                raise
+            raise UsageError(f"{path} is not a whole {suffix[1:]} file: {error}") from None
+        except Exception as error:
+            if type(error).__name__ not in ("ZstdError", "error"):
+                raise
+            raise UsageError(f"{path} is not a whole {suffix[1:]} file: {error}") from None
+
+
+@contextmanager
+def open_text(path: Path, encoding: str, newline: str | None = None) -> Iterator[io.TextIOBase]:
+    """The decompressed text of a file, read as it is asked for."""
+    with open_binary(path) as raw:
+        yield io.TextIOWrapper(raw, encoding=encoding, newline=newline)
+
+
+def lines(path: Path, encoding: str, newline: str | None = None) -> Iterator[str]:
+    """The lines of a file, one at a time. Raises `UsageError` for a line longer than `MOST_CHARACTERS`."""
+    with open_text(path, encoding, newline) as handle:
+        while line := handle.readline(MOST_CHARACTERS + 1):
+            if len(line) > MOST_CHARACTERS:
+                raise UsageError(
+                    f"{path} holds a line of more than {MOST_CHARACTERS} characters", "Divide it"
+                )
+            yield line
+
+
+def whole(path: Path, encoding: str) -> str:
+    """All of a file. Raises `UsageError` for more than `MOST_CHARACTERS`."""
+    with open_text(path, encoding) as handle:
+        text = handle.read(MOST_CHARACTERS + 1)
+    if len(text) > MOST_CHARACTERS:
+        raise UsageError(
+            f"{path} holds more than {MOST_CHARACTERS} characters", "Write one record a line (.jsonl)"
+        )
+    return text
+
+
+def undecodable(path: Path, encoding: str) -> tuple[int, int] | None:
+    """Where a file is no text in ``encoding``, and the byte there. No character's bytes include a line's end."""
+    at = 0
+    with open_binary(path) as raw:
+        while line := raw.readline():
+            try:
+                line.decode(encoding)
+            except UnicodeDecodeError as error:
+                return at + error.start, line[error.start]
+            at += len(line)
+    return None
+
+
+def _zstd(path: Path, raw: IO[bytes]) -> Any:
+    try:
+        # In Python from 3.14 on.
+        from compression import zstd  # type: ignore[import-not-found,unused-ignore]
+
+        return zstd.open(raw)
+    except ImportError:
+        pass
+    try:
+        import zstandard  # type: ignore[import-not-found,unused-ignore]
+    except ImportError:
+        raise MissingError(f"{path} needs the package zstandard", "pip install zstandard") from None
+    return zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)

@@ -1,0 +1,80 @@
+"""Text files of every kind: compressed, without a suffix, in a data set's folder; bombs and FIFOs."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import importlib.util
+import json
+import lzma
+import os
+import resource
+import sys
+from pathlib import Path
+
+import pytest
+from tests.text.test_corpus import ROWS, write
+
+from loadstone.errors import MissingError, UsageError
+from loadstone.text.corpus import read_corpus
+
+_PACK = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".json", ".csv"])
+@pytest.mark.parametrize("packed", _PACK)
+def test_every_kind_of_file_compressed(tmp_path: Path, suffix: str, packed: str) -> None:
+    plain = Path(write(tmp_path / f"a{suffix}"))
+    data = _PACK[packed](plain.read_bytes())
+    file = tmp_path / f"b{suffix}{packed}"
+    file.write_bytes(data)
+    assert read_corpus(str(file)).documents == tuple(ROWS)
+    file.write_bytes(data[: len(data) // 2])
+    with pytest.raises(UsageError, match="not a whole"):
+        read_corpus(str(file))
+
+
+def test_zst_reads_or_names_its_package(tmp_path: Path) -> None:
+    file = tmp_path / "a.txt.zst"
+    file.write_bytes(b"(\xb5/\xfd\x04X!\x00\x00text\x99\xe9\xd8Q")
+    if sys.version_info < (3, 14) and importlib.util.find_spec("zstandard") is None:
+        with pytest.raises(MissingError, match="zstandard"):
+            read_corpus(str(file))
+
+
+def test_plain_text_has_many_suffixes(tmp_path: Path) -> None:
+    for name in ("notes", "README.md", "wiki.train.raw"):
+        (tmp_path / name).write_text("Some text.\n")
+        assert read_corpus(str(tmp_path / name)).documents == ("Some text.",)
+
+
+def test_lines_under_json(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text("".join(json.dumps({"text": row}) + "\n" for row in ROWS))
+    assert read_corpus(str(tmp_path / "a.json")).documents == tuple(ROWS)
+
+
+def test_a_data_sets_folder_has_splits(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    write(tmp_path / "data" / "train-00000-of-00002.parquet", ROWS[:1])
+    write(tmp_path / "data" / "train-00001-of-00002.parquet", ROWS[1:])
+    write(tmp_path / "data" / "test-00000-of-00001.parquet", ["Held out."])
+    assert read_corpus(str(tmp_path)).documents == ("Held out.",)
+    assert read_corpus(str(tmp_path), split="train").documents == tuple(ROWS)
+    with pytest.raises(UsageError, match="no split 'dev'"):
+        read_corpus(str(tmp_path), split="dev")
+
+
+def test_the_limit_ends_decompression(tmp_path: Path) -> None:
+    line = json.dumps({"text": "word " * 200}).encode() + b"\n"
+    with lzma.open(tmp_path / "a.jsonl.xz", "wb", preset=0) as handle:
+        for _ in range(200):
+            handle.write(line * 1000)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert len(read_corpus(str(tmp_path / "a.jsonl.xz"), limit=1).documents) == 1
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 * 1024
+
+
+def test_a_fifo_is_refused_before_it_is_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.jsonl")
+    with pytest.raises(UsageError, match="not a regular file"):
+        read_corpus(str(tmp_path / "a.jsonl"))
