@@ -58,7 +58,7 @@ def test_scales(base: Path, tmp_path: Path, rank: int, changes: dict[str, Any], 
     weights = stored(base)
     weight = weights[f"{Q}.weight"]
     a, b = pair(weight, rank)
-    expected = weight + ((b @ a) * scale).to(weight.dtype)
+    expected = weight.clone().add_((b @ a) * scale)
     folder = adapter(tmp_path / "adapter", base, factors(Q, a, b), **changes)
     found = loadstone.load(folder).state_dict()
     assert not torch.equal(expected, weight) and torch.equal(found[f"{Q}.weight"], expected)
@@ -76,7 +76,7 @@ def test_finalize_merges_and_says_so(base: Path, tmp_path: Path) -> None:
     (folder / "tokenizer_config.json").write_text('{"of": "the adapter"}')
     done = loadstone.finalize(folder.parent, tmp_path / "out", verify=True)
     found = stored(done.out)
-    assert torch.equal(found[f"{Q}.weight"], weight + (b @ a * 1.5).to(weight.dtype))
+    assert torch.equal(found[f"{Q}.weight"], weight.clone().add_(b @ a * 1.5))
     assert torch.equal(found[f"{EMBED}.weight"], embed + ((eb @ ea).t() * 1.5).to(embed.dtype))
     assert torch.equal(found["model.norm.weight"], norm)
     assert not list(done.out.glob("adapter*")) and (done.out / "tokenizer.json").exists()
@@ -93,7 +93,7 @@ def test_weights_stored_with_inputs_first(base: Path, tmp_path: Path) -> None:
     weight = stored(base)[f"{Q}.weight"]
     b, a = (t.t() for t in pair(weight))
     folder = adapter(tmp_path / "adapter", base, factors(Q, a, b), fan_in_fan_out=True)
-    expected = weight + ((b @ a).t() * 1.5).to(weight.dtype)
+    expected = weight.clone().add_((b @ a).t() * 1.5)
     assert torch.equal(loadstone.load(folder).state_dict()[f"{Q}.weight"], expected)
 
 

@@ -41,6 +41,7 @@ class Delta:
     b: TensorInfo
     scale: float
     transposed: bool
+    embedding: bool = False
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ def read_adapter(directory: Path, base: dict[str, TensorInfo], sink: Sink) -> Ad
         transposed = embedding or config.get("fan_in_fan_out") is True
         shape = (b.shape[0], a.shape[1])
         _check_shape(b, base[weight], shape[::-1] if transposed else shape)
-        deltas[weight] = Delta(a, b, _scale(config, module, a.shape[0]), transposed)
+        deltas[weight] = Delta(a, b, _scale(config, module, a.shape[0]), transposed, embedding)
     if not deltas and not replaced:
         raise ArtifactError(f"{found[1]}: holds no tensor", "Copy the file again")
     return Adapter(directory, (ADAPTER_CONFIG, found[1]), source, deltas, replaced, config)
@@ -215,7 +216,7 @@ class MergedSource:
         return whole if stop is None else whole.reshape(-1)[start:stop]
 
     def _merged(self, info: TensorInfo) -> torch.Tensor:
-        """As peft computes it: the product in float32, rounded to the weight's dtype and added."""
+        """As peft computes it: the product in float32, added to the weight."""
         from loadstone.artifact.torchao.flatten import torch_dtype
 
         source = self.adapter.source
@@ -228,7 +229,8 @@ class MergedSource:
         a, b = source.read(delta.a).float(), source.read(delta.b).float()
         product = b @ a
         change = (product.t() if delta.transposed else product) * delta.scale
-        return weight + change.to(weight.dtype)
+        # peft rounds an embedding's change before it adds it, and a layer's sum once.
+        return weight + change.to(weight.dtype) if delta.embedding else weight.clone().add_(change)
 
     @contextmanager
     def opened(self) -> Iterator[Opened]:
