@@ -233,7 +233,7 @@ def test_examine_goes_on_past_every_problem(tmp_path: Path) -> None:
 
 
 def manifest_of(directory: Path) -> None:
-    files = {p.name: sha256_file(p) for p in directory.iterdir()}
+    files = {p.name: sha256_file(p) for p in directory.iterdir() if p.name != MANIFEST}
     (directory / MANIFEST).write_text(json.dumps({"format_version": 1, "files": files}))
 
 
@@ -250,6 +250,13 @@ def test_manifest(tmp_path: Path) -> None:
         "config.json: content differs from the sha256 in loadstone.json",
         "model.safetensors: missing",
     ]
+    manifest_of(directory)
+    (directory / "pytorch_model.bin").write_bytes(b"foreign")
+    assert verify_files(directory) == [
+        "pytorch_model.bin: not listed in loadstone.json, and a load would read it"
+    ]
+    (directory / MANIFEST).write_text('{"files": {}}')
+    assert verify_files(directory)[0] == "loadstone.json lists no files: nothing can be verified"
     (directory / MANIFEST).write_text(json.dumps({"files": {"../../etc/passwd": "0"}}))
     assert "leaves the directory" in verify_files(directory)[0]
     (directory / MANIFEST).write_text("[]")

@@ -267,3 +267,20 @@ def test_slices_that_do_not_make_a_tensor(tmp_path: Path) -> None:
         detect(sharded(tmp_path / "overlapping", (0, 2)))
     with pytest.raises(ArtifactError, match="compressed or encrypted"):
         detect(sharded(tmp_path / "zstd", compress=True))
+
+
+def test_a_newest_checkpoint_without_weights_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = run(tmp_path / "run")
+    (root / "checkpoint-2000").mkdir()
+    assert detect(root).path.name == "checkpoint-1000"
+    assert "checkpoint-2000: passed over, no weights in it; reading checkpoint-1000" in caplog.text
+
+
+@pytest.mark.parametrize("choice", [None, "newest", "2000"])
+def test_a_checkpoint_that_links_out_of_the_run_is_not_followed(tmp_path: Path, choice: str | None) -> None:
+    root, other = run(tmp_path / "run"), dense(tmp_path / "other")
+    (root / "checkpoint-2000").symlink_to(other)
+    with pytest.raises(ArtifactError, match="link that leaves the directory"):
+        detect(root, checkpoint=choice)

@@ -39,10 +39,17 @@ def test_nothing_is_none(tmp_path: Path) -> None:
 
 def test_a_single_file_wins_over_a_stale_index_and_says_so(tmp_path: Path) -> None:
     directory = dense(dense(tmp_path / "m", shards=2))
+    for shard in (FIRST, SECOND):
+        (directory / shard).unlink()
     weights, _ = read(directory)
     assert weights.files == ("model.safetensors",)
     assert any("index.json is ignored" in note for note in weights.notes)
-    assert any("model-00001-of-00002.safetensors" in note and "ignored" in note for note in weights.notes)
+
+
+def test_a_foreign_file_beside_an_index_and_its_shards_is_refused(tmp_path: Path) -> None:
+    directory = dense(dense(tmp_path / "m", shards=2))
+    with pytest.raises(ArtifactError, match=r"model\.safetensors is not named by .*index\.json"):
+        find_weights(directory)
 
 
 def test_safetensors_win_over_bin(tmp_path: Path) -> None:

@@ -431,6 +431,22 @@ def bin_with_a_huge_directory_behind_a_small_one(d: Path) -> None:
         file.write(record + locator + struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 1, 1, 100, 0, 0))
 
 
+@attack("malformed")
+def name_of_nested_tuples(d: Path) -> None:
+    nested = b"\x80\x04)" + b"".join(b"q\x00h\x00h\x00\x86" for _ in range(60))
+    bin_file(d, nested + b"h\x00\x93.")
+
+
+@attack("malformed")
+def integer_of_a_million_digits(d: Path) -> None:
+    bin_file(d, b"\x80\x04\x8b" + struct.pack("<i", 400_000) + b"\x7f" * 400_000 + b".")
+
+
+@attack("malformed")
+def pickle_of_millions_of_dicts(d: Path) -> None:
+    bin_file(d, b"\x80\x04" + b"}" * 30_000_000 + b".", zipfile.ZIP_DEFLATED)
+
+
 def text(value: str) -> bytes:
     return b"X" + struct.pack("<I", len(value)) + value.encode()
 

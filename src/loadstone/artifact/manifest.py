@@ -5,6 +5,7 @@ Provenance only, never needed to load.
 
 from __future__ import annotations
 
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,24 @@ from loadstone.errors import ArtifactError
 
 MANIFEST = "loadstone.json"
 FORMAT_VERSION = 1
+# Names that loaders look for beside or instead of those that are listed.
+_LOADED = (
+    "*.safetensors",
+    "*.bin",
+    "*.index.json",
+    "*.py",
+    "*.jinja",
+    "*config.json",
+    "tokenizer*.json",
+    "*.model",
+    "vocab.*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.json",
+    ".metadata",
+    "context.json",
+)
 
 
 def read_manifest(directory: Path) -> dict[str, Any] | None:
@@ -24,7 +43,8 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
 
 
 def verify_files(directory: Path) -> list[str]:
-    """Every disagreement between the manifest's hashes and the files.
+    """Every disagreement between the manifest's hashes and the files, and every file that a load would read and the
+    manifest does not list.
 
     Raises `ArtifactError` without a manifest.
     """
@@ -32,6 +52,8 @@ def verify_files(directory: Path) -> list[str]:
     if manifest is None or not isinstance(manifest.get("files"), dict):
         raise ArtifactError(f"'{directory}' has no {MANIFEST} to verify against", "Only finalize writes one")
     problems = []
+    if not manifest["files"]:
+        problems.insert(0, f"{MANIFEST} lists no files: nothing can be verified")
     for name, digest in manifest["files"].items():
         try:
             path = check_inside(directory, name)
@@ -42,6 +64,11 @@ def verify_files(directory: Path) -> list[str]:
             problems.append(f"{name}: missing")
         elif sha256_file(path) != digest:
             problems.append(f"{name}: content differs from the sha256 in {MANIFEST}")
+    problems += [
+        f"{ascii(path.name)[1:-1]}: not listed in {MANIFEST}, and a load would read it"
+        for path in sorted(directory.iterdir())
+        if path.name not in manifest["files"] and any(fnmatch(path.name, p) for p in _LOADED)
+    ]
     return problems
 
 

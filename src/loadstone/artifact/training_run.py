@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import re
 from pathlib import Path, PurePath
 
-from loadstone.artifact.files import is_file, read_json
+from loadstone.artifact.files import check_inside, is_file, read_json
 from loadstone.errors import ArtifactError, UsageError
 
+log = logging.getLogger(__name__)
 TRAINER_STATE = "trainer_state.json"
 # transformers writes checkpoint-900, accelerate checkpoint_3 (in checkpoints/), torchtitan step-900.
 _CHECKPOINT = re.compile(r"(?:checkpoint[-_]|step-)(\d{1,18})")
@@ -50,6 +53,10 @@ def choose_checkpoint(root: Path, choice: str | None) -> tuple[Path, tuple[str, 
         if not whole:
             raise ArtifactError(f"no checkpoint in '{root}' holds weights", "Name a directory that does")
         count = f"{len(found)} checkpoint{'s' if len(found) > 1 else ''}"
+        newer = ", ".join(p.name for p in found[found.index(whole[-1]) + 1 :][-5:])
+        if newer:
+            log.warning("%s: passed over, no weights in it; reading %s", newer, whole[-1].name)
+        check_inside(root, str(whole[-1].relative_to(root)))
         return whole[-1], (f"training run with {count}: newest is {whole[-1].name}",)
     if choice == "best":
         return _best(root, found)
@@ -57,6 +64,8 @@ def choose_checkpoint(root: Path, choice: str | None) -> tuple[Path, tuple[str, 
     names = (choice, *(f"{prefix}{choice}" for prefix in ("checkpoint-", "checkpoint_", "step-")))
     for candidate in (*(folder / n for n in names), Path(choice)):
         if candidate.is_dir():
+            if candidate.is_relative_to(root):
+                check_inside(root, str(candidate.relative_to(root)))
             return candidate, (f"checkpoint {candidate.name}, as asked",)
     listed = ", ".join(p.name for p in found[-5:]) or "none"
     raise UsageError(f"there is no checkpoint '{choice}' in '{root}'", f"It has: {listed}")
@@ -79,6 +88,7 @@ def _best(root: Path, found: list[Path]) -> tuple[Path, tuple[str, ...]]:
             )
         path = (found[0].parent if found else root) / name
         if path.is_dir():
+            check_inside(root, str(path.relative_to(root)))
             return path, (
                 f"training run: {state_file.name} says {name} is best ({state.get('best_metric')})",
             )
@@ -91,6 +101,8 @@ def _best(root: Path, found: list[Path]) -> tuple[Path, tuple[str, ...]]:
 
 
 def _has_weights(directory: Path) -> bool:
+    if not os.access(directory, os.R_OK | os.X_OK):
+        raise ArtifactError(f"'{directory}' cannot be read (Permission denied)", "Check its permissions")
     patterns = (
         "model*.safetensors",
         "*.safetensors.index.json",

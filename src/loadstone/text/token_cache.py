@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -37,7 +38,7 @@ def cached_ids(
         directory.mkdir(parents=True, exist_ok=True)
         with _alone(path):
             found = read_arrays(path)
-            if found is not None and {"ids", "lengths"} <= found[0].keys():
+            if found is not None and _fits(found[0]):
                 path.touch()
                 log.info("tokens found in %s", directory)
                 ids, lengths = found[0]["ids"], found[0]["lengths"]
@@ -55,6 +56,15 @@ def cached_ids(
         return make()
 
 
+def _fits(arrays: Arrays) -> bool:
+    """Whether these are ids and lengths that belong together."""
+    ids, lengths = arrays.get("ids"), arrays.get("lengths")
+    if ids is None or lengths is None or ids.ndim != 1 or lengths.ndim != 1:
+        return False
+    integers = ids.dtype == np.int32 and lengths.dtype == np.int64
+    return bool(integers and (lengths >= 0).all() and lengths.sum() == len(ids))
+
+
 @contextmanager
 def _alone(path: Path) -> Iterator[None]:
     """Hold a lock file next to ``path``; the system releases it when the process ends."""
@@ -63,7 +73,10 @@ def _alone(path: Path) -> Iterator[None]:
     except ImportError:  # Windows: each process tokenizes for itself
         yield
         return
-    with path.with_suffix(".lock").open("w") as lock:
+    name = path.with_suffix(".lock")
+    if name.exists() and not name.is_file():  # opening a FIFO would wait for ever
+        raise OSError(errno.EINVAL, "the lock is no regular file")
+    with name.open("w") as lock:
         # Without locks (NFS, FUSE) each process tokenizes for itself: a file appears whole, so nothing else is lost.
         with suppress(OSError):
             fcntl.flock(lock, fcntl.LOCK_EX)

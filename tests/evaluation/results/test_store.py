@@ -1,6 +1,8 @@
 from __future__ import annotations
 
-from dataclasses import replace
+import json
+import os
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,7 @@ import numpy as np
 import pytest
 
 from loadstone.errors import UsageError
+from loadstone.evaluation.results.saved import read_saved
 from loadstone.evaluation.results.store import entry_key, open_store
 from loadstone.text.corpus import read_corpus
 from loadstone.text.tokens import Protocol, make_protocol, tokenize
@@ -73,3 +76,75 @@ def test_not_a_directory(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(UsageError, match="--cache"):
         open_store(str(tmp_path / "file" / "inner"))
+
+
+def test_an_entry_copied_over_another_is_computed_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = open_store(str(tmp_path))
+    store.finish("ab1", {"nll": np.arange(3.0)}, {})
+    store.finish("ab2", {"nll": np.arange(4.0)}, {})
+    first, second = sorted(tmp_path.rglob("*.npz"))
+    first.write_bytes(second.read_bytes())
+    assert store.finished("ab1") is None and store.finished("ab2") is not None
+    assert caplog.text.count("computing it again") == 1
+
+
+@pytest.mark.parametrize("kind", ["fifo", "directory", "compressed", "checksum"])
+def test_odd_entries_are_computed_again(tmp_path: Path, kind: str) -> None:
+    store = open_store(str(tmp_path))
+    store.finish("ab1", {"nll": np.zeros(1000)}, {})
+    (path,) = tmp_path.rglob("*.npz")
+    with np.load(path) as packed:
+        arrays = dict(packed)
+    path.unlink()
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "directory":
+        path.mkdir()
+    elif kind == "compressed":
+        np.savez_compressed(path, **arrays)
+    else:  # a whole file of its own name, with another number in it
+        np.savez(path, **{**arrays, "nll": np.ones(1000)})
+    assert store.finished("ab1") is None
+
+
+def saved(protocol: Protocol) -> dict[str, Any]:
+    total = float(protocol.tokens) * 2.0
+    record = {"path": "m", "loss": 2.0, "reference": True, "unit_losses": [total / 2, total / 2]}
+    return {"protocol": asdict(protocol), "models": [record]}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"loss": "2"},
+        {"loss": float("nan")},
+        {"loss": 1.5},
+        {"unit_losses": []},
+        {"unit_losses": [[1.0]]},
+        {"unit_losses": [float("inf")]},
+        {"path": 3},
+    ],
+)
+def test_saved_results_are_held_to_themselves(
+    tmp_path: Path, protocol: Protocol, change: dict[str, Any]
+) -> None:
+    path, result = tmp_path / "r.json", saved(protocol)
+    path.write_text(json.dumps(result))
+    assert read_saved(str(path)).record["loss"] == 2.0
+    result["models"][0] |= change
+    path.write_text(json.dumps(result))
+    with pytest.raises(UsageError):
+        read_saved(str(path))
+
+
+def test_a_saved_result_that_is_no_file(tmp_path: Path, protocol: Protocol) -> None:
+    os.mkfifo(tmp_path / "r.json")
+    with pytest.raises(UsageError, match="not a regular file"):
+        read_saved(str(tmp_path / "r.json"))
+    wrong = saved(protocol)
+    wrong["protocol"]["tokens"] = "many"
+    (tmp_path / "s.json").write_text(json.dumps(wrong))
+    with pytest.raises(UsageError, match="tokens is a str"):
+        read_saved(str(tmp_path / "s.json"))

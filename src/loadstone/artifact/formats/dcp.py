@@ -22,6 +22,8 @@ from loadstone.errors import ArtifactError
 if TYPE_CHECKING:
     import torch
 
+# Instructions of the pickle: about 40 for each slice of each rank.
+_MAX_STEPS = 5_000_000
 MAX_METADATA_BYTES = 64_000_000
 # Names under which trainers nest the model's own state dict; everything else in the checkpoint is passed
 # over.
@@ -62,7 +64,7 @@ def read_dcp(directory: Path, folder: str, sink: Sink = refuse) -> DcpContents:
             f"{label}: over the limit of {MAX_METADATA_BYTES} bytes", "Save the weights as safetensors"
         )
     try:
-        metadata, names = read_pickle(path.read_bytes())
+        metadata, names = read_pickle(path.read_bytes(), _MAX_STEPS)
     except (MalformedPickle, OSError) as error:
         raise ArtifactError(f"{label}: cannot be read ({error})", "Copy the checkpoint again") from None
     check_names(label, names)

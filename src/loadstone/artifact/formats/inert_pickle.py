@@ -11,6 +11,9 @@ import pickletools
 from dataclasses import dataclass, field
 from typing import Any
 
+# Each instruction makes at most one object, of about 150 bytes; a state dict has about 30 for a tensor.
+MAX_STEPS = 2_000_000
+
 
 @dataclass(eq=False, slots=True)
 class Global:
@@ -46,14 +49,16 @@ class MalformedPickle(ValueError):
     """The bytes are not a pickle that this machine can follow."""
 
 
-def read_pickle(data: bytes) -> tuple[Any, frozenset[str]]:
+def read_pickle(data: bytes, max_steps: int = MAX_STEPS) -> tuple[Any, frozenset[str]]:
     """What a pickle describes, and every global it names; raises `MalformedPickle`, whatever the bytes are.
 
     Dicts, ordered dicts and sets come back as `Node` with ``items``; tuples, lists and scalars as themselves.
     """
     machine = _Machine()
     try:
-        for opcode, argument, _ in pickletools.genops(data):
+        for count, (opcode, argument, _) in enumerate(pickletools.genops(data)):
+            if count > max_steps:
+                raise ValueError(f"it has over {max_steps:,} instructions")
             if opcode.name == "STOP":
                 return machine.stack.pop(), frozenset(machine.names)
             machine.step(opcode.name, argument)
@@ -70,6 +75,8 @@ def read_pickle(data: bytes) -> tuple[Any, frozenset[str]]:
     raise MalformedPickle("it does not end")
 
 
+# In bits: no size or offset has more, and long integers take hours to print.
+_MAX_INTEGER = 128
 _LITERALS = frozenset(
     [
         "BININT",
@@ -101,6 +108,8 @@ class _Machine:
 
     def step(self, op: str, argument: Any) -> None:
         if op in _LITERALS:
+            if isinstance(argument, int) and argument.bit_length() > _MAX_INTEGER:
+                raise ValueError("an integer of over 128 bits")
             self.stack.append(argument)
         elif op in ("BINPUT", "LONG_BINPUT"):
             self.memo[argument] = self.stack[-1]
@@ -174,6 +183,9 @@ class _Machine:
             module, _, name = argument.partition(" ")
         else:
             name, module = self.stack.pop(), self.stack.pop()
+            # Nested tuples in their place would take for ever to format.
+            if type(name) is not str or type(module) is not str:
+                raise ValueError("a name that is no string")
         # Protocol 2, which torch.save uses, spells builtins as Python 2 did.
         path = f"builtins.{name}" if module == "__builtin__" else f"{module}.{name}"
         self.names.add(path)

@@ -57,6 +57,8 @@ def find_weights(directory: Path, sink: Sink = refuse, named: object = None) -> 
     for fmt, single, index in (("safetensors", SAFETENSORS, SAFETENSORS_INDEX), ("bin", BIN, BIN_INDEX)):
         if is_file(directory / single):
             check_inside(directory, single)
+            if is_file(directory / index):
+                _refuse_two_models(directory, single, index, sink)
             stale = [f"{index} is ignored: {single} is the whole model"] if is_file(directory / index) else []
             return WeightFiles(fmt, (single,), notes=(*stale, *_strays(directory, fmt, (single,))))
         if is_file(directory / index):
@@ -69,6 +71,17 @@ def find_weights(directory: Path, sink: Sink = refuse, named: object = None) -> 
         index = DCP_METADATA if folder == "." else f"{folder}/{DCP_METADATA}"
         return WeightFiles("dcp", (index,), index, folder=folder)
     return None
+
+
+def _refuse_two_models(directory: Path, single: str, index: str, sink: Sink) -> None:
+    """Report a file that would be loaded in place of the shards of an index that does not name it."""
+    try:
+        named = set(_read_index(directory, index)[0].values())
+    except ArtifactError:  # no index of anything: the single file is the model
+        return
+    if single not in named and any(is_file(directory / name) for name in named if "\0" not in name):
+        what = f"{single} is not named by {index}, and would be loaded in place of the shards that it names"
+        sink(ArtifactError(what, f"Remove {single}, or the index and its shards"))
 
 
 def find_dcp(directory: Path) -> str | None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from loadstone.errors import UsageError
+from loadstone.artifact.files import read_json
+from loadstone.errors import LoadstoneError, UsageError
 from loadstone.text.tokens import Protocol
 
 
@@ -25,16 +26,43 @@ class Saved:
 def read_saved(path: str) -> Saved:
     """The reference of a saved result, or its only model. Raises UsageError for any other file."""
     try:
-        result = json.loads(Path(path).read_text(encoding="utf-8"))
+        result = read_json(Path(path))
         protocol = Protocol(**result["protocol"])
+        _check_types(protocol)
         records = result["models"]
         chosen = next((r for r in records if r["reference"]), records[0])
         sums = np.array(chosen["unit_losses"], dtype=np.float64)
-        chosen["path"], chosen["loss"]
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        if sums.ndim != 1 or not len(sums) or not np.isfinite(sums).all():
+            raise ValueError("unit_losses is not a list of finite numbers")
+        if not isinstance(chosen["path"], str):
+            raise TypeError("path is no text")
+        if not isinstance(chosen["loss"], float) or not math.isfinite(chosen["loss"]):
+            raise TypeError("loss is no finite number")
+        if not math.isclose(sums.sum() / protocol.tokens, chosen["loss"], rel_tol=1e-4, abs_tol=1e-6):
+            raise ValueError("its loss is not that of its unit_losses")
+    except LoadstoneError as error:
+        raise UsageError(error.message, error.remedy) from None
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        IndexError,
+        AttributeError,
+        OverflowError,
+        ZeroDivisionError,
+    ) as error:
         reason = " ".join(str(error).split())[:120]
         raise UsageError(
             f"'{path}' is not a result of this version of `loadstone eval --json` ({type(error).__name__}: {reason})",
             "Name a model directory, or write the result again",
         ) from None
     return Saved(protocol, {**chosen, "reference": True, "cached": True}, sums)
+
+
+def _check_types(protocol: Protocol) -> None:
+    for item in fields(protocol):
+        value = getattr(protocol, item.name)
+        # Annotations are their text: `str`, `int` or `bool`.
+        if type(value).__name__ != item.type:
+            raise TypeError(f"{item.name} is a {type(value).__name__}, not a {item.type}")
