@@ -51,7 +51,7 @@ def verify_files(directory: Path) -> list[str]:
     manifest = read_manifest(directory)
     if manifest is None or not isinstance(manifest.get("files"), dict):
         raise ArtifactError(f"'{directory}' has no {MANIFEST} to verify against", "Only finalize writes one")
-    problems = []
+    problems: list[str] = []
     if not manifest["files"]:
         problems.insert(0, f"{MANIFEST} lists no files: nothing can be verified")
     for name, digest in manifest["files"].items():
