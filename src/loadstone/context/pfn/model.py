@@ -169,8 +169,14 @@ class PFN(nn.Module):
         return self.read_out(x[:, :, -1], task)
 
     def fit(self, x: Tensor, y: Tensor, **options: Any) -> TrainingContext:
-        """The context of training rows ``x`` (n, d) and targets ``y`` (n,): see `fit_context` for the options."""
-        return fit_context(self, x, y, **options)
+        """The context of training rows ``x`` (n, d) and targets ``y`` (n,), tensors or numpy arrays: see `fit_context`
+        for the options."""
+        rows, targets = torch.as_tensor(x), torch.as_tensor(y)
+        if rows is not x:
+            rows = rows.to(self.dtype)
+        if targets is not y and targets.is_floating_point():
+            targets = targets.to(self.dtype)
+        return fit_context(self, rows, targets, **options)
 
     @contextmanager
     def cache_training_context(self, x: Tensor, y: Tensor, **options: Any) -> Iterator[TrainingContext]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from loadstone.context.tables import table as tables
 from loadstone.context.tables.metrics import classification_metrics, regression_metrics
-from loadstone.errors import UsageError
+from loadstone.errors import ArtifactError, UsageError
 
 REGRESSION, CLASSIFICATION = "regression", "classification"
 TASKS = (REGRESSION, CLASSIFICATION)
@@ -50,6 +50,8 @@ def read_queries(
         )
     known = tables.Schema.from_json(schema)
     table = tables.read_table(path)
+    if not table.rows:
+        raise ArtifactError(f"'{path}' has a header and no rows", "Add the rows to predict")
     return table, known, measure and known.target in table.columns
 
 
