@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from loadstone.artifact import Artifact, detect
 from loadstone.errors import ArtifactError, UsageError
+from loadstone.loading.offline import offline
 from loadstone.loading.plan import FROM_PRETRAINED, IN_CONTEXT, LoadPlan, plan
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def load(target: str | Path | Artifact | LoadPlan, **options: Any) -> PreTrained
     import_libraries()
     loader = load_pretrained if chosen.load_path == FROM_PRETRAINED else load_native
     # torchao's tensors cannot be made from inference tensors, so a caller's inference mode ends here.
-    with torch.inference_mode(False):
+    with torch.inference_mode(False), offline():
         return loader(chosen, device_map).eval()
 
 
@@ -68,9 +69,10 @@ def load_tokenizer(target: str | Path | Artifact | LoadPlan, *, trust_remote_cod
     for directory in directories:
         if _has_tokenizer(directory):
             try:
-                return AutoTokenizer.from_pretrained(
-                    directory, local_files_only=True, trust_remote_code=trust_remote_code
-                )
+                with offline():
+                    return AutoTokenizer.from_pretrained(
+                        directory, local_files_only=True, trust_remote_code=trust_remote_code
+                    )
             except Exception as error:
                 reason = " ".join(str(error).split())[:300]
                 raise ArtifactError(

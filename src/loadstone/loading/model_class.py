@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from loadstone.artifact import Artifact
 from loadstone.errors import ArtifactError, LoadstoneError, MissingError
+from loadstone.loading.bounds import check_config
+from loadstone.loading.offline import offline
 
 if TYPE_CHECKING:
     import torch
@@ -22,10 +24,12 @@ def load_config(artifact: Artifact, trust_remote_code: bool = False) -> Any:
     """The transformers config of an artifact, without its quantization block (the tensors describe themselves)."""
     from transformers import AutoConfig
 
+    check_config(artifact, trust_remote_code)
     try:
-        config = AutoConfig.from_pretrained(
-            artifact.config_dir, trust_remote_code=trust_remote_code, local_files_only=True
-        )
+        with offline():
+            config = AutoConfig.from_pretrained(
+                artifact.config_dir, trust_remote_code=trust_remote_code, local_files_only=True
+            )
     except Exception as error:  # of many kinds: each config class checks its own fields
         if artifact.needs_remote_code and not trust_remote_code:
             raise remote_code_refused(artifact) from None
@@ -99,7 +103,7 @@ def construction(artifact: Artifact, model_class: Any) -> Iterator[None]:
     import torch
 
     try:
-        with BUILDING:
+        with BUILDING, offline():
             yield
     except LoadstoneError:
         raise

@@ -23,6 +23,7 @@ from loadstone.artifact.detect import (
 )
 from loadstone.artifact.training_run import checkpoints
 from loadstone.errors import ArtifactError, UsageError
+from loadstone.loading.bounds import check_config
 from loadstone.loading.devices import check_device
 from loadstone.loading.model_class import has_own_class, remote_code_refused
 
@@ -90,6 +91,7 @@ def plan(
         raise UsageError(f"--checkpoint {checkpoint} and --no-checkpoint exclude each other", "Give one")
     messages: list[str] = []
     artifact = _choose(target, checkpoint, no_checkpoint, messages, base)
+    check_config(artifact, trust_remote_code)
     load_path, reason = _load_path(artifact)
     if artifact.needs_remote_code and (trust_remote_code or not has_own_class(artifact)):
         if not trust_remote_code:

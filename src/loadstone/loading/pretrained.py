@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from loadstone.artifact.detect import OTHER_QUANTIZER
 from loadstone.artifact.source import values_checked
-from loadstone.errors import ArtifactError, MissingError
+from loadstone.errors import ArtifactError, LoadstoneError, MissingError
 from loadstone.loading.model_class import BUILDING, quiet_transformers, remote_code_failed
 from loadstone.loading.native import check_complete
 from loadstone.loading.plan import QUANTIZER_PACKAGES, LoadPlan
@@ -22,6 +22,7 @@ def load_pretrained(plan: LoadPlan, device_map: Any) -> PreTrainedModel:
     Raises `MissingError` naming the package that the quantizer needs, `ArtifactError` for tensors that do not fit or
     are not finite.
     """
+    import torch
     from transformers import AutoModelForCausalLM
 
     artifact = plan.artifact
@@ -44,12 +45,17 @@ def load_pretrained(plan: LoadPlan, device_map: Any) -> PreTrainedModel:
             raise MissingError(
                 f"loading {artifact.quant_method} needs a package that is not here: {reason}"
             ) from None
+        except (torch.OutOfMemoryError, LoadstoneError):
+            raise
         except (ValueError, RuntimeError, OSError) as error:
             reason = " ".join(str(error).split())[:300]
             raise ArtifactError(f"'{artifact.path}': transformers cannot load it here ({reason})") from None
         except Exception as error:
             if not artifact.needs_remote_code:
-                raise
+                reason = " ".join(str(error).split())[:300] or type(error).__name__
+                raise ArtifactError(
+                    f"'{artifact.path}': transformers cannot load it here ({reason})"
+                ) from None
             raise remote_code_failed(artifact, error) from None
         check_complete(artifact, model, info)
     return model

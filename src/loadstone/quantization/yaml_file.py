@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from loadstone.artifact.patterns import may_not_end
 from loadstone.errors import UsageError
 
 # A file of rules is a page or two long: a larger file is something else.
@@ -91,6 +92,11 @@ def check_pattern(pattern: str, where: str) -> None:
         raise UsageError(
             f"{where}: '{pattern}' is not a regular expression ({error})", "Python's re syntax"
         ) from None
+    if pattern.startswith("re:") and may_not_end(pattern[3:]):
+        raise UsageError(
+            f"{where}: '{pattern[:200]}' could take for ever",
+            "Use at most four repeats such as .* and none inside another",
+        )
 
 
 def text(path: Path, node: Any, what: str, wanted: str) -> str:

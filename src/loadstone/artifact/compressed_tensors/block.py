@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import Any
 
 from loadstone.artifact.compressed_tensors.scheme import FORMATS, MIXED, MXFP8, LayerScheme, QuantArgs
+from loadstone.artifact.patterns import may_not_end
 from loadstone.errors import ArtifactError
 
 METHOD = "compressed-tensors"
@@ -141,6 +142,8 @@ def _group(name: str, entry: Any, top: Any) -> Group | None:
                 re.compile(target[3:])
             except (re.error, RecursionError, OverflowError):
                 raise _wrong(f"{where}.targets: {ascii(target)[:80]} is not a regular expression") from None
+            if may_not_end(target[3:]):
+                raise _wrong(f"{where}.targets: {ascii(target)[:80]} could take for ever to match")
     if entry.get("weights") is None:
         # Attention or KV cache alone.
         return None
