@@ -8,7 +8,7 @@ MODEL  := .cache/models/smollm2-135m
 # Without a GPU the CPU build of torch; it must be there before anything that depends on torch.
 TORCH  ?= torch==2.13.0
 
-.PHONY: setup demo three-way test zoo test-slow test-modelopt test-serving test-vllm test-tabpfn docs bench lint format clean
+.PHONY: setup demo three-way test zoo fuzz test-slow test-modelopt test-serving test-vllm test-tabpfn docs bench lint format clean
 
 setup: $(READY)
 
@@ -91,6 +91,10 @@ bench: $(READY) $(MODEL)/config.json
 # One tiny model of every model type through every command: writes docs/support.md. ZOO='--part 1/4' runs a part.
 zoo: $(READY)
 	$(PY) -m tests.zoo --jobs 2 --table docs/support.md -o .cache/zoo.json $(ZOO)
+
+# One seeded change at a time to small directories. FUZZ='--cases 5000 --seed 7'
+fuzz: $(READY)
+	$(PY) tests/attacks/fuzz.py $(FUZZ)
 
 lint: $(READY)
 	$(BIN)/ruff check .
