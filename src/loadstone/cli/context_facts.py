@@ -6,12 +6,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loadstone.artifact.builtin import PREFIX
+from loadstone.artifact.context_errors import CorruptContext
+from loadstone.artifact.context_file import CONTEXT_JSON
 from loadstone.artifact.context_file import PREFIX as LANGUAGE_PREFIX
 from loadstone.cli import render
 from loadstone.errors import ArtifactError, LoadstoneError
 
 if TYPE_CHECKING:
     from loadstone.artifact.context_file import ContextFile
+
+# Characters shown of a field, which a file may fill with millions.
+_LONGEST = 500
 
 
 def inspect(directory: Path, *, verify: bool, json_to: str | None) -> LoadstoneError | None:
@@ -30,8 +35,16 @@ def inspect(directory: Path, *, verify: bool, json_to: str | None) -> LoadstoneE
         )
         return error
     is_prefix = context.facts["kind"] == LANGUAGE_PREFIX
-    found = prefix_facts(context, verify) if is_prefix else facts(context, verify)
-    render.result(json_to, found, lambda: _show_prefix(found) if is_prefix else _show_facts(found))
+    try:
+        found = prefix_facts(context, verify) if is_prefix else facts(context, verify)
+        render.result(json_to, found, lambda: _show_prefix(found) if is_prefix else _show_facts(found))
+    except (AttributeError, IndexError, KeyError, OSError, TypeError, ValueError) as error:
+        if isinstance(error, OSError) and json_to not in (None, "-"):
+            raise  # the output file's
+        raise CorruptContext(
+            f"{directory}/{CONTEXT_JSON}: a field is missing or of another type ({str(error)[:100]})",
+            "Copy the directory again, or fit the context again",
+        ) from None
     return None
 
 
@@ -98,8 +111,10 @@ def _print(found: dict[str, Any], rows: list[list[str]]) -> None:
     """What every kind of context begins and ends with, around its rows; those that say nothing are left out."""
     if found["verified"]:
         rows.append(["verified", "every byte is as it was written"])
-    render.console().print(f"{found['path']}  context ({found['context_kind']})", markup=False)
-    render.console().print(render.table("", ["", ""], [row for row in rows if row[1]]), markup=False)
+    shown = [[label, render.printable(text)[:_LONGEST]] for label, text in rows if text]
+    path = render.printable(found["path"])
+    render.console().print(f"{path}  context ({found['context_kind']})", markup=False)
+    render.console().print(render.table("", ["", ""], shown), markup=False)
 
 
 def _where(base: dict[str, Any]) -> str:
