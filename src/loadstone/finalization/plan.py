@@ -135,10 +135,11 @@ def make_plan(
     sources = source_tensors(artifact, found, model)
     encoder = encoder or TorchaoEncoder(device)
     decisions = encoder.decide(model, recipe, skip) if recipe else {}
+    if not encoder.keeps_names:
+        decisions = _left_plain(mapped, decisions, sources, dtype)
     present = {place.parameter for key in sources if (place := where[key])}
     untied = _untied(model, decisions, present)
     fused = _fused(model, sources, where)
-    names, unloadable = ({}, {}) if encoder.keeps_names else _names_that_load(mapped, decisions)
     steps: list[Step] = []
     for key, info in sources.items():
         place = where[key]
@@ -152,11 +153,8 @@ def make_plan(
             if separate:
                 steps += _untied_steps(info, place.parameter, stored, decisions, untied, encoder)
                 continue
-        elif recipe and decision and decision.scheme and place and place.parameter in unloadable:
-            decision = replace(decision, scheme=None, reason=unloadable[place.parameter])
         elif recipe and decision and decision.scheme and place and not place.converted:
-            name = names.get(place.parameter, place.parameter)
-            steps.append(_quantize_step((info,), name, stored, decision, encoder))
+            steps.append(_quantize_step((info,), place.parameter, stored, decision, encoder))
             steps += _untied_steps(info, place.parameter, stored, decisions, untied, encoder)
             continue
         elif recipe and decision and decision.scheme and place and place.parameter in fused:
@@ -332,28 +330,35 @@ def divided(info: TensorInfo) -> list[TensorInfo]:
     ]
 
 
-def _names_that_load(
-    mapped: ModelMap, decisions: dict[str, Decision]
-) -> tuple[dict[str, str], dict[str, str]]:
-    """Under which name each quantized parameter is stored, so that a load's own renaming of its parts ends at the
-    parameter: its own name or, where that would be renamed again, the source's. Then the parameters without such a
-    name, with the reason why they stay as they are."""
-    keys = {place.parameter: key for key, place in mapped.places.items() if place and not place.converted}
+def _left_plain(
+    mapped: ModelMap, decisions: dict[str, Decision], sources: dict[str, TensorInfo], dtype: str
+) -> dict[str, Decision]:
+    """The decisions with those taken back that torchao's tensors cannot carry through a load: weights whose parts would
+    be renamed, and weights of another dtype than most (a router in float32)."""
     chosen = [name for name, decision in decisions.items() if decision.scheme]
-
-    def part(name: str) -> str:
-        return part_name(name, "qdata")
-
-    loaded = mapped.loaded_names([part(n) for name in chosen for n in {name, keys.get(name, name)}])
-    names: dict[str, str] = {}
-    unloadable: dict[str, str] = {}
-    for name in chosen:
-        fitting = [n for n in (name, keys.get(name, name)) if loaded[part(n)] == part(name)]
-        if fitting:
-            names[name] = fitting[0]
-        else:
-            unloadable[name] = "renamed on load, where the parts of torchao's tensors would not be found"
-    return names, unloadable
+    loaded = mapped.loaded_names([part_name(name, "qdata") for name in chosen])
+    reasons = {
+        name: "renamed on load, where the parts of torchao's tensors would not be found"
+        for name in chosen
+        if loaded[part_name(name, "qdata")] != part_name(name, "qdata")
+    }
+    if dtype == "auto":
+        dtypes = {
+            place.parameter: sources[key].dtype
+            for key, place in mapped.places.items()
+            if place and key in sources
+        }
+        sizes: Counter[str] = Counter()
+        for key, place in mapped.places.items():
+            if place and key in sources and place.parameter in chosen:
+                sizes[sources[key].dtype] += sources[key].nbytes
+        most = sizes.most_common(1)[0][0] if sizes else ""
+        reasons |= {
+            name: f"stored in {dtypes[name]} beside {most}"
+            for name in chosen
+            if name not in reasons and dtypes.get(name, most) != most
+        }
+    return decisions | {n: replace(decisions[n], scheme=None, reason=reason) for n, reason in reasons.items()}
 
 
 def _dotted(steps: list[Step], mapped: ModelMap) -> list[Step]:

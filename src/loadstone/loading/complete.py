@@ -111,6 +111,11 @@ def _split_from_one(model: PreTrainedModel, name: str) -> bool:
 
     for entry in get_model_conversion_mapping(model, None, None):
         targets = entry.target_patterns
-        if len(targets) > 1 and any(re.search(target.replace("*", ".*"), name) for target in targets):
+        if len(targets) > 1 and any(re.search(_any_part(target), name) for target in targets):
             return True
     return False
+
+
+def _any_part(target: str) -> str:
+    """A target pattern as a regular expression: stars, and the parts that its sources capture, stand for any text."""
+    return re.sub(r"\\\d|\*", ".*", target)

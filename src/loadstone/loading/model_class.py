@@ -64,7 +64,10 @@ def model_class_of(config: Any, artifact: Artifact, trust_remote_code: bool = Fa
             return found
     for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING):
         if type(config) in mapping:
-            return mapping[type(config)]
+            try:
+                return mapping[type(config)]
+            except ValueError:  # a class that transformers names and does not have
+                continue
     raise ArtifactError(f"{artifact.path}/config.json: no model class for '{config.model_type}'", _UPDATE)
 
 

@@ -83,6 +83,8 @@ class Scheme:
 
     def misfit(self, out_features: int, in_features: int) -> str:
         """Why a weight of this shape cannot be quantized; empty when it can."""
+        if in_features == 1:
+            return f"shape {out_features}x1 has one value a row"
         side = self.side_multiple
         if in_features % side or out_features % side:
             return f"shape {out_features}x{in_features} is not a multiple of {side}"

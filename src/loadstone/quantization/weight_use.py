@@ -27,8 +27,12 @@ def output_head(model: PreTrainedModel) -> nn.Module | None:
 
 
 def _asked(question: Any) -> nn.Module | None:
+    from torch import nn
+
     try:
-        return question()
+        answer = question()
+        # Some give the table itself, a parameter.
+        return answer if isinstance(answer, nn.Module) else None
     # A class that does not say raises one of these; others look for attributes that they lack.
     except (NotImplementedError, AttributeError):
         return None
