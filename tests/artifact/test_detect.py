@@ -183,7 +183,7 @@ def test_wrong_paths(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("files", "words"),
     [
-        (["adapter_config.json", "adapter_model.safetensors"], "an adapter"),
+        (["adapter_config.json", "adapter_model.safetensors"], "only LORA"),
         (["model.gguf"], "GGUF"),
         (["pytorch_model_fsdp_rank0.bin"], "FSDP shards of single ranks"),
         (["global_step9/mp_rank_00_model_states.pt"], "DeepSpeed"),

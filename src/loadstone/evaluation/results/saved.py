@@ -41,7 +41,10 @@ def read_saved(path: str) -> Saved:
         if not math.isclose(sums.sum() / protocol.tokens, chosen["loss"], rel_tol=1e-4, abs_tol=1e-6):
             raise ValueError("its loss is not that of its unit_losses")
     except LoadstoneError as error:
-        raise UsageError(error.message, error.remedy) from None
+        raise UsageError(
+            f"'{path}' is not a result of `loadstone eval --json` ({error.message})",
+            "Name a model directory, or write the result again",
+        ) from None
     except (
         OSError,
         ValueError,
