@@ -23,15 +23,8 @@ COLUMNS = ("load", "plain", "int8-weight-only", "export nvfp4")
 
 # (kind, column) -> the fault that today's code has, as a strict xfail.
 _GENERATION = "loadstone gives a plain generation config, stock the class's own"
-_EMBEDDING = "finalize takes an embedding that is a parameter for a module"
 KNOWN: dict[tuple[str, str], str] = {
-    **{("perceiver", column): _EMBEDDING for column in ("plain", "int8-weight-only")},
-    (
-        "mistral_large4",
-        "int8-weight-only",
-    ): "transformers renames the weights, not all parts of quantized ones",
-    **{("diffusion_gemma", column): _GENERATION for column in ("load", "plain", "int8-weight-only")},
-    ("switch_transformers", "int8-weight-only"): "loadstone refuses a float32 router beside bfloat16",
+    ("diffusion_gemma", column): _GENERATION for column in ("load", "plain", "int8-weight-only")
 }
 
 
