@@ -194,3 +194,99 @@ def test_code_beside_a_class_that_transformers_has(make_model: Callable[..., Pat
     source = _edited(make_model("llama-untied"), tmp_path / "source", lambda tensors: None, auto_map=code)
     loadstone.finalize(source, tmp_path / "out", recipe=W8)
     assert loadstone.load(tmp_path / "out")
+
+
+EXPERTS = "model.layers.0.block_sparse_moe.experts"
+
+
+def _mixtral(directory: Path) -> Path:
+    config = transformers.MixtralConfig(
+        **SMALL, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, tie_word_embeddings=False
+    )
+    return _saved(transformers.MixtralForCausalLM(config), directory)
+
+
+def _rows_moved(tensors: Tensors) -> None:
+    """Gate and up of one expert with rows moved from one to the other: as many values in all as before."""
+    gate, up = tensors[f"{EXPERTS}.0.w1.weight"], tensors[f"{EXPERTS}.0.w3.weight"]
+    tensors[f"{EXPERTS}.0.w1.weight"] = torch.cat([gate, up[:8]])
+    tensors[f"{EXPERTS}.0.w3.weight"] = up[8:].clone()
+
+
+def _transposed(*names: str) -> Callable[[Tensors], Any]:
+    return lambda tensors: tensors.update(
+        {n: t.T.contiguous() for n, t in tensors.items() if n.endswith(names)}
+    )
+
+
+@pytest.mark.parametrize("layout", ["torchao", "compressed-tensors"])
+@pytest.mark.parametrize(
+    "edit",
+    [
+        _rows_moved,
+        _transposed("experts.1.w1.weight"),
+        _transposed("w1.weight", "w3.weight"),
+        _without(f"{EXPERTS}.2.w3.weight"),
+    ],
+    ids=["rows moved", "one transposed", "all transposed", "missing"],
+)
+def test_experts_that_do_not_merge(tmp_path: Path, edit: Callable[[Tensors], Any], layout: str) -> None:
+    source = _edited(_mixtral(tmp_path / "model"), tmp_path / "source", edit)
+    says = "tensors that it is merged with"
+    with pytest.raises(ArtifactError, match=says):
+        loadstone.finalize(source, tmp_path / "out", recipe=W8, layout=layout)
+    with pytest.raises(ArtifactError, match=says):
+        loadstone.finalize(source, tmp_path / "out")
+    with pytest.raises(ArtifactError, match=says):
+        loadstone.export_fakequant(source, tmp_path / "out", format="fp8")
+    left = {path.name for path in tmp_path.iterdir() if not path.name.endswith(".lock")}
+    assert left == {"model", "source"}
+
+
+@pytest.mark.parametrize("format", ["safetensors", "bin"])
+@pytest.mark.parametrize("quantized", ["no weight", "layers", "head"])
+def test_a_tied_head_that_is_stored_with_other_values(
+    make_model: Callable[..., Path], tmp_path: Path, format: str, quantized: str
+) -> None:
+    """Stock transformers keeps the head as stored, and so must the artifact."""
+
+    def other_head(tensors: Tensors) -> None:
+        generator = torch.Generator().manual_seed(0)
+        table = tensors["model.embed_tokens.weight"]
+        tensors["lm_head.weight"] = torch.randn(table.shape, generator=generator).to(table.dtype)
+
+    source = _edited(make_model("llama-untied"), tmp_path / "source", other_head, tie_word_embeddings=True)
+    head = load_file(source / "model.safetensors")["lm_head.weight"]
+    if format == "bin":
+        torch.save(load_file(source / "model.safetensors"), source / "pytorch_model.bin")
+        (source / "model.safetensors").unlink()
+    rules = tmp_path / "head.yaml"
+    rules.write_text(f"default: skip\nlm_head: {W8}\n")
+    loadstone.finalize(
+        source, tmp_path / "out", recipe={"no weight": None, "layers": W8, "head": rules}[quantized]
+    )
+    for model in (
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out"),
+        loadstone.load(tmp_path / "out"),
+    ):
+        found = model.lm_head.weight
+        if quantized == "head":
+            assert torch.allclose(found.dequantize(), head, atol=0.05)
+        else:
+            assert torch.equal(found, head)
+
+
+def test_a_bin_with_two_equal_copies_of_a_tied_tensor_stores_one(
+    make_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    tensors = load_file(make_model("llama-untied") / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    torch.save(tensors, source / "pytorch_model.bin")
+    config = json.loads((make_model("llama-untied") / "config.json").read_text()) | {
+        "tie_word_embeddings": True
+    }
+    (source / "config.json").write_text(json.dumps(config))
+    loadstone.finalize(source, tmp_path / "out")
+    assert "lm_head.weight" not in loadstone.detect(tmp_path / "out").tensors

@@ -138,13 +138,12 @@ def make_plan(
     if not encoder.keeps_names:
         decisions = _left_plain(mapped, decisions, sources, dtype)
     present = {place.parameter for key in sources if (place := where[key])}
-    untied = _untied(model, decisions, present)
+    pairs = _untied(model, decisions, present)
+    untied = {target: source for target, source in pairs.items() if target not in present}
     fused = _fused(model, sources, where)
     steps: list[Step] = []
     for key, info in sources.items():
         place = where[key]
-        if place is not None and place.parameter in untied:
-            continue
         stored = SAFETENSORS_DTYPES[dtype] if dtype != "auto" and info.dtype in FLOAT_DTYPES else info.dtype
         decision = decisions.get(place.parameter) if place else None
         if encoder.keeps_names and decision and decision.scheme and place:
@@ -184,7 +183,7 @@ def make_plan(
         steps = _sharing_scales(steps if encoder.keeps_names else _dotted(steps, mapped))
         stored_as = {step.name: step.encoding or step.outputs[0] for step in steps}
         config |= encoder.config(recipe, skip, decisions, stored_as)
-    if untied:
+    if pairs:
         for part in (config, config.get("text_config")):
             if isinstance(part, dict):
                 part["tie_word_embeddings"] = False
@@ -220,16 +219,28 @@ def source_tensors(
 ) -> dict[str, TensorInfo]:
     """Those of the ``stored`` tensors that are finalized.
 
-    A state dict in ``.bin`` holds both names of a tied tensor; safetensors holds one, as transformers writes it.
+    A state dict in ``.bin`` holds both names of a tied tensor; safetensors holds one, as transformers writes it. A
+    tensor under a tied name that has other values is a tensor of its own, which a load does not tie.
     """
     if not artifact.source.repeats_ties:
         return stored
-    twice = {target for target, source in model.tied.items() if source in stored}
+    pairs = {target: source for target, source in model.tied.items() if source in stored and target in stored}
+    twice = {target for target, source in pairs.items() if _equal(artifact, stored[target], stored[source])}
     return {name: info for name, info in stored.items() if name not in twice}
 
 
+def _equal(artifact: Artifact, one: TensorInfo, other: TensorInfo) -> bool:
+    if any({one.name, other.name} <= set(names) for names in artifact.source.shared):
+        return True
+    if (one.shape, one.dtype) != (other.shape, other.dtype):
+        return False
+    import torch
+
+    return torch.equal(artifact.source.read(one), artifact.source.read(other))
+
+
 def _untied(model: ModelFacts, decisions: dict[str, Decision], stored: set[str]) -> dict[str, str]:
-    """Tied parameters that must be stored apart, since one of them is quantized: source by target; else empty."""
+    """Tied parameters that are stored apart, since one of them is quantized: source by target; else empty."""
     pairs = model.tied
     if not any(name in decisions and decisions[name].scheme for pair in pairs.items() for name in pair):
         return {}

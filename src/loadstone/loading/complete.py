@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
-from math import prod
+from copy import deepcopy
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from loadstone.artifact import TensorInfo
 from loadstone.errors import ArtifactError
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
 MISSING = "is missing: it would be initialised at random"
@@ -21,15 +21,20 @@ COPY_AGAIN = "Finalize or copy the model again"
 
 
 class Destination(NamedTuple):
-    """Where a checkpoint tensor goes: ``parameter`` in the model; ``converted`` when it is merged or reshaped there.
+    """Where a checkpoint tensor goes: ``parameter`` in the model; ``pattern`` of transformers' conversion that merges
+    or reshapes it there, None when it is taken as it is.
 
     ``place`` sorts the tensors of a parameter that is their rows in a row (fused experts: expert by expert, within one
     gate before up); None for other conversions.
     """
 
     parameter: str
-    converted: bool
+    pattern: str | None = None
     place: tuple[int, int] | None = None
+
+    @property
+    def converted(self) -> bool:
+        return self.pattern is not None
 
 
 def ignored_keys(model: PreTrainedModel, unexpected: Iterable[str]) -> frozenset[str]:
@@ -62,60 +67,86 @@ def check_stored(
         raise ArtifactError(
             f"{stored[key].file}: tensor '{key}' {UNEXPECTED} ({type(model).__name__})", CHECK_CONFIG
         )
-    merged: dict[str, int] = {}
     for key, place in places.items():
-        if place is None:
+        if place is None or place.converted:
             continue
         info, shape = stored[key], tuple(expected[place.parameter].shape)
-        if place.converted:
-            merged[place.parameter] = merged.get(place.parameter, 0) + info.numel
-        elif info.shape != shape:
+        if info.shape != shape:
             raise ArtifactError(
                 f"{info.file}: tensor '{key}' has shape {list(info.shape)}, config.json asks for {list(shape)}",
                 CHECK_CONFIG,
             )
-    for name, count in merged.items():
-        rows = next((p for p in places.values() if p and p.parameter == name and p.place is not None), None)
-        if rows is not None and count != prod(expected[name].shape):
-            key = next(k for k, p in places.items() if p and p.parameter == name)
-            raise ArtifactError(
-                f"{stored[key].file}: '{key}' and the tensors that it is merged with have {count:,} values, and "
-                f"config.json asks for {prod(expected[name].shape):,} ('{name}')",
-                CHECK_CONFIG,
-            )
-    for name in sorted(_missing(model, expected, places)):
+    given = {place.parameter for place in places.values() if place is not None and not place.converted}
+    given |= _converted(model, expected, stored, places)
+    for name in sorted(_missing(model, expected, given)):
         raise ArtifactError(
             f"{where}: tensor '{name}' {MISSING}", "Copy the checkpoint again, or check config.json"
         )
 
 
-def _missing(
-    model: PreTrainedModel, expected: Mapping[str, Any], places: Mapping[str, Destination | None]
+def _converted(
+    model: PreTrainedModel,
+    expected: Mapping[str, torch.Tensor],
+    stored: Mapping[str, TensorInfo],
+    places: Mapping[str, Destination | None],
 ) -> set[str]:
-    """Parameters and buffers that no stored tensor gives; of tied ones, where none of them is stored."""
-    given = {place.parameter for place in places.values() if place is not None}
+    """The parameters that transformers' conversions make of stored tensors, found by converting on the meta device.
+
+    Raises `ArtifactError` where a conversion fails or gives another shape.
+    """
+    merged: dict[str, list[str]] = {}
+    for key, place in places.items():
+        if place is not None and place.converted:
+            merged.setdefault(place.parameter, []).append(key)
+    if not merged:
+        return set()
+    import torch
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, dot_natural_key
+
+    mapping = get_model_conversion_mapping(model, None, None)
+    converters = {
+        p: each for each in mapping if isinstance(each, WeightConverter) for p in each.source_patterns
+    }
+    given: set[str] = set()
+    for name, keys in merged.items():
+        keys.sort(key=dot_natural_key)
+        first = stored[keys[0]]
+        converter = deepcopy(converters[_pattern(places[keys[0]])])
+        for key in keys:
+            part = torch.empty(stored[key].shape, dtype=expected[name].dtype, device="meta")
+            converter.add_tensor(name, key, _pattern(places[key]), part)
+        try:
+            results = converter.convert(name, model=model, config=model.config)
+        except (RuntimeError, ValueError, IndexError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ArtifactError(
+                f"{first.file}: '{keys[0]}' and the tensors that it is merged with do not make '{name}' ({reason})",
+                CHECK_CONFIG,
+            ) from None
+        for target, result in results.items():
+            shape = tuple((result[0] if isinstance(result, list) else result).shape)
+            if target in expected and shape != tuple(expected[target].shape):
+                raise ArtifactError(
+                    f"{first.file}: '{keys[0]}' and the tensors that it is merged with make '{target}' of shape "
+                    f"{list(shape)}, config.json asks for {list(expected[target].shape)}",
+                    CHECK_CONFIG,
+                )
+        given |= results.keys()
+    return given
+
+
+def _pattern(place: Destination | None) -> str:
+    assert place is not None and place.pattern is not None
+    return place.pattern
+
+
+def _missing(model: PreTrainedModel, expected: Iterable[str], given: set[str]) -> set[str]:
+    """Parameters and buffers that are not ``given`` by a stored tensor; of tied ones, where none of them is stored."""
     missing = set(expected) - given
     if not missing:
         return missing
     for target, source in model.all_tied_weights_keys.items():
         if source in given or target in given:
             missing -= {target, source}
-    if any(place and place.converted for place in places.values()):
-        # One stored tensor may become several parameters, of which its destination names the first.
-        missing = {name for name in missing if not _split_from_one(model, name)}
     return _left(model, missing, set()).missing_keys if missing else missing
-
-
-def _split_from_one(model: PreTrainedModel, name: str) -> bool:
-    from transformers.conversion_mapping import get_model_conversion_mapping
-
-    for entry in get_model_conversion_mapping(model, None, None):
-        targets = entry.target_patterns
-        if len(targets) > 1 and any(re.search(_any_part(target), name) for target in targets):
-            return True
-    return False
-
-
-def _any_part(target: str) -> str:
-    """A target pattern as a regular expression: stars, and the parts that its sources capture, stand for any text."""
-    return re.sub(r"\\\d|\*", ".*", target)

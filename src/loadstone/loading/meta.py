@@ -74,7 +74,7 @@ def destinations(model: PreTrainedModel, keys: list[str]) -> dict[str, Destinati
         if place is not None:
             numbers = [part for part in key.split(".") if part.isdigit()]
             place = (int(numbers[-1]), place[1]) if numbers else None
-        result[key] = Destination(name, pattern is not None, place) if name in state else None
+        result[key] = Destination(name, pattern, place) if name in state else None
     return result
 
 
