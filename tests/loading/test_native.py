@@ -227,6 +227,21 @@ def test_a_config_that_makes_no_model_is_an_error_at_every_door(
         meta_model(loadstone.detect(path))
 
 
+@pytest.mark.parametrize("recipe", ["", "int8-weight-only"])
+def test_integers_beside_layers_kept_in_float32_have_the_dtype_of_stock(tmp_path: Path, recipe: str) -> None:
+    """transformers casts the count of a batch norm in float32, but none in a quantized checkpoint."""
+    import transformers
+    from tests.zoo.models import save
+
+    save("granite_speech5_encoder", tmp_path)
+    loadstone.finalize(tmp_path / "model", tmp_path / "q", recipe=recipe or None)
+    stock = transformers.AutoModel.from_pretrained(tmp_path / "q").state_dict()
+    ours = loadstone.load(tmp_path / "q").state_dict()
+    count = "layers.0.conv.norm.num_batches_tracked"
+    assert stock[count].is_floating_point() == (not recipe)
+    assert {name: t.dtype for name, t in ours.items()} == {name: t.dtype for name, t in stock.items()}
+
+
 @pytest.mark.parametrize("text", ["{", "[]"])
 def test_a_damaged_generation_config_is_named(tiny: Path, tmp_path: Path, text: str) -> None:
     path = copy(tiny, tmp_path)

@@ -21,12 +21,6 @@ KINDS = (
 )
 COLUMNS = ("load", "plain", "int8-weight-only", "export nvfp4")
 
-# (kind, column) -> the fault that today's code has, as a strict xfail.
-_GENERATION = "loadstone gives a plain generation config, stock the class's own"
-KNOWN: dict[tuple[str, str], str] = {
-    ("diffusion_gemma", column): _GENERATION for column in ("load", "plain", "int8-weight-only")
-}
-
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], dict[str, Any]]]:
@@ -47,11 +41,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str]
 
 @pytest.mark.parametrize("column", COLUMNS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_kind(
-    kind: str, column: str, results: Callable[[str], dict[str, Any]], request: pytest.FixtureRequest
-) -> None:
-    if (kind, column) in KNOWN:
-        request.applymarker(pytest.mark.xfail(reason=KNOWN[kind, column], strict=True))
+def test_kind(kind: str, column: str, results: Callable[[str], dict[str, Any]]) -> None:
     entry = results(kind)
     assert not entry["no_inputs"]
     status, detail, _ = entry["results"][column]

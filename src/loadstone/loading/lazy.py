@@ -20,6 +20,23 @@ if TYPE_CHECKING:
     import torch
 
 
+class LazyUncast:
+    """A stored tensor that keeps its dtype, whatever dtype transformers asks for."""
+
+    def __init__(self, part: Any) -> None:
+        self.part = part
+
+    def __getitem__(self, index: Any) -> Any:
+        return self if index is Ellipsis else self.part[index]
+
+    def to(self, device: Any = None, dtype: torch.dtype | None = None) -> torch.Tensor:
+        tensor: torch.Tensor = self.part[...]
+        return tensor if device is None else tensor.to(device)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.part, name)
+
+
 @contextmanager
 def lazy_state_dict(artifact: Artifact, dtype: torch.dtype | None) -> Iterator[dict[str, Any]]:
     """Every tensor of the artifact by its checkpoint name, unread; files stay open for the block's duration.
@@ -33,6 +50,12 @@ def lazy_state_dict(artifact: Artifact, dtype: torch.dtype | None) -> Iterator[d
             state[name] = LazyQuantized(flat, parts, dtype)
         for name, weight in artifact.packed.items():
             state[name] = LazyPacked(weight, {s: stored.pop(p.name) for s, p in weight.parts.items()})
+        if artifact.is_torchao:
+            # transformers casts no integers of a quantized checkpoint, not even beside layers kept in float32.
+            stored = {
+                name: part if artifact.tensors[name].dtype.startswith(("F", "BF")) else LazyUncast(part)
+                for name, part in stored.items()
+            }
         if artifact.packed:
             # Scales of inputs and of the KV cache are for kernels: the model has no such parameters.
             stored = {name: part for name, part in stored.items() if not is_side_tensor(name)}

@@ -122,7 +122,9 @@ def _finish(artifact: Artifact, model: PreTrainedModel) -> None:
     model.config.name_or_path = model.name_or_path = str(artifact.path)
     if model.can_generate() and (folder := beside(artifact, "generation_config.json")):
         try:
-            model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+            # Models that generate in another way have a class of their own (diffusion).
+            kind = getattr(model, "generation_config_class", GenerationConfig)
+            model.generation_config = kind.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError, TypeError, AttributeError) as error:
             reason = " ".join(str(error).split())[:300]
             raise ArtifactError(

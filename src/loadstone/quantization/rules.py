@@ -143,10 +143,15 @@ def _decide_fused(
 def _fitting(
     recipe: Recipe | None, shape: tuple[int, ...], what: str, *, linear: bool = False, table: bool = False
 ) -> Decision:
-    problem = recipe.scheme.misfit(*shape) if recipe else ""
+    problem = _misfit(recipe.scheme, shape) if recipe else ""
     if problem:
         return Decision(None, problem, linear, misfit=True, table=table)
     return Decision(recipe.scheme if recipe else None, what, linear, table=table)
+
+
+def _misfit(scheme: Scheme, shape: tuple[int, ...]) -> str:
+    """Why a matrix (out, in) cannot be quantized; empty when it can."""
+    return scheme.misfit(*shape) if all(shape) else f"shape {'x'.join(map(str, shape))} has no values"
 
 
 def _check_used(model: ModelFacts, mixed: MixedRecipe, skip: list[str], used: set[str | Rule]) -> None:
