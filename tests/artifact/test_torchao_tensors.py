@@ -47,6 +47,45 @@ def test_a_good_tensor() -> None:
     assert flat.dtype == "bfloat16" and flat.quantizes_activations
 
 
+def stored_as(*names: str) -> dict[str, TensorInfo]:
+    return {
+        part_name(name, data): info(part_name(name, data), part.dtype, *part.shape)
+        for name in names
+        for data, part in zip(("qdata", "scale", "zero_point"), GOOD.values(), strict=True)
+    }
+
+
+def described_as(*names: str) -> dict[str, str]:
+    return {"tensor_names": json.dumps(names)} | {name: json.dumps(INTX) for name in names}
+
+
+def test_tensors_stored_under_older_names_than_the_model_has() -> None:
+    """As transformers saves a quantized Gemma 3: one ending is part of another, which the longer one decides."""
+    described = described_as("model.lm.layers.0.q.weight", "model.tower.enc.layers.0.q.weight", "head.weight")
+    stored = stored_as("lm.model.layers.0.q.weight", "tower.enc.layers.0.q.weight", "head.weight")
+    found = flat_tensors(described, stored)
+    assert set(found) == {"lm.model.layers.0.q.weight", "tower.enc.layers.0.q.weight", "head.weight"}
+    assert all(part.name in stored for flat in found.values() for part in flat.parts.values())
+    assert {part.name for part in found["lm.model.layers.0.q.weight"].parts.values()} == {
+        part_name("lm.model.layers.0.q.weight", data) for data in ("qdata", "scale", "zero_point")
+    }
+
+
+@pytest.mark.parametrize(
+    ("described", "stored"),
+    [
+        (("a.layers.0.q.weight", "b.layers.0.q.weight"), ("c.layers.0.q.weight", "d.layers.0.q.weight")),
+        (("a.layers.0.q.weight",), ("c.layers.0.q.weight", "d.layers.0.q.weight")),
+        (("a.layers.0.q.weight",), ("a.layers.0.k.weight",)),
+    ],
+)
+def test_names_that_two_tensors_could_have_are_refused(
+    described: tuple[str, ...], stored: tuple[str, ...]
+) -> None:
+    with pytest.raises(ArtifactError, match=r"lacks its part '[ab]\.layers\.0\.q\._weight_qdata'"):
+        flat_tensors(described_as(*described), stored_as(*stored))
+
+
 def test_names() -> None:
     assert part_name("a.b.weight", "qdata") == "a.b._weight_qdata"
     assert part_name("weight", "scale") == "_weight_scale"

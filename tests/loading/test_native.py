@@ -242,6 +242,29 @@ def test_integers_beside_layers_kept_in_float32_have_the_dtype_of_stock(tmp_path
     assert {name: t.dtype for name, t in ours.items()} == {name: t.dtype for name, t in stock.items()}
 
 
+@pytest.mark.parametrize("model_type", ["gemma3", "llava", "qwen2_vl"])
+def test_what_transformers_quantized_and_saved_itself(tmp_path: Path, model_type: str) -> None:
+    """Parts have the checkpoint's names there, their descriptions those of the model."""
+    import transformers
+    from tests.zoo.models import save
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    kind = getattr(transformers, save(model_type, tmp_path)["class"].partition(":")[2])
+    config = transformers.TorchAoConfig(Int8WeightOnlyConfig(version=2))
+    kind.from_pretrained(tmp_path / "model", quantization_config=config).save_pretrained(tmp_path / "q")
+    stock, ours = (
+        kind.from_pretrained(tmp_path / "q").state_dict(),
+        loadstone.load(tmp_path / "q").state_dict(),
+    )
+    assert list(stock) == list(ours)
+    assert any(type(tensor).__name__ == "Int8Tensor" for tensor in ours.values())
+    for name, tensor in stock.items():
+        assert type(ours[name]) is type(tensor)
+        quantized = type(tensor).__name__ == "Int8Tensor"
+        one, other = (t.dequantize() if quantized else t for t in (tensor, ours[name]))
+        assert torch.equal(one, other), name
+
+
 @pytest.mark.parametrize("text", ["{", "[]"])
 def test_a_damaged_generation_config_is_named(tiny: Path, tmp_path: Path, text: str) -> None:
     path = copy(tiny, tmp_path)

@@ -58,9 +58,12 @@ def flat_tensors(
     # Thousands of layers share a handful of descriptions and shapes: each is parsed and checked once.
     parsed: dict[str, dict[str, Any]] = {}
     checked: set[tuple[Any, ...]] = set()
-    for name in described_names(metadata):
+    described = described_names(metadata)
+    stored_under = _renamed(described, metadata, tensors)
+    for described_as in described:
+        name = stored_under.get(described_as, described_as)
         try:
-            flat = _flat_tensor(name, metadata, tensors, parsed, claimed)
+            flat = _flat_tensor(name, metadata.get(described_as), tensors, parsed, claimed)
             if flat is None:
                 continue
             key = (flat.metadata, *((k, p.dtype, p.shape) for k, p in flat.parts.items()))
@@ -87,12 +90,11 @@ def flat_tensors(
 
 def _flat_tensor(
     name: str,
-    metadata: dict[str, str],
+    text: str | None,
     tensors: dict[str, TensorInfo],
     parsed: dict[str, dict[str, Any]],
     claimed: set[str],
 ) -> FlatTensor | None:
-    text = metadata.get(name)
     if text is None:
         raise ArtifactError(f"header metadata lists {ascii(name)[:200]} and does not describe it", _AGAIN)
     if text not in parsed:
@@ -124,6 +126,55 @@ def _flat_tensor(
     return FlatTensor(name, kind, description["_data"], parts, text)
 
 
+def _renamed(
+    described: list[str], metadata: dict[str, str], tensors: dict[str, TensorInfo]
+) -> dict[str, str]:
+    """Names under which described tensors are stored, where these are others.
+
+    For models whose checkpoints have older names (Gemma 3), transformers stores the parts under those and describes
+    them by the model's own. The two share their last components (``layers.0.self_attn.k_proj``): the longest that one
+    description and one stored tensor alone have in common pairs them.
+    """
+    lost = {
+        name
+        for name in described
+        if name not in tensors
+        and '"_tensor_data_names"' in metadata.get(name, "")
+        and part_name(name, "qdata") not in tensors
+    }
+    if not lost:
+        return {}
+    known = {part_name(name, "qdata") for name in described}
+    found: dict[str, str] = {}
+    homeless = {
+        f"{module}.{parameter.removesuffix('_qdata')}"
+        for key in tensors
+        if key not in known and key.endswith("_qdata")
+        for module, _, parameter in (key.rpartition("._"),)
+        if module
+    }
+    for length in range(_LONGEST, 1, -1):
+        if not lost or not homeless:
+            break
+        ours, theirs = (_by_ending(names, length) for names in (lost, homeless))
+        for ending, names in ours.items():
+            if len(names) == 1 and len(theirs.get(ending, ())) == 1:
+                found[names[0]] = theirs[ending][0]
+        lost -= found.keys()
+        homeless -= set(found.values())
+    return found
+
+
+def _by_ending(names: set[str], length: int) -> dict[tuple[str, ...], list[str]]:
+    """The names that have ``length`` components or more, by their last ones."""
+    endings: dict[tuple[str, ...], list[str]] = {}
+    for name in names:
+        components = name.split(".")
+        if len(components) >= length:
+            endings.setdefault(tuple(components[-length:]), []).append(name)
+    return endings
+
+
 def _parse(name: str, text: str) -> dict[str, Any]:
     try:
         description = json.loads(text)
@@ -140,3 +191,5 @@ def _parse(name: str, text: str) -> dict[str, Any]:
 
 
 _AGAIN = "Finalize again from the source"
+# Components of a parameter's name that are compared; models have about ten.
+_LONGEST = 24
