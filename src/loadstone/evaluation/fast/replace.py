@@ -37,9 +37,9 @@ from loadstone.evaluation.fast.products import (
     Product,
     Rounding,
 )
-from loadstone.evaluation.fast.reads import read_weights
 from loadstone.evaluation.fast.rounding import SharedRounding, int8_round_trip, int8_rows, mx_round_trip
 from loadstone.evaluation.measure import free_bytes
+from loadstone.quantization.weight_use import weights_used_otherwise
 
 log = logging.getLogger(__name__)
 # Rows of the probes: more than the 16 that some integer kernels ask for, a single one, and many.
@@ -112,11 +112,11 @@ def packs_here(weight: torch.Tensor) -> bool:
 def _cache_dequantized(model: Any) -> tuple[int, int, int]:
     """Replace quantized Linear layers. Returns how many give the same bits, how many agree to rounding, and how many
     there are."""
-    read = read_weights(model)
+    read = weights_used_otherwise(model)
     found = [
         (name, m)
         for name, m in model.named_modules()
-        if type(m) is nn.Linear and _is_quantized(m.weight) and name.rpartition(".")[2] not in read
+        if type(m) is nn.Linear and _is_quantized(m.weight) and name not in read
     ]
     if not found:
         return 0, 0, 0
@@ -162,15 +162,11 @@ def _share_rounding(model: Any) -> None:
 def _pack(model: Any, head: nn.Module | None) -> int:
     """Pack the weights of plain and of dequantized Linear layers. Returns how many layers that are."""
     room = _SHARE * free_bytes(torch.device("cpu"))
-    modules, read = dict(model.named_modules()), read_weights(model)
+    modules, read = dict(model.named_modules()), weights_used_otherwise(model)
     rounding = any(_rounds_activations(m) for m in modules.values())
     packed = set()
     for name, module in modules.items():
-        plain = (
-            type(module) is nn.Linear
-            and not _is_quantized(module.weight)
-            and name.rpartition(".")[2] not in read
-        )
+        plain = type(module) is nn.Linear and not _is_quantized(module.weight) and name not in read
         if (not plain and not isinstance(module, Product)) or module.weight.device.type == "meta":
             continue
         room -= 4 * module.weight.numel()
