@@ -258,14 +258,14 @@ def test_a_directory_of_someone_else_at_the_working_name_is_refused(
     assert [p.name for p in work_directory(out).iterdir()] == ["precious"] and not out.exists()
 
 
-@pytest.mark.parametrize("left", [(), ("journal",), ("key.json.tmp",), ("loadstone.json", "config.json")])
+@pytest.mark.parametrize("left", [(), ("journal",), ("key.json.tmp",), ("journal", "output"), ("output",)])
 def test_what_a_run_killed_at_its_beginning_or_end_left(
     tiny: Path, tmp_path: Path, undisturbed: dict[str, str], left: tuple[str, ...]
 ) -> None:
     out = tmp_path / "out"
     work_directory(out).mkdir()
     for name in left:
-        (work_directory(out) / name).mkdir() if name == "journal" else (work_directory(out) / name).touch()
+        (work_directory(out) / name).mkdir() if "." not in name else (work_directory(out) / name).touch()
     write_plan(many_shards(tiny), out)
     assert snapshot(out) == undisturbed and not work_directory(out).exists()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import loadstone
+from loadstone.artifact.manifest import verify_files
 from loadstone.errors import ArtifactError
 
 W8 = "int8-weight-only"
@@ -290,3 +292,36 @@ def test_a_bin_with_two_equal_copies_of_a_tied_tensor_stores_one(
     (source / "config.json").write_text(json.dumps(config))
     loadstone.finalize(source, tmp_path / "out")
     assert "lm_head.weight" not in loadstone.detect(tmp_path / "out").tensors
+
+
+@pytest.mark.parametrize("command", ["finalize", "export"])
+def test_files_with_the_names_of_the_working_directory(
+    make_model: Callable[..., Path], tmp_path: Path, command: str
+) -> None:
+    """A source's own files are never taken for the notes of a run, also when the run is killed and resumed."""
+    source = tmp_path / "source"
+    shutil.copytree(make_model("llama-tied"), source)
+    names = [
+        "key.json", "journal", "output/key.json", "partial", "lock", "writing", "replaced", "calibrated",
+        "tables/journal/model.safetensors.json", "tables/output/deep/key.json",
+    ]  # fmt: skip
+    for name in names:
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_text(name)
+
+    def write(on_progress: Any = None) -> Any:
+        if command == "export":
+            return loadstone.export_fakequant(source, tmp_path / "out", format="fp8", on_progress=on_progress)
+        small = {"recipe": W8, "max_shard_size": 30_000}
+        return loadstone.finalize(source, tmp_path / "out", **small, on_progress=on_progress)
+
+    def stop(stage: str, done: int, total: int) -> None:
+        if done > total // 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write(stop)
+    done = write()
+    assert set(names) <= done.files.keys() and verify_files(tmp_path / "out") == []
+    assert {name: (tmp_path / "out" / name).read_text() for name in names} == {name: name for name in names}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "source"]

@@ -77,5 +77,5 @@ def copy_files(files: dict[str, Path], out: Path) -> None:
     """Copy each file byte for byte."""
     for name, path in files.items():
         target = out / name
-        target.parent.mkdir(exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, target)

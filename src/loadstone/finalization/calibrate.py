@@ -19,7 +19,7 @@ from loadstone.artifact.manifest import versions
 from loadstone.artifact.torchao.flatten import torch_dtype
 from loadstone.errors import ArtifactError, UsageError
 from loadstone.finalization.gptq import gptq
-from loadstone.finalization.journal import calibration_directory, work_directory
+from loadstone.finalization.journal import calibration_directory, output_in, work_directory
 from loadstone.finalization.plan import FinalizePlan, Step
 from loadstone.finalization.smooth import Inputs, awq_scale, find_folds, smooth_scale
 from loadstone.quantization.quantize import quantize_scaled, quantize_weight
@@ -90,7 +90,8 @@ def calibrate(
             f"no weight that {plan.recipe} quantizes is part of a decoder layer ({prefix})", _PLAIN
         )
     folder = _folder(plan, rows, out)
-    check_space(plan.bytes_after + sum(s.nbytes for s in wanted.values()), out, work_directory(out), folder)
+    needed = plan.bytes_after + sum(s.nbytes for s in wanted.values())
+    check_space(needed, out, output_in(work_directory(out)), folder)
     sources = {name: step.source for name, step in steps.items()}
     reader = plan.source.source
     folder.mkdir(parents=True, exist_ok=True)

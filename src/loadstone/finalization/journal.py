@@ -1,7 +1,8 @@
 """The working directory of a finalize, with a note for each finished shard, so that a killed run resumes.
 
-``OUT`` is written as ``.OUT.partial`` beside it and renamed at the end. A shard's note is written once its file is
-complete and synced; a run with the same key (source, recipe, versions, layout) takes noted shards over as they are.
+``OUT`` is written as ``.OUT.partial/output`` and renamed at the end. Beside it, where no file of a source can have the
+same name, lie the key of the job and the notes. A shard's note is written once its file is complete and synced; a run
+with the same key (source, recipe, versions, layout) takes noted shards over as they are.
 """
 
 from __future__ import annotations
@@ -12,19 +13,23 @@ import shutil
 from pathlib import Path
 
 from loadstone.artifact.hashing import sha256_file
-from loadstone.artifact.manifest import MANIFEST
 from loadstone.errors import UsageError
 from loadstone.finalization.plan import FinalizePlan
 from loadstone.writing.filesystem import sync_file
-from loadstone.writing.publish import PARTIAL, name_taken, remove_work, working_path
+from loadstone.writing.publish import ENTRY, PARTIAL, name_taken, remove_work, working_path
 
 NOTES = "journal"
 KEY = "key.json"
 
 
 def work_directory(out: Path) -> Path:
-    """Where ``out`` is written: a hidden sibling, so that the last step is one rename."""
+    """The hidden sibling of ``out`` that holds `output_in` and the journal."""
     return working_path(out, PARTIAL)
+
+
+def output_in(work: Path) -> Path:
+    """The directory in a working directory that becomes the output, so that the last step is one rename."""
+    return work / ENTRY
 
 
 def calibration_directory(out: Path) -> Path:
@@ -66,30 +71,30 @@ def open_journal(plan: FinalizePlan, out: Path, versions: dict[str, str], resume
         found = _read(work / KEY)
         differs = [name for name in key if found.get(name) != key[name]]
         # Without notes the run was killed after `close_journal`, with other files half written.
-        if resume and not differs and (work / NOTES).is_dir():
+        if resume and not differs and (work / NOTES).is_dir() and output_in(work).is_dir():
             return
         if not found and not _is_ours(work):
             raise name_taken(work, out)
-        if resume and has_progress(work):
+        if resume and differs and has_progress(work):
             raise UsageError(
                 f"'{work}' holds a partial output of another job (its {', '.join(differs)} differ)",
                 "Pass --no-resume to discard it, or choose another output",
             )
         remove_work(work, out)
     (work / NOTES).mkdir(parents=True)
+    output_in(work).mkdir()
     _write(work / KEY, key)
 
 
 def _is_ours(work: Path) -> bool:
     """Whether a directory without a key was left by a run killed before it wrote the key, or at its very end."""
-    names = {path.name for path in work.iterdir()}
-    return names <= {NOTES, KEY, f"{KEY}.tmp"} or MANIFEST in names
+    return {path.name for path in work.iterdir()} <= {NOTES, KEY, f"{KEY}.tmp", ENTRY}
 
 
 def finished(work: Path, file: str) -> str | None:
     """The sha256 of a shard that an earlier run completed, None when it has to be written."""
     note = _read(work / NOTES / f"{file}.json")
-    path = work / file
+    path = output_in(work) / file
     if note and path.is_file() and path.stat().st_size == note.get("bytes"):
         return str(note["sha256"])
     return None
@@ -97,7 +102,9 @@ def finished(work: Path, file: str) -> str | None:
 
 def note_finished(work: Path, file: str, digest: str) -> None:
     """Record a shard whose bytes are on disk."""
-    _write(work / NOTES / f"{file}.json", {"sha256": digest, "bytes": (work / file).stat().st_size})
+    _write(
+        work / NOTES / f"{file}.json", {"sha256": digest, "bytes": (output_in(work) / file).stat().st_size}
+    )
 
 
 def has_progress(work: Path) -> bool:
@@ -106,7 +113,7 @@ def has_progress(work: Path) -> bool:
 
 
 def close_journal(work: Path) -> dict[str, str]:
-    """Remove the notes from a complete directory; returns the shards' sha256 by file. The key stays until the end."""
+    """Remove the notes of a complete output; returns the shards' sha256 by file. The key stays until the end."""
     digests = {
         p.name.removesuffix(".json"): str(_read(p)["sha256"]) for p in sorted((work / NOTES).iterdir())
     }
@@ -114,10 +121,10 @@ def close_journal(work: Path) -> dict[str, str]:
     return digests
 
 
-def hash_files(work: Path, digests: dict[str, str]) -> dict[str, str]:
+def hash_files(output: Path, digests: dict[str, str]) -> dict[str, str]:
     """The sha256 of every file of the output by relative name; ``digests``: those that are known already."""
-    names = [str(p.relative_to(work)) for p in sorted(work.rglob("*")) if p.is_file() and p.name != KEY]
-    return {name: digests.get(name) or sha256_file(work / name) for name in names}
+    names = [str(p.relative_to(output)) for p in sorted(output.rglob("*")) if p.is_file()]
+    return {name: digests.get(name) or sha256_file(output / name) for name in names}
 
 
 def _read(path: Path) -> dict:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import shutil
 import sys
 import time
 from collections import deque
@@ -26,6 +27,7 @@ from loadstone.finalization.journal import (
     hash_files,
     note_finished,
     open_journal,
+    output_in,
     work_directory,
 )
 from loadstone.finalization.plan import FinalizePlan
@@ -79,11 +81,11 @@ def write_plan(
     # Before the work, since it raises for a link that leaves the directory.
     sidecars = find_sidecars(plan.source)
 
-    def write_rest(work: Path, digests: dict[str, str], fingerprint: str) -> dict[str, str]:
-        for message in copy_sidecars(sidecars, work):
+    def write_rest(output: Path, digests: dict[str, str], fingerprint: str) -> dict[str, str]:
+        for message in copy_sidecars(sidecars, output):
             log.warning("%s", message)
-        (work / "config.json").write_text(json.dumps(plan.config, indent=2) + "\n")
-        return _write_manifest(plan, work, fingerprint, digests)
+        (output / "config.json").write_text(json.dumps(plan.config, indent=2) + "\n")
+        return _write_manifest(plan, output, fingerprint, digests)
 
     files = write_artifact(
         plan,
@@ -111,7 +113,7 @@ def write_artifact(
 ) -> dict[str, str]:
     """Write the weights of ``plan`` as `write_plan` does, and other files beside them by ``write_rest``.
 
-    Rank 0 calls ``write_rest(work, digests, fingerprint)`` with the directory that will be ``out``, the sha256 of each
+    Rank 0 calls ``write_rest(output, digests, fingerprint)`` with the directory that will be ``out``, the sha256 of each
     weight file in it, and the source's fingerprint. Returns its result; on other ranks an empty dict.
     """
     ranks = ranks or Ranks()
@@ -120,14 +122,15 @@ def write_artifact(
     with locked(out, overwrite) if ranks.rank == 0 else nullcontext():
         if ranks.rank == 0:
             open_journal(plan, out, versions(), resume)
-            check_space(plan.bytes_after, out, work)
+            check_space(plan.bytes_after, out, output_in(work))
         ranks.wait()
         try:
             files = _write_all_files(plan, work, write_rest, device, ranks, on_progress)
             if ranks.rank == 0:
                 # Last, since it shows which job the directory belongs to.
                 (work / KEY).unlink()
-                publish(work, out, overwrite)
+                publish(output_in(work), out, overwrite)
+                shutil.rmtree(work, ignore_errors=True)
         except OSError as error:
             _discard_unless_resumable(work, out, ranks)
             if error.errno == errno.ENOSPC:
@@ -177,8 +180,8 @@ def _write_all_files(
             files = {
                 o.name: plan.file_name(n) for n, s in enumerate(plan.shards) for t in s for o in t.outputs
             }
-            write_index(work, files, plan.bytes_after)
-        return write_rest(work, digests, source_hash.result())
+            write_index(output_in(work), files, plan.bytes_after)
+        return write_rest(output_in(work), digests, source_hash.result())
 
 
 def _write_shards(
@@ -191,7 +194,7 @@ def _write_shards(
     def parts() -> Iterator[Unit]:
         for number in numbers:
             outputs = [o for step in plan.shards[number] for o in step.outputs]
-            writers[number] = ShardWriter(work / plan.file_name(number), outputs, plan.header)
+            writers[number] = ShardWriter(output_in(work) / plan.file_name(number), outputs, plan.header)
             yield from units_of(plan, number, device, reader.divisible)
 
     def put(unit: Unit, name: str, part: torch.Tensor, offset: int) -> None:
@@ -233,7 +236,7 @@ def _write_shards(
 def _finish(writer: ShardWriter, work: Path, name: str, syncer: ThreadPoolExecutor) -> None:
     """Hash a shard while it is synced to disk, and note it."""
     closed = syncer.submit(writer.close)
-    digest = sha256_file(work / name)
+    digest = sha256_file(output_in(work) / name)
     closed.result()
     note_finished(work, name, digest)
 
@@ -247,9 +250,9 @@ def _source(plan: FinalizePlan, fingerprint: str) -> dict[str, Any]:
 
 
 def _write_manifest(
-    plan: FinalizePlan, work: Path, source_hash: str, digests: dict[str, str]
+    plan: FinalizePlan, output: Path, source_hash: str, digests: dict[str, str]
 ) -> dict[str, str]:
-    files = hash_files(work, digests)
+    files = hash_files(output, digests)
     manifest: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "kind": plan.kind,
@@ -259,5 +262,5 @@ def _write_manifest(
         "command": ["loadstone", *sys.argv[1:]],
         "files": files,
     }
-    (work / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+    (output / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
     return files

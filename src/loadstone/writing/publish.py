@@ -25,8 +25,9 @@ log = logging.getLogger(__name__)
 # Room for config, tokenizer and index beside the weights.
 _SPARE_BYTES = 64 * 2**20
 LOCK, PARTIAL, WRITING, REPLACED = "lock", "partial", "writing", "replaced"
-# The one entry of `.OUT.writing` and `.OUT.replaced`, by which they are recognised as ours.
-_ENTRY = "output"
+# The directory in each of the others that is, was or becomes the output; in `.OUT.writing` and `.OUT.replaced` the one
+# entry, by which they are recognised as ours.
+ENTRY = "output"
 
 
 def working_path(out: Path, ending: str) -> Path:
@@ -88,7 +89,7 @@ def new_directory(out: Path, overwrite: bool = False) -> Iterator[Path]:
     """
     with locked(out, overwrite):
         container = working_path(out, WRITING)
-        work = container / _ENTRY
+        work = container / ENTRY
         work.mkdir(parents=True)
         try:
             yield work
@@ -101,7 +102,7 @@ def remove_work(work: Path, out: Path) -> None:
     """Remove a working directory of ``out``, under a name by which the next run knows it if this one is killed."""
     container = working_path(out, WRITING)
     container.mkdir()
-    work.rename(container / _ENTRY)
+    work.rename(container / ENTRY)
     shutil.rmtree(container)
 
 
@@ -123,10 +124,10 @@ def publish(work: Path, out: Path, overwrite: bool) -> None:
     aside.mkdir()
     try:
         # Under this name a kill leaves what is safe to remove, be it the new output or the earlier one.
-        work.rename(aside / _ENTRY)
-        if not exchange(aside / _ENTRY, out):
-            (aside / _ENTRY).rename(work)
-            out.rename(aside / _ENTRY)
+        work.rename(aside / ENTRY)
+        if not exchange(aside / ENTRY, out):
+            (aside / ENTRY).rename(work)
+            out.rename(aside / ENTRY)
             work.rename(out)
         sync_directory(out.parent)
     finally:
@@ -140,11 +141,11 @@ def _settle_replacement(out: Path) -> str:
         return ""
     done = "what was left of it is removed"
     if not _exists(out):
-        entry = aside / _ENTRY if _exists(aside / _ENTRY) else aside
+        entry = aside / ENTRY if _exists(aside / ENTRY) else aside
         entry.rename(out)
         done = "the output is put back"
-    if (aside / _ENTRY).is_symlink():
-        (aside / _ENTRY).unlink()
+    if (aside / ENTRY).is_symlink():
+        (aside / ENTRY).unlink()
     if aside.exists():
         shutil.rmtree(aside)
     return done
@@ -235,7 +236,7 @@ def _is_ours(path: Path, ending: str) -> bool:
     names = {entry.name for entry in path.iterdir()}
     # A bare artifact or context: earlier versions set an output aside by itself.
     bare = ending == REPLACED and names & {MANIFEST, CONTEXT_JSON, "config.json"}
-    return names <= {_ENTRY} or bool(bare)
+    return names <= {ENTRY} or bool(bare)
 
 
 def name_taken(path: Path, out: Path) -> UsageError:
