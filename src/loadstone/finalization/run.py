@@ -113,8 +113,8 @@ def write_artifact(
 ) -> dict[str, str]:
     """Write the weights of ``plan`` as `write_plan` does, and other files beside them by ``write_rest``.
 
-    Rank 0 calls ``write_rest(output, digests, fingerprint)`` with the directory that will be ``out``, the sha256 of each
-    weight file in it, and the source's fingerprint. Returns its result; on other ranks an empty dict.
+    Rank 0 calls ``write_rest(output, digests, fingerprint)`` with the directory that will be ``out``, the sha256 of
+    each weight file in it, and the source's fingerprint. Returns its result; on other ranks an empty dict.
     """
     ranks = ranks or Ranks()
     check_output(plan.source.root, out, overwrite)
