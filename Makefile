@@ -92,7 +92,7 @@ bench: $(READY) $(MODEL)/config.json
 zoo: $(READY)
 	$(PY) -m tests.zoo --jobs 2 --table docs/support.md -o .cache/zoo.json $(ZOO)
 
-# One seeded change at a time to small directories. FUZZ='--cases 5000 --seed 7'
+# One seeded change at a time to what each command reads. FUZZ='--cases 5000 --seed 7'
 fuzz: $(READY)
 	$(PY) tests/attacks/fuzz.py $(FUZZ)
 

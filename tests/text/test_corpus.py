@@ -125,7 +125,7 @@ def test_compressed_text(tmp_path: Path) -> None:
         ("a.jsonl", "[1]\n", "neither a string nor a record"),
         ("a.json", '{"text":\n"x"}', "not a list"),
         ("a.docx", "text", r"unknown suffix '\.docx'.*\.csv, \.json"),
-        ("a.parquet", "no parquet", "not a readable parquet"),
+        ("a.parquet", "no parquet", "cannot be read"),
         ("a.json", "[" * 100_000, "is not JSON"),
         ("a.jsonl", '"whole"\n"cut \\ud83d here"\n', r"document 1 of .* half a character .* at 4"),
     ],
@@ -142,8 +142,8 @@ def test_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
     def refused(*args: object, **kwargs: object) -> str:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "open", refused)
-    with pytest.raises(UsageError, match=r"a\.txt cannot be read \(Permission denied\)"):
+    monkeypatch.setattr("os.open", refused)
+    with pytest.raises(UsageError, match=r"a\.txt: cannot be read \(Permission denied\)"):
         read_corpus(path)
 
 

@@ -5,16 +5,18 @@ Bounded, regular files only, never outside the directory.
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path, PurePosixPath
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 from loadstone.artifact.hints import LFS_REMEDY, is_lfs_pointer
-from loadstone.errors import ArtifactError
+from loadstone.errors import ArtifactError, LoadstoneError
 
 # Where checks report what they find: `refuse` stops at the first problem, a list's `append` collects all of
 # them.
@@ -87,15 +89,86 @@ def is_file(path: Path) -> bool:
         return False
 
 
-def file_size(path: Path) -> int:
-    """Bytes of a regular file; raises `ArtifactError` for what could block or never end (FIFO, device)."""
+def file_size(path: Path, kind: type[LoadstoneError] = ArtifactError) -> int:
+    """Bytes of a regular file.
+
+    Raises ``kind`` for anything else: to open a FIFO, a socket or a device could wait or read for ever.
+    """
     try:
         status = path.stat()
-    except OSError as error:
-        raise ArtifactError(f"{path.name}: cannot be read ({error.strerror})", _PERMISSIONS) from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise kind(f"{path.name[:200]}: cannot be read ({reason})", _PERMISSIONS) from None
+    return _regular(path, status, kind)
+
+
+def _regular(path: Path, status: os.stat_result, kind: type[LoadstoneError]) -> int:
     if not stat.S_ISREG(status.st_mode):
-        raise ArtifactError(f"{path.name}: not a regular file", "Do not trust this artifact")
+        raise kind(f"{path.name}: not a regular file", "Do not trust this directory")
     return status.st_size
+
+
+def open_regular(path: Path, kind: type[LoadstoneError] = ArtifactError, buffering: int = -1) -> BinaryIO:
+    """Open a regular file to read its bytes; every file of a model or of a user's data is opened here.
+
+    Raises ``kind`` as `file_size` does, for files that are exchanged at this moment too.
+    """
+    # A device must not even be opened, so the path is looked at before; opened without waiting, it may be looked at
+    # again.
+    file_size(path, kind)
+    try:
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    except OSError as error:
+        raise kind(f"{path.name}: cannot be read ({error.strerror})", _PERMISSIONS) from None
+    try:
+        _regular(path, os.fstat(descriptor), kind)
+        return os.fdopen(descriptor, "rb", buffering=buffering)
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def read_text(path: Path, limit: int = MAX_JSON_BYTES, kind: type[LoadstoneError] = ArtifactError) -> str:
+    """The UTF-8 text of a file of at most ``limit`` bytes; raises ``kind`` naming the file."""
+    size = file_size(path, kind)
+    if size > limit:
+        raise kind(f"{path.name}: {size} bytes, over the limit of {limit}", "Check the file")
+    with open_regular(path, kind) as file:
+        raw = file.read(limit)
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as error:
+        raise kind(f"{path.name} is not UTF-8 text: byte {error.start}", "Save it as UTF-8") from None
+
+
+def check_folder(directory: Path) -> None:
+    """Raise `ArtifactError` for a FIFO, socket or device in a directory whose files a library opens by itself."""
+    try:
+        for entry in sorted(os.scandir(directory), key=lambda e: e.name):
+            # Where a link points nowhere, there is nothing to open.
+            if Path(entry.path).exists() and not entry.is_dir():
+                _regular(Path(entry.path), entry.stat(), ArtifactError)
+    except OSError as error:
+        raise ArtifactError(f"'{directory}' cannot be read ({error.strerror})", _PERMISSIONS) from None
+
+
+@contextmanager
+def translated(
+    what: str, remedy: str = "Copy it again", kind: type[LoadstoneError] = ArtifactError
+) -> Iterator[None]:
+    """Within the block, errors of a library that reads ``what`` (a file, as messages name it) become ``kind``.
+
+    Errors of loadstone, and those of the machine (memory, disk), stay what they are.
+    """
+    try:
+        yield
+    except (LoadstoneError, MemoryError):
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in _MACHINE:
+            raise
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise kind(f"{what}: cannot be read ({reason})", remedy) from error
 
 
 def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
@@ -104,7 +177,9 @@ def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
     if size > limit:
         raise ArtifactError(f"{path.name}: {size} bytes, over the limit of {limit}", "Check the directory")
     try:
-        raw = path.read_bytes()
+        with open_regular(path) as file:
+            # One more than was there, so that a file which grows meanwhile is not JSON.
+            raw = file.read(size + 1)
         if is_lfs_pointer(raw[:32]):
             raise ArtifactError(f"{path.name}: a git-LFS pointer, not the file", LFS_REMEDY)
         content = None if too_many_items(raw) else json.loads(raw)
@@ -117,9 +192,12 @@ def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
     return content
 
 
-def too_many_items(raw: bytes) -> bool:
+def too_many_items(raw: bytes | str, most: int = MAX_JSON_ITEMS) -> bool:
     """Whether a JSON text would take too much memory to parse; counts without parsing it."""
-    return raw.count(b",") + raw.count(b"{") + raw.count(b"[") > MAX_JSON_ITEMS
+    if isinstance(raw, str):
+        return raw.count(",") + raw.count("{") + raw.count("[") > most
+    return raw.count(b",") + raw.count(b"{") + raw.count(b"[") > most
 
 
 _PERMISSIONS = "Check the file and its permissions"
+_MACHINE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM})

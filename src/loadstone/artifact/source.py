@@ -27,8 +27,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from loadstone.artifact.files import Sink
-from loadstone.artifact.formats.safetensors import TensorInfo
+from loadstone.artifact.files import Sink, open_regular
+from loadstone.artifact.formats.safetensors import TensorInfo, open_tensors
 from loadstone.artifact.formats.weights import FSDP_BIN, TensorTable, WeightFiles, check_index, read_tensors
 from loadstone.artifact.torchao.checks import SUBCLASSES, FlatTensor, unknown_class_hint
 from loadstone.artifact.torchao.tensors import flat_tensors
@@ -131,11 +131,11 @@ class SafetensorsSource:
             self._read_range(info, first, view)
 
     def _read_range(self, info: TensorInfo, begin: int, view: memoryview) -> None:
-        with (self.directory / info.file).open("rb", buffering=0) as file:
+        with open_regular(self.directory / info.file, buffering=0) as file:
             file.seek(begin)
             count = 0
             while count < len(view):
-                got = file.readinto(view[count:])
+                got = file.readinto(view[count:])  # type: ignore[attr-defined]
                 if not got:
                     raise ArtifactError(
                         f"{info.file}: truncated inside tensor '{info.name}'", "Copy the file again"
@@ -144,12 +144,10 @@ class SafetensorsSource:
 
     @contextmanager
     def opened(self) -> Iterator[Opened]:
-        from safetensors import safe_open
-
         slices: dict[str, Any] = {}
         with ExitStack() as stack:
             for file in self.files:
-                handle = stack.enter_context(safe_open(self.directory / file, framework="pt", device="cpu"))
+                handle = stack.enter_context(open_tensors(self.directory / file))
                 for name in handle.keys():  # noqa: SIM118 (a safe_open handle is not a mapping)
                     slices[name] = handle.get_slice(name)
             yield slices, self.quantized

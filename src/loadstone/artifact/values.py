@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from loadstone.artifact.files import open_regular
 from loadstone.errors import ArtifactError
 
 if TYPE_CHECKING:
@@ -79,18 +80,15 @@ def check_values(directory: Path, tensors: Iterable[TensorInfo], limits: Limits 
         if tensor.dtype in _PATTERNS or tensor.name in (limits or {}):
             by_file.setdefault(tensor.file, []).append(tensor)
     for file, entries in by_file.items():
-        descriptor = os.open(directory / file, os.O_RDONLY)
-        try:
+        with open_regular(directory / file, buffering=0) as opened:
             for tensor in sorted(entries, key=lambda t: t.begin):
                 for position in range(tensor.begin, tensor.end, _CHUNK):
-                    count = os.preadv(descriptor, [view[: min(_CHUNK, tensor.end - position)]], position)
+                    count = os.preadv(opened.fileno(), [view[: min(_CHUNK, tensor.end - position)]], position)
                     if count < min(_CHUNK, tensor.end - position):
                         raise ArtifactError(
                             f"{file}: truncated inside tensor '{tensor.name}'", "Copy the file again"
                         )
                     _check(raw[:count], tensor, (limits or {}).get(tensor.name))
-        finally:
-            os.close(descriptor)
 
 
 def check_tensor(tensor: torch.Tensor, info: TensorInfo, limits: Limits | None = None) -> None:

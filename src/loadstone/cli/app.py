@@ -15,7 +15,7 @@ from typing import Any
 import typer
 
 from loadstone._version import __version__
-from loadstone.cli.render import printable
+from loadstone.cli.render import one_line
 from loadstone.errors import LoadstoneError, MissingError
 
 app = typer.Typer(
@@ -39,6 +39,8 @@ COMMANDS = {
 }
 GLOBAL_FLAGS = ("-q", "--quiet", "-v", "--verbose", "--debug")
 log = logging.getLogger("loadstone")
+# In torch's error for a CPU without memory, which has no class of its own.
+_ALLOCATOR = "DefaultCPUAllocator"
 
 
 def _version(value: bool) -> None:
@@ -75,7 +77,7 @@ def _globals(
 class _Formatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         label = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
-        return f"loadstone: {label}{printable(record.getMessage())}"
+        return f"loadstone: {label}{one_line(record.getMessage())}"
 
 
 def _register(args: list[str]) -> None:
@@ -125,6 +127,8 @@ def _outcome(error: Exception) -> tuple[str, int]:
     """What to say about an error, and the exit code that it calls for."""
     if isinstance(error, LoadstoneError):
         return str(error), error.exit_code
+    if isinstance(error, MemoryError) or _ALLOCATOR in str(error):
+        return "there is not enough memory. Free some, or work on a smaller part", MissingError.exit_code
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"the disk is full ({error}). Free some space and run again", MissingError.exit_code
     if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError):
@@ -144,5 +148,5 @@ def _terminate(signum: int, frame: Any) -> None:
 
 
 def _fail(message: str, code: int) -> None:
-    print(f"loadstone: error: {printable(message)}", file=sys.stderr)
+    print(f"loadstone: error: {one_line(message)}", file=sys.stderr)
     sys.exit(code)

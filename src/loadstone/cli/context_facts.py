@@ -15,9 +15,6 @@ from loadstone.errors import ArtifactError, LoadstoneError
 if TYPE_CHECKING:
     from loadstone.artifact.context_file import ContextFile
 
-# Characters shown of a field, which a file may fill with millions.
-_LONGEST = 500
-
 
 def inspect(directory: Path, *, verify: bool, json_to: str | None) -> LoadstoneError | None:
     """``inspect`` of a fitted context: its facts, sizes and the base it needs. Returns what is wrong with it."""
@@ -111,9 +108,8 @@ def _print(found: dict[str, Any], rows: list[list[str]]) -> None:
     """What every kind of context begins and ends with, around its rows; those that say nothing are left out."""
     if found["verified"]:
         rows.append(["verified", "every byte is as it was written"])
-    shown = [[label, render.printable(text)[:_LONGEST]] for label, text in rows if text]
-    path = render.printable(found["path"])
-    render.console().print(f"{path}  context ({found['context_kind']})", markup=False)
+    shown = [[label, text] for label, text in rows if text]
+    render.console().print(f"{found['path']}  context ({found['context_kind']})", markup=False)
     render.console().print(render.table("", ["", ""], shown), markup=False)
 
 

@@ -309,7 +309,7 @@ def _render(result: Evaluation) -> None:
         for worst in record.get("worst_documents", ()):
             at = f"document {worst['document']}: KL {worst['kl']:.4f}, Δ loss {worst['delta_loss']:+.4f}"
             peak = f"worst token KL {worst['worst_token_kl']:.2f}: …{worst['before']}[{worst['worst_token']}]"
-            line(render.printable(f"{record['path']}: {at}; {' '.join(peak.split())}"))
+            line(f"{record['path']}: {at}; {' '.join(peak.split())}")
     for verdict in result.verdicts:
         state = ("failed", "red") if verdict.failed else ("passed", "green")
         line(f"gate {verdict.gate} ", state, f" for {verdict.model}: {verdict.value:.6g}")

@@ -235,14 +235,14 @@ def _show(
 
     artifact = report.artifact
     parts: list[Any] = [
-        Text.assemble((render.printable(shown(artifact.root)), "bold"), "  ", (artifact.kind, "bold cyan"))
+        Text.assemble((render.one_line(shown(artifact.root)), "bold"), "  ", (artifact.kind, "bold cyan"))
     ]
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="dim", no_wrap=True)
     grid.add_column(overflow="fold")
     for label, text in _rows(report, load_plan, mismatches):
         # Text, never markup: names in a model may hold brackets or escape sequences.
-        grid.add_row(label, Text(render.printable(text)))
+        grid.add_row(label, Text(render.one_line(text)))
     parts += [grid, ""]
     if report.quantized:
         parts.append(_group_table("Quantized", report.quantized, "class", "bits/weight"))
@@ -252,12 +252,12 @@ def _show(
         )
     if runs := runs_of(artifact):
         parts.append(render.runs_table(runs))
-    for note in report.notes:
-        parts.append(Text.assemble(("note: ", "yellow"), render.printable(note)))
-    for problem in problems:
-        parts.append(Text.assemble(("problem: ", "bold red"), render.printable(str(problem))))
-    for problem in report.serving:
-        parts.append(Text.assemble(("elsewhere: ", "bold red"), render.printable(str(problem))))
+    for note in report.notes[:_SHOWN]:
+        parts.append(Text.assemble(("note: ", "yellow"), render.one_line(note)))
+    for problem in problems[:_SHOWN]:
+        parts.append(Text.assemble(("problem: ", "bold red"), render.one_line(str(problem))))
+    for problem in report.serving[:_SHOWN]:
+        parts.append(Text.assemble(("elsewhere: ", "bold red"), render.one_line(str(problem))))
     if problems:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         parts.append(Text(f"Cannot be loaded: {count}", style="bold red"))
@@ -297,7 +297,7 @@ def _rows(
         rows.append(("bits/weight", _bits(report)))
     if (gpus := largest_tensor_parallel(artifact)) is not None:
         rows.append(("divides", f"among up to {gpus} GPUs (tensor parallel)"))
-    for names in report.tied:
+    for names in report.tied[:_SHOWN]:
         rows.append(("tied", " = ".join(names)))
     have = dict.fromkeys(file for file in report.sidecars.values() if file)
     missing = [what for what, file in report.sidecars.items() if file is None and what != "processor"]
@@ -325,7 +325,7 @@ def _group_table(title: str, groups: tuple[Group, ...], kind: str, last: str) ->
     rows = [
         [
             str(group.count),
-            render.printable(group.pattern),
+            group.pattern,
             group.type,
             f"{group.parameters:,}",
             render.size(group.nbytes),

@@ -14,14 +14,23 @@ from typing import Any
 
 from loadstone.errors import UsageError
 
+# Characters of one message or cell.
+_LONGEST = 2000
+
 
 def console() -> Any:
     """A rich console on stdout: no colour when piped or under NO_COLOR, never wrapped by a narrow pipe."""
     from rich.console import Console
+    from rich.segment import Segment
 
     class Out(Console):
         def on_broken_pipe(self) -> None:
             _discard_output()
+
+        def render(self, *args: Any, **options: Any) -> Iterator[Segment]:
+            # Here all text passes on its way out, whatever shows it.
+            for text, style, control in super().render(*args, **options):
+                yield Segment(text if control else _spelled(text), style, control)
 
     return Out(highlight=False, width=None if sys.stdout.isatty() else 160)
 
@@ -40,9 +49,18 @@ def _discard_output() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def printable(text: str) -> str:
-    """Text with what could move a terminal's cursor spelled out: names in a model are anybody's."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+def one_line(text: str) -> str:
+    """A message in one line, of at most a few thousand characters: names in a model are anybody's."""
+    if len(text) > _LONGEST:
+        text = f"{text[: _LONGEST // 2]} … {text[-_LONGEST // 2 :]}"
+    return _spelled(text).replace("\n", "\\n")
+
+
+def _spelled(text: str) -> str:
+    """Text with what could move a terminal's cursor, or turn the direction of writing, spelled out."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
 def table(title: str, columns: list[str], rows: list[list[str]], *, right: tuple[int, ...] = ()) -> Any:
@@ -62,7 +80,7 @@ def table(title: str, columns: list[str], rows: list[list[str]], *, right: tuple
     for number, name in enumerate(columns):
         result.add_column(name, justify="right" if number in right else "left", overflow="fold")
     for row in rows:
-        result.add_row(*map(Text, row))
+        result.add_row(*(Text(one_line(cell)) for cell in row))
     return result
 
 
@@ -101,8 +119,10 @@ def result(json_to: str | None, value: Any, show: Callable[[], None]) -> None:
 def to_json(value: Any) -> str:
     """JSON text of a result: what is not finite becomes null, for JSON has no NaN."""
     text = json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    # Bytes of a path that are no UTF-8 have no other form than JSON's own escape.
-    return text.encode(errors="backslashreplace").decode()
+    # What a terminal would obey, and bytes of a path that are no UTF-8, in JSON's own escapes.
+    if text.replace("\n", "").isprintable():
+        return text
+    return "".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text)
 
 
 def _finite(value: Any) -> Any:

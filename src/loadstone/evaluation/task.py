@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from loadstone.artifact.context_file import CONTEXT_TENSORS, ContextFile
+from loadstone.artifact.formats.safetensors import open_tensors
 from loadstone.errors import UsageError
 from loadstone.evaluation.models import EvalModel
 from loadstone.evaluation.options import DEFAULT_CACHE, Options
@@ -116,7 +117,5 @@ def longest_context(subjects: tuple[EvalModel, ...], options: Options) -> int | 
 
 def last_token(prefix: ContextFile) -> int:
     """The id of the last token of a prefix."""
-    from safetensors import safe_open
-
-    with safe_open(prefix.path / CONTEXT_TENSORS, framework="numpy") as handle:
+    with open_tensors(prefix.path / CONTEXT_TENSORS, "numpy") as handle:
         return int(handle.get_tensor("tokens")[0, -1])

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from loadstone.artifact.files import check_inside
+from loadstone.artifact.formats.bin import load_values
 from loadstone.errors import ArtifactError, UsageError
 from loadstone.fakequant.plan import ExportPlan
 from loadstone.fakequant.rules import module_of
@@ -98,16 +99,7 @@ def _config(state: QuantizerState) -> list[dict[str, Any]]:
 def read_modelopt_state(directory: Path) -> dict[str, Any]:
     """The file's content; `ArtifactError` when it holds more than tensors and plain values: no code is
     run."""
-    import torch
-
-    path = check_inside(directory, MODELOPT_FILE)
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ArtifactError(
-            f"{MODELOPT_FILE}: cannot be read with weights_only=True ({reason})", "Do not trust this file"
-        ) from None
+    content = load_values(check_inside(directory, MODELOPT_FILE))
     if not isinstance(content, dict) or set(content) != _KEYS:
         raise ArtifactError(
             f"{MODELOPT_FILE}: not a ModelOpt state file", "Export again with --emit modelopt"

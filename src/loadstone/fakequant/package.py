@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from loadstone.artifact.files import check_inside, is_file
+from loadstone.artifact.files import MAX_CONFIG_BYTES, check_inside, is_file, read_text
 from loadstone.errors import ArtifactError
 
 STRIP, COPY = "strip", "copy"
@@ -51,7 +51,7 @@ def code_files(folder: Path, config: dict[str, Any]) -> dict[str, Path]:
                 "Copy the file beside config.json, or use --remote-code strip",
             )
         found[name] = check_inside(folder, name)
-        for pair in _RELATIVE_IMPORT.findall(found[name].read_text(errors="replace")):
+        for pair in _RELATIVE_IMPORT.findall(read_text(found[name], MAX_CONFIG_BYTES)):
             wanted += [part for part in pair if part]
     return found
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loadstone.artifact.files import check_inside, is_file, read_json
-from loadstone.artifact.formats.safetensors import read_header
+from loadstone.artifact.formats.safetensors import open_tensors, read_header
 from loadstone.artifact.hashing import sha256_file
 from loadstone.artifact.manifest import FORMAT_VERSION, MANIFEST, versions
 from loadstone.errors import ArtifactError, UsageError
@@ -83,8 +83,6 @@ def read_state(directory: Path) -> QuantizerState:
             )
     if not specs:
         return QuantizerState()
-    from safetensors.torch import load_file
-
     if not is_file(directory / STATE_FILE):
         raise ArtifactError(
             f"'{directory}' has quantizers and no {STATE_FILE}", "Copy the file, or export again"
@@ -92,7 +90,8 @@ def read_state(directory: Path) -> QuantizerState:
     path = check_inside(directory, STATE_FILE)
     # The reader of headers says what is damaged; safetensors' own only that something is.
     read_header(path)
-    state = QuantizerState(specs, load_file(path))
+    with open_tensors(path) as handle:
+        state = QuantizerState(specs, {key: handle.get_tensor(key) for key in handle.keys()})  # noqa: SIM118
     check_state(state)
     for name, spec in specs.items():
         amax = state.amax(name)

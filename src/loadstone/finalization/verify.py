@@ -7,6 +7,7 @@ from contextlib import closing
 from pathlib import Path
 
 from loadstone.artifact import detect
+from loadstone.artifact.files import open_regular
 from loadstone.artifact.manifest import verify_files
 from loadstone.errors import ArtifactError
 from loadstone.finalization.plan import FinalizePlan
@@ -32,7 +33,7 @@ def verify(
     def compare(unit: Unit, name: str, part: torch.Tensor, offset: int) -> None:
         expected = part.cpu().contiguous().reshape(-1).view(torch.uint8)
         info = tensors[name]
-        with (out / info.file).open("rb", buffering=0) as file:
+        with open_regular(out / info.file, buffering=0) as file:
             file.seek(info.begin + offset)
             if file.read(expected.numel()) != expected.numpy().tobytes():
                 raise ArtifactError(

@@ -7,11 +7,12 @@ import re
 from pathlib import Path
 from typing import Any
 
+from loadstone.artifact.files import read_text
 from loadstone.artifact.patterns import may_not_end
 from loadstone.errors import UsageError
 
 # A file of rules is a page or two long: a larger file is something else.
-_MAX_BYTES = 1_000_000
+_MAX_BYTES = 250_000
 
 
 def read_yaml(path: Path, what: str, see: str) -> Any:
@@ -21,14 +22,10 @@ def read_yaml(path: Path, what: str, see: str) -> Any:
     """
     import yaml
 
+    if not path.exists():
+        raise UsageError(f"there is no {what} '{path}'", see)
     try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise UsageError(f"'{path}' is not a {what}: it is larger than 1 MB", see)
-        return yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-    except FileNotFoundError:
-        raise UsageError(f"there is no {what} '{path}'", see) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"the {what} '{path}' cannot be read ({error})", "Check the path") from None
+        return yaml.compose(read_text(path, _MAX_BYTES, UsageError), Loader=yaml.SafeLoader)
     except (yaml.YAMLError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""

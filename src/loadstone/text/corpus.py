@@ -16,11 +16,18 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from loadstone.errors import ArtifactError, MissingError, UsageError
+from loadstone.artifact.files import (
+    check_folder,
+    check_inside,
+    open_regular,
+    read_json,
+    too_many_items,
+    translated,
+)
+from loadstone.errors import MissingError, UsageError
 from loadstone.text.opening import (
     COMPRESSED,
     MOST_CHARACTERS,
-    check_regular,
     inner_suffix,
     lines,
     undecodable,
@@ -37,6 +44,8 @@ _MARKERS = ("state.json", "dataset_info.json", "dataset_dict.json")
 _SPLITS = ("test", "validation", "train")
 # UTF-8 with or without the byte order mark that Windows programs write; it is not part of the text.
 _ENCODING = "utf-8-sig"
+# Values in one JSON text, counted by its commas and brackets, those in prose too.
+_MOST_ITEMS = 16_000_000
 
 
 @dataclass(frozen=True)
@@ -149,7 +158,6 @@ def _files_of_split(
 
 
 def _file(path: Path, column: str) -> Iterator[str]:
-    check_regular(path)
     reader = _READERS.get(inner_suffix(path))
     if reader is None:
         raise UsageError(f"cannot read {path}: unknown suffix {path.suffix!r}", f"Known: {_known()}")
@@ -205,43 +213,49 @@ def _json(path: Path, column: str) -> Iterator[str]:
 
 
 def _parsed(text: str, where: str) -> Any:
+    if too_many_items(text, _MOST_ITEMS):
+        raise UsageError(f"{where} holds more than {_MOST_ITEMS} values", "Write one record a line (.jsonl)")
     try:
         return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{where} is not JSON: {error}") from None
 
 
 def _csv(path: Path, column: str) -> Iterator[str]:
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     rows = csv.DictReader(lines(path, _ENCODING, newline=""))
-    for row in rows:
-        yield _cell(row, column, f"{path}:{rows.line_num}")
+    try:
+        for row in rows:
+            yield _cell(row, column, f"{path}:{rows.line_num}")
+    except csv.Error as error:
+        raise UsageError(f"{path}:{rows.line_num} is not CSV: {error}") from None
 
 
 def _parquet(path: Path, column: str) -> Iterator[str]:
-    import pyarrow
     import pyarrow.parquet
 
     if path.suffix.lower() in COMPRESSED:
         raise UsageError(f"{path} is compressed twice", "Decompress it: parquet is compressed inside")
-    try:
-        table = pyarrow.parquet.ParquetFile(path)
-    except pyarrow.ArrowException as error:
-        raise UsageError(f"{path} is not a readable parquet file: {error}") from None
-    _require(column, table.schema_arrow.names, str(path))
-    for batch in table.iter_batches(columns=[column]):
-        for value in batch.column(0):
-            yield _text(value.as_py(), column, str(path))
+    with open_regular(path, UsageError) as file, translated(str(path), "Write it again", UsageError):
+        table = pyarrow.parquet.ParquetFile(file)
+        _require(column, table.schema_arrow.names, str(path))
+        # A few rows at once: the same long text in each of them takes no room in the file.
+        for batch in table.iter_batches(batch_size=64, columns=[column]):
+            for value in batch.column(0):
+                yield _text(value.as_py(), column, str(path))
 
 
 def _saved_dataset(path: Path, column: str, split: str | None) -> Iterator[str]:
     import datasets
 
-    try:
-        loaded = datasets.load_from_disk(str(path))
-    except (OSError, ValueError, KeyError) as error:
-        raise ArtifactError(f"{path} is not a readable saved dataset: {error}") from None
-    yield from _dataset_rows(loaded, column, split, str(path))
+    for folder in (path, *sorted(p for p in path.iterdir() if p.is_dir())):
+        check_folder(folder)
+        stored = read_json(folder / "state.json") if (folder / "state.json").exists() else {}
+        with translated(f"{folder}/state.json", "Save the dataset again"):
+            for file in stored.get("_data_files", []):
+                check_inside(folder, file["filename"])
+    with translated(str(path), "Save the dataset again"):
+        yield from _dataset_rows(datasets.load_from_disk(str(path)), column, split, str(path))
 
 
 def _hub_dataset(name: str, column: str, split: str | None) -> Iterator[str]:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, cast
 
+from loadstone.artifact.files import open_regular
 from loadstone.errors import MissingError, UsageError
 
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
@@ -24,21 +25,14 @@ def inner_suffix(path: Path) -> str:
     return name.suffix.lower()
 
 
-def check_regular(path: Path) -> None:
-    """Raise `UsageError` for a device, a FIFO or a socket: opening one may never return."""
-    if path.exists() and not path.is_file():
-        raise UsageError(f"{path} is not a regular file", "Text is read from files")
-
-
 @contextmanager
 def open_binary(path: Path) -> Iterator[IO[bytes]]:
     """The decompressed bytes of a file, read as they are asked for.
 
     Raises `UsageError` for a damaged compressed file, `MissingError` where a package is needed for its kind.
     """
-    check_regular(path)
     suffix = path.suffix.lower()
-    with path.open("rb") as raw:
+    with open_regular(path, UsageError) as raw:
         try:
             if suffix == ".gz":
                 handle: Any = gzip.GzipFile(fileobj=raw)

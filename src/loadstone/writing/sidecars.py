@@ -10,7 +10,8 @@ from pathlib import Path
 
 from loadstone.artifact import Artifact
 from loadstone.artifact.adapter import ADAPTER_CONFIG
-from loadstone.artifact.files import check_inside, is_file, read_json
+from loadstone.artifact.files import check_inside, is_file, read_json, read_text
+from loadstone.errors import ArtifactError
 
 # Not carried over from a model directory, by what they are; everything else is.
 WEIGHTS, TRAINING, CACHES, CODE = (
@@ -143,9 +144,9 @@ def _module_folders(directory: Path) -> set[str]:
     if not is_file(directory / "modules.json"):
         return set()
     try:
-        modules = json.loads(check_inside(directory, "modules.json").read_bytes())
+        modules = json.loads(read_text(check_inside(directory, "modules.json")))
         paths = {str(module["path"]) for module in modules} if isinstance(modules, list) else set()
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ArtifactError, ValueError, RecursionError, KeyError, TypeError):
         return set()
     # Saved without an entry for some module, its folder is still named by number.
     numbered = {path.name for path in directory.iterdir() if re.fullmatch(r"\d+_[A-Z]\w*", path.name)}

@@ -15,6 +15,7 @@ from loadstone.artifact.compressed_tensors.block import Block
 from loadstone.artifact.compressed_tensors.merging import merged_sets
 from loadstone.artifact.compressed_tensors.scheme import NVFP4, PACK
 from loadstone.artifact.compressed_tensors.tensors import PackedWeight, is_side_tensor
+from loadstone.artifact.files import open_regular
 from loadstone.artifact.formats.safetensors import FLOAT_DTYPES, TensorInfo
 from loadstone.errors import ArtifactError
 
@@ -147,7 +148,7 @@ def _merged(
 
 def _number(directory: Path, info: TensorInfo) -> float:
     """The one float32 of a stored tensor."""
-    with (directory / info.file).open("rb") as file:
+    with open_regular(directory / info.file) as file:
         file.seek(info.begin)
         return float(struct.unpack("<f", file.read(4))[0])
 

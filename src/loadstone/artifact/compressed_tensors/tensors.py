@@ -11,7 +11,7 @@ from pathlib import Path
 from loadstone.artifact.compressed_tensors.block import Block
 from loadstone.artifact.compressed_tensors.layout import scale_grid, words
 from loadstone.artifact.compressed_tensors.scheme import MXFP4, MXFP8, NVFP4, PACK, LayerScheme
-from loadstone.artifact.files import Sink, refuse
+from loadstone.artifact.files import Sink, open_regular, refuse
 from loadstone.artifact.formats.safetensors import FLOAT_DTYPES, TensorInfo
 from loadstone.errors import ArtifactError
 
@@ -144,7 +144,7 @@ def packed_weights(
 def stored_shape(directory: Path, info: TensorInfo) -> tuple[int, int]:
     """The two numbers of a stored ``weight_shape``; raises `ArtifactError` for anything else."""
     if info.dtype in ("I64", "I32") and info.shape == (2,):
-        with (directory / info.file).open("rb") as file:
+        with open_regular(directory / info.file) as file:
             file.seek(info.begin)
             raw = file.read(info.nbytes)
         if len(raw) == info.nbytes:

@@ -14,7 +14,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from loadstone.artifact.files import Sink, file_size, refuse
+from loadstone.artifact.files import Sink, file_size, open_regular, refuse
 from loadstone.artifact.formats.inert_pickle import Global, MalformedPickle, Node, read_pickle
 from loadstone.artifact.formats.safetensors import DTYPE_BITS, TensorInfo
 from loadstone.artifact.hints import LFS_REMEDY, is_lfs_pointer
@@ -127,6 +127,8 @@ def load_values(path: Path) -> Any:
     """
     import torch
 
+    # torch maps the file itself.
+    file_size(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
@@ -149,9 +151,8 @@ def check_names(file: str, names: frozenset[str]) -> None:
 
 def _read_archive(path: Path) -> tuple[bytes, dict[str, int]]:
     """``data.pkl`` and the size in bytes of each storage."""
-    file_size(path)
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             if is_lfs_pointer(file.read(32)):
                 raise ArtifactError(f"{path.name}: a git-LFS pointer, not the file", LFS_REMEDY)
             _check_directory(path.name, file)

@@ -12,7 +12,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loadstone.artifact.files import Sink, check_inside, file_size, is_file, refuse
+from loadstone.artifact.files import Sink, check_inside, file_size, is_file, open_regular, refuse
 from loadstone.artifact.formats.bin import TORCH_DTYPES, check_names
 from loadstone.artifact.formats.inert_pickle import Global, MalformedPickle, Node, read_pickle
 from loadstone.artifact.formats.safetensors import DTYPE_BITS, TensorInfo
@@ -64,7 +64,9 @@ def read_dcp(directory: Path, folder: str, sink: Sink = refuse) -> DcpContents:
             f"{label}: over the limit of {MAX_METADATA_BYTES} bytes", "Save the weights as safetensors"
         )
     try:
-        metadata, names = read_pickle(path.read_bytes(), _MAX_STEPS)
+        with open_regular(path) as file:
+            raw = file.read(MAX_METADATA_BYTES)
+        metadata, names = read_pickle(raw, _MAX_STEPS)
     except (MalformedPickle, OSError) as error:
         raise ArtifactError(f"{label}: cannot be read ({error})", "Copy the checkpoint again") from None
     check_names(label, names)
@@ -82,7 +84,7 @@ def load_tensor(directory: Path, info: TensorInfo, chunks: tuple[DcpChunk, ...])
 
     whole = torch.empty(info.shape, dtype=torch_dtype(info.dtype))
     for chunk in chunks:
-        with (directory / chunk.file).open("rb") as file:
+        with open_regular(directory / chunk.file) as file:
             file.seek(chunk.begin)
             raw = file.read(chunk.end - chunk.begin)
         try:

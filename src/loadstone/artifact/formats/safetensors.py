@@ -10,13 +10,22 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from loadstone.artifact.files import MAX_JSON_ITEMS, Sink, file_size, refuse, too_many_items
+from loadstone.artifact.files import (
+    MAX_JSON_ITEMS,
+    Sink,
+    file_size,
+    open_regular,
+    refuse,
+    too_many_items,
+    translated,
+)
 from loadstone.artifact.hints import LFS_REMEDY, is_lfs_pointer
 from loadstone.errors import ArtifactError
 
@@ -96,9 +105,27 @@ def read_header(path: Path, sink: Sink = refuse, name: str | None = None) -> Sha
     return ShardHeader(name, tensors, metadata, file_bytes)
 
 
+@contextmanager
+def open_tensors(path: Path, framework: str = "pt") -> Iterator[Any]:
+    """A file opened by safetensors' own reader, on the CPU.
+
+    Raises `ArtifactError` naming the file, here and within the block, when it is no longer what its header was.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    file_size(path)
+    with translated(path.name, _RECOPY):
+        handle = safe_open(path, framework=framework, device="cpu")
+    try:
+        with handle:
+            yield handle
+    except SafetensorError as error:
+        raise ArtifactError(f"{path.name}: cannot be read ({error})", _RECOPY) from None
+
+
 def _read_raw(path: Path, name: str, file_bytes: int) -> bytes:
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             prefix = file.read(8)
             if prefix == b"version " and is_lfs_pointer(prefix + file.read(16)):
                 raise ArtifactError(f"{name}: a git-LFS pointer, not the file", LFS_REMEDY)

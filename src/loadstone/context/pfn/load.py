@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from loadstone.artifact.formats.safetensors import open_tensors
 from loadstone.artifact.values import check_values
 from loadstone.context.pfn.model import PFN
 from loadstone.errors import ArtifactError
@@ -17,8 +18,6 @@ def load_pfn(plan: LoadPlan) -> PFN:
 
     Raises `ArtifactError` naming the first tensor that is missing, unexpected, of another shape, or not finite.
     """
-    from safetensors.torch import load_file
-
     artifact = plan.artifact
     if not artifact.source.streamable:
         raise ArtifactError(f"'{artifact.root}': a PFN is read from safetensors only", "Save it again")
@@ -44,7 +43,8 @@ def load_pfn(plan: LoadPlan) -> PFN:
     dtype = None if plan.dtype == "auto" else getattr(torch, plan.dtype)
     state: dict[str, torch.Tensor] = {}
     for file in artifact.weights.files:
-        state |= load_file(artifact.path / file, device=str(device))
+        with open_tensors(artifact.path / file) as handle:
+            state |= {name: handle.get_tensor(name).to(device) for name in handle.keys()}  # noqa: SIM118
     # Borders and other buffers keep their precision whatever the parameters are computed in.
     buffers = dict(model.named_buffers())
     state = {

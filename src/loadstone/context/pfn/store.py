@@ -22,6 +22,7 @@ from loadstone.artifact.context_file import (
     require_kind,
 )
 from loadstone.artifact.context_file import PFN as PFN_KIND
+from loadstone.artifact.formats.safetensors import open_tensors
 from loadstone.artifact.values import check_values
 from loadstone.context.fingerprint import Fingerprint, check_same, fingerprint
 from loadstone.context.pfn.bases import find_base, load_base
@@ -129,11 +130,9 @@ def _check_architecture(config: PFNConfig, model: PFN, base: str) -> None:
 
 
 def _build(file: ContextFile, model: PFN) -> TrainingContext:
-    from safetensors import safe_open
-
     facts, device = file.facts, model.device
     tensors: dict[str, Tensor] = {}
-    with safe_open(file.path / CONTEXT_TENSORS, framework="pt", device="cpu") as handle:
+    with open_tensors(file.path / CONTEXT_TENSORS) as handle:
         for name in file.tensors:
             if not name.startswith("probe."):
                 # A clone on the CPU too: a mapped tensor would change with the file under it.
@@ -163,9 +162,7 @@ def _build(file: ContextFile, model: PFN) -> TrainingContext:
 
 
 def _check_probe(context: TrainingContext, file: ContextFile) -> None:
-    from safetensors import safe_open
-
-    with safe_open(file.path / CONTEXT_TENSORS, framework="pt", device="cpu") as handle:
+    with open_tensors(file.path / CONTEXT_TENSORS) as handle:
         queries, expected = handle.get_tensor("probe.queries"), handle.get_tensor("probe.logits")
     with torch.no_grad():
         found = context.logits(queries.to(context.device)).cpu()

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loadstone.artifact.files import MAX_CONFIG_BYTES, read_text
 from loadstone.context.prefix.attention import NAME, register
 from loadstone.context.prefix.cache import Prefix, PrefixCache, capture, text_config
 from loadstone.context.prefix.continuation import check_continues
@@ -29,21 +30,18 @@ _NOISE, _MOST = 2.0, 0.25
 
 def read_prompt(path: Path) -> str | list[dict[str, Any]]:
     """The prompt in a file: text as it stands, or of a ``.json`` file the list of chat messages in it."""
-    if not path.is_file():
+    if not path.exists():
         raise UsageError(
             f"there is no file '{path}'", "--prompt names a text file, or .json with chat messages"
         )
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path} is not UTF-8 text: byte {error.start}", "Save it as UTF-8") from None
+    text = read_text(path, MAX_CONFIG_BYTES, UsageError)
     if path.suffix.lower() != ".json":
         if not text.strip():
             raise UsageError(f"'{path}' is empty", "A prefix is at least one token")
         return text
     try:
         messages = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{path} is not JSON: {error}") from None
     if (
         not isinstance(messages, list)

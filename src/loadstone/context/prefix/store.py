@@ -30,6 +30,7 @@ from loadstone.artifact.context_file import (
     read_context,
     require_kind,
 )
+from loadstone.artifact.formats.safetensors import open_tensors
 from loadstone.artifact.values import check_values
 from loadstone.context.fingerprint import Fingerprint, check_same, fingerprint
 from loadstone.context.prefix.base import (
@@ -327,14 +328,12 @@ def _plain_shapes(file: ContextFile, number: int, layer: dict[str, Any], kind: s
 
 
 def _read(file: ContextFile, model: Any, tokenizer: Any) -> Prefix:
-    from safetensors import safe_open
-
     facts = file.facts
     device = model.get_input_embeddings().weight.device
     devices = _layer_devices(model, facts["cache"]["layers"], device)
     kind = facts["cache"]["dtype"]
     layers = []
-    with safe_open(file.path / CONTEXT_TENSORS, framework="pt", device="cpu") as handle:
+    with open_tensors(file.path / CONTEXT_TENSORS) as handle:
 
         def take(name: str, where: torch.device) -> Tensor:
             # A copy on the CPU too: a mapped tensor would change with the file under it.
@@ -387,9 +386,7 @@ def _layer_devices(model: Any, count: int, default: torch.device) -> list[torch.
 
 
 def _check_probe(cache: PrefixCache, file: ContextFile) -> None:
-    from safetensors import safe_open
-
-    with safe_open(file.path / CONTEXT_TENSORS, framework="pt", device="cpu") as handle:
+    with open_tensors(file.path / CONTEXT_TENSORS) as handle:
         expected = handle.get_tensor("probe.logits").double()
     try:
         found = probe(cache).cpu().double()

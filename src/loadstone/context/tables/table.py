@@ -16,11 +16,14 @@ from typing import Any
 import numpy as np
 
 from loadstone.artifact.context_errors import SchemaMismatch
+from loadstone.artifact.files import open_regular, translated
 from loadstone.errors import ArtifactError, UsageError
+from loadstone.text import opening
 
 MISSING = frozenset({"", "na", "nan", "n/a", "null", "none", "?"})
 # Integer targets with at most this many distinct values are classes unless --task says otherwise.
 _MOST_CLASSES = 10
+_MOST_CELLS = 10_000_000
 
 
 @dataclass(frozen=True)
@@ -38,20 +41,17 @@ class Table:
 def read_table(path: str | Path) -> Table:
     """A ``.csv``, ``.tsv`` or ``.parquet`` table with a header; raises `UsageError` or `ArtifactError` naming it."""
     path = Path(path)
-    if not path.is_file():
+    if not path.exists():
         raise UsageError(f"there is no file '{path}'", "Check the path")
     if path.suffix == ".parquet":
         return _read_parquet(path)
     if path.suffix not in (".csv", ".tsv", ".txt"):
         raise UsageError(f"'{path}': tables are read from .csv, .tsv and .parquet", "Convert it")
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        try:
-            lines = list(csv.reader(file, delimiter="\t" if path.suffix == ".tsv" else ","))
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise ArtifactError(
-                f"'{path}' cannot be read as a table ({error})", "Save it as UTF-8 CSV"
-            ) from None
-    lines = [line for line in lines if line]
+    with translated(f"'{path}' as a table", "Save it as UTF-8 CSV"):
+        rows = csv.reader(
+            opening.lines(path, "utf-8-sig", ""), delimiter="\t" if path.suffix == ".tsv" else ","
+        )
+        lines = [line for line in rows if line]
     if not lines:
         raise ArtifactError(f"'{path}' is empty", "A table has a header and rows")
     header = [name.strip() for name in lines[0]]
@@ -69,10 +69,12 @@ def read_table(path: str | Path) -> Table:
 def _read_parquet(path: Path) -> Table:
     import pyarrow.parquet
 
-    try:
-        content = pyarrow.parquet.read_table(path).to_pydict()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ArtifactError(f"'{path}' cannot be read as parquet ({error})", "Copy it again") from None
+    with open_regular(path, UsageError) as handle, translated(f"'{path}' as parquet"):
+        file = pyarrow.parquet.ParquetFile(handle)
+        if (cells := file.metadata.num_rows * file.metadata.num_columns) > _MOST_CELLS:
+            # A column of one value takes no room in the file.
+            raise UsageError(f"'{path}' has {cells} cells, over the limit of {_MOST_CELLS}", "Divide it")
+        content = file.read().to_pydict()
     return Table(
         str(path), {n: ["" if v is None else str(v) for v in column] for n, column in content.items()}
     )

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 from types import TracebackType
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from loadstone.artifact.context_errors import CorruptContext
 from loadstone.artifact.context_file import CONTEXT_TENSORS, ContextFile
 from loadstone.artifact.files import MAX_JSON_BYTES, too_many_items
+from loadstone.artifact.formats.safetensors import open_tensors
 from loadstone.errors import UsageError
 
 # Name of the tensor (uint8) that holds the tree.
@@ -38,7 +39,8 @@ class StoredEstimator:
     """
 
     def __init__(self, file: ContextFile) -> None:
-        self._file: Any = safe_open(file.path / CONTEXT_TENSORS, framework="pt", device="cpu")
+        self._opened = ExitStack()
+        self._file: Any = self._opened.enter_context(open_tensors(file.path / CONTEXT_TENSORS))
         self._left = set(file.tensors)
         info = file.tensors.get(TREE)
         if info is None or info.dtype != "U8" or info.nbytes > MAX_JSON_BYTES:
@@ -54,13 +56,12 @@ class StoredEstimator:
             raise CorruptContext(f"{CONTEXT_TENSORS}: '{TREE}' is not a JSON object", _RESAVE)
 
     def __enter__(self) -> StoredEstimator:
-        self._file.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.__exit__(kind, error, trace)
+        self._opened.__exit__(kind, error, trace)
 
     def take(self, name: str) -> Tensor:
         """A copy of a tensor; raises `CorruptContext` for an unknown name and for a second time."""
