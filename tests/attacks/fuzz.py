@@ -22,6 +22,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 import warnings
 from dataclasses import dataclass
@@ -56,6 +57,19 @@ class Reader:
     model: bool = False
 
 
+# What commands import when they need it.
+LAZY = (
+    "datasets",
+    "pyarrow.parquet",
+    "lzma",
+    "bz2",
+    "yaml",
+    "rich.table",
+    "safetensors.torch",
+    "torch.distributed.checkpoint",
+    "transformers.models.llama.modeling_llama",
+    "transformers.models.qwen3_moe.modeling_qwen3_moe",
+)
 _MODEL = (
     "inspect @ --verify",
     "inspect @ --json",
@@ -388,15 +402,10 @@ def _import_everything(folder: Path) -> None:
     from loadstone.loading.loader import import_libraries
 
     import_libraries()
-    for name in (*(f"loadstone.cli.{m}" for m in COMMANDS.values()), "datasets",
-                 "pyarrow.parquet", "lzma", "bz2",
-                 "transformers.models.llama.modeling_llama", "transformers.models.qwen3_moe.modeling_qwen3_moe",
-                 "torch.distributed.checkpoint", "safetensors.torch", "yaml", "rich.table", "rich.progress"):  # fmt: skip
+    for name in (*(f"loadstone.cli.{m}" for m in COMMANDS.values()), *LAZY):
         import_module(name)
     logging.disable(logging.NOTSET)
     warnings.simplefilter("ignore")
-    import threading
-
     # pyarrow's allocator has a thread of its own, which takes care of forks.
     if threading.active_count() > 1:
         raise RuntimeError(f"{threading.enumerate()}: threads before the fork")

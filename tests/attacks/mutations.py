@@ -126,7 +126,7 @@ def _grow(path: Path, chance: random.Random, others: Path) -> None:
 
 
 def _huge(path: Path, chance: random.Random, others: Path) -> None:
-    os.truncate(path, chance.choice([10**9, 2**40]))
+    os.truncate(path, chance.choice([10**9, 2**33]))
 
 
 def _moved_bytes(path: Path, chance: random.Random, others: Path) -> None:
