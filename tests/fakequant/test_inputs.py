@@ -171,7 +171,7 @@ def test_inputs_of_experts_of_other_shapes(kind: str, implementation: str) -> No
     from transformers.models.gpt_oss.modeling_gpt_oss import GptOssConfig, GptOssExperts
     from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHConfig, NemotronHExperts
 
-    from loadstone.fakequant.inputs import change_inputs
+    from loadstone.fakequant.inputs import change_quantizer_inputs
 
     torch.manual_seed(3)
     if kind == "gpt-oss":
@@ -194,7 +194,7 @@ def test_inputs_of_experts_of_other_shapes(kind: str, implementation: str) -> No
 
     names = [f"experts.{w}_input_quantizer" for w in (first, "down_proj")]
     with torch.no_grad():
-        undo = change_inputs(model, {n: lambda x, n=n: doubled(n, x) for n in names})  # type: ignore[misc]
+        undo = change_quantizer_inputs(model, {n: lambda x, n=n: doubled(n, x) for n in names})  # type: ignore[misc]
         experts(x, index, weights)
         undo()
         before, between = (torch.cat(seen[name]) for name in names)

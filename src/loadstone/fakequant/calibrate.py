@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loadstone.artifact import Artifact
-from loadstone.errors import ArtifactError, UsageError
+from loadstone.errors import UsageError
 from loadstone.fakequant.formats.spec import CALIBRATED
-from loadstone.fakequant.inputs import change_inputs, keys_and_values
+from loadstone.fakequant.inputs import change_quantizer_inputs, keys_and_values
 from loadstone.fakequant.offload import return_memory
 from loadstone.fakequant.options import Options
 from loadstone.fakequant.plan import ExportPlan
 from loadstone.fakequant.state import QuantizerState, check_state, input_specs
+from loadstone.loading.layer_inputs import InputRanges
 
 if TYPE_CHECKING:
     import torch
@@ -47,21 +48,14 @@ def calibrate(
     import torch
 
     specs = input_specs(plan) if options.activations else {}
-    seen: dict[str, torch.Tensor] = {}
-
-    def record(name: str, x: torch.Tensor) -> torch.Tensor:
-        low, high = torch.aminmax(x.detach())
-        amax = torch.maximum(low.abs(), high.abs()).float()
-        seen[name] = torch.maximum(seen[name], amax) if name in seen else amax
-        return x
-
+    ranges = InputRanges()
     measured = [name for name, spec in specs.items() if spec in CALIBRATED]
     training = model.training
     with ExitStack() as stack:
-        changes = {name: partial(record, name) for name in measured}
-        stack.callback(change_inputs(model, changes))
+        changes = {name: partial(ranges.record, name) for name in measured}
+        stack.callback(change_quantizer_inputs(model, changes))
         if options.kv_cache:
-            stack.enter_context(keys_and_values(model, record))
+            stack.enter_context(keys_and_values(model, ranges.record))
         for layer in _offloaded_layers(model):
             stack.callback(layer.register_forward_hook(lambda *_: return_memory()).remove)
         if training:
@@ -73,11 +67,8 @@ def calibrate(
             model(
                 input_ids=batch.to(model.get_input_embeddings().weight.device if _resident(model) else "cpu")
             )
-    unseen = [name for name in measured if name not in seen]
-    if unseen:
-        raise ArtifactError(
-            f"'{unseen[0]}' (of {len(unseen)}) saw no text during calibration", "Calibrate on more text"
-        )
+    ranges.require(measured)
+    seen = ranges.largest
     specs |= {name: str(options.kv_cache) for name in seen if name not in specs}
     state = QuantizerState(specs, {f"{name}.amax": amax.cpu() for name, amax in seen.items()})
     check_state(state)

@@ -4,14 +4,15 @@ be removed."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from loadstone.artifact.kinds import FAKEQUANT
 from loadstone.errors import ArtifactError
-from loadstone.fakequant.state import EXPERT_WEIGHTS, INPUT, QuantizerState, read_state
+from loadstone.fakequant.state import INPUT, QuantizerState, read_state
+from loadstone.loading.layer_inputs import Change
 
 if TYPE_CHECKING:
     import torch
@@ -19,72 +20,31 @@ if TYPE_CHECKING:
     from loadstone.artifact import Artifact
 
 KEYS, VALUES = "k_bmm_quantizer", "v_bmm_quantizer"
-Change = Callable[["torch.Tensor"], "torch.Tensor"]
 
 
-def input_modules(model: Any, quantizers: list[str]) -> dict[str, Any]:
-    """The module in ``model`` whose input each ``<module>.input_quantizer`` is about; names are a
-    checkpoint's."""
-    if not quantizers:
-        return {}
-    from loadstone.loading.meta import destinations
-
-    weights = {q: f"{q.removesuffix(f'.{INPUT}')}.weight" for q in quantizers}
-    places = destinations(model, list(weights.values()))
-    found = {}
-    for quantizer, weight in weights.items():
-        place = places[weight]
-        if place is None or place.converted:
-            raise ArtifactError(
-                f"'{quantizer}' belongs to no layer of {type(model).__name__}", "Export again"
-            )
-        found[quantizer] = model.get_submodule(place.parameter.rpartition(".")[0])
-    return found
-
-
-def change_inputs(model: Any, changes: Mapping[str, Change]) -> Callable[[], None]:
+def change_quantizer_inputs(model: Any, changes: Mapping[str, Change]) -> Callable[[], None]:
     """Pass the input of each quantizer's layer through its change; returns what takes it all back.
 
-    Layers are changed before accelerate's own hooks move their inputs. Raises `ArtifactError` for a quantizer that
-    belongs to no layer.
+    Quantizers are named after a checkpoint's weights (``<module>.input_quantizer``) or after fused experts in the model
+    (``<experts>.down_proj_input_quantizer``). Raises `ArtifactError` for one that belongs to no layer.
     """
-    undo = ExitStack()
-    names = [name for name in changes if name.endswith(f".{INPUT}")]
-    for name, module in input_modules(model, names).items():
-        undo.callback(_hook_input(module, changes[name]).remove)
-    for name in changes.keys() - set(names):
-        owner, _, kind = name.rpartition(".")
-        weight = kind.removesuffix(f"_{INPUT}")
-        try:
-            experts = model.get_submodule(owner)
-        except AttributeError:
-            experts = None
-        if weight not in EXPERT_WEIGHTS or not hasattr(experts, "_apply_gate"):
+    from loadstone.loading.layer_inputs import change_inputs
+    from loadstone.loading.meta import destinations
+
+    weights = {
+        name: f"{name.removesuffix(f'.{INPUT}')}.weight" for name in changes if name.endswith(f".{INPUT}")
+    }
+    places = destinations(model, list(weights.values())) if weights else {}
+    found = {}
+    for name, change in changes.items():
+        place = places[weights[name]] if name in weights else None
+        if name in weights and (place is None or place.converted):
             raise ArtifactError(f"'{name}' belongs to no layer of {type(model).__name__}", "Export again")
-        if weight == "down_proj":
-            _change_between(experts, changes[name], undo)
-        else:
-            undo.callback(_hook_input(experts, changes[name]).remove)
-    return undo.close
-
-
-def _hook_input(module: Any, change: Change) -> Any:
-    return module.register_forward_pre_hook(lambda m, args: (change(args[0]), *args[1:]))
-
-
-def _change_between(experts: Any, change: Change, undo: ExitStack) -> None:
-    """Change what fused experts multiply by their last weight: the gated product, or the activation's output."""
-    if not experts.has_gate:
-        undo.callback(experts.act_fn.register_forward_hook(lambda m, args, out: change(out)).remove)
-        return
-    gate = experts._apply_gate
-    experts._apply_gate = lambda x: change(gate(x))
-    undo.callback(delattr, experts, "_apply_gate")
-    before = experts.config._experts_implementation
-    if before not in ("grouped_mm", "batched_mm"):
-        # The others compute the gate in place or in a kernel.
-        experts.config._experts_implementation = "grouped_mm"
-        undo.callback(setattr, experts.config, "_experts_implementation", before)
+        found[place.parameter if place else name.removesuffix(f"_{INPUT}")] = change
+    try:
+        return change_inputs(model, found)
+    except ArtifactError as error:
+        raise ArtifactError(f"a quantizer belongs to no layer: {error.message}", "Export again") from None
 
 
 @contextmanager
@@ -139,7 +99,7 @@ def apply_state(model: Any, state: QuantizerState) -> int:
 
         return change
 
-    change_inputs(model, {name: rounding(name) for name in state.specs if name.endswith(INPUT)})
+    change_quantizer_inputs(model, {name: rounding(name) for name in state.specs if name.endswith(INPUT)})
     cached = {name: rounding(name) for name in state.specs if name.endswith((KEYS, VALUES))}
     if cached:
         switch_attention(model, lambda name, x: cached[name](x) if name in cached else x)

@@ -14,7 +14,8 @@ from loadstone.fakequant.formats.spec import Format, Own
 from loadstone.fakequant.inputs import KEYS, VALUES
 from loadstone.fakequant.offload import data_of
 from loadstone.fakequant.rules import Role, RuleSet, module_of
-from loadstone.fakequant.state import EXPERT_WEIGHTS, INPUT, QuantizerState
+from loadstone.fakequant.state import INPUT, QuantizerState
+from loadstone.loading.layer_inputs import EXPERT_WEIGHTS
 
 if TYPE_CHECKING:
     import torch

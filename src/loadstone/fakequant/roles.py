@@ -10,7 +10,8 @@ from loadstone.artifact import TensorInfo
 from loadstone.artifact.formats.safetensors import FLOAT_DTYPES
 from loadstone.errors import ArtifactError
 from loadstone.fakequant.rules import Role
-from loadstone.fakequant.state import EXPERT_WEIGHTS, INPUT
+from loadstone.fakequant.state import INPUT
+from loadstone.loading.layer_inputs import sees_experts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -70,7 +71,7 @@ def _role(
         # Two stored dimensions: an expert of its own, merged with the others on load.
         transposed = bool(getattr(owner, "is_transposed", False)) and len(info.shape) == 3
         # transformers' own scheme for experts, whose inputs can be changed on their way (inputs.py).
-        known = hasattr(owner, "_apply_gate") and leaf in EXPERT_WEIGHTS
+        known = sees_experts(owner, leaf)
         return Role(True, transposed=transposed, shared=f"{owner_name}.{leaf}_{INPUT}" if known else "")
     return Role(False, f"weight of a {type(owner).__name__}, not a Linear")
 

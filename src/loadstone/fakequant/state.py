@@ -25,8 +25,6 @@ STATE_FILE = "fakequant_state.safetensors"
 FAKEQUANT_MANIFEST = "fakequant_manifest.json"
 SCHEMA = 1
 INPUT = "input_quantizer"
-# Weights of transformers' fused experts: the input of the last is made inside the layer, between two products.
-EXPERT_WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True)

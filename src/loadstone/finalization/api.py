@@ -166,7 +166,7 @@ def plan_finalize(
         log.warning("%s is quantized: its decoded weights are what is finalized", artifact.root)
         artifact = dense_view(artifact)
     chosen = recorded_recipe(artifact, asked)
-    chosen = _with_options(chosen, algorithm, calibrate is not None, skip)
+    chosen = _with_options(chosen, algorithm, calibrate is not None, skip, layout)
     if layout != TORCHAO and chosen is None:
         raise UsageError(
             f"--layout {layout} is about quantized weights",
@@ -215,16 +215,30 @@ def _recipe(recipe: str | Path | Recipe | MixedRecipe | None) -> Recipe | MixedR
 
 
 def _with_options(
-    recipe: Recipe | MixedRecipe | None, algorithm: str | None, calibrated: bool, skip: Sequence[str]
+    recipe: Recipe | MixedRecipe | None,
+    algorithm: str | None,
+    calibrated: bool,
+    skip: Sequence[str],
+    layout: str,
 ) -> Recipe | MixedRecipe | None:
     """The recipe with the options applied that belong to it."""
+    given = recipes_in(recipe)
+    measured = layout == COMPRESSED_TENSORS and any(
+        (served := each.scheme.serving) and served.measures_inputs for each in given
+    )
     for flag, value in (("--skip", skip), ("--algorithm", algorithm), ("--calibrate", calibrated)):
         if value and recipe is None:
             raise UsageError(f"{flag} is about quantization", "Add --quantize RECIPE or --recipe FILE")
-    algorithm = algorithm or ("gptq" if calibrated else None)
+    if calibrated and (not measured or any(each.scheme.algorithms for each in given)):
+        algorithm = algorithm or "gptq"
     if recipe and algorithm:
         recipe = with_algorithm(recipe, algorithm)
     for each in recipes_in(recipe):
         if each.scheme.calibrated and not calibrated:
             raise UsageError(f"{each} needs text to calibrate with", "Add --calibrate FILE")
+    if measured and not calibrated:
+        raise UsageError(
+            f"{recipe}: this layout stores the range of the inputs, which is measured on text",
+            "Add --calibrate FILE (or sample), or use nvfp4-weight-only",
+        )
     return recipe

@@ -20,7 +20,9 @@ from loadstone.artifact.torchao.flatten import torch_dtype
 from loadstone.errors import ArtifactError, UsageError
 from loadstone.finalization.gptq import gptq
 from loadstone.finalization.journal import calibration_directory, output_in, work_directory
+from loadstone.finalization.layers import PLAIN, Call, layer_calls, run_layer
 from loadstone.finalization.plan import FinalizePlan, Step
+from loadstone.finalization.ranges import measure_inputs, measured_parameters, with_ranges
 from loadstone.finalization.smooth import Inputs, awq_scale, find_folds, smooth_scale
 from loadstone.quantization.quantize import quantize_scaled, quantize_weight
 from loadstone.quantization.rounding import least_squares_weight
@@ -75,7 +77,7 @@ def calibrate(
     model = skeleton(model_class, config, torch.float32).eval()
     stack = layer_stack(model)
     if stack is None:
-        raise ArtifactError(f"{type(model).__name__} has no list of decoder layers", _PLAIN)
+        raise ArtifactError(f"{type(model).__name__} has no list of decoder layers", PLAIN)
     prefix, layers = stack
     by_source = {s.source.name: s for s in plan.steps}
     steps: dict[str, Step] = {}
@@ -87,7 +89,7 @@ def calibrate(
     _check_outside(outside, prefix)
     if len(outside) == len(wanted):
         raise UsageError(
-            f"no weight that {plan.recipe} quantizes is part of a decoder layer ({prefix})", _PLAIN
+            f"no weight that {plan.recipe} quantizes is part of a decoder layer ({prefix})", PLAIN
         )
     folder = _folder(plan, rows, out)
     needed = plan.bytes_after + sum(s.nbytes for s in wanted.values())
@@ -106,7 +108,7 @@ def calibrate(
                 if not file.is_file():
                     _round_layer(layer, inside, hidden, calls[number], file, device)
                 _use_rounded(layer, inside, file, device)
-            hidden = [_run(layer, x, calls[number], device) for x in hidden]
+            hidden = [run_layer(layer, x, calls[number], device) for x in hidden]
             layer.to("meta")
             if on_progress:
                 on_progress(number + 1, len(layers))
@@ -123,14 +125,21 @@ def calibrate_plan(
     trust_remote_code: bool,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> FinalizePlan:
-    """The plan with its weights rounded by rank 0 on the first ``tokens`` tokens of ``text``; see `calibrate`."""
+    """The plan with its weights rounded, and the ranges of inputs measured, by rank 0 on the first ``tokens`` tokens of
+    ``text``; see `calibrate` and `measure_inputs`."""
     rows = calibration_rows(plan, text, tokens, trust_remote_code)
+    folder = _folder(plan, rows, out)
     if ranks.rank == 0:
-        calibrate(
-            plan, rows, out, device=device, trust_remote_code=trust_remote_code, on_progress=on_progress
-        )
+        options: dict[str, Any] = {
+            "device": device,
+            "trust_remote_code": trust_remote_code,
+            "on_progress": on_progress,
+        }
+        measure_inputs(plan, rows, folder, **options)
+        if _wanted(plan) or not measured_parameters(plan):
+            calibrate(plan, rows, out, **options)
     ranks.wait()
-    return calibrated(plan, rows, out)
+    return with_ranges(calibrated(plan, rows, out), folder)
 
 
 def calibration_rows(
@@ -167,11 +176,12 @@ def calibrated(plan: FinalizePlan, rows: torch.Tensor, out: Path) -> FinalizePla
     from safetensors import safe_open
 
     ready: dict[str, str] = {}
-    for file in sorted(_folder(plan, rows, out).glob("*.safetensors")):
+    folder = _folder(plan, rows, out)
+    for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as parts:
             ready |= dict.fromkeys(parts.keys(), str(file))
     shards = tuple(tuple(_with_result(s, ready) for s in shard) for shard in plan.shards)
-    return replace(plan, shards=shards)
+    return replace(plan, shards=shards, calibration=folder.name)
 
 
 def _with_result(step: Step, ready: dict[str, str]) -> Step:
@@ -208,7 +218,7 @@ def _round_layer(
     layer: torch.nn.Module,
     inside: dict[str, Step],
     hidden: list[torch.Tensor],
-    call: tuple[tuple[Any, ...], dict[str, Any]],
+    call: Call,
     file: Path,
     device: str,
 ) -> None:
@@ -228,7 +238,7 @@ def _round_layer(
             )
     rounded = {f"{name}.weight" for name in wanted}
     before = {name: p.detach().clone() for name, p in layer.named_parameters() if name not in rounded}
-    scales = _fold_scales(layer, wanted, inputs, lambda: _run(layer, hidden[0], call, device))
+    scales = _fold_scales(layer, wanted, inputs, lambda: run_layer(layer, hidden[0], call, device))
     parts: dict[str, torch.Tensor] = {}
     for name, step in wanted.items():
         assert step.encoding is not None and step.scheme is not None
@@ -305,7 +315,7 @@ def _input_statistics(
     layer: torch.nn.Module,
     wanted: dict[str, Step],
     hidden: list[torch.Tensor],
-    call: tuple[tuple[Any, ...], dict[str, Any]],
+    call: Call,
     device: str,
 ) -> dict[str, Inputs]:
     """Statistics of the inputs of each named Linear; Linears that share an input share them."""
@@ -331,7 +341,7 @@ def _input_statistics(
     handles = [layer.get_submodule(name).register_forward_pre_hook(watch(name)) for name in wanted]
     for x in hidden:
         seen.clear()
-        _run(layer, x, call, device)
+        run_layer(layer, x, call, device)
     for handle in handles:
         handle.remove()
     return found
@@ -360,11 +370,8 @@ def _inputs(
     sources: dict[str, Any],
     reader: Source,
     device: str,
-) -> tuple[list[torch.Tensor], list[tuple[tuple[Any, ...], dict[str, Any]]]]:
-    """The inputs of the first layer for each row, and the arguments of each layer's call (masks, positions).
-
-    Each layer's forward is replaced by one that records its call and returns its input, so no layer needs weights.
-    """
+) -> tuple[list[torch.Tensor], list[Call]]:
+    """What `layer_calls` gives, with all that is outside of the layers read."""
     base = model.base_model
     head = (
         {id(p) for p in model.get_output_embeddings().parameters()}
@@ -379,37 +386,7 @@ def _inputs(
     for buffer_owner in base.modules():
         for name, buffer in list(buffer_owner.named_buffers(recurse=False)):
             buffer_owner._buffers[name] = buffer.to(device)
-    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-    entered: list[torch.Tensor] = []
-
-    def record(number: int) -> Callable[..., Any]:
-        def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-            if number == 0:
-                entered.append(x.cpu())
-            if number == len(calls):
-                calls.append((args, kwargs))
-            return x
-
-        return forward
-
-    for number, layer in enumerate(layers):
-        layer.forward = record(number)  # type: ignore[method-assign]
-    try:
-        for row in rows:
-            base(input_ids=row[None].to(device), use_cache=False)
-    finally:
-        for layer in layers:
-            del layer.forward
-    if len(calls) != len(layers):
-        raise ArtifactError(f"{type(model).__name__} does not run its layers one after the other", _PLAIN)
-    return entered, calls
-
-
-def _run(
-    layer: torch.nn.Module, x: torch.Tensor, call: tuple[tuple[Any, ...], dict[str, Any]], device: str
-) -> torch.Tensor:
-    result = layer(x.to(device), *call[0], **call[1])
-    return (result[0] if isinstance(result, tuple) else result).cpu()
+    return layer_calls(base, layers, rows, device)
 
 
 def _fill(layer: torch.nn.Module, prefix: str, sources: dict[str, Any], reader: Source, device: str) -> None:
@@ -430,9 +407,7 @@ def _set(
 
     full = prefix + name
     if full not in sources:
-        raise ArtifactError(
-            f"'{full}' is merged from several tensors: the model cannot be calibrated", _PLAIN
-        )
+        raise ArtifactError(f"'{full}' is merged from several tensors: the model cannot be calibrated", PLAIN)
     owner, _, last = name.rpartition(".")
     module = root.get_submodule(owner)
     value = reader.read(sources[full]).to(device=device, dtype=torch.float32)
@@ -443,9 +418,7 @@ def _folder(plan: FinalizePlan, rows: torch.Tensor, out: Path) -> Path:
     """A place for this calibration: other tokens, weights, recipes or versions never share files."""
     files = plan.source.weight_files
     stats = [(f, (s := (plan.source.path / f).stat()).st_size, s.st_mtime_ns) for f in files]
-    text = json.dumps([plan.kind, str(plan.recipe), plan.dtype, stats, list(rows.shape), versions()])
+    names = [step.name for step in plan.steps if step.scheme]
+    text = json.dumps([plan.kind, str(plan.recipe), names, plan.dtype, stats, list(rows.shape), versions()])
     digest = hashlib.sha256(text.encode() + rows.numpy().tobytes()).hexdigest()
     return calibration_directory(out) / digest[:16]
-
-
-_PLAIN = "Use a rounding that needs no text: affine, mse or hqq"

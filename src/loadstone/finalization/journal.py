@@ -58,6 +58,7 @@ def job_key(plan: FinalizePlan, versions: dict[str, str]) -> dict[str, str]:
         "recipe": f"{plan.kind} {plan.recipe} {plan.config.get('quantization_config')}",
         "dtype": plan.dtype,
         "layout": layout.hexdigest(),
+        "calibration": plan.calibration,
         "versions": json.dumps(versions, sort_keys=True),
     }
 

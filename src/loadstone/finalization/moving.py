@@ -142,7 +142,11 @@ def _moved(source: Source, name: str, flat: FlatTensor, scheme: Scheme) -> list[
             _SOURCE,
         )
     flat = source.describe(name)
-    layer_scheme(scheme)
+    if layer_scheme(scheme).measures_inputs:
+        raise UsageError(
+            f"tensor '{name}' rounds inputs to NVFP4, and servers want their range, which is measured on text",
+            f"{_SOURCE} --calibrate FILE",
+        )
     if flat.dtype is None:
         raise ArtifactError(f"tensor '{name}' does not say which dtype it stands for", _SOURCE)
     qdata, dtype = flat.parts["qdata"], SAFETENSORS_DTYPES[flat.dtype]
@@ -150,7 +154,9 @@ def _moved(source: Source, name: str, flat: FlatTensor, scheme: Scheme) -> list[
     steps, first = [], 0
     for matrix in matrices:
         shape = (matrix.shape[0], flat.shape[-1])
-        encoding = MovedEncoding(matrix.name, scheme, shape, dtype, flat.parts, first, source)
+        encoding = MovedEncoding(
+            matrix.name, scheme, shape, dtype, parts=flat.parts, first=first, source=source
+        )
         values = matrix._replace(name=qdata.name) if len(matrices) == 1 else matrix
         steps.append(Step((values,), matrix.name, encoding.outputs, encoding, "moved from torchao's layout"))
         first += matrix.shape[0]

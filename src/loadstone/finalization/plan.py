@@ -36,7 +36,8 @@ class Step:
 
     ``outputs``: the stored tensors, with sizes and no offsets yet. ``encoding``: how the weight is quantized; None for
     a tensor that is copied or cast. ``ready``: a safetensors file that holds the outputs already, made by calibration.
-    ``merged_with``: other source tensors whose largest value counts for the scale of the whole tensor.
+    ``merged_with``: other source tensors whose largest value counts for the scale of the whole tensor. ``parameter``:
+    the model's parameter that it is, or is a part of, where weights are stored under the checkpoint's names.
     """
 
     sources: tuple[TensorInfo, ...]
@@ -46,6 +47,7 @@ class Step:
     reason: str = ""
     ready: str = ""
     merged_with: tuple[TensorInfo, ...] = ()
+    parameter: str = ""
 
     @property
     def action(self) -> str:
@@ -77,7 +79,8 @@ class Step:
 class FinalizePlan:
     """A finalize as data. ``shards``: the steps of each output file; ``config``: the config.json to write; ``header``:
     metadata for the header of every output file; ``kind``: of the artifact; ``indexed``: a single file has an index
-    too; ``runs``: where the artifact will run."""
+    too; ``runs``: where the artifact will run; ``calibration``: what a calibrated plan was calibrated on, as a digest.
+    """
 
     source: Artifact
     recipe: Recipe | MixedRecipe | None
@@ -88,6 +91,7 @@ class FinalizePlan:
     kind: str = DENSE
     indexed: bool = False
     runs: tuple[Runs, ...] = ()
+    calibration: str = ""
 
     @cached_property
     def steps(self) -> list[Step]:
@@ -148,7 +152,12 @@ def make_plan(
         decision = decisions.get(place.parameter) if place else None
         if encoder.keeps_names and decision and decision.scheme and place:
             separate = _separate(info, artifact)
-            steps += [_quantize_step((part,), part.name, stored, decision, encoder) for part in separate]
+            steps += [
+                replace(
+                    _quantize_step((part,), part.name, stored, decision, encoder), parameter=place.parameter
+                )
+                for part in separate
+            ]
             if separate:
                 steps += _untied_steps(info, place.parameter, stored, decisions, untied, encoder)
                 continue

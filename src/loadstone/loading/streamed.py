@@ -56,6 +56,7 @@ class StreamedModel:
                 "Leave --stream out, on a machine that holds the model",
             )
         stack, self.stack = found
+        self.stack_name = stack
         self._parts: dict[int | None, dict[str, Any]] = {}
         for key, destination in destinations(self.model, list(state)).items():
             if destination is None:

@@ -136,6 +136,15 @@ def scale_as_divisor(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return next(exact, next(back, tried))
 
 
+def input_divisor(largest: float) -> torch.Tensor:
+    """The float32 number (1,) that NVFP4 inputs of that ``largest`` magnitude are scaled by: the block scale of the
+    largest becomes 448. As compressed-tensors computes it."""
+    import torch
+
+    amax = torch.tensor([largest]).clamp(min=torch.finfo(torch.float32).tiny)
+    return torch.nan_to_num(448.0 * 6.0 / amax, posinf=1.0)
+
+
 def scales_in(scale: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
     """Scales in the model's ``dtype``; raises `ArtifactError` naming the tensor where that would change one.
 

@@ -281,9 +281,16 @@ class Nvfp4WeightOnly(_Nvfp4):
 
 @dataclass(frozen=True)
 class Nvfp4DynActNvfp4Weight(_Nvfp4):
-    """NVFP4 dynamic activations and weights."""
+    """NVFP4 dynamic activations and weights. In the serving layout the range of the inputs is measured on text."""
 
-    unserved = ("servers want calibrated ranges of the inputs", "nvfp4-weight-only")
+    @property
+    def serving(self) -> LayerScheme:
+        inputs = QuantArgs(4, "float", "tensor_group", 16, dynamic="local")
+        return LayerScheme(NVFP4, QuantArgs(4, "float", "tensor_group", 16), inputs)
+
+    @property
+    def weight_only(self) -> Scheme:
+        return Nvfp4WeightOnly()
 
 
 @dataclass(frozen=True)

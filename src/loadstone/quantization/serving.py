@@ -12,6 +12,7 @@ from loadstone.artifact.compressed_tensors import LayerScheme
 from loadstone.artifact.compressed_tensors.scheme import MXFP4, MXFP8, NVFP4, PACK
 from loadstone.errors import UsageError
 from loadstone.quantization.packing import (
+    input_divisor,
     pack_ints,
     pack_zero_points,
     plain_block_scales,
@@ -82,13 +83,23 @@ def stored_rows(
 
 
 def whole_tensors(
-    layer: LayerScheme, parts: dict[str, torch.Tensor], shape: tuple[int, int], dtype: torch.dtype
+    layer: LayerScheme,
+    parts: dict[str, torch.Tensor],
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    largest_input: float | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Stored tensors that a weight of ``shape`` has once, by suffix."""
+    """Stored tensors that a weight of ``shape`` has once, by suffix.
+
+    ``largest_input``: magnitude of the layer's inputs, where a scale of them is stored (`LayerScheme.measures_inputs`).
+    """
     import torch
 
     if layer.format == PACK:
         return {"weight_shape": torch.tensor(shape)}
     if layer.format == NVFP4:
-        return {"weight_global_scale": scale_as_divisor(parts["per_tensor_scale"], dtype)}
+        found = {"weight_global_scale": scale_as_divisor(parts["per_tensor_scale"], dtype)}
+        return (
+            found if largest_input is None else found | {"input_global_scale": input_divisor(largest_input)}
+        )
     return {}

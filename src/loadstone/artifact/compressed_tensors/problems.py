@@ -38,7 +38,8 @@ def serving_problems(
         *_not_ignored(block, config, weights, plain),
         *_ignored(block, weights),
         *_tensors(weights, plain),
-        *_merged(directory, weights, plain),
+        *_input_scales(weights, tensors),
+        *_merged(directory, weights, tensors),
     ]
 
 
@@ -120,10 +121,24 @@ def _tensors(weights: dict[str, PackedWeight], plain: dict[str, TensorInfo]) -> 
     return list(found.values())
 
 
+def _input_scales(weights: dict[str, PackedWeight], tensors: dict[str, TensorInfo]) -> list[ArtifactError]:
+    for module, weight in weights.items():
+        if not weight.scheme.measures_inputs:
+            continue
+        name = "input_global_scale" if weight.scheme.format == NVFP4 else "input_scale"
+        if f"{module}.{name}" not in tensors:
+            return [
+                ArtifactError(
+                    f"'{module}' lacks {name}, by which its inputs are rounded ({weight.scheme})", _AGAIN
+                )
+            ]
+    return []
+
+
 def _merged(
-    directory: Path, weights: dict[str, PackedWeight], plain: dict[str, TensorInfo]
+    directory: Path, weights: dict[str, PackedWeight], tensors: dict[str, TensorInfo]
 ) -> list[ArtifactError]:
-    modules = {*weights, *(n.removesuffix(".weight") for n in plain if n.endswith(".weight"))}
+    modules = {*weights, *(n.removesuffix(".weight") for n in tensors if n.endswith(".weight"))}
     for members in merged_sets(modules):
         schemes = {module: weights[module].scheme if module in weights else None for module in members}
         if len(set(schemes.values())) > 1:
@@ -134,15 +149,19 @@ def _merged(
                 )
             ]
     for members in merged_sets(m for m, w in weights.items() if w.scheme.format == NVFP4):
-        scales = {_number(directory, weights[module].parts["weight_global_scale"]) for module in members}
-        if len(scales) > 1:
-            return [
-                ArtifactError(
-                    f"'{members[0]}' and the layers that servers merge with it have different global scales: "
-                    "vLLM takes the largest, and weights change",
-                    "Quantize them with one scale (loadstone finalize does)",
-                )
-            ]
+        inputs = [tensors.get(f"{module}.input_global_scale") for module in members]
+        for what, parts in (
+            ("weights", [weights[module].parts["weight_global_scale"] for module in members]),
+            ("inputs", [part for part in inputs if part is not None]),
+        ):
+            if len({_number(directory, part) for part in parts}) > 1:
+                return [
+                    ArtifactError(
+                        f"'{members[0]}' and the layers that servers merge with it have different global scales of "
+                        f"their {what}: vLLM takes the largest, and {what} change",
+                        "Quantize them with one scale (loadstone finalize does)",
+                    )
+                ]
     return []
 
 

@@ -60,6 +60,11 @@ class LayerScheme:
         """Whether several values share a stored element (``weight_packed``); otherwise ``weight`` holds one each."""
         return self.format in (PACK, NVFP4, MXFP4)
 
+    @property
+    def measures_inputs(self) -> bool:
+        """Whether a scale of the inputs is stored, which follows from their range on some text."""
+        return self.inputs is not None and self.inputs.dynamic is not True
+
     def __str__(self) -> str:
         """The name that the field gives it: ``W4A16 g128``, ``FP8 dynamic``, ``NVFP4A16``."""
         inputs, weights = self.inputs, self.weights

@@ -36,12 +36,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PackedEncoding:
-    """A weight (out, in) in the compressed-tensors layout, under the name it has in the source checkpoint."""
+    """A weight (out, in) in the compressed-tensors layout, under the name it has in the source checkpoint.
+
+    ``largest_input``: the largest magnitude of the layer's inputs, where the layout stores a scale of them.
+    """
 
     name: str
     scheme: Scheme
     shape: tuple[int, ...]
     dtype: str
+    largest_input: float | None = None
 
     @cached_property
     def layer(self) -> LayerScheme:
@@ -122,7 +126,9 @@ class PackedEncoding:
     def _whole(self, parts: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         shape = (self.shape[0], self.shape[1])
         module = self.name.removesuffix(".weight")
-        found = whole_tensors(self.layer, parts, shape, torch_dtype(self.dtype))
+        if self.layer.measures_inputs and self.largest_input is None:
+            raise UsageError(f"the inputs of '{module}' have to be measured on text", "Add --calibrate FILE")
+        found = whole_tensors(self.layer, parts, shape, torch_dtype(self.dtype), self.largest_input)
         return {f"{module}.{suffix}": tensor for suffix, tensor in found.items()}
 
 

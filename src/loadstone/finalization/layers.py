@@ -1,0 +1,56 @@
+"""The decoder layers of a model run one after the other, for calibration: each layer's inputs and arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from loadstone.errors import ArtifactError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+PLAIN = "Use a rounding that needs no text: affine, mse or hqq"
+
+
+def layer_calls(
+    base: Any, layers: nn.ModuleList, rows: torch.Tensor, device: str
+) -> tuple[list[torch.Tensor], list[Call]]:
+    """The inputs of the first layer for each of the ``rows`` of token ids, and the arguments of each layer's call
+    (masks, positions).
+
+    Each layer's forward is replaced by one that records its call and returns its input, so no layer needs weights.
+    Raises `ArtifactError` for a model that does not run its layers one after the other.
+    """
+    calls: list[Call] = []
+    entered: list[torch.Tensor] = []
+
+    def record(number: int) -> Callable[..., Any]:
+        def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            if number == 0:
+                entered.append(x.cpu())
+            if number == len(calls):
+                calls.append((args, kwargs))
+            return x
+
+        return forward
+
+    for number, layer in enumerate(layers):
+        layer.forward = record(number)  # type: ignore[method-assign]
+    try:
+        for row in rows:
+            base(input_ids=row[None].to(device), use_cache=False)
+    finally:
+        for layer in layers:
+            del layer.forward
+    if len(calls) != len(layers):
+        raise ArtifactError(f"{type(base).__name__} does not run its layers one after the other", PLAIN)
+    return entered, calls
+
+
+def run_layer(layer: nn.Module, x: torch.Tensor, call: Call, device: str) -> torch.Tensor:
+    """The hidden states (1, length, width) after ``layer``, on the CPU."""
+    result = layer(x.to(device), *call[0], **call[1])
+    return (result[0] if isinstance(result, tuple) else result).cpu()
