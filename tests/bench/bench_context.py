@@ -3,6 +3,7 @@
 Four ways to compute the same numbers, on a PFN of 6 layers, width 128 and one token per feature, with 50 training
 rows. ``plain``: every restart carries the training set. ``folded``: restarts in the row axis of one sequence, no cache.
 ``copied``: cached keys and values, repeated for each restart. ``cached``: cached and folded, as `TrainingContext` does.
+On a GPU also ``captured``: that as one CUDA graph, as `optimize_acquisition` and `BarAcquisition` do.
 
     python -m tests.bench.bench_context [--device cuda] [--restarts 4 8 32] [--features 6 100] [--limit-gb 6]
 
@@ -22,7 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-WAYS = ("plain", "folded", "copied", "cached")
+CPU_WAYS = ("plain", "folded", "copied", "cached")
 ROWS = 50
 
 
@@ -40,20 +41,21 @@ def main() -> None:
         print(json.dumps(measure(way, int(d), int(restarts), args.device)))
         return
     table = []
+    ways = CPU_WAYS if args.device == "cpu" else (*CPU_WAYS, "captured")
     for d in args.features:
         print(
             f"\nd = {d}, {args.device}: seconds / MB; floor by FLOPs: plain needs {flop_ratio(d):.0f} times the cached"
         )
         print(
-            f"{'R':>5}" + "".join(f"{way:>20}" for way in WAYS) + f"{'times faster':>14}{'memory saved':>14}"
+            f"{'R':>5}" + "".join(f"{way:>20}" for way in ways) + f"{'times faster':>14}{'memory saved':>14}"
         )
         base: dict[str, float] = {}
         for restarts in args.restarts:
             row: dict[str, Any] = {"d": d, "restarts": restarts, "device": args.device}
-            for way in WAYS:
+            for way in ways:
                 row[way] = cell(way, d, restarts, args, base if way == "plain" else {})
             table.append(row)
-            print(line(row), flush=True)
+            print(line(row, ways), flush=True)
     if args.json:
         Path(args.json).write_text(json.dumps(table, indent=1))
 
@@ -78,10 +80,10 @@ def cell(way: str, d: int, restarts: int, args: argparse.Namespace, base: dict[s
     return found
 
 
-def line(row: dict[str, Any]) -> str:
-    plain, cached = row["plain"], row["cached"]
+def line(row: dict[str, Any], ways: tuple[str, ...]) -> str:
+    plain, cached = row["plain"], row[ways[-1]]
     cells = ""
-    for way in WAYS:
+    for way in ways:
         mark = "~" if row[way].get("extrapolated") else ""
         cells += (
             f"{mark + format(row[way]['seconds'], '.4f') + ' / ' + format(row[way]['megabytes'], '.0f'):>20}"
@@ -111,6 +113,7 @@ def evaluation(way: str, d: int, restarts: int, device: str) -> tuple[Callable[[
 
     from loadstone.context.bayesopt.acquisition import ei
     from loadstone.context.pfn.bars import BarPosterior
+    from loadstone.context.pfn.captured import CapturedGradient
 
     model, x, y = setting(d, device)
     context = model.fit(x, y)
@@ -136,13 +139,18 @@ def evaluation(way: str, d: int, restarts: int, device: str) -> tuple[Callable[[
             tokens = layer.attend(tokens, *copies)
         return model.read_out(tokens[:, :, -1], "regression")
 
-    def step() -> torch.Tensor:
+    if way == "captured":
+        step = CapturedGradient(lambda rows: ei(context.posterior(rows), best))
+        step(start[:, 0])
+        return (lambda: step(start[:, 0])[1]), context.nbytes
+
+    def plain_step() -> torch.Tensor:
         queries = start.clone().requires_grad_()
         ei(BarPosterior(logits(queries), borders), best).sum().backward()
         assert queries.grad is not None
         return queries.grad
 
-    return step, context.nbytes if way in ("copied", "cached") else 0
+    return plain_step, context.nbytes if way in ("copied", "cached") else 0
 
 
 def measure(way: str, d: int, restarts: int, device: str) -> dict[str, float]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from loadstone.context.pfn.bars import BarPosterior
+from loadstone.context.pfn.bars import BarPosterior, as_double, log_tail_excess
 
 
 def ei(posterior: BarPosterior, best: Tensor | float, *, maximize: bool = True) -> Tensor:
@@ -25,12 +25,10 @@ def log_ei(posterior: BarPosterior, best: Tensor | float, *, maximize: bool = Tr
     improvements to expected improvement", NeurIPS 2023).
     """
     posterior, best = _oriented(posterior, best, maximize)
-    from loadstone.context.pfn.bars import log_tail_excess
-
     excess = posterior.expected_excess(best)
     positive = excess > 0
     log_excess = torch.where(positive, torch.where(positive, excess, 1.0).log(), -torch.inf)
-    threshold = torch.as_tensor(best, dtype=torch.float64, device=posterior.borders.device)
+    threshold = as_double(best, posterior.borders.device)
     scale = posterior.tail_scales[1]
     t = (threshold - posterior.borders[-2]) / scale
     tail = torch.where(t > 0, scale.log() + log_tail_excess(t.clamp(min=0)), log_excess[..., -1])
@@ -41,9 +39,7 @@ def pi(posterior: BarPosterior, best: Tensor | float, *, maximize: bool = True) 
     """Probability of improving on ``best``."""
     posterior, best = _oriented(posterior, best, maximize)
     # The mirrored distribution function is accurate where 1 - cdf would cancel.
-    return posterior.mirrored().cdf(
-        -torch.as_tensor(best, dtype=torch.float64, device=posterior.borders.device)
-    )
+    return posterior.mirrored().cdf(-as_double(best, posterior.borders.device))
 
 
 def ucb(posterior: BarPosterior, beta: float = 2.0, *, maximize: bool = True) -> Tensor:
@@ -69,7 +65,7 @@ def thompson(
 def discretized_ei(posterior: BarPosterior, best: Tensor | float, *, maximize: bool = True) -> Tensor:
     """`ei` as BoTorch's ``DiscretizedExpectedImprovement`` computes it: the outer bars are uniform, not tails."""
     posterior, best = _oriented(posterior, best, maximize)
-    limit = torch.as_tensor(best, dtype=torch.float64, device=posterior.borders.device).unsqueeze(-1)
+    limit = as_double(best, posterior.borders.device).unsqueeze(-1)
 
     def on_bar(low: Tensor, high: Tensor) -> Tensor:
         start = torch.minimum(torch.maximum(limit, low), high)
@@ -81,7 +77,7 @@ def discretized_ei(posterior: BarPosterior, best: Tensor | float, *, maximize: b
 def discretized_pi(posterior: BarPosterior, best: Tensor | float, *, maximize: bool = True) -> Tensor:
     """`pi` as BoTorch's ``DiscretizedProbabilityOfImprovement`` computes it."""
     posterior, best = _oriented(posterior, best, maximize)
-    limit = torch.as_tensor(best, dtype=torch.float64, device=posterior.borders.device).unsqueeze(-1)
+    limit = as_double(best, posterior.borders.device).unsqueeze(-1)
     return posterior.integrate(lambda low, high: ((high - limit) / (high - low)).clamp(0, 1))
 
 

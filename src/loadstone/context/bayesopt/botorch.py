@@ -23,6 +23,7 @@ from botorch_community.posteriors.riemann import BoundedRiemannPosterior
 from torch import Tensor
 
 from loadstone.context.pfn.bars import BarPosterior
+from loadstone.context.pfn.captured import CapturedGradient, CapturedValue
 from loadstone.context.pfn.model import PFN
 from loadstone.context.pfn.training_context import TrainingContext
 from loadstone.context.tables.predictions import REGRESSION
@@ -121,14 +122,24 @@ class ContextModel(Model):
 
 
 class BarAcquisition(AcquisitionFunction):
-    """Any function of a `BarPosterior` (see `loadstone.context.bayesopt.acquisition`) for ``optimize_acqf``."""
+    """Any function of a `BarPosterior` (see `loadstone.context.bayesopt.acquisition`) for ``optimize_acqf``.
+
+    On a GPU ``value`` is captured with its gradient as a CUDA graph: it must not depend on numbers that change later.
+    """
 
     def __init__(self, model: ContextModel, value: Callable[[BarPosterior], Tensor]) -> None:
         super().__init__(model=model)
         self.value = value
+        self._captured: tuple[TrainingContext, CapturedGradient] | None = None
         self.set_X_pending(None)
 
     @t_batch_mode_transform(expected_q=1)
     def forward(self, X: Tensor) -> Tensor:
         """(batch, 1, d) -> (batch,), pending points accounted for."""
-        return self.value(self.model.posterior(X, pending_X=self.X_pending).bars).squeeze(-1)
+        context = self.model.context(self.X_pending)
+        if not (X.is_cuda and X.requires_grad):
+            return self.value(context.posterior(X)).squeeze(-1)
+        if self._captured is None or self._captured[0] is not context:
+            self._captured = context, CapturedGradient(lambda rows: self.value(context.posterior(rows)))
+        values: Tensor = CapturedValue.apply(X.flatten(0, -2), self._captured[1])
+        return values.view(X.shape[:-2])

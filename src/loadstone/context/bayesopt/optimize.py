@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from loadstone.context.pfn.captured import CapturedGradient
 from loadstone.errors import UsageError
 
 Acquisition = Callable[[Tensor], Tensor]
@@ -51,7 +52,7 @@ def optimize_acquisition(
         raise UsageError("bounds must be (2, d), lower below upper", "Give torch.stack([lower, upper])")
     if method not in METHODS:
         raise UsageError(f"there is no method {method!r}", f"One of {', '.join(METHODS)}")
-    counter = _Counted(acquisition, bounds)
+    counter = _Counted(acquisition, bounds, restarts)
     sobol = torch.quasirandom.SobolEngine(bounds.shape[1], scramble=True, seed=seed)
     raw = sobol.draw(max(raw_samples, restarts)).to(bounds)
     with torch.no_grad():
@@ -66,27 +67,35 @@ def optimize_acquisition(
 
 
 class _Counted:
-    """The acquisition on the unit cube, with gradients, counting the rows it is asked for."""
+    """The acquisition on the unit cube, with gradients, counting the rows it is asked for.
 
-    def __init__(self, acquisition: Acquisition, bounds: Tensor) -> None:
-        self.acquisition, self.bounds, self.rows = acquisition, bounds, 0
+    On a GPU every gradient is computed for ``restarts`` rows, which takes no longer than for a few and needs one graph.
+    """
+
+    def __init__(self, acquisition: Acquisition, bounds: Tensor, restarts: int) -> None:
+        self.acquisition, self.bounds, self.restarts, self.rows = acquisition, bounds, restarts, 0
+        self._negated = CapturedGradient(lambda unit: -self._finite(unit))
 
     def place(self, unit: Tensor) -> Tensor:
         low, high = self.bounds
         return low + unit * (high - low)
 
-    def value(self, unit: Tensor) -> Tensor:
-        self.rows += len(unit)
+    def _finite(self, unit: Tensor) -> Tensor:
         value = self.acquisition(self.place(unit))
         return torch.where(value.isfinite(), value, -torch.inf)
 
+    def value(self, unit: Tensor) -> Tensor:
+        self.rows += len(unit)
+        return self._finite(unit)
+
     def loss_and_gradient(self, unit: Tensor) -> tuple[Tensor, Tensor]:
         """Minus the value (m,) and its gradient (m, d); a value that is not finite counts as the worst there is."""
-        unit = unit.detach().requires_grad_()
-        with torch.enable_grad():
-            loss = -self.value(unit)
-            (gradient,) = torch.autograd.grad(loss.sum(), unit)
-        return loss.detach().to(unit.dtype), gradient.nan_to_num(0.0, 0.0, 0.0)
+        asked = len(unit)
+        self.rows += asked
+        if unit.is_cuda and asked < self.restarts:
+            unit = torch.cat((unit, unit[-1:].expand(self.restarts - asked, -1)))
+        loss, gradient = self._negated(unit)
+        return loss[:asked].to(unit.dtype), gradient[:asked].nan_to_num(0.0, 0.0, 0.0)
 
 
 def _lbfgs(counter: _Counted, start: Tensor, steps: int) -> Tensor:

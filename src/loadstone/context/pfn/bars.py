@@ -95,7 +95,7 @@ class BarPosterior:
 
     def cdf(self, y: Tensor) -> Tensor:
         """P(target <= y); ``y`` broadcasts against (...)."""
-        y = torch.as_tensor(y, dtype=torch.float64, device=self.borders.device).unsqueeze(-1)
+        y = as_double(y, self.borders.device).unsqueeze(-1)
         low, high = self.tail_scales
         inner = ((y - self.borders[1:-2]) / self.widths[1:-1]).clamp(0, 1)
         left = 2 * torch.special.ndtr(((y - self.borders[1]) / low).clamp(max=0))
@@ -105,9 +105,7 @@ class BarPosterior:
     def quantile(self, q: Tensor | float) -> Tensor:
         """Inverse of `cdf` for probabilities ``q`` in (0, 1), which broadcast against (...)."""
         mass = self.mass
-        level, _ = torch.broadcast_tensors(
-            torch.as_tensor(q, dtype=torch.float64, device=mass.device), mass[..., 0]
-        )
+        level, _ = torch.broadcast_tensors(as_double(q, mass.device), mass[..., 0])
         cumulative = mass.cumsum(-1).expand(*level.shape, -1)
         bar = torch.searchsorted(cumulative.detach().contiguous(), level.detach().unsqueeze(-1).contiguous())
         bar = bar.clamp(max=mass.shape[-1] - 1)
@@ -130,7 +128,7 @@ class BarPosterior:
 
     def expected_excess(self, threshold: Tensor | float) -> Tensor:
         """E[max(target - threshold, 0)] within each bar, (..., bars); ``threshold`` broadcasts against (...)."""
-        best = torch.as_tensor(threshold, dtype=torch.float64, device=self.borders.device).unsqueeze(-1)
+        best = as_double(threshold, self.borders.device).unsqueeze(-1)
         a, b = self.borders[1:-2], self.borders[2:-1]
         # Clamping the threshold to the bar makes one formula of the three cases (below, inside, above).
         c = torch.minimum(torch.maximum(best, a), b)
@@ -148,6 +146,13 @@ class BarPosterior:
         """Sum over bars of their mass times ``on_bar(lower, upper)``: the discretized form of BoTorch's Riemann
         posteriors, which takes the outer bars as bounded."""
         return (self.mass * on_bar(self.borders[:-1], self.borders[1:])).sum(-1)
+
+
+def as_double(number: Tensor | float, device: torch.device) -> Tensor:
+    """A number or tensor as float64 on ``device``; a number is not copied there, which would wait for the GPU."""
+    if isinstance(number, Tensor):
+        return number.to(device, torch.float64)
+    return torch.full((), number, dtype=torch.float64, device=device)
 
 
 def log_tail_excess(t: Tensor) -> Tensor:

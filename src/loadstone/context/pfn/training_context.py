@@ -80,14 +80,14 @@ class TrainingContext:
         Differentiable with respect to the queries. More queries than ``memory_budget`` bytes of activations allow
         (default 4 GiB, 8 on a GPU) go through in chunks, with the same result; under autograd a chunk is computed
         again in the backward pass, so memory stays bounded there too. Raises `SchemaMismatch` for another number of
-        features.
+        features, `UsageError` for infinite queries; those that are on a GPU already get NaN, since asking would wait.
         """
         if queries.shape[-1:] != (self.features,):
             raise SchemaMismatch(
                 f"a query has {queries.shape[-1] if queries.ndim else 0} features and the context {self.features}",
                 "Give the features it was fitted on, in their order",
             )
-        if not queries.is_floating_point() or queries.isinf().any():
+        if not queries.is_floating_point() or (not queries.is_cuda and queries.isinf().any()):
             raise UsageError(
                 "queries must be floating-point and not infinite", "NaN stands for a missing value"
             )
