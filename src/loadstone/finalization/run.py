@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import os
 import shutil
 import sys
 import time
@@ -16,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loadstone.artifact.hashing import sha256_file
 from loadstone.artifact.manifest import FORMAT_VERSION, MANIFEST, versions
 from loadstone.errors import MissingError
 from loadstone.finalization.journal import (
@@ -46,6 +46,8 @@ log = logging.getLogger(__name__)
 
 # Source bytes to process between two flushes to disk.
 _FLUSH = 1 << 28
+# Most shards that are hashed and synced at once, while the next is being written.
+_FINISHING = 4
 
 
 @dataclass(frozen=True)
@@ -187,7 +189,7 @@ def _write_all_files(
 def _write_shards(
     plan: FinalizePlan, numbers: list[int], work: Path, device: str, on_progress: Callable[[int], None] | None
 ) -> None:
-    """Write the output files ``numbers``; while one is synced and hashed, the next is being written."""
+    """Write the output files ``numbers``, each hashed as it grows; while one is synced, the next is being written."""
     reader = plan.source.source
     writers: dict[int, ShardWriter] = {}
 
@@ -195,19 +197,28 @@ def _write_shards(
         for number in numbers:
             outputs = [o for step in plan.shards[number] for o in step.outputs]
             writers[number] = ShardWriter(output_in(work) / plan.file_name(number), outputs, plan.header)
+            digests[number] = hashers.submit(writers[number].digest)
             yield from units_of(plan, number, device, reader.divisible)
 
     def put(unit: Unit, name: str, part: torch.Tensor, offset: int) -> None:
         writers[unit.shard].write(name, part, offset)
 
-    # The same two threads for every shard: the memory that a new thread takes is never given back.
-    with ThreadPoolExecutor(1) as finisher, ThreadPoolExecutor(1) as syncer:
+    # The same threads for every shard: the memory that a new thread takes is never given back.
+    count = max(min((os.cpu_count() or 1) // 4, _FINISHING), 1)
+    with (
+        ThreadPoolExecutor(count) as hashers,
+        ThreadPoolExecutor(count) as finishers,
+        ThreadPoolExecutor(1) as syncer,
+    ):
+        digests: dict[int, Future[str]] = {}
+        flushing: list[Future[None]] = []
         finishing: deque[Future[None]] = deque()
 
         def finish(number: int) -> None:
-            name = plan.file_name(number)
-            finishing.append(finisher.submit(_finish, writers.pop(number), work, name, syncer))
-            while len(finishing) > 1:
+            closed = syncer.submit(writers.pop(number).close)
+            digest = digests.pop(number)
+            finishing.append(finishers.submit(_finish, work, plan.file_name(number), closed, digest))
+            while len(finishing) > count:
                 finishing.popleft().result()
 
         try:
@@ -219,26 +230,24 @@ def _write_shards(
                     unflushed += unit.nbytes
                     if unflushed > _FLUSH:
                         # The system reports a failed write once, to the first sync, so its result is checked too.
-                        finishing.append(finisher.submit(writers[unit.shard].flush))
+                        flushing.append(syncer.submit(writers[unit.shard].flush))
                         unflushed = 0
                     if on_progress:
                         on_progress(unit.nbytes)
             for number in list(writers):
                 finish(number)
-            for shard in finishing:
-                shard.result()
+            for task in (*flushing, *finishing):
+                task.result()
         except BaseException:
             for writer in writers.values():
                 writer.close()
             raise
 
 
-def _finish(writer: ShardWriter, work: Path, name: str, syncer: ThreadPoolExecutor) -> None:
-    """Hash a shard while it is synced to disk, and note it."""
-    closed = syncer.submit(writer.close)
-    digest = sha256_file(output_in(work) / name)
+def _finish(work: Path, name: str, closed: Future[None], digest: Future[str]) -> None:
+    """Note a shard once it is hashed and on disk."""
     closed.result()
-    note_finished(work, name, digest)
+    note_finished(work, name, digest.result())
 
 
 def _source(plan: FinalizePlan, fingerprint: str) -> dict[str, Any]:

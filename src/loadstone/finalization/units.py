@@ -12,6 +12,7 @@ from loadstone.artifact.torchao.flatten import SAFETENSORS_DTYPES, torch_dtype
 from loadstone.artifact.values import POSITIVE, check_tensor
 from loadstone.errors import ArtifactError, UsageError
 from loadstone.finalization.plan import FinalizePlan, Step
+from loadstone.writing.shards import file_order
 
 if TYPE_CHECKING:
     import torch
@@ -47,8 +48,11 @@ class Unit:
 
 
 def units_of(plan: FinalizePlan, shard: int, device: str, divisible: bool) -> Iterator[Unit]:
-    """The units of one output file. ``divisible``: whether parts of a source tensor can be read."""
-    for step in plan.shards[shard]:
+    """The units of one output file, in the order of its bytes, so that it can be hashed while it grows.
+
+    ``divisible``: whether parts of a source tensor can be read.
+    """
+    for step in sorted(plan.shards[shard], key=lambda step: min(map(file_order, step.outputs))):
         yield from step_units(step, shard, device, divisible)
 
 

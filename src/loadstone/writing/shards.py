@@ -6,9 +6,12 @@ https://github.com/huggingface/safetensors#format.
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import os
 import struct
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,26 +24,32 @@ if TYPE_CHECKING:
     import torch
 
 
-class ShardWriter:
-    """A file whose tensors are known beforehand and may be written in any order, and by rows.
+# Bytes hashed at once: each time waits for the interpreter's lock twice.
+_HASHED = 1 << 20
 
-    ``write`` may be called from any thread; ``close`` syncs to disk.
+
+class ShardWriter:
+    """A file whose tensors are known beforehand and may be written in any order, and by rows, each byte once.
+
+    ``write`` may be called from any thread; ``close`` syncs to disk; ``digest`` hashes what the others write.
     """
 
     def __init__(self, path: Path, tensors: list[TensorInfo], metadata: dict[str, str]) -> None:
-        ordered = sorted(tensors, key=lambda t: (-DTYPE_BITS[t.dtype], t.name))
-        self._offsets: dict[str, int] = {}
-        position = 0
-        for tensor in ordered:
-            self._offsets[tensor.name] = position
-            position += tensor.nbytes
+        ordered = sorted(tensors, key=file_order)
         raw = _header([(t.name, t.dtype, t.shape, t.nbytes) for t in ordered], metadata)
         raw += b" " * (-len(raw) % 8)
-        self._base = 8 + len(raw)
-        self._folder = path.parent
+        self._begins: dict[str, int] = {}
+        self._size = 8 + len(raw)
+        # All before it is written; what is written behind it, as begin -> end.
+        self._prefix, self._behind = self._size, dict[int, int]()
+        for tensor in ordered:
+            self._begins[tensor.name] = self._size
+            self._size += tensor.nbytes
+        self._closed, self._change = False, threading.Condition()
+        self._path = path
         self._file = os.open(path, os.O_CREAT | os.O_RDWR | os.O_TRUNC, 0o644)
         os.write(self._file, struct.pack("<Q", len(raw)) + raw)
-        os.ftruncate(self._file, self._base + position)
+        os.ftruncate(self._file, self._size)
 
     def write(self, name: str, tensor: torch.Tensor, offset: int = 0) -> None:
         """Put a tensor's bytes where the header says ``name`` lies, ``offset`` bytes in."""
@@ -51,19 +60,46 @@ class ShardWriter:
         if tensor.is_cuda:
             tensor = torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor)
         raw = tensor_bytes(tensor)
-        position = self._base + self._offsets[name] + offset
+        begin = position = self._begins[name] + offset
         while raw:
             count = os.pwrite(self._file, raw, position)
             raw, position = raw[count:], position + count
+        with self._change:
+            self._behind[begin] = position
+            while self._prefix in self._behind:
+                self._prefix = self._behind.pop(self._prefix)
+            self._change.notify_all()
+
+    def digest(self) -> str:
+        """Hex sha256 of the file: hashes it from the beginning as it is written, and ends when all is there."""
+        total, buffer, position = hashlib.sha256(), memoryview(bytearray(_HASHED)), 0
+        with self._path.open("rb", buffering=0) as file:
+            while position < self._size:
+                with self._change:
+                    while self._prefix == position and not self._closed:
+                        self._change.wait()
+                    ready = self._prefix
+                if ready == position:
+                    raise ValueError(f"{self._path} was closed before it was complete")
+                while position < ready:
+                    count = file.readinto(buffer[: ready - position])
+                    if not count:
+                        raise OSError(errno.EIO, "it was cut while it was written", str(self._path))
+                    total.update(buffer[:count])
+                    position += count
+        return total.hexdigest()
 
     def flush(self) -> None:
         """Have the disk take what is written so far: the sync at the end then finds little to do."""
-        sync_file(self._file, self._folder, os.fdatasync)
+        sync_file(self._file, self._path.parent, os.fdatasync)
 
     def close(self) -> None:
         """Sync and close."""
+        with self._change:
+            self._closed = True
+            self._change.notify_all()
         try:
-            sync_file(self._file, self._folder)
+            sync_file(self._file, self._path.parent)
         finally:
             os.close(self._file)
 
@@ -77,6 +113,11 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
             writer.write(name, tensor)
     finally:
         writer.close()
+
+
+def file_order(tensor: TensorInfo) -> tuple[int, str]:
+    """What tensors are sorted by in a file."""
+    return -DTYPE_BITS[tensor.dtype], tensor.name
 
 
 def _header(entries: list[tuple[str, str, tuple[int, ...], int]], metadata: dict[str, str]) -> bytes:
