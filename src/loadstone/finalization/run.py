@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +47,8 @@ log = logging.getLogger(__name__)
 
 # Source bytes to process between two flushes to disk.
 _FLUSH = 1 << 28
+# Shards that a GPU fills at once: hashing one file takes longer than writing it.
+_TOGETHER = 2
 # Most shards that are hashed and synced at once, while the next is being written.
 _FINISHING = 4
 
@@ -192,13 +195,21 @@ def _write_shards(
     """Write the output files ``numbers``, each hashed as it grows; while one is synced, the next is being written."""
     reader = plan.source.source
     writers: dict[int, ShardWriter] = {}
+    # Units of each shard that are not done.
+    left: dict[int, int] = {}
 
     def parts() -> Iterator[Unit]:
-        for number in numbers:
-            outputs = [o for step in plan.shards[number] for o in step.outputs]
-            writers[number] = ShardWriter(output_in(work) / plan.file_name(number), outputs, plan.header)
-            digests[number] = hashers.submit(writers[number].digest)
-            yield from units_of(plan, number, device, reader.divisible)
+        together = _TOGETHER if device.startswith("cuda") else 1
+        for start in range(0, len(numbers), together):
+            group = numbers[start : start + together]
+            for number in group:
+                outputs = [o for step in plan.shards[number] for o in step.outputs]
+                writers[number] = ShardWriter(output_in(work) / plan.file_name(number), outputs, plan.header)
+                digests[number] = hashers.submit(writers[number].digest)
+            units = {number: list(units_of(plan, number, device, reader.divisible)) for number in group}
+            left.update({number: len(found) for number, found in units.items()})
+            for row in zip_longest(*units.values()):
+                yield from (unit for unit in row if unit is not None)
 
     def put(unit: Unit, name: str, part: torch.Tensor, offset: int) -> None:
         writers[unit.shard].write(name, part, offset)
@@ -225,10 +236,11 @@ def _write_shards(
             unflushed = 0
             with closing(stream(plan, parts(), reader, device, put)) as done:
                 for unit in done:
-                    for number in [n for n in writers if n < unit.shard]:
-                        finish(number)
+                    left[unit.shard] -= 1
                     unflushed += unit.nbytes
-                    if unflushed > _FLUSH:
+                    if not left[unit.shard]:
+                        finish(unit.shard)
+                    elif unflushed > _FLUSH:
                         # The system reports a failed write once, to the first sync, so its result is checked too.
                         flushing.append(syncer.submit(writers[unit.shard].flush))
                         unflushed = 0
