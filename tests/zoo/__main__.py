@@ -1,4 +1,7 @@
-"""Try every model type: ``python -m tests.zoo [--types a,b] [--part N/M] [--jobs 2] [--commands c,d] -o out.json``."""
+"""Try every model type: ``python -m tests.zoo [--types a,b] [--part N/M] [--jobs 2] [--columns c,d] -o out.json``.
+
+The results are written after each type; ``--resume`` tries only what the file does not hold yet.
+"""
 
 from __future__ import annotations
 
@@ -59,15 +62,43 @@ def _timed(name: str, case: Case) -> list[Any]:
     return [result.status, result.detail, round(time.monotonic() - start, 2)]
 
 
-def work(types: Queue[str], commands: list[str], folder: Path, done: dict[str, Any]) -> None:
+class Results:
+    """The entries of all types, in a file too where there is one: written after each type."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self.lock = threading.Lock()
+        # What the other parts of the zoo and earlier runs found.
+        self.entries: dict[str, Any] = json.loads(path.read_text()) if path and path.exists() else {}
+
+    def lacks(self, model_type: str, commands: list[str]) -> bool:
+        entry = self.entries.get(model_type, {"results": {}})
+        return "results" in entry and not set(commands) <= entry["results"].keys()
+
+    def add(self, model_type: str, entry: dict[str, Any]) -> None:
+        """Add an entry; columns that it lacks stay as they were."""
+        with self.lock:
+            before = self.entries.get(model_type, {}).get("results", {})
+            if "results" in entry:
+                found = before | entry["results"]
+                entry = entry | {"results": {name: found[name] for name in CHECKS if name in found}}
+            self.entries = dict(sorted((self.entries | {model_type: entry}).items()))
+            if self.path is not None:
+                temporary = self.path.with_suffix(".tmp")
+                temporary.write_text(json.dumps(self.entries, indent=1))
+                temporary.replace(self.path)
+
+
+def work(types: Queue[str], commands: list[str], folder: Path, results: Results) -> None:
     stock, loadstone = Process("stock"), Process("loadstone")
     try:
         while True:
             model_type = types.get_nowait()
             start = time.monotonic()
-            done[model_type] = entry = try_type(model_type, commands, folder, stock, loadstone)
+            entry = try_type(model_type, commands, folder, stock, loadstone)
             entry["seconds"] = round(time.monotonic() - start, 1)
             print(_line(model_type, entry), flush=True)
+            results.add(model_type, entry)
     except Empty:
         pass
     finally:
@@ -88,8 +119,9 @@ def main() -> int:
     parser.add_argument("--types", help="model types, separated by commas (default: all)")
     parser.add_argument("--part", default="1/1", help="N/M: every M-th type, from the N-th")
     parser.add_argument("--jobs", type=int, default=2, help="models tried at a time")
-    parser.add_argument("--commands", help=f"columns or their first words: {', '.join(CHECKS)}")
+    parser.add_argument("--columns", help=f"columns or their first words: {', '.join(CHECKS)}")
     parser.add_argument("-o", "--out", type=Path, help="JSON file of the results")
+    parser.add_argument("--resume", action="store_true", help="only types and columns that --out lacks")
     parser.add_argument("--table", type=Path, help="Markdown table to write")
     options = parser.parse_args()
 
@@ -97,26 +129,23 @@ def main() -> int:
 
     number, parts = map(int, options.part.split("/"))
     chosen = options.types.split(",") if options.types else model_types()[number - 1 :: parts]
-    words = options.commands.split(",") if options.commands else list(CHECKS)
+    words = options.columns.split(",") if options.columns else list(CHECKS)
     commands = [column for column in CHECKS if any(f"{column} ".startswith(f"{word} ") for word in words)]
+    found = Results(options.out)
     types: Queue[str] = Queue()
     for model_type in chosen:
-        types.put(model_type)
-    done: dict[str, Any] = {}
+        if not options.resume or found.lacks(model_type, commands):
+            types.put(model_type)
     with tempfile.TemporaryDirectory(prefix="zoo-") as folder:
         threads = [
-            threading.Thread(target=work, args=(types, commands, Path(folder), done))
+            threading.Thread(target=work, args=(types, commands, Path(folder), found))
             for _ in range(options.jobs)
         ]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-    results = dict(sorted(done.items()))
-    if options.out:
-        if options.out.exists():  # the other parts of the zoo
-            results = dict(sorted((json.loads(options.out.read_text()) | results).items()))
-        options.out.write_text(json.dumps(results, indent=1))
+    results = found.entries
     if options.table:
         write_table(results, options.table)
     print(summary(results))

@@ -1,4 +1,4 @@
-"""eval on each model of the zoo, against a plain loop: batch 1, no padding, no cache, float64.
+"""eval and prefixes on each model of the zoo, against a plain loop: batch 1, no padding, no cache; eval's in float64.
 
 Each column (`columns`) is a function of a model's directory, which gets a tokenizer of plain words unless it has one.
 A worker calls `check`; ``python -m tests.zoo.eval_checks DIR...`` tries all columns.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,6 +20,8 @@ import torch
 
 # Largest difference of a mean loss to the plain loop's, relative.
 LIMIT = 1e-5
+# Largest difference of a log-probability after a prefix to one uncached pass, both in float32.
+PREFIX_LIMIT = 1e-4
 CONTEXT = 48
 _DOCUMENTS, _ALIKE = 7, 8
 
@@ -173,11 +176,7 @@ def compare(subject: Subject, key: str, *, alike: bool = False, **options: Any) 
     except LoadstoneError as error:
         return Finding("refused", f"exit {error.exit_code}: {error}")
     except Exception as error:
-        import traceback
-
-        last = traceback.extract_tb(error.__traceback__)[-1]
-        text = " ".join(str(error).split())[:150]
-        return Finding("exit 1", f"{type(error).__name__} {Path(last.filename).name}:{last.lineno} {text}")
+        return Finding("exit 1", _place(error))
     if key not in subject.plain:
         try:
             subject.plain[key] = plain_losses(subject.loaded(), found.task)
@@ -235,15 +234,95 @@ def streamed(subject: Subject) -> Finding:
                 where = "--stream" if stream else "resident"
                 return Finding("refused", f"{where}, exit {error.exit_code}: {error}")
             except Exception as error:
-                import traceback
-
-                last = traceback.extract_tb(error.__traceback__)[-1]
-                text = f"{type(error).__name__} {Path(last.filename).name}:{last.lineno} {error}"
-                return Finding("exit 1", f"{'--stream' if stream else 'resident'} {text}"[:200])
+                return Finding("exit 1", f"{'--stream' if stream else 'resident'} {_place(error)}")
             values.append(next(iter(found.values.values()))["nll"])
         if not np.array_equal(*values):
             return Finding("wrong number", f"largest difference {np.abs(values[0] - values[1]).max():.1e}")
     return Finding("right")
+
+
+# Tokens of the prefix, and of the texts after it, two of which go into one padded batch.
+_PREFIX, _AFTER, _GENERATED = 14, (7, 3), 5
+
+
+def prefix(subject: Subject) -> Finding:
+    """A prefix made by fit and read from disk: logits after it, a padded batch and greedy generation are those of one
+    uncached pass of stock transformers in float32."""
+    import loadstone
+    from loadstone.errors import LoadstoneError
+
+    words = json.loads(write_documents(subject.path, True).read_text().partition("\n")[0])["text"].split(" ")
+    prompt, out = subject.path / "prompt.txt", subject.path.with_name(f"{subject.path.name}-prefix")
+    prompt.write_text(" ".join(words[:_PREFIX]))
+    texts = [" ".join(words[_PREFIX : _PREFIX + count]) for count in _AFTER]
+    try:
+        loadstone.fit(subject.path, out, prompt=prompt, dtype="float32", overwrite=True)
+        cache = loadstone.load_context(out)
+    except LoadstoneError as error:
+        return Finding("refused", f"exit {error.exit_code}: {error}")
+    except Exception as error:
+        return Finding("exit 1", _place(error))
+    finally:
+        shutil.rmtree(out, ignore_errors=True)
+    stock = (
+        stock_class(subject.path, subject.class_name)
+        .from_pretrained(subject.path, dtype=torch.float32)
+        .eval()
+    )
+    try:
+        found = {"logits": _continued(stock, cache, texts[0])}
+        for name, rows in (("generation", texts[:1]), ("padded generation", texts)):
+            if name != "padded generation" or cache.takes_padding:
+                found[name] = _generated(stock, cache, rows)
+    except LoadstoneError as error:
+        return Finding("wrong number", f"refused after it was made: {error}")
+    except Exception as error:
+        return Finding("exit 1", _place(error))
+    far = {name: apart for name, apart in found.items() if not apart <= PREFIX_LIMIT}
+    text = ", ".join(f"{name} {apart:.1e}" for name, apart in (far or found).items())
+    return Finding("wrong number" if far else "right", f"log-probabilities differ by: {text}")
+
+
+@torch.no_grad()
+def _one_pass(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    return model(input_ids=ids, use_cache=False).logits.double().log_softmax(-1)
+
+
+@torch.no_grad()
+def _continued(stock: Any, cache: Any, text: str) -> float:
+    """The text after the prefix in one call, against one pass."""
+    ids = cache.inputs(text)["input_ids"]
+    own = ids[:, cache.tokens.shape[1] :]
+    logits = cache.model(input_ids=own, past_key_values=cache.fork(), use_cache=True).logits
+    apart = logits.double().log_softmax(-1) - _one_pass(stock, ids)[:, -own.shape[1] :]
+    return float(apart.abs().max())
+
+
+@torch.no_grad()
+def _generated(stock: Any, cache: Any, texts: list[str]) -> float:
+    """Greedy tokens after the prefix and each text, in one batch: the logits of each, against one pass over its row."""
+    inputs = cache.inputs(texts)
+    mask = inputs["attention_mask"].bool()
+    out = cache.model.generate(
+        **inputs, max_new_tokens=_GENERATED, do_sample=False, return_dict_in_generate=True, output_logits=True
+    )
+    apart = 0.0
+    for row, sequence in enumerate(out.sequences):
+        steps = len(out.logits)
+        own = torch.cat([sequence[: mask.shape[1]][mask[row]], sequence[mask.shape[1] :]])[None]
+        expected = _one_pass(stock, own)[0, -steps - 1 : -1]
+        found = torch.stack([step[row] for step in out.logits]).double().log_softmax(-1)
+        apart = max(apart, float((found - expected).abs().max()))
+    return apart
+
+
+def _place(error: Exception) -> str:
+    """An exception and where it was raised."""
+    import traceback
+
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    text = " ".join(str(error).split())[:150]
+    return f"{type(error).__name__} {Path(last.filename).name}:{last.lineno} {text}"
 
 
 columns: dict[str, Callable[[Subject], Finding]] = {
@@ -255,6 +334,7 @@ columns: dict[str, Callable[[Subject], Finding]] = {
     "eval alike": alike,
     "eval alike --no-fast": alike_plain_modules,
     "eval --stream": streamed,
+    "prefix": prefix,
 }
 
 

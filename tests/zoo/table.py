@@ -11,6 +11,7 @@ from typing import Any
 
 # Every other status is a fault.
 FAULTLESS = ("right", "refused", "none")
+_NOT_TRIED = ("none", "not tried")
 
 HEAD = """# Which models work with which command
 
@@ -94,14 +95,14 @@ def main() -> None:
 def write_table(results: dict[str, Any], path: Path) -> None:
     """The page of docs: counts, one row for each type, the reasons, and the types without a model."""
     tried = {name: entry for name, entry in results.items() if "results" in entry}
-    columns = list(next(iter(tried.values()))["results"]) if tried else []
+    columns = list(dict.fromkeys(c for entry in tried.values() for c in entry["results"]))
     reasons: dict[str, str] = {}
     rows = []
     for name, entry in tried.items():
-        cells = [_cell(entry["results"][column], reasons) for column in columns]
+        cells = [_cell(entry["results"].get(column, _NOT_TRIED), reasons) for column in columns]
         rows.append(f"| {name} | {entry['class'].split(':')[-1]} | {' | '.join(cells)} |")
     counts = [
-        f"| {column} | {_counts(Counter(e['results'][column][0] for e in tried.values()))} |"
+        f"| {column} | {_counts(Counter(e['results'].get(column, _NOT_TRIED)[0] for e in tried.values()))} |"
         for column in columns
     ]
     others: dict[str, list[str]] = defaultdict(list)

@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 
-from loadstone.errors import ArtifactError, LoadstoneError, UsageError
-from loadstone.loading import LoadPlan
-from loadstone.loading.model_class import load_config, model_class_of
+from loadstone.errors import ArtifactError, LoadstoneError
+from loadstone.loading.language_model import refused
 
 # Two rows of eight tokens that differ in their second half.
 _TOKENS, _SHARED = 8, 4
@@ -40,37 +39,6 @@ class Vocabulary:
             f"{self.inputs if highest >= self.inputs else self.outputs} tokens",
             "Use the tokenizer that the model was trained with, or resize its embedding and train the new tokens",
         )
-
-
-def require_language_model(plan: LoadPlan, name: str) -> None:
-    """Raise UsageError, before anything is loaded, for a class that does not predict next tokens."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
-
-    config = load_config(plan.artifact, plan.trust_remote_code)
-    cls = model_class_of(config, plan.artifact, plan.trust_remote_code)
-    causal = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    if cls is causal or not cls.__module__.startswith("transformers."):
-        # The probe has the last word.
-        return
-    try:
-        config.get_text_config()
-    except ValueError:
-        raise refused(name, cls.__name__, "has several parts that read text") from None
-    if getattr(config, "is_encoder_decoder", False):
-        raise refused(name, cls.__name__, "writes an output for an input, and plain text has no such pairs")
-    if not cls.can_generate():
-        why = "does not predict next tokens"
-        if causal is not None and cls is MODEL_MAPPING.get(type(config), None):
-            why = f"has no head ({causal.__name__} is the class with one)"
-        raise refused(name, cls.__name__, why)
-
-
-def refused(name: str, kind: str, why: str) -> UsageError:
-    """The error for a model that has no perplexity."""
-    return UsageError(
-        f"'{name}' is a {kind}, which {why}: eval on text needs a causal language model",
-        "Measure it on its own task, with transformers or lm-eval",
-    )
 
 
 @dataclass(frozen=True)

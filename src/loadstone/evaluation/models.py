@@ -13,9 +13,9 @@ from loadstone.artifact.adapter import holds_adapter
 from loadstone.artifact.context_file import PREFIX, ContextFile, is_context, read_context, require_kind
 from loadstone.artifact.detect import FAKEQUANT, PFN
 from loadstone.errors import UsageError
-from loadstone.evaluation.causal import require_language_model
 from loadstone.evaluation.options import Options
 from loadstone.loading import LoadPlan, plan
+from loadstone.loading.language_model import require_language_model
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ def plan_models(options: Options, device: str, *, referenced: bool = False) -> t
                 f"'{name}' predicts tables, and eval on text needs a language model",
                 "Fit it to a table first (loadstone fit --table), and evaluate the context",
             )
-        require_language_model(planned, name)
+        require_language_model(planned.artifact, name, trust_remote_code=planned.trust_remote_code)
     if options.dtype == "auto":
         dtype, why = compute_dtype(plans[0], device)
         log.info("computing in %s: %s", dtype, why)

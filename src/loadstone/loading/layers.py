@@ -43,11 +43,9 @@ def layer_stack(model: nn.Module) -> LayerStack | None:
 def hidden_parts(model: nn.Module) -> list[nn.Module]:
     """The parts of a model whose last hidden states its own forward may make logits of, the outermost first: its base
     model, and the decoder inside that some forwards call instead (OPT)."""
-    base = getattr(model, "base_model", model)
-    if base is model:
-        return []
-    decoder = _decoder(model)
-    return [base] if decoder in (base, model) else [base, decoder]
+    parts = (getattr(model, "base_model", model), _decoder(model))
+    # Some name a base model that they do not have (Llama 4).
+    return [part for part in dict.fromkeys(parts) if part is not model]
 
 
 def _decoder(model: nn.Module) -> nn.Module:

@@ -16,7 +16,7 @@ from loadstone.context.prefix.attention import NAME, register
 from loadstone.context.prefix.cache import Prefix, PrefixCache, capture, text_config
 from loadstone.context.prefix.continuation import check_continues
 from loadstone.context.prefix.stored_states import check_kind
-from loadstone.errors import ArtifactError, UsageError
+from loadstone.errors import ArtifactError, LoadstoneError, UsageError
 from loadstone.loading.layers import hidden_parts
 
 log = logging.getLogger(__name__)
@@ -138,6 +138,14 @@ def _read(model: Any, tokens: Tensor, kind: str) -> Prefix:
                     use_cache=True,
                     **last_only(model),
                 )
+    except (LoadstoneError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # of many kinds: caches that a class does not know, arguments that it lacks
+        reason = " ".join(str(error).split())[:200] or "no reason given"
+        raise ArtifactError(
+            f"{type(model).__name__} cannot read a prefix ({type(error).__name__}: {reason})",
+            "Evaluate this model without a prefix",
+        ) from None
     finally:
         for hook in hooks:
             hook.remove()

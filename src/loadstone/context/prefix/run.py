@@ -16,6 +16,7 @@ from loadstone.context.prefix.fit import encode_prompt, make_prefix, read_prompt
 from loadstone.context.prefix.store import save_prefix
 from loadstone.context.prefix.stored_states import QUANTIZED, check_kind
 from loadstone.errors import UsageError
+from loadstone.loading.language_model import require_language_model
 from loadstone.writing.publish import check_output
 
 
@@ -64,6 +65,7 @@ def plan_prefix(
         raise UsageError(f"--dtype {dtype} is not known", f"One of {', '.join(DTYPES)}")
     read = read_prompt(prompt)
     artifact = language_artifact(model) if checkpoint is None else detect(model, checkpoint=checkpoint)
+    require_language_model(artifact, model, trust_remote_code=trust_remote_code, by="a prefix")
     tokens, text, template = encode_prompt(
         read, load_tokenizer(artifact, trust_remote_code=trust_remote_code)
     )
