@@ -62,6 +62,8 @@ def check(path: str, class_name: str, column: str) -> dict[str, str]:
     if folder not in _subjects:
         _subjects.clear()
         _subjects[folder] = Subject(folder, class_name)
+        if not (folder / "documents.jsonl").exists():
+            sharpen(folder)
         if not (folder / "tokenizer_config.json").exists():
             add_tokenizer(folder)
     found = columns[column](_subjects[folder])
@@ -75,6 +77,22 @@ def stock_class(path: Path, class_name: str) -> Any:
         module, _, name = class_name.partition(":")
         return getattr(importlib.import_module(module), name)
     return getattr(transformers, json.loads((path / "config.json").read_text())["architectures"][0])
+
+
+def sharpen(path: Path) -> None:
+    """Make a new model's matrices eight times as large: with those of 0.02 that classes start with, all tokens are
+    about equally likely whatever came before, and errors hardly show."""
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    for file in path.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as handle:
+            metadata = handle.metadata()
+            tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+        for name, tensor in tensors.items():
+            if tensor.is_floating_point() and tensor.dim() > 1 and 0.01 < tensor.double().std() < 0.04:
+                tensors[name] = tensor * 8
+        save_file(tensors, file, metadata=metadata)
 
 
 def add_tokenizer(path: Path) -> None:

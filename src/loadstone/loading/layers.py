@@ -43,9 +43,12 @@ def layer_stack(model: nn.Module) -> LayerStack | None:
 def hidden_parts(model: nn.Module) -> list[nn.Module]:
     """The parts of a model whose last hidden states its own forward may make logits of, the outermost first: its base
     model, and the decoder inside that some forwards call instead (OPT)."""
+    from transformers import PreTrainedModel
+
     parts = (getattr(model, "base_model", model), _decoder(model))
-    # Some name a base model that they do not have (Llama 4).
-    return [part for part in dict.fromkeys(parts) if part is not model]
+    # Llama 4 names a base model that it does not have.
+    inner = [child for child in model.children() if isinstance(child, PreTrainedModel)]
+    return [part for part in dict.fromkeys(parts) if part is not model] or inner[:1]
 
 
 def _decoder(model: nn.Module) -> nn.Module:
