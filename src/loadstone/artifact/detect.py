@@ -9,7 +9,6 @@ from typing import Any
 from loadstone.artifact.adapter import (
     ADAPTER_CONFIG,
     Adapter,
-    MergedSource,
     is_adapter,
     read_adapter,
     read_adapter_config,
@@ -45,6 +44,7 @@ from loadstone.artifact.kinds import (
     quantization_block,
     read_packed,
 )
+from loadstone.artifact.merged import MergedSource
 from loadstone.artifact.source import SafetensorsSource, Source, open_source
 from loadstone.artifact.torchao.checks import FlatTensor
 from loadstone.artifact.training_run import choose_checkpoint, is_checkpoint_name
@@ -251,8 +251,9 @@ def _adapter(
             f"the base '{named}' is {below.kind}: an adapter is merged into unquantized weights",
             "Name the unquantized base by --base",
         )
-    adapter = read_adapter(directory, below.tensors, sink)
-    merged: Any = MergedSource(below.source, adapter)
+    adapter = read_adapter(directory, sink)
+    # Its names are those of the model in memory: what they are in the files is asked of the model before they are read.
+    merged: Any = MergedSource(below.source, adapter, below.tensors)
     return replace(
         below,
         root=root,

@@ -163,7 +163,10 @@ def _print_groups(plan: FinalizePlan) -> None:
     rows.append(
         ["total", "", str(len(plan.steps)), render.size(plan.bytes_before), render.size(plan.bytes_after)]
     )
+    adapter = plan.source.adapter
     title = f"{shown(plan.source.path)} ({plan.source.kind})"
+    if adapter is not None:
+        title = f"{shown(adapter.directory)} merged into {shown(plan.source.path)}"
     experts = _experts_left(plan)
     render.console().print(
         render.table(title, ["action", "why", "tensors", "before", "after"], rows, right=(2, 3, 4))

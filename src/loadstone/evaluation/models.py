@@ -15,6 +15,7 @@ from loadstone.artifact.detect import FAKEQUANT, PFN
 from loadstone.errors import UsageError
 from loadstone.evaluation.options import Options
 from loadstone.loading import LoadPlan, plan
+from loadstone.loading.adapters import placed
 from loadstone.loading.language_model import require_language_model
 
 log = logging.getLogger(__name__)
@@ -70,6 +71,7 @@ def plan_models(options: Options, device: str, *, referenced: bool = False) -> t
         )
         for name, prefix in zip(names, prefixes, strict=True)
     ]
+    plans = [replace(p, artifact=placed(p.artifact, p.trust_remote_code)) for p in plans]
     for name, planned in zip(names, plans, strict=True):
         if planned.artifact.kind == PFN:
             raise UsageError(

@@ -102,6 +102,7 @@ def export_fakequant(
 
     artifact = _artifact(model, checkpoint, base)
     check_output(artifact.root, out, overwrite)
+    artifact = _placed(artifact, options)
     plan = _plan(artifact, options)
     with joined() as ranks:
         share = sum(step.source_bytes for shard in plan.shards[ranks.rank :: ranks.size] for step in shard)
@@ -155,11 +156,19 @@ def plan_export(
     artifact = _artifact(source, checkpoint, base)
     if out is not None:
         check_output(artifact.root, Path(out), overwrite)
-    return _plan(artifact, options)
+    return _plan(_placed(artifact, options), options)
 
 
 def _artifact(source: str | Path | Artifact, checkpoint: str | None, base: str | Path | None) -> Artifact:
     return source if isinstance(source, Artifact) else detect(source, checkpoint=checkpoint, base=base)
+
+
+def _placed(artifact: Artifact, options: Options) -> Artifact:
+    from loadstone.loading.adapters import placed
+    from loadstone.loading.loader import import_libraries
+
+    import_libraries()
+    return placed(artifact, options.trust_remote_code)
 
 
 def _documents(calibrate: str | Path | Sequence[Any] | None, limit: int) -> Sequence[Any] | None:
@@ -172,9 +181,7 @@ def _documents(calibrate: str | Path | Sequence[Any] | None, limit: int) -> Sequ
 
 def _plan(artifact: Artifact, options: Options) -> ExportPlan:
     from loadstone.fakequant.directory import plan_directory
-    from loadstone.loading.loader import import_libraries
 
-    import_libraries()
     return plan_directory(
         artifact,
         options.rules,

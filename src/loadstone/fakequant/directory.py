@@ -23,12 +23,12 @@ from loadstone.fakequant.roles import roles_by_name, roles_in
 from loadstone.fakequant.rules import RuleSet
 from loadstone.fakequant.state import QuantizerState
 from loadstone.finalization.plan import FinalizePlan, stored_tensors
-from loadstone.finalization.run import write_artifact
+from loadstone.finalization.run import source_facts, write_artifact
 from loadstone.loading.model_class import has_own_class
 from loadstone.ranks import Ranks
 from loadstone.writing.index import SHARD_BYTES
 from loadstone.writing.publish import check_output
-from loadstone.writing.sidecars import sidecars_in
+from loadstone.writing.sidecars import find_sidecars
 
 
 def plan_directory(
@@ -112,17 +112,15 @@ def export_directory(
     where = resolve_device(device, plan)
     if ranks is not None and ranks.size > 1 and where.startswith("cuda"):
         where = f"cuda:{ranks.local_rank}"
-    copies = sidecars_in(tuple(reversed(artifact.sidecar_dirs)))
+    copies = find_sidecars(artifact, remote_code=False)
     if remote_code == COPY:
         copies |= code_files(artifact.path, artifact.config)
     state = state or QuantizerState()
     _check_aliases(artifact, plan)
 
     def write_rest(work: Path, digests: dict[str, str], fingerprint: str) -> dict[str, str]:
-        source = {"path": str(artifact.path), "fingerprint": fingerprint}
-        return write_side_files(
-            plan, SideFiles(source, copies, {}), work, state, digests, emit_modelopt=emit_modelopt
-        )
+        beside = SideFiles(source_facts(artifact, fingerprint), copies, {})
+        return write_side_files(plan, beside, work, state, digests, emit_modelopt=emit_modelopt)
 
     files = write_artifact(
         FinalizePlan(artifact, None, "auto", plan.shards, plan.config, kind=FAKEQUANT, indexed=True),

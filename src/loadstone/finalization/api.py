@@ -147,6 +147,7 @@ def plan_finalize(
     max_shard_bytes = parse_size(max_shard_size)
     from loadstone.finalization.moving import plan_move
     from loadstone.loading import plan as load_plan
+    from loadstone.loading.adapters import placed
     from loadstone.loading.devices import quantize_device
     from loadstone.loading.loader import import_libraries
     from loadstone.loading.packed import dense_view
@@ -175,6 +176,7 @@ def plan_finalize(
     if out is not None:
         check_output(artifact.root, Path(out), overwrite)
     import_libraries()
+    artifact = placed(artifact, trust_remote_code)
     where = quantize_device(device)
     encoder = encoder_for(layout, where)
     for each in recipes_in(chosen):

@@ -318,7 +318,8 @@ def _quantize_step(
 
 def _separate(info: TensorInfo, artifact: Artifact) -> list[TensorInfo]:
     """The matrices that a source tensor is stored as; empty where it cannot be divided."""
-    if len(info.shape) > 2 and artifact.weights.format != "safetensors":
+    ranges = artifact.weights.format == "safetensors" and artifact.source.divisible
+    if len(info.shape) > 2 and not ranges:
         return []
     return divided(info)
 

@@ -18,6 +18,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loadstone.artifact import Artifact
 from loadstone.artifact.manifest import FORMAT_VERSION, MANIFEST, versions
 from loadstone.errors import MissingError
 from loadstone.finalization.journal import (
@@ -262,11 +263,11 @@ def _finish(work: Path, name: str, closed: Future[None], digest: Future[str]) ->
     note_finished(work, name, digest.result())
 
 
-def _source(plan: FinalizePlan, fingerprint: str) -> dict[str, Any]:
-    """Where the tensors came from; of an adapter also what was merged, and into what."""
-    facts: dict[str, Any] = {"path": str(plan.source.path), "fingerprint": fingerprint}
-    if plan.source.adapter is not None:
-        facts["adapter"] = {"path": str(plan.source.adapter.directory), "merged": str(plan.source.adapter)}
+def source_facts(source: Artifact, fingerprint: str) -> dict[str, Any]:
+    """Where the tensors came from, for a manifest; of an adapter also what was merged, and into what."""
+    facts: dict[str, Any] = {"path": str(source.path), "fingerprint": fingerprint}
+    if source.adapter is not None:
+        facts["adapter"] = {"path": str(source.adapter.directory), "merged": str(source.adapter)}
     return facts
 
 
@@ -278,7 +279,7 @@ def _write_manifest(
         "format_version": FORMAT_VERSION,
         "kind": plan.kind,
         "recipe": str(plan.recipe) if plan.recipe else None,
-        "source": _source(plan, source_hash),
+        "source": source_facts(plan.source, source_hash),
         "versions": versions(),
         "command": ["loadstone", *sys.argv[1:]],
         "files": files,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,11 +38,13 @@ def load(target: str | Path | Artifact | LoadPlan, **options: Any) -> PreTrained
         raise ArtifactError(
             f"'{chosen.artifact.root}' is an in-context model, not a transformers model", "Use loadstone.load"
         )
-    device_map = resolve_device(chosen.device, chosen.artifact, chosen.dtype)
+    import_libraries()
+    from loadstone.loading.adapters import placed
     from loadstone.loading.native import load_native
     from loadstone.loading.pretrained import load_pretrained
 
-    import_libraries()
+    chosen = replace(chosen, artifact=placed(chosen.artifact, chosen.trust_remote_code))
+    device_map = resolve_device(chosen.device, chosen.artifact, chosen.dtype)
     loader = load_pretrained if chosen.load_path == FROM_PRETRAINED else load_native
     # torchao's tensors cannot be made from inference tensors, so a caller's inference mode ends here.
     with torch.inference_mode(False), offline():

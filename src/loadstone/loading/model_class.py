@@ -39,6 +39,8 @@ def load_config(artifact: Artifact, trust_remote_code: bool = False) -> Any:
         ) from None
     if hasattr(config, "quantization_config"):
         del config.quantization_config
+    if artifact.adapter is not None and artifact.adapter.config_changes:
+        config = type(config).from_dict(config.to_dict() | artifact.adapter.config_changes)
     return config
 
 

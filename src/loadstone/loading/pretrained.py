@@ -26,6 +26,11 @@ def load_pretrained(plan: LoadPlan, device_map: Any) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     artifact = plan.artifact
+    if artifact.adapter is not None:
+        raise ArtifactError(
+            f"'{artifact.root}': an adapter is not merged while a model of its directory's own code is loaded",
+            "Merge it first: loadstone finalize -M ADAPTER --trust-remote-code -o OUT",
+        )
     if artifact.kind == OTHER_QUANTIZER:
         check_package(str(artifact.quant_method))
     with values_checked(artifact.source, artifact.packed.values()), BUILDING, quiet_transformers():

@@ -44,16 +44,16 @@ TEMPLATE_FILE = "chat_template.jinja"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 
 
-def find_sidecars(artifact: Artifact) -> dict[str, Path]:
+def find_sidecars(artifact: Artifact, *, remote_code: bool = True) -> dict[str, Path]:
     """Files to carry over, by relative name; a checkpoint's own win over those of its training run.
 
-    What stays behind is said in one line of the log.
+    ``remote_code``: see `sidecars_in`. What stays behind is said in one line of the log.
     """
     if artifact.adapter is None:
-        return sidecars_in(tuple(reversed(artifact.sidecar_dirs)), remote_code=True)
-    # The output holds the base with the adapter merged in: it is no adapter itself.
-    own = sidecars_in((artifact.adapter.directory,), remote_code=True)
-    return sidecars_in((artifact.path,), remote_code=True) | {
+        return sidecars_in(tuple(reversed(artifact.sidecar_dirs)), remote_code=remote_code)
+    # The output holds the base with the adapter merged in: it is not an adapter itself.
+    own = sidecars_in((artifact.adapter.directory,), remote_code=remote_code)
+    return sidecars_in((artifact.path,), remote_code=remote_code) | {
         n: p for n, p in own.items() if n != ADAPTER_CONFIG
     }
 
