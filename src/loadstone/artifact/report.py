@@ -261,8 +261,6 @@ def _notes(artifact: Artifact, stored: list[TensorInfo]) -> list[str]:
     tokenizers = _SIDECARS["tokenizer"]
     if artifact.kind != PFN and not any(is_file(d / n) for d in artifact.sidecar_dirs for n in tokenizers):
         notes.append("no tokenizer: text cannot be given to this model")
-    if is_file(artifact.path / "adapter_config.json"):
-        notes.append("adapter_config.json: there is an adapter here, which is not applied")
     total = artifact.weights.total_size
     actual = sum(t.nbytes for t in stored)
     if total is not None and total != actual:
