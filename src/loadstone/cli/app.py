@@ -15,6 +15,7 @@ from typing import Any
 import typer
 
 from loadstone._version import __version__
+from loadstone.cli import streams
 from loadstone.cli.render import one_line
 from loadstone.errors import LoadstoneError, MissingError
 
@@ -94,6 +95,7 @@ def main(argv: list[str] | None = None) -> None:
     globals_ = [a for a in args if a in GLOBAL_FLAGS]
     args = _with_json_target(globals_ + [a for a in args if a not in GLOBAL_FLAGS])
     debug = "--debug" in globals_
+    streams.protect()
     signal.signal(signal.SIGTERM, _terminate)
     # The libraries' imports make a million objects that stay: looking for garbage among them takes a third of the time.
     gc.set_threshold(200_000, 20, 100)
@@ -104,6 +106,8 @@ def main(argv: list[str] | None = None) -> None:
         # typer has turned Ctrl-C into an exit without a word.
         if stop.code == 130:
             _fail("interrupted", 130)
+        if not stop.code and (error := streams.lost_output()) is not None:
+            _fail(f"stdout cannot be written ({error.strerror}): the result is not whole there", 5)
         raise
     except Terminated:
         _fail("interrupted", 143)

@@ -25,6 +25,7 @@ EXAMPLE = """
   loadstone eval -M tiny-w4 --baseline run/checkpoint-900 --fail-if 'dloss>0.03@95' --json result.json
 """
 _TEXT = "Text and protocol"
+log = logging.getLogger(__name__)
 
 
 def register(app: typer.Typer) -> None:
@@ -274,9 +275,17 @@ def evaluate(
     )
     if not result.first:
         return
-    render.result(json_to, result.as_json(), lambda: _render(result))
-    if result.failures:
-        raise GateFailed("; ".join(v.describe() for v in result.failures))
+    failed = GateFailed("; ".join(v.describe() for v in result.failures)) if result.failures else None
+    try:
+        render.result(json_to, result.as_json(), lambda: _render(result))
+    except Exception as error:
+        # Nothing that happens to the output may hide that a gate failed.
+        if failed is not None:
+            log.error("the result cannot be written: %s", error)
+            raise failed from error
+        raise
+    if failed is not None:
+        raise failed
 
 
 def _refuse_for_tables(context: typer.Context, models: list[str]) -> None:

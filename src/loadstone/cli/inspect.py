@@ -266,7 +266,7 @@ def _show(
         for part in parts:
             out.print(part, soft_wrap=isinstance(part, Text))
     # rich pads every line to the table's width, which only gets in the way of a pipe.
-    render.write("".join(line.rstrip() + "\n" for line in captured.get().splitlines()))
+    print("".join(line.rstrip() + "\n" for line in captured.get().splitlines()), end="")
 
 
 def _rows(

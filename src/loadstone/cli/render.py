@@ -24,9 +24,6 @@ def console() -> Any:
     from rich.segment import Segment
 
     class Out(Console):
-        def on_broken_pipe(self) -> None:
-            _discard_output()
-
         def render(self, *args: Any, **options: Any) -> Iterator[Segment]:
             # Here all text passes on its way out, whatever shows it.
             for text, style, control in super().render(*args, **options):
@@ -36,17 +33,10 @@ def console() -> Any:
 
 
 def write(text: str) -> None:
-    """Text to stdout, as it is."""
-    try:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        _discard_output()
-
-
-def _discard_output() -> None:
-    # The reader went away (`| head`). That is no error, and what follows (a gate) still decides the exit code.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    """Data to stdout, with an escape for each character that its encoding lacks."""
+    encoding = sys.stdout.encoding or "utf-8"
+    sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding))
+    sys.stdout.flush()
 
 
 def one_line(text: str) -> str:
@@ -101,7 +91,10 @@ def print_whole(rows: Any) -> None:
 
 def print_json(value: Any) -> None:
     """One JSON document on stdout, and nothing else there."""
-    write(to_json(value))
+    text = to_json(value)
+    # In an encoding that lacks a character only JSON's own escapes keep it.
+    narrow = not (sys.stdout.encoding or "utf-8").lower().startswith("utf")
+    write(json.dumps(json.loads(text), indent=2) + "\n" if narrow else text)
 
 
 def result(json_to: str | None, value: Any, show: Callable[[], None]) -> None:
