@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -10,7 +12,7 @@ import torch
 from loadstone.errors import ArtifactError, UsageError
 from loadstone.evaluation.results.compare import make_units
 from loadstone.evaluation.results.documents import divergence_record, worst_documents
-from loadstone.evaluation.scoring.divergence import diverge, score_pair
+from loadstone.evaluation.scoring.divergence import Divergence, score_pair
 from loadstone.evaluation.scoring.losses import BatchMaker, Values, plan_batches, score
 from loadstone.text.corpus import read_corpus
 from loadstone.text.tokens import TokenStream, make_protocol, make_windows, tokenize
@@ -60,7 +62,11 @@ def test_agrees_with_float64(model: Any, tokenizer: Any) -> None:
 def test_kernel_against_float64_to_1e_12() -> None:
     torch.manual_seed(0)
     p, q = 8 * torch.randn(50, 1000), 8 * torch.randn(50, 1000)
-    got = diverge(p, q, torch.zeros(50, dtype=torch.long))
+    diverge = Divergence()
+    # Buffers are used again, also for fewer rows.
+    diverge(q, q, torch.zeros(50, dtype=torch.long))
+    p, q = p[:40], q[:40]
+    got = diverge(p, q, torch.zeros(40, dtype=torch.long))
     lp, lq = p.double().log_softmax(-1), q.double().log_softmax(-1)
     assert torch.allclose(got["kl"], (lp.exp() * (lp - lq)).sum(-1), rtol=1e-12)
     assert torch.allclose(got["kl_reverse"], (lq.exp() * (lq - lp)).sum(-1), rtol=1e-12)
@@ -73,21 +79,42 @@ def test_logits_of_a_few_rows_at_a_time(model: Any, tokenizer: Any, monkeypatch:
     protocol = make_protocol(stream, dtype="float32", longest=128)
     whole = run(model, other, stream, protocol)
     held: list[int] = []
-    real = diverge
+    real = Divergence.__call__
 
-    def spy(p: torch.Tensor, q: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
+    def spy(
+        self: Divergence, p: torch.Tensor, q: torch.Tensor, targets: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
         held.append(len(p))
-        return real(p, q, targets)
+        return real(self, p, q, targets)
 
-    monkeypatch.setattr("loadstone.evaluation.scoring.divergence.diverge", spy)
+    monkeypatch.setattr(Divergence, "__call__", spy)
     monkeypatch.setattr("loadstone.evaluation.scoring.divergence.chunk_rows", lambda model, device: 40)
     chunked = run(model, other, stream, protocol)
     assert max(held) == 10 and len(held) > 100
     assert np.allclose(chunked["kl"], whole["kl"], rtol=1e-3, atol=1e-7)
 
 
+def test_memory_does_not_grow_with_the_text() -> None:
+    """Chunks of 8 MB logits over a vocabulary of 262,144: the heap keeps nothing of what they need."""
+    code = (
+        "import torch; from loadstone.evaluation.measure import peak_bytes\n"
+        "from loadstone.evaluation.scoring.divergence import Divergence\n"
+        "torch.set_num_threads(1); diverge, peaks, found = Divergence(), [], []\n"
+        "head = torch.randn(4, 262144)\n"
+        "for _ in range(24):\n"
+        "    hidden = torch.randn(8, 4)\n"
+        "    found.append(diverge(hidden @ head, hidden @ head, torch.zeros(8, dtype=torch.long)))\n"
+        "    peaks.append(peak_bytes(torch.device('cpu')) >> 20)\n"
+        "print(peaks[1], peaks[-1])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    early, late = map(int, done.stdout.split())
+    assert late < early + 30
+
+
 def test_masked_tokens() -> None:
     p = torch.tensor([[0.0, 1.0, -torch.inf]])
+    diverge = Divergence()
     same = diverge(p, p.clone(), torch.tensor([0]))
     assert same["kl"].item() == 0 and same["kl_reverse"].item() == 0 and same["top1"].item() == 1
     q = torch.tensor([[0.0, -torch.inf, 1.0]])

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from loadstone.errors import UsageError
 from loadstone.evaluation.scoring.head import chunk_rows, split_head
@@ -21,7 +20,7 @@ from loadstone.evaluation.scoring.losses import (
     Values,
     check_finite,
     run_batches,
-    widen,
+    token_losses,
 )
 
 # Losses as `score` gives them; divergences in float64, for they are small differences of large numbers.
@@ -64,6 +63,7 @@ def score_pair(
     at_once = max(1, chunk_rows(reference, maker.device) // 4)
     spent = [0.0, 0.0]
     checked = False
+    diverge = Divergence()
 
     def timed(which: int, call: Callable[[], torch.Tensor]) -> torch.Tensor:
         begin = time.perf_counter()
@@ -90,9 +90,8 @@ def score_pair(
                     f"'{names[0]}' and '{names[1]}' have vocabularies of {logits[0].shape[-1]} and "
                     f"{logits[1].shape[-1]} tokens: there is no KL divergence between them"
                 )
-            parts.append(
-                diverge(logits[0], logits[1].to(logits[0].device), batch.targets[part].to(logits[0].device))
-            )
+            device = logits[0].device
+            parts.append(diverge(logits[0], logits[1].to(device), batch.targets[part].to(device)))
         values = {key: torch.cat([p[key] for p in parts]) for key in _DTYPES}
         if not checked:
             check_finite(values["nll_reference"], names[0])
@@ -105,20 +104,50 @@ def score_pair(
     return values, PairTiming(Timing(spent[0], timing.tokens), Timing(spent[1], timing.tokens))
 
 
-def diverge(reference: torch.Tensor, model: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Divergence measures of logits (n, V) against reference logits (n, V), each (n,)."""
-    log_p, log_q = (logits.double().log_softmax(-1) for logits in (reference, model))
-    apart = log_p - log_q
-    return {
-        "nll_reference": F.cross_entropy(widen(reference), targets, reduction="none"),
-        "nll": F.cross_entropy(widen(model), targets, reduction="none"),
-        "kl": _expectation(log_p, apart),
-        "kl_reverse": _expectation(log_q, -apart),
-        "top1": (reference.argmax(-1) == model.argmax(-1)).float(),
-    }
+class Divergence:
+    """Divergence measures of chunks of logits, computed in buffers that are made once.
+
+    Blocks of these sizes, allocated and freed for every chunk, would leave holes that the C library's heap cannot fill:
+    gigabytes in a run over a large vocabulary.
+    """
+
+    def __init__(self) -> None:
+        self._wide = torch.empty(0)
+        self._mask = torch.empty(0)
+
+    def __call__(
+        self, reference: torch.Tensor, model: torch.Tensor, targets: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """Divergence measures of logits (n, V) against reference logits (n, V), each (n,)."""
+        log_p, log_q, apart, scratch, mask = self._buffers(reference)
+        for logits, logs in ((reference, log_p), (model, log_q)):
+            scratch.copy_(logits)
+            torch.ops.aten._log_softmax.out(scratch, -1, False, out=logs)
+        torch.sub(log_p, log_q, out=apart)
+        kl = _expectation(log_p, apart, scratch, mask)
+        return {
+            "nll_reference": token_losses(reference, targets),
+            "nll": token_losses(model, targets),
+            "kl": kl,
+            "kl_reverse": _expectation(log_q, apart.neg_(), scratch, mask),
+            "top1": (reference.argmax(-1) == model.argmax(-1)).float(),
+        }
+
+    def _buffers(self, logits: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        rows, columns = logits.shape
+        shape = self._mask.shape
+        if len(shape) < 2 or shape[0] < rows or shape[1] != columns or self._mask.device != logits.device:
+            self._wide = torch.empty(4, rows, columns, dtype=torch.float64, device=logits.device)
+            self._mask = torch.empty(rows, columns, dtype=torch.bool, device=logits.device)
+        return *self._wide[:, :rows], self._mask[:rows]
 
 
-def _expectation(log_weight: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+def _expectation(
+    log_weight: torch.Tensor, value: torch.Tensor, scratch: torch.Tensor, mask: torch.Tensor
+) -> torch.Tensor:
+    """The sum of exp(log_weight) * value over each row, (n,); ``log_weight`` is overwritten."""
+    weight = log_weight.exp_()
+    torch.mul(weight, value, out=scratch)
     # A token masked to probability 0 contributes 0, though its value is inf - inf.
-    weight = log_weight.exp()
-    return torch.where(weight > 0, weight * value, 0.0).sum(-1)
+    torch.gt(weight, 0, out=mask)
+    return scratch.masked_fill_(mask.logical_not_(), 0.0).sum(-1)
