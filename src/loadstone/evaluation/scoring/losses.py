@@ -239,7 +239,7 @@ def losses_of(hidden: torch.Tensor, split: SplitModel, batch: Batch, rows_at_onc
 def token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Negative log-likelihoods, (n,), of ``targets``, int64 (n,), under logits (n, V), in at least float32.
 
-    `F.cross_entropy` adds float32 probabilities one after another on a CPU, which is biased by 1e-5 for 262,144 of them;
+    On a CPU `cross_entropy` adds float32 probabilities one after another, which is biased by 1e-5 for 262,144 of them;
     `logsumexp` adds them in pairs.
     """
     if logits.dtype != torch.float64:
