@@ -76,7 +76,9 @@ def test_json_keeps_every_character_in_every_encoding(tiny: Path, tmp_path: Path
 def test_a_failed_gate_and_the_files_outlive_the_streams(tiny: Path, tmp_path: Path, redirect: str) -> None:
     out, text = tmp_path / "r.json", tmp_path / "t.txt"
     text.write_text("A stone that knows the way. " * 20)
-    options = f"eval -M {tiny} --data {text} --context-length 64 --separator 1 --fail-if 'loss>0' --json {out}"
+    options = (
+        f"eval -M {tiny} --data {text} --context-length 64 --separator 1 --fail-if 'loss>0' --json {out}"
+    )
     done = shell(f"{COMMAND} {options} {redirect}", PYTHONIOENCODING="ascii")
     assert done.returncode == 4, done.stderr
     assert json.loads(out.read_text())["models"]
@@ -84,5 +86,7 @@ def test_a_failed_gate_and_the_files_outlive_the_streams(tiny: Path, tmp_path: P
 
 def test_what_was_published_was_published(tiny: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    assert shell(f"{COMMAND} finalize -M {tiny} --quantize int8-weight-only -o {out} >&- 2>&-").returncode == 0
+    assert (
+        shell(f"{COMMAND} finalize -M {tiny} --quantize int8-weight-only -o {out} >&- 2>&-").returncode == 0
+    )
     assert (out / "config.json").is_file()

@@ -112,7 +112,9 @@ def test_losses_over_large_vocabularies(vocabulary: int) -> None:
     apart = token_losses(logits, targets).double() - expected
     assert apart.mean().abs() < 3e-7 and apart.abs().max() < 3e-6
     assert torch.allclose(token_losses(logits.double(), targets), expected, rtol=1e-14, atol=0)
-    assert torch.equal(token_losses(logits.bfloat16(), targets), token_losses(logits.bfloat16().float(), targets))
+    assert torch.equal(
+        token_losses(logits.bfloat16(), targets), token_losses(logits.bfloat16().float(), targets)
+    )
 
 
 def test_a_model_that_cannot_be_divided_is_scored_whole(model: Any, tokenizer: Any) -> None:
