@@ -74,7 +74,14 @@ def test_a_null_block_is_no_block(tmp_path: Path) -> None:
     assert detect(dense(tmp_path / "m", config=config(quantization_config=None))).kind == "dense"
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq", "fp8", "never-heard-of"])
+@pytest.mark.parametrize("method", ["gptq", "awq", "fp8", "mxfp4"])
+def test_a_block_without_its_weights(tmp_path: Path, method: str) -> None:
+    block = {"quant_method": method, "bits": 4}
+    with pytest.raises(ArtifactError, match=f"says {method}, and no tensor is quantized"):
+        detect(dense(tmp_path / "m", config=config(quantization_config=block)))
+
+
+@pytest.mark.parametrize("method", ["aqlm", "never-heard-of"])
 def test_other_quantizers(tmp_path: Path, method: str) -> None:
     artifact = detect(dense(tmp_path / "m", config=config(quantization_config={"quant_method": method})))
     assert (artifact.kind, artifact.quant_method) == ("other-quantizer", method)

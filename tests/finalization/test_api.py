@@ -1,6 +1,7 @@
 """`loadstone.finalize` and `loadstone.plan_finalize`: each option, and the errors for wrong ones."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -108,12 +109,17 @@ def test_wrong_options(
 
 
 def test_the_output_is_checked_before_the_work(
-    tiny: Path, quantize_to: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("loadstone.finalization.api.make_plan", lambda *args, **options: 1 / 0)
     with pytest.raises(UsageError, match="--overwrite"):
         loadstone.finalize(tiny, tmp_path, recipe=W4)
     with pytest.raises(UsageError, match="overlap"):
         loadstone.finalize(tiny, tiny / "out", recipe=W4)
+    other = Path(shutil.copytree(tiny, tmp_path / "aqlm"))
+    config = json.loads((tiny / "config.json").read_text()) | {
+        "quantization_config": {"quant_method": "aqlm"}
+    }
+    (other / "config.json").write_text(json.dumps(config))
     with pytest.raises(ArtifactError, match="already quantized"):
-        loadstone.plan_finalize(quantize_to(tiny, W4), recipe=W4)
+        loadstone.plan_finalize(other, recipe=W4)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import loadstone
-from loadstone.errors import ArtifactError, UsageError
+from loadstone.errors import UsageError
 from loadstone.finalization import units
 
 RECIPES = [
@@ -74,9 +74,6 @@ def test_what_cannot_be_moved(recipe: str, said: str, tiny: Path, tmp_path: Path
 def test_a_layout_needs_something_quantized(tiny: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="about quantized weights"):
         loadstone.finalize(tiny, tmp_path / "out", layout="compressed-tensors")
-    loadstone.finalize(tiny, tmp_path / "torchao", recipe="int8-weight-only")
-    with pytest.raises(ArtifactError, match="already quantized"):
-        loadstone.finalize(tmp_path / "torchao", tmp_path / "out", recipe="int8-weight-only")
 
 
 @pytest.mark.parametrize("family", ["llama-tied", "qwen3-moe"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,6 @@ from loadstone.artifact.adapter import (
     read_adapter_config,
 )
 from loadstone.artifact.builtin import PREFIX, builtin_path
-from loadstone.artifact.compressed_tensors import PackedWeight
 from loadstone.artifact.context_file import CONTEXT_JSON, CONTEXT_TENSORS, is_context, read_context
 from loadstone.artifact.files import MAX_CONFIG_BYTES, Sink, check_inside, is_file, read_json, refuse
 from loadstone.artifact.formats.safetensors import TensorInfo
@@ -42,9 +42,9 @@ from loadstone.artifact.kinds import (
     UNKNOWN,
     classify,
     quantization_block,
-    read_packed,
 )
 from loadstone.artifact.merged import MergedSource
+from loadstone.artifact.packed import Packed, modelopt_block, read_packed
 from loadstone.artifact.source import SafetensorsSource, Source, open_source
 from loadstone.artifact.torchao.checks import FlatTensor
 from loadstone.artifact.training_run import choose_checkpoint, is_checkpoint_name
@@ -89,10 +89,12 @@ class Artifact:
     config: dict[str, Any] = field(repr=False)
     weights: WeightFiles
     source: Source = field(repr=False)
-    packed: dict[str, PackedWeight] = field(repr=False, default_factory=dict)
+    packed: Mapping[str, Packed] = field(repr=False, default_factory=dict)
     quant_method: str | None = None
     notes: tuple[str, ...] = ()
     adapter: Adapter | None = field(repr=False, default=None)
+    # Number formats that its weights were stored in before they were decoded, oldest first; empty for others.
+    decoded: tuple[str, ...] = ()
 
     @property
     def tensors(self) -> dict[str, TensorInfo]:
@@ -205,9 +207,14 @@ def examine(
         weights = WeightFiles("none", ())
         sink(_no_weights(directory))
     source = open_source(directory, weights, sink)
-    packed: dict[str, PackedWeight] = {}
+    packed: Mapping[str, Packed] = {}
+    if quantization_block(config[0]) is None and (
+        block := _or_empty(sink, lambda: modelopt_block(directory), None)
+    ):
+        config = config[0] | {"quantization_config": block}, (*config[1], "hf_quant_config.json")
     if weights.files and source.streamable:
-        packed = _or_empty(sink, lambda: read_packed(directory, config[0], source.tensors, sink), {})
+        block = quantization_block(config[0])
+        packed = _or_empty(sink, lambda: read_packed(directory, block, source.tensors, sink), {})
     kind, evidence, method = classify(directory, config[0], weights, source, sink, packed)
     return Artifact(
         path=directory,

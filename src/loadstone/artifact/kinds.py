@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from loadstone.artifact.compressed_tensors import PackedWeight, packed_weights, read_block
-from loadstone.artifact.compressed_tensors.block import METHOD, unsupported
-from loadstone.artifact.compressed_tensors.tensors import stored_shape
 from loadstone.artifact.files import Sink, is_file
 from loadstone.artifact.formats.safetensors import FLOAT_DTYPES, TensorInfo
 from loadstone.artifact.formats.weights import WeightFiles
 from loadstone.artifact.hints import MLX_REMEDY, MODELOPT_REMEDY, mlx_block, wrapped_names
+from loadstone.artifact.packed import MODELOPT, Packed
 from loadstone.artifact.source import Source
 from loadstone.artifact.torchao.checks import FlatTensor
 from loadstone.artifact.torchao.config import check_agreement, check_block, chooses_by_module
@@ -59,7 +57,7 @@ def classify(
     weights: WeightFiles,
     source: Source,
     sink: Sink,
-    packed: dict[str, PackedWeight],
+    packed: Mapping[str, Packed],
 ) -> Verdict:
     """(kind, evidence, quantization method).
 
@@ -101,13 +99,13 @@ def _from_block(
     tensors: dict[str, TensorInfo],
     flat: dict[str, FlatTensor],
     sink: Sink,
-    packed: dict[str, PackedWeight],
+    packed: Mapping[str, Packed],
 ) -> Verdict:
     block = quantization_block(config)
     if (mlx := mlx_block(config, tensors)) is not None:
         raise mlx
     method = quant_method(block)
-    if method.startswith("modelopt"):
+    if method.startswith(MODELOPT) and not packed:
         raise ArtifactError("config.json: the model is quantized by ModelOpt", MODELOPT_REMEDY)
     if method != "torchao":
         if flat:
@@ -118,7 +116,7 @@ def _from_block(
             )
         if packed:
             check_layers(tensors, sink)
-            return COMPRESSED_TENSORS, (f"config.json: quantization_config.quant_method is {method}",), method
+            return method, (f"config.json: quantization_config.quant_method is {method}",), method
         return OTHER_QUANTIZER, (f"config.json: quantization_config.quant_method is {method}",), method
     check_layers(tensors, sink)
     recipe = check_block(block)
@@ -130,22 +128,6 @@ def _from_block(
     check_agreement(recipe, flat, sink)
     check_quantized(flat, tensors, config, sink, by_module=chooses_by_module(recipe))
     return TORCHAO, ("config.json: quantization_config.quant_method is torchao",), method
-
-
-def read_packed(
-    directory: Path, config: dict[str, Any], tensors: dict[str, TensorInfo], sink: Sink
-) -> dict[str, PackedWeight]:
-    """The quantized weights of a compressed-tensors artifact; empty for others and for what is not decoded here."""
-    block = quantization_block(config)
-    if not isinstance(block, dict) or block.get("quant_method") != METHOD or unsupported(block):
-        return {}
-    found = packed_weights(read_block(block), tensors, sink, partial(stored_shape, directory))
-    if not found:
-        raise ArtifactError(
-            "config.json says compressed-tensors, and no tensor is quantized",
-            "The weights are not this config's: make the artifact again, or remove the quantization_config block",
-        )
-    return found
 
 
 def quantization_block(config: dict[str, Any]) -> Any:

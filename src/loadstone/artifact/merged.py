@@ -36,7 +36,6 @@ class MergedSource:
     quantized: dict[str, FlatTensor] = field(default_factory=dict)
     foreign: tuple[ArtifactError, ...] = ()
     content: ClassVar[str] = "holds plain tensors"
-    divisible: ClassVar[bool] = False
     mappable: ClassVar[bool] = False
 
     @property
@@ -59,6 +58,10 @@ class MergedSource:
     def files(self) -> tuple[str, ...]:
         # Absolute, since they lie in another directory than the base's.
         return (*self.base.files, *(str((self.adapter.directory / n).absolute()) for n in self.adapter.files))
+
+    def tile(self, info: TensorInfo) -> int:
+        changed = info.name in self.changes or info.name in self.starts
+        return info.numel if changed else self.base.tile(info)
 
     def read(
         self, info: TensorInfo, start: int = 0, stop: int | None = None, *, pinned: bool = False

@@ -8,12 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from loadstone.artifact.compressed_tensors import PackedWeight, read_block
+from loadstone.artifact.compressed_tensors import read_block
 from loadstone.artifact.compressed_tensors.problems import serving_problems
 from loadstone.artifact.detect import CONFIG, PFN, Artifact, examine
 from loadstone.artifact.files import is_file, read_json
 from loadstone.artifact.formats.safetensors import FLOAT_DTYPES, TensorInfo
 from loadstone.artifact.manifest import MANIFEST, read_manifest
+from loadstone.artifact.packed import Packed
+from loadstone.artifact.servers import compressed_weights
 from loadstone.artifact.torchao.checks import FlatTensor, looks_flattened
 from loadstone.artifact.torchao.uniform import pattern_of
 from loadstone.errors import ArtifactError
@@ -145,11 +147,10 @@ def collect(path: str | Path, *, checkpoint: str | None = None, base: str | Path
 
 def _serving(artifact: Artifact) -> list[ArtifactError]:
     block = artifact.quantization_config
-    if not artifact.packed or block is None:
+    packed = compressed_weights(artifact)
+    if not packed or block is None:
         return []
-    return serving_problems(
-        artifact.path, artifact.config, read_block(block), artifact.packed, artifact.tensors
-    )
+    return serving_problems(artifact.path, artifact.config, read_block(block), packed, artifact.tensors)
 
 
 def _per_weight(groups: tuple[Group, ...], total: Any) -> float | None:
@@ -181,8 +182,8 @@ def _dtype_totals(stored: Iterable[TensorInfo]) -> tuple[DtypeTotal, ...]:
     return tuple(sorted(found, key=lambda d: (-d.nbytes, d.dtype)))
 
 
-def _quantized_groups(flat: Mapping[str, FlatTensor | PackedWeight]) -> tuple[Group, ...]:
-    members: dict[tuple[str, str, int], list[FlatTensor | PackedWeight]] = {}
+def _quantized_groups(flat: Mapping[str, FlatTensor | Packed]) -> tuple[Group, ...]:
+    members: dict[tuple[str, str, int], list[FlatTensor | Packed]] = {}
     for tensor in flat.values():
         members.setdefault((pattern_of(tensor.name), tensor.type, tensor.nominal_bits), []).append(tensor)
     groups = (

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from math import gcd
 from typing import TYPE_CHECKING, NamedTuple
 
+from loadstone.artifact.compressed_tensors import PackedWeight
 from loadstone.artifact.compressed_tensors.merging import largest_division, merged_sets
 from loadstone.artifact.compressed_tensors.scheme import FLOAT, INT, MXFP4, MXFP8, NVFP4, PACK, LayerScheme
 
@@ -72,10 +73,10 @@ def runs_of(artifact: Artifact) -> tuple[Runs, ...]:
     """Where a quantized artifact runs; empty for others."""
     from loadstone.artifact.torchao.config import chooses_by_module
 
-    if artifact.packed:
-        experts = any(".experts." in name for name in artifact.packed)
+    if packed := compressed_weights(artifact):
+        experts = any(".experts." in name for name in packed)
         plain = not experts and any(".experts." in name for name in artifact.tensors)
-        return where_it_runs((weight.scheme for weight in artifact.packed.values()), experts, plain)
+        return where_it_runs((weight.scheme for weight in packed.values()), experts, plain)
     if not artifact.quantized or not artifact.is_torchao:
         return ()
     block = artifact.quantization_config or {}
@@ -92,11 +93,17 @@ def runs_of(artifact: Artifact) -> tuple[Runs, ...]:
     )
 
 
+def compressed_weights(artifact: Artifact) -> dict[str, PackedWeight]:
+    """The packed weights of the compressed-tensors layout; empty for other formats."""
+    return {name: weight for name, weight in artifact.packed.items() if isinstance(weight, PackedWeight)}
+
+
 def largest_tensor_parallel(artifact: Artifact) -> int | None:
     """The most GPUs that packed weights and attention heads divide among evenly; None where nothing is packed."""
-    if not artifact.packed:
+    packed = compressed_weights(artifact)
+    if not packed:
         return None
-    found = largest_division((w.module, w.scheme, w.shape) for w in artifact.packed.values())
+    found = largest_division((w.module, w.scheme, w.shape) for w in packed.values())
     inner = artifact.config.get("text_config")
     config = inner if isinstance(inner, dict) else artifact.config
     heads = config.get("num_attention_heads")

@@ -3,12 +3,13 @@
 ``files``: the files with the tensors' bytes. ``tensors``: every stored tensor by name, the parts of quantized ones
 among them (``m._weight_qdata``). ``quantized``: torchao's tensors by name. ``metadata``: a safetensors header's.
 ``shared``: groups of names for one tensor. ``foreign``: an error for each tensor of a class that cannot be loaded.
-``content``: what the files hold, for messages. ``divisible``: whether `read` can read a part without the rest.
+``content``: what the files hold, for messages.
 ``streamable``: whether `opened` costs nothing until a tensor is used. ``mappable``: whether accelerate can map the
 files. ``repeats_ties``: whether tied parameters are stored under each of their names.
 
 ``read(info, start, stop)``: elements ``start`` to ``stop`` of the flattened tensor, or (``stop`` None) the whole tensor
 in its shape, on the CPU in its stored dtype, from any thread; ``pinned``: in page-locked memory where that is possible.
+``tile(info)``: elements that it makes at once even where fewer are asked for, counted from the tensor's first.
 ``opened()``: a context manager that keeps the files open and gives an `Opened`. ``describe(name)``: a quantized tensor
 with its complete description, for which a ``.bin`` has to be read. ``check_values(limits)``: raise `ArtifactError` for
 the first value in the files that no model holds (NaN, infinity), unless ``opened`` finds those itself.
@@ -37,9 +38,9 @@ from loadstone.errors import ArtifactError
 if TYPE_CHECKING:
     import torch
 
-    from loadstone.artifact.compressed_tensors import PackedWeight
     from loadstone.artifact.formats.bin import BinContents
     from loadstone.artifact.formats.dcp import DcpContents
+    from loadstone.artifact.packed import Packed
     from loadstone.artifact.values import Limits
 
 # Bytes that one thread reads of a large tensor, and the most threads.
@@ -67,7 +68,7 @@ def open_source(directory: Path, weights: WeightFiles, sink: Sink) -> Source:
 
 
 @contextmanager
-def values_checked(source: Source, packed: Iterable[PackedWeight] = ()) -> Iterator[None]:
+def values_checked(source: Source, packed: Iterable[Packed] = ()) -> Iterator[None]:
     """Check a source's values on another core during the block, which reads the same bytes.
 
     Raises `ArtifactError` at the end of the block as `check_values` does.
@@ -92,7 +93,6 @@ class SafetensorsSource:
     shared: tuple[tuple[str, ...], ...] = ()
     foreign: tuple[ArtifactError, ...] = ()
     content: ClassVar[str] = "holds plain tensors"
-    divisible: ClassVar[bool] = True
     streamable: ClassVar[bool] = True
     mappable: ClassVar[bool] = True
     repeats_ties: ClassVar[bool] = False
@@ -104,6 +104,9 @@ class SafetensorsSource:
     @property
     def metadata(self) -> dict[str, str]:
         return self.table.metadata
+
+    def tile(self, info: TensorInfo) -> int:
+        return 1
 
     def read(
         self, info: TensorInfo, start: int = 0, stop: int | None = None, *, pinned: bool = False
@@ -174,11 +177,13 @@ class BinSource:
     mappable: bool
     content: ClassVar[str] = "holds plain tensors"
     metadata: dict[str, str] = field(default_factory=dict)
-    divisible: ClassVar[bool] = True
     streamable: ClassVar[bool] = False
     repeats_ties: ClassVar[bool] = True
     _loaded: dict[str, Opened] = field(repr=False, compare=False, default_factory=dict)
     _lock: threading.Lock = field(repr=False, compare=False, default_factory=threading.Lock)
+
+    def tile(self, info: TensorInfo) -> int:
+        return 1
 
     def read(
         self, info: TensorInfo, start: int = 0, stop: int | None = None, *, pinned: bool = False
@@ -247,7 +252,6 @@ class DcpSource:
     shared: tuple[tuple[str, ...], ...] = ()
     foreign: tuple[ArtifactError, ...] = ()
     content: ClassVar[str] = "describes a torch distributed checkpoint"
-    divisible: ClassVar[bool] = False
     streamable: ClassVar[bool] = False
     mappable: ClassVar[bool] = False
     repeats_ties: ClassVar[bool] = False
@@ -259,6 +263,9 @@ class DcpSource:
     @property
     def tensors(self) -> dict[str, TensorInfo]:
         return self.contents.tensors
+
+    def tile(self, info: TensorInfo) -> int:
+        return info.numel
 
     def read(
         self, info: TensorInfo, start: int = 0, stop: int | None = None, *, pinned: bool = False

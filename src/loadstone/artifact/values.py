@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     import numpy
     import torch
 
-    from loadstone.artifact.compressed_tensors import PackedWeight
     from loadstone.artifact.formats.safetensors import TensorInfo
+    from loadstone.artifact.packed import Packed
     from loadstone.artifact.torchao.checks import FlatTensor
 
 Limits = dict[str, tuple[str, int, int]]
@@ -53,15 +53,16 @@ def limits_of(quantized: Iterable[FlatTensor]) -> Limits:
     return limits
 
 
-def packed_limits(packed: Iterable[PackedWeight]) -> Limits:
+def packed_limits(packed: Iterable[Packed]) -> Limits:
     """What the scales of packed weights may hold: numbers above zero, and powers of two that are numbers."""
     limits: Limits = {}
     for weight in packed:
-        scale = weight.parts["weight_scale"]
-        if scale.dtype in POSITIVE:
-            limits[scale.name] = POSITIVE[scale.dtype]
-        elif scale.dtype == "U8":
-            limits[scale.name] = ("uint8", 0, 254)
+        for suffix in ("weight_scale", "weight_scale_2"):
+            scale = weight.parts.get(suffix)
+            if scale is not None and scale.dtype in POSITIVE:
+                limits[scale.name] = POSITIVE[scale.dtype]
+            elif scale is not None and scale.dtype == "U8":
+                limits[scale.name] = ("uint8", 0, 254)
     return limits
 
 

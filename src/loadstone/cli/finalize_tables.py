@@ -23,7 +23,7 @@ def _groups(plan: FinalizePlan) -> list[tuple[str, str, int, int, int]]:
         if entry is None:
             entry = found[step.action, step.reason] = [0, 0, 0]
         entry[0] += 1
-        entry[1] += step.source_bytes
+        entry[1] += step.stored_bytes
         entry[2] += step.nbytes
     return [(action, reason, *counts) for (action, reason), counts in sorted(found.items(), reverse=True)]  # type: ignore[misc]
 
@@ -32,6 +32,7 @@ def _summary(plan: FinalizePlan) -> dict[str, Any]:
     return {
         "source": str(plan.source.path),
         "kind": plan.source.kind,
+        "decoded": list(plan.source.decoded),
         "recipe": str(plan.recipe) if plan.recipe else None,
         "bytes_before": plan.bytes_before,
         "bytes_after": plan.bytes_after,
@@ -164,7 +165,8 @@ def _print_groups(plan: FinalizePlan) -> None:
         ["total", "", str(len(plan.steps)), render.size(plan.bytes_before), render.size(plan.bytes_after)]
     )
     adapter = plan.source.adapter
-    title = f"{shown(plan.source.path)} ({plan.source.kind})"
+    kind = f"from {' → '.join(plan.source.decoded)}" if plan.source.decoded else plan.source.kind
+    title = f"{shown(plan.source.path)} ({kind})"
     if adapter is not None:
         title = f"{shown(adapter.directory)} merged into {shown(plan.source.path)}"
     experts = _experts_left(plan)

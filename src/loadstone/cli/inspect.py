@@ -308,6 +308,11 @@ def _rows(
         versions = report.manifest.get("versions")
         made = ", ".join(f"{k} {v}" for k, v in versions.items()) if isinstance(versions, dict) else ""
         rows.append(("made with", made or "loadstone"))
+        source = report.manifest.get("source")
+        decoded = source.get("decoded") if isinstance(source, dict) else None
+        if isinstance(decoded, list):
+            chain = [*map(str, decoded), str(report.manifest.get("recipe") or "plain weights")]
+            rows.append(("rounded", " → ".join(chain)))
     if mismatches is not None:
         rows.append(("verified", "every file agrees with loadstone.json" if not mismatches else "no"))
     return rows

@@ -160,7 +160,13 @@ def plan_export(
 
 
 def _artifact(source: str | Path | Artifact, checkpoint: str | None, base: str | Path | None) -> Artifact:
-    return source if isinstance(source, Artifact) else detect(source, checkpoint=checkpoint, base=base)
+    """The source, its weights decoded where they are quantized."""
+    artifact = source if isinstance(source, Artifact) else detect(source, checkpoint=checkpoint, base=base)
+    if not artifact.packed and not artifact.is_torchao:
+        return artifact
+    from loadstone.loading.decoded import dense_view
+
+    return dense_view(artifact)
 
 
 def _placed(artifact: Artifact, options: Options) -> Artifact:

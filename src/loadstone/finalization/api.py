@@ -148,9 +148,9 @@ def plan_finalize(
     from loadstone.finalization.moving import plan_move
     from loadstone.loading import plan as load_plan
     from loadstone.loading.adapters import placed
+    from loadstone.loading.decoded import dense_view
     from loadstone.loading.devices import quantize_device
     from loadstone.loading.loader import import_libraries
-    from loadstone.loading.packed import dense_view
     from loadstone.quantization.qat import recorded_recipe
     from loadstone.quantization.quantize import check_runs
 
@@ -163,9 +163,13 @@ def plan_finalize(
         import_libraries()
         return plan_move(artifact, max_shard_bytes=max_shard_bytes, trust_remote_code=trust_remote_code)
     refuse_quantized(artifact)
-    if artifact.packed:
-        log.warning("%s is quantized: its decoded weights are what is finalized", artifact.root)
-        artifact = dense_view(artifact)
+    if artifact.packed or artifact.is_torchao:
+        artifact = dense_view(artifact, dtype)
+        log.warning(
+            "%s is quantized (%s): its decoded weights are what is finalized",
+            artifact.root,
+            artifact.decoded[-1],
+        )
     chosen = recorded_recipe(artifact, asked)
     chosen = _with_options(chosen, algorithm, calibrate is not None, skip, layout)
     if layout != TORCHAO and chosen is None:

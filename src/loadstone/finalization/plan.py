@@ -10,14 +10,16 @@ from functools import cached_property
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from loadstone.artifact import Artifact, TensorInfo
+from loadstone.artifact import Artifact, FlatTensor, TensorInfo
 from loadstone.artifact.compressed_tensors.merging import merged_sets
 from loadstone.artifact.detect import DENSE, OTHER_QUANTIZER, QAT_KEY
 from loadstone.artifact.formats.safetensors import DTYPE_BITS, FLOAT_DTYPES
+from loadstone.artifact.packed import Packed
 from loadstone.artifact.servers import Runs
 from loadstone.artifact.torchao.flatten import SAFETENSORS_DTYPES
 from loadstone.artifact.torchao.tensors import part_name
 from loadstone.errors import ArtifactError
+from loadstone.loading.decoded import DecodedSource
 from loadstone.quantization import MixedRecipe, Recipe, Scheme
 from loadstone.writing.index import SHARD_BYTES, in_shards, shard_name, weights_name
 
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
     from loadstone.quantization.model_facts import ModelFacts
     from loadstone.quantization.rules import Decision
 
-COPY, CAST, QUANTIZE = "copy", "cast", "quantize"
+COPY, CAST, DECODE, QUANTIZE = "copy", "cast", "decode", "quantize"
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Step:
     a tensor that is copied or cast. ``ready``: a safetensors file that holds the outputs already, made by calibration.
     ``merged_with``: other source tensors whose largest value counts for the scale of the whole tensor. ``parameter``:
     the model's parameter that it is, or is a part of, where weights are stored under the checkpoint's names.
+    ``packed``: the quantized weights that the sources are decoded from.
     """
 
     sources: tuple[TensorInfo, ...]
@@ -48,11 +51,14 @@ class Step:
     ready: str = ""
     merged_with: tuple[TensorInfo, ...] = ()
     parameter: str = ""
+    packed: tuple[Packed | FlatTensor, ...] = ()
 
     @property
     def action(self) -> str:
         if self.encoding:
             return QUANTIZE
+        if self.packed:
+            return DECODE
         return COPY if self.outputs[0].dtype == self.source.dtype else CAST
 
     @property
@@ -68,6 +74,16 @@ class Step:
     def source_bytes(self) -> int:
         first = self.sources[0]
         return first.end - first.begin if len(self.sources) == 1 else _total(self.sources)
+
+    @property
+    def stored_bytes(self) -> int:
+        """`source_bytes` as they are stored: fewer where the sources are decoded."""
+        if not self.packed:
+            return self.source_bytes
+        return sum(
+            weight.nbytes * info.numel // weight.numel
+            for weight, info in zip(self.packed, self.sources, strict=True)
+        )
 
     @property
     def nbytes(self) -> int:
@@ -99,8 +115,10 @@ class FinalizePlan:
 
     @cached_property
     def bytes_before(self) -> int:
-        """Bytes of the source tensors; of a tensor that several steps read, once."""
-        return _total({info.name: info for step in self.steps for info in step.sources}.values())
+        """Bytes of the source tensors as they are stored; of a tensor that several steps read, once."""
+        plain = {info.name: info for step in self.steps for info in step.sources if not step.packed}
+        packed = {weight.name: weight for step in self.steps for weight in step.packed}
+        return _total(plain.values()) + sum(weight.nbytes for weight in packed.values())
 
     @cached_property
     def bytes_after(self) -> int:
@@ -182,6 +200,8 @@ def make_plan(
         steps.append(Step((info,), key, (output,), reason=reason))
         if place is not None and untied:
             steps += _untied_steps(info, place.parameter, stored, decisions, untied, encoder)
+    if isinstance(artifact.source, DecodedSource):
+        steps = [_decoding(step, artifact.source) for step in steps]
     if recipe and not any(step.action == QUANTIZE for step in steps):
         raise ArtifactError(
             f"'{artifact.path}': {model.model} has no weight that {recipe} can quantize{_most_common_reason(steps)}",
@@ -203,6 +223,18 @@ def make_plan(
     return replace(plan, header=header, kind=encoder.kind, runs=encoder.runs(stored_as, config))
 
 
+def _decoding(step: Step, reader: DecodedSource) -> Step:
+    """The step with the quantized weights that its sources are decoded from, if they are."""
+    found = [reader.weight_of(info)[0] for info in step.sources]
+    packed = tuple(weight for weight in found if weight is not None)
+    if len(packed) < len(found):
+        return step
+    kinds = " and ".join(dict.fromkeys(reader.kind_of(weight) for weight in packed))
+    return replace(
+        step, packed=packed, reason=f"{step.reason}, from {kinds}" if step.reason else f"from {kinds}"
+    )
+
+
 def _most_common_reason(steps: list[Step]) -> str:
     """Why most matrices stay as they are, for a message; empty when no step says why."""
     reasons = Counter(step.reason for step in steps if step.reason and len(step.source.shape) > 1)
@@ -210,8 +242,8 @@ def _most_common_reason(steps: list[Step]) -> str:
 
 
 def refuse_quantized(artifact: Artifact) -> None:
-    """Raise `ArtifactError` when the source is quantized already."""
-    if artifact.is_torchao or artifact.kind == OTHER_QUANTIZER:
+    """Raise `ArtifactError` for a source that is quantized in a format that is not decoded here."""
+    if artifact.kind == OTHER_QUANTIZER:
         raise ArtifactError(
             f"'{artifact.root}' is already quantized ({artifact.evidence[-1]})",
             "Finalize the unquantized checkpoint it was made from",
@@ -318,7 +350,7 @@ def _quantize_step(
 
 def _separate(info: TensorInfo, artifact: Artifact) -> list[TensorInfo]:
     """The matrices that a source tensor is stored as; empty where it cannot be divided."""
-    ranges = artifact.weights.format == "safetensors" and artifact.source.divisible
+    ranges = artifact.weights.format == "safetensors" and artifact.adapter is None
     if len(info.shape) > 2 and not ranges:
         return []
     return divided(info)

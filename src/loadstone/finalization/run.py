@@ -207,7 +207,7 @@ def _write_shards(
                 outputs = [o for step in plan.shards[number] for o in step.outputs]
                 writers[number] = ShardWriter(output_in(work) / plan.file_name(number), outputs, plan.header)
                 digests[number] = hashers.submit(writers[number].digest)
-            units = {number: list(units_of(plan, number, device, reader.divisible)) for number in group}
+            units = {number: list(units_of(plan, number, device, reader)) for number in group}
             left.update({number: len(found) for number, found in units.items()})
             for row in zip_longest(*units.values()):
                 yield from (unit for unit in row if unit is not None)
@@ -266,6 +266,9 @@ def _finish(work: Path, name: str, closed: Future[None], digest: Future[str]) ->
 def source_facts(source: Artifact, fingerprint: str) -> dict[str, Any]:
     """Where the tensors came from, for a manifest; of an adapter also what was merged, and into what."""
     facts: dict[str, Any] = {"path": str(source.path), "fingerprint": fingerprint}
+    if source.decoded:
+        # Quantized before: values were rounded to these number formats in turn.
+        facts["decoded"] = list(source.decoded)
     if source.adapter is not None:
         facts["adapter"] = {"path": str(source.adapter.directory), "merged": str(source.adapter)}
     return facts

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from math import prod
+from math import lcm, prod
 from typing import TYPE_CHECKING
 
 from loadstone.artifact import Source, TensorInfo
@@ -47,25 +47,31 @@ class Unit:
         return self.source.nbytes * (self.stop - self.start) // self.source.numel
 
 
-def units_of(plan: FinalizePlan, shard: int, device: str, divisible: bool) -> Iterator[Unit]:
+def units_of(plan: FinalizePlan, shard: int, device: str, reader: Source) -> Iterator[Unit]:
     """The units of one output file, in the order of its bytes, so that it can be hashed while it grows.
 
-    ``divisible``: whether parts of a source tensor can be read.
+    Each is a part that ``reader`` can make apart from the others.
     """
     for step in sorted(plan.shards[shard], key=lambda step: min(map(file_order, step.outputs))):
-        yield from step_units(step, shard, device, divisible)
+        yield from step_units(step, shard, device, reader)
 
 
-def step_units(step: Step, shard: int, device: str, divisible: bool = True) -> Iterator[Unit]:
-    """The units of one step. Rows that share a scale are one unit, whatever else is divisible."""
+def step_units(step: Step, shard: int, device: str, reader: Source | None = None) -> Iterator[Unit]:
+    """The units of one step. Rows that share a scale are one unit. ``reader``: None where the values are in memory."""
     encoding = step.encoding
     for number, source in enumerate(step.sources):
         block = _block(step, source, device)
-        size = block
+        size, whole = block, 1
         if encoding and encoding.rows_together and not step.ready:
-            size = min(encoding.rows_together * source.shape[-1], source.numel)
-        elif step.ready or not divisible:
+            size = whole = min(encoding.rows_together * source.shape[-1], source.numel)
+        elif step.ready:
             size = source.numel
+        elif encoding and encoding.row_multiple:
+            whole = source.shape[-1] * encoding.row_multiple
+        if reader and (tile := reader.tile(source)) > 1:
+            # All of what a packed source decodes at once, and whole rows of what is written.
+            tile = lcm(tile, max(whole, 1))
+            size = -(-size // tile) * tile
         large = encoding is not None and not encoding.row_multiple and block > _limit(step, device)
         for start in range(0, source.numel, size or 1):
             yield Unit(shard, step, number, start, min(start + size, source.numel), large)
@@ -179,7 +185,8 @@ def _check_scale(name: str, part: torch.Tensor, source: TensorInfo) -> None:
 
 def extremes_of(info: TensorInfo, reader: Source) -> tuple[torch.Tensor, torch.Tensor]:
     """The smallest and the largest value of a source tensor, read block by block."""
-    size = BLOCK if reader.divisible else info.numel
+    tile = max(reader.tile(info), 1)
+    size = -(-BLOCK // tile) * tile
     found = [
         _finite_extremes(info, reader.read(info, start, min(start + size, info.numel)))
         for start in range(0, info.numel, size)

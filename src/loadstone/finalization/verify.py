@@ -41,7 +41,7 @@ def verify(
                     "Finalize again",
                 )
 
-    every = (unit for n in range(len(plan.shards)) for unit in units_of(plan, n, device, reader.divisible))
+    every = (unit for n in range(len(plan.shards)) for unit in units_of(plan, n, device, reader))
     with closing(stream(plan, every, reader, device, compare)) as done:
         for unit in done:
             if on_progress:

@@ -133,8 +133,10 @@ def stored_dtype(artifact: Artifact, config: Any) -> torch.dtype:
         return config.dtype
     names = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
     sizes: dict[str, int] = {}
+    # Scales of packed weights have a dtype of their own.
+    parts = {part.name for weight in artifact.packed.values() for part in weight.parts.values()}
     for tensor in artifact.tensors.values():
-        if tensor.dtype in names:
+        if tensor.dtype in names and tensor.name not in parts:
             sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.nbytes
     return names[max(sizes, key=lambda k: sizes[k])] if sizes else torch.float32
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from loadstone.artifact.detect import (
     ADAPTER,
-    COMPRESSED_TENSORS,
     CONTEXT,
     DENSE,
     FAKEQUANT,
@@ -149,7 +148,7 @@ def _forces_its_own_path(root: Path) -> Artifact | None:
         artifact = detect(root, checkpoint=None)
     except ArtifactError:
         return None
-    quantized = artifact.kind in (TORCHAO, TORCHAO_UNMARKED, COMPRESSED_TENSORS, OTHER_QUANTIZER)
+    quantized = artifact.kind in (TORCHAO, TORCHAO_UNMARKED, OTHER_QUANTIZER) or artifact.packed
     return artifact if quantized and artifact.path == root else None
 
 
@@ -169,7 +168,7 @@ def _load_path(artifact: Artifact) -> tuple[str, str]:
             return NATIVE_QUANTIZED, "torchao tensors rebuilt from their own metadata"
         case k if k == TORCHAO_UNMARKED:
             return NATIVE_QUANTIZED, "no quantization_config: recipe recovered from the tensors themselves"
-        case k if k == COMPRESSED_TENSORS:
+        case _ if artifact.packed:
             return NATIVE_UNPACKED, f"packed weights are decoded to the model's dtype ({_schemes(artifact)})"
         case k if k == FAKEQUANT:
             return NATIVE, "folded weights are plain tensors"

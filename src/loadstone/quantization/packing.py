@@ -78,6 +78,8 @@ def decode_e2m1(packed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The numbers (rows, K) of ``dtype`` that bytes (rows, K / 2) hold, two each, the first in the low bits."""
     import torch
 
+    packed = packed.view(torch.uint8)
+
     codes = torch.tensor([*_E2M1, *(-value for value in _E2M1)], dtype=dtype, device=packed.device)
     pairs = torch.stack((codes.repeat(16), codes.repeat_interleave(16)), -1)
     # A pair is looked up as one integer of twice the width.
@@ -180,13 +182,13 @@ def decode_rows(
     if scheme.format == NVFP4:
         values = decode_e2m1(parts["weight_packed"], torch.float32)
         factors = scale.float() / parts["weight_global_scale"].float().reshape(())
-        return _scaled(values, factors, None, scheme.weights, None).to(dtype)
+        return scaled(values, factors, None, scheme.weights, None).to(dtype)
     if scheme.format in (MXFP4, MXFP8):
         # Products with powers of two are exact, in whatever dtype holds the range.
         wide = torch.float32 if dtype == torch.float16 else dtype
         packed = scheme.format == MXFP4
         values = decode_e2m1(parts["weight_packed"], wide) if packed else decode_float8(parts["weight"], wide)
-        return _scaled(values, decode_e8m0(scale, wide), None, scheme.weights, None).to(dtype)
+        return scaled(values, decode_e8m0(scale, wide), None, scheme.weights, None).to(dtype)
     zeros = parts.get("weight_zero_point") if not scheme.weights.symmetric else None
     if scheme.format == PACK:
         packed_values, bits = parts["weight_packed"], scheme.weights.bits
@@ -197,10 +199,10 @@ def decode_rows(
         values = decode_float8(parts["weight"], scale.dtype)
     else:
         values = parts["weight"].to(scale.dtype)
-    return _scaled(values, scale, zeros, scheme.weights, parts.get("weight_g_idx")).to(dtype)
+    return scaled(values, scale, zeros, scheme.weights, parts.get("weight_g_idx")).to(dtype)
 
 
-def _scaled(
+def scaled(
     values: torch.Tensor,
     scale: torch.Tensor,
     zeros: torch.Tensor | None,

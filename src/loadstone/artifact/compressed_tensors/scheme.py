@@ -18,7 +18,12 @@ NVFP4 = "nvfp4-pack-quantized"
 MXFP4 = "mxfp4-pack-quantized"
 MXFP8 = "mxfp8-quantized"
 MIXED = "mixed-precision"
-# The formats that are read here. Others (marlin-24, sparse-24-bitmask, mxfp6-pack-quantized, …) are refused by name.
+# Of other quantizers: float8 values with a scale for each block, row or tensor; integers packed by columns.
+FP8 = "fp8"
+GPTQ = "gptq"
+AWQ = "awq"
+# The formats of compressed-tensors that are read here.
+# Others (marlin-24, sparse-24-bitmask, mxfp6-pack-quantized, …) are refused by name.
 FORMATS = (PACK, INT, FLOAT, NAIVE, NVFP4, MXFP4, MXFP8)
 
 
@@ -68,6 +73,10 @@ class LayerScheme:
     def __str__(self) -> str:
         """The name that the field gives it: ``W4A16 g128``, ``FP8 dynamic``, ``NVFP4A16``."""
         inputs, weights = self.inputs, self.weights
+        if self.format == FP8:
+            high, wide = weights.block or (0, 0)
+            sizes = f" {high}" if high == wide else f" {high}x{wide}"
+            return f"FP8 {weights.strategy}{sizes if weights.block else ''}"
         if self.format in (NVFP4, MXFP4, MXFP8):
             name = self.format.partition("-")[0].upper()
             return name if inputs else f"{name}A16"

@@ -9,7 +9,7 @@ from math import prod
 from pathlib import Path
 
 from loadstone.artifact.compressed_tensors.block import Block
-from loadstone.artifact.compressed_tensors.layout import scale_grid, words
+from loadstone.artifact.compressed_tensors.layout import row_tile, rows_needed, scale_grid, words
 from loadstone.artifact.compressed_tensors.scheme import MXFP4, MXFP8, NVFP4, PACK, LayerScheme
 from loadstone.artifact.files import Sink, open_regular, refuse
 from loadstone.artifact.formats.safetensors import FLOAT_DTYPES, TensorInfo
@@ -21,7 +21,7 @@ _WEIGHT = (
 )  # fmt: skip
 _UNUSED = (
     "input_scale", "input_zero_point", "input_global_scale", "output_scale", "output_zero_point", "k_scale",
-    "k_zero_point", "v_scale", "v_zero_point", "q_scale", "q_zero_point",
+    "k_zero_point", "v_scale", "v_zero_point", "q_scale", "q_zero_point", "activation_scale", "input_scale_ub",
 )  # fmt: skip
 
 
@@ -105,6 +105,15 @@ class PackedWeight:
     @property
     def quantizes_activations(self) -> bool:
         return self.scheme.inputs is not None
+
+    @property
+    def row_tile(self) -> int:
+        """Rows can be decoded apart from the others in multiples of this."""
+        return row_tile(self.scheme)
+
+    def rows_needed(self, suffix: str, start: int, stop: int) -> tuple[int, int]:
+        """The rows of a stored tensor that rows ``start`` to ``stop`` of the weight are decoded from."""
+        return rows_needed(self.scheme, suffix, self.parts[suffix].shape, start, stop, self.padded)
 
 
 def packed_weights(

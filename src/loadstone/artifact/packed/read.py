@@ -1,0 +1,91 @@
+"""Which quantizers' weights are decoded here, and their weights in a directory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from loadstone.artifact.compressed_tensors import packed_weights, read_block
+from loadstone.artifact.compressed_tensors.block import METHOD, unsupported
+from loadstone.artifact.compressed_tensors.tensors import stored_shape
+from loadstone.artifact.files import Sink, is_file, read_json
+from loadstone.artifact.formats.safetensors import TensorInfo
+from loadstone.artifact.hints import MODELOPT_REMEDY
+from loadstone.artifact.packed.fp8 import fp8_weights
+from loadstone.artifact.packed.integers import integer_weights, unsupported_integers
+from loadstone.artifact.packed.mxfp4 import mxfp4_weights
+from loadstone.artifact.packed.weight import Packed, StoredWeight
+from loadstone.errors import ArtifactError
+
+MODELOPT, MODELOPT_FILE = "modelopt", "hf_quant_config.json"
+# ModelOpt's names of number formats whose weights are value x scale.
+_MODELOPT_ALGORITHMS = ("FP8", "NVFP4")
+
+Reader = Callable[[dict[str, Any], dict[str, TensorInfo], Sink], Mapping[str, StoredWeight]]
+_READERS: dict[str, Reader] = {
+    "fp8": fp8_weights,
+    "mxfp8": fp8_weights,
+    "fbgemm_fp8": fp8_weights,
+    MODELOPT: fp8_weights,
+    "mxfp4": mxfp4_weights,
+    "gptq": integer_weights,
+    "awq": integer_weights,
+}
+# What a `quantization_config` may name, and is decoded here.
+METHODS = (METHOD, *_READERS)
+
+
+def read_packed(
+    directory: Path, block: Any, tensors: dict[str, TensorInfo], sink: Sink
+) -> Mapping[str, Packed]:
+    """The quantized weights that ``block``, a ``quantization_config``, is about; empty for what is not decoded here.
+
+    Problems of single weights go to ``sink``. Raises `ArtifactError` where nothing is quantized.
+    """
+    method = block.get("quant_method") if isinstance(block, dict) else None
+    if method not in METHODS or not isinstance(block, dict):
+        return {}
+    found: Mapping[str, Packed]
+    if method == METHOD:
+        if unsupported(block):
+            return {}
+        found = packed_weights(read_block(block), tensors, sink, partial(stored_shape, directory))
+    else:
+        if method in ("gptq", "awq") and unsupported_integers(block):
+            return {}
+        if method == MODELOPT:
+            _check_modelopt(block, tensors)
+            # Blocks of ModelOpt's do not name a size: scales belong to a tensor or to rows.
+            block = block | {"weight_block_size": None}
+        found = _READERS[method](block, tensors, sink)
+    if not found:
+        raise ArtifactError(
+            f"config.json says {method}, and no tensor is quantized",
+            "The weights are not this config's: make the artifact again, or remove the quantization_config block",
+        )
+    return found
+
+
+def modelopt_block(directory: Path) -> dict[str, Any] | None:
+    """ModelOpt's own file as a ``quantization_config``, for a config.json without one; None where there is no file."""
+    if not is_file(directory / MODELOPT_FILE):
+        return None
+    found = read_json(directory / MODELOPT_FILE).get("quantization")
+    return {"quant_method": MODELOPT} | (found if isinstance(found, dict) else {})
+
+
+def _check_modelopt(block: dict[str, Any], tensors: dict[str, TensorInfo]) -> None:
+    algorithm = block.get("quant_algo")
+    if algorithm not in _MODELOPT_ALGORITHMS:
+        raise ArtifactError(
+            f"config.json: ModelOpt's quantization {ascii(algorithm)[:60]} is not decoded here",
+            MODELOPT_REMEDY,
+        )
+    scaled = next((name for name in tensors if name.endswith("pre_quant_scale")), None)
+    if scaled is not None:
+        raise ArtifactError(
+            f"{tensors[scaled].file}: '{scaled}' scales inputs, which a plain weight has no place for",
+            MODELOPT_REMEDY,
+        )

@@ -1,0 +1,214 @@
+"""Formats of other quantizers: decoded bit for bit as transformers or the published layout says, and refused where
+damaged."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests import packed
+from tests.helpers import run, stock
+
+import loadstone
+from loadstone.errors import ArtifactError
+from loadstone.loading.decoded import dense_view
+
+FORMATS: dict[str, Callable[[Path, Path], Path]] = {
+    "fp8 block": packed.fp8,
+    "fp8 tensor": lambda source, out: packed.fp8(source, out, None),
+    "fp8 rows": packed.fp8_rows,
+    "modelopt fp8": lambda source, out: packed.fp8_rows(source, out, "modelopt"),
+    "modelopt nvfp4": packed.nvfp4,
+    "gptq": packed.gptq,
+    "gptq 8 bits": lambda source, out: packed.gptq(source, out, bits=8, sym=False),
+    "gptq reordered": lambda source, out: packed.gptq(source, out, sym=False, desc_act=True),
+    "gptq rows, 3 bits": lambda source, out: packed.gptq(source, out, bits=3, group=-1),
+    "gptq v2": lambda source, out: packed.gptq(source, out, sym=False, version="gptq_v2"),
+    "awq": packed.awq,
+}
+STOCK = ("fp8 block", "fp8 tensor")
+UP = "model.layers.0.mlp.up_proj"
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The directory of a plain model of a family, made once."""
+    found: dict[str, Path] = {}
+
+    def make(family: str) -> Path:
+        if family not in found:
+            dtype = torch.float16 if family == "llama float16" else torch.bfloat16
+            found[family] = packed.save_model(family, tmp_path_factory.mktemp("plain") / "model", dtype)
+        return found[family]
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def stored(models: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """``stored(format, family)``: a model in a format, made once; read only."""
+    found: dict[tuple[str, str], Path] = {}
+
+    def make(name: str, family: str = "") -> Path:
+        family = family or ("llama float16" if name.startswith(("gptq", "awq")) else "llama")
+        if (name, family) not in found:
+            out = tmp_path_factory.mktemp("packed") / "model"
+            found[name, family] = packed.mxfp4(out) if name == "mxfp4" else FORMATS[name](models(family), out)
+        return found[name, family]
+
+    return make
+
+
+def states(directory: Path, **options: Any) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Parameters as loadstone and as stock transformers loads them."""
+    asked = {"dtype": options["dtype"]} if options else {}
+    ours = loadstone.load(directory, device="cpu", **asked)
+    dtype = {"dtype": getattr(torch, options["dtype"])} if options else {}
+    return ours.state_dict(), stock(directory, **dtype).state_dict()
+
+
+def assert_equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("family", ["llama", "qwen3-moe", "mixtral"])
+@pytest.mark.parametrize("name", STOCK)
+def test_fp8_is_what_transformers_dequantizes(
+    stored: Callable[..., Path], name: str, family: str, dtype: str
+) -> None:
+    ours, theirs = states(stored(name, family), dtype=dtype)
+    assert_equal(ours, theirs)
+    assert {tensor.dtype for tensor in ours.values()} == {getattr(torch, dtype)}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_mxfp4_is_what_transformers_dequantizes(stored: Callable[..., Path], dtype: str) -> None:
+    assert_equal(*states(stored("mxfp4"), dtype=dtype))
+
+
+def test_blocks_that_end_with_the_matrix(stored: Callable[..., Path]) -> None:
+    """DeepSeek-V3's latent projections are no multiple of the block: transformers refuses them, its kernels do not."""
+    directory = stored("fp8 block", "deepseek-v3")
+    tensors, state = (
+        load_file(directory / "model.safetensors"),
+        loadstone.load(directory, device="cpu").state_dict(),
+    )
+    name = "model.layers.0.self_attn.kv_a_proj_with_mqa.weight"
+    assert tensors[name].shape == (192, 256)
+    assert tensors[name.replace("weight", "weight_scale_inv")].shape == (2, 2)
+    for each in (name, "model.layers.1.self_attn.q_b_proj.weight"):
+        assert torch.equal(state[each], packed.ragged_values(tensors, each, (128, 128)).bfloat16())
+
+
+@pytest.mark.parametrize("name", [name for name in FORMATS if name not in STOCK])
+def test_weights_are_those_of_the_published_layout(stored: Callable[..., Path], name: str) -> None:
+    directory = stored(name)
+    tensors = load_file(directory / "model.safetensors")
+    block = json.loads((directory / "config.json").read_text())["quantization_config"]
+    state = loadstone.load(directory, device="cpu").state_dict()
+    for module in (UP, "model.layers.1.self_attn.k_proj", "model.layers.1.mlp.down_proj"):
+        weight = f"{module}.weight"
+        if block["quant_method"] in ("gptq", "awq"):
+            expected = packed.integer_values(tensors, weight, block)
+        elif name == "modelopt nvfp4":
+            expected = packed.nvfp4_values(tensors, weight)
+        else:
+            expected = tensors[weight].float() * tensors[f"{module}.weight_scale"]
+        assert torch.equal(state[weight], expected.to(state[weight].dtype)), weight
+
+
+def test_golden_words() -> None:
+    """One word of each layout, as published: GPTQ's first input is lowest, AWQ's order is 0 2 4 6 1 3 5 7."""
+    values = torch.arange(8)[None]
+    assert hex(int(packed._words(values, 4, along=1)[0, 0])) == "0x76543210"
+    order = torch.tensor([0, 2, 4, 6, 1, 3, 5, 7])
+    assert hex(int(packed._words(values[:, order], 4, along=1)[0, 0])) == "0x75316420"
+
+
+@pytest.mark.parametrize("name", [*FORMATS, "mxfp4"])
+def test_parts_of_a_weight_are_the_whole(stored: Callable[..., Path], name: str) -> None:
+    view = dense_view(loadstone.detect(stored(name)))
+    state = loadstone.load(stored(name), device="cpu").state_dict()
+    assert view.decoded and not view.packed and view.kind == "dense"
+    for weight, info in view.tensors.items():
+        whole = view.source.read(info)
+        assert whole.shape == info.shape and torch.equal(whole, state[weight])
+        for start, stop in ((0, 1), (info.numel // 3, info.numel // 2), (info.numel * 3 // 4, info.numel)):
+            assert torch.equal(view.source.read(info, start, stop), whole.flatten()[start:stop])
+
+
+def _dropped(name: str) -> Callable[[packed.Tensors], Any]:
+    return lambda tensors: tensors.pop(name)
+
+
+def _set(name: str, value: float) -> Callable[[packed.Tensors], Any]:
+    return lambda tensors: tensors[name].view(-1)[-1:].copy_(torch.tensor([value]))
+
+
+def _cut(name: str) -> Callable[[packed.Tensors], Any]:
+    return lambda tensors: tensors.update({name: tensors[name][:-1].contiguous()})
+
+
+SCALE_OF = {
+    "fp8 block": f"{UP}.weight_scale_inv",
+    "fp8 rows": f"{UP}.weight_scale",
+    "modelopt nvfp4": f"{UP}.weight_scale_2",
+    "gptq": f"{UP}.scales",
+    "awq": f"{UP}.scales",
+    "mxfp4": "model.layers.0.mlp.experts.gate_up_proj_scales",
+}
+DAMAGES: dict[str, Callable[[str], Callable[[packed.Tensors], Any]]] = {
+    "missing": _dropped,
+    "shape": _cut,
+    "zero": lambda name: _set(name, 0),
+    "nan": lambda name: _set(name, float("nan")),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name", SCALE_OF)
+def test_damaged_scales_are_refused_by_name(
+    models: Callable[[str], Path], tmp_path: Path, name: str, damage: str
+) -> None:
+    if (name, damage) in {("mxfp4", "zero"), ("modelopt nvfp4", "shape"), ("modelopt nvfp4", "missing")}:
+        pytest.skip("2 ** -127 is a scale; a number has no other shape; without it, the format is another")
+    out = tmp_path / "model"
+    directory = packed.mxfp4(out) if name == "mxfp4" else FORMATS[name](models("llama"), out)
+    scale = SCALE_OF[name]
+    edit = DAMAGES[damage](scale)
+    if name == "mxfp4" and damage == "nan":
+        edit = _set(scale, 255)
+    packed.change(directory, edit)
+    module = scale.rpartition(".")[0]
+    for work in (
+        lambda: loadstone.load(directory, device="cpu"),
+        lambda: loadstone.finalize(directory, tmp_path / "out"),
+        lambda: loadstone.finalize(directory, tmp_path / "out", recipe="int8-weight-only"),
+    ):
+        with pytest.raises(ArtifactError, match=module.replace(".", r"\.")):
+            work()
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_commands_name_what_is_decoded(
+    stored: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, _ = run(capsys, "inspect", stored("fp8 block"))
+    assert code == 0 and "FP8 block 128" in out and "native-unpacked" in out
+    source, first, second = stored("fp8 block"), tmp_path / "first", tmp_path / "second"
+    code, out, _ = run(
+        capsys, "finalize", "-M", source, "-o", first, "--quantize", "int8-weight-only", "--dry-run"
+    )
+    assert code == 0 and "from FP8 block 128" in out
+    run(capsys, "finalize", "-M", source, "-o", first, "--quantize", "int8-weight-only")
+    assert json.loads((first / "loadstone.json").read_text())["source"]["decoded"] == ["FP8 block 128"]
+    run(capsys, "finalize", "-M", first, "-o", second, "--quantize", "intx4-weight-only")
+    code, out, _ = run(capsys, "inspect", second)
+    assert code == 0 and "FP8 block 128 → int8-weight-only → intx4-weight-only" in out
