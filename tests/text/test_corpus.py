@@ -33,10 +33,16 @@ def write(path: Path, rows: list[str] = ROWS, column: str = "text") -> str:
             import pyarrow.parquet as pq
 
             pq.write_table(pa.Table.from_pylist(records), path)
+        case ".arrow":
+            import pyarrow as pa
+
+            table = pa.Table.from_pylist(records)
+            with pa.ipc.new_stream(str(path), table.schema) as stream:
+                stream.write_table(table)
     return str(path)
 
 
-@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".json", ".csv", ".parquet"])
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".json", ".csv", ".parquet", ".arrow"])
 def test_every_format_gives_the_same_documents_and_hash(tmp_path: Path, suffix: str) -> None:
     corpus = read_corpus(write(tmp_path / f"a{suffix}"))
     assert corpus.documents == tuple(ROWS)

@@ -71,7 +71,7 @@ def evaluate(
         str,
         typer.Option(
             metavar="PATH|NAME",
-            help="Text: .txt .jsonl .json .csv .parquet, a directory, a dataset's "
+            help="Text: .txt .jsonl .json .csv .parquet .arrow, compressed or not, a directory, a dataset's "
             "name[:config], or in the package: [bold]sample[/], [bold]stories[/], [bold]austen[/].",
             rich_help_panel=_TEXT,
         ),
@@ -95,12 +95,22 @@ def evaluate(
     limit: Annotated[
         int | None, typer.Option(metavar="N", help="Only the first N documents.", rich_help_panel=_TEXT)
     ] = None,
-    protocol: Annotated[
-        str,
+    chat: Annotated[
+        bool,
         typer.Option(
-            metavar="NAME", help="packed, strided, or rolling (as lm-eval does it).", rich_help_panel=_TEXT
+            "--chat",
+            help="Conversations (messages, or prompt and completion) in the chat template.",
+            rich_help_panel=_TEXT,
         ),
-    ] = "packed",
+    ] = False,
+    protocol: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="packed, strided, or rolling (as lm-eval does it). [dim]\\[default: packed; rolling with --chat][/]",
+            rich_help_panel=_TEXT,
+        ),
+    ] = None,
     context_length: Annotated[
         int | None,
         typer.Option(
@@ -252,6 +262,7 @@ def evaluate(
         text_column=text_column,
         split=split,
         limit=limit,
+        chat=chat,
         protocol=protocol,
         context_length=context_length,
         stride=stride,

@@ -31,7 +31,8 @@ def evaluate(
     text_column: str | None = None,
     split: str | None = None,
     limit: int | None = None,
-    protocol: str = "packed",
+    chat: bool = False,
+    protocol: str | None = None,
     context_length: int | None = None,
     stride: int | None = None,
     separator: str = "auto",
@@ -67,10 +68,12 @@ def evaluate(
         model of a context, if it is not the recorded one. ``checkpoint``, ``no_checkpoint``: within a training run.
         ``trust_remote_code``: run Python code that came with the model.
     Text
-        ``data``: a file (.txt .jsonl .json .csv .parquet), a directory, a dataset's name, or a text in the package
-        (``sample``, ``stories``, ``austen``); a table for fitted contexts. ``text_column``, ``split``, ``limit``
-        (documents). ``protocol``: ``packed``, ``strided`` or ``rolling``, with ``context_length`` and ``stride`` in
-        tokens. ``separator``: ``auto``, ``bos``, ``eos`` or a token id.
+        ``data``: a file (.txt .jsonl .json .csv .parquet .arrow), a directory, a dataset's name, or a text in the
+        package (``sample``, ``stories``, ``austen``); a table for fitted contexts. ``text_column``, ``split``,
+        ``limit`` (documents). ``chat``: rows are conversations (``messages``, or ``prompt`` and ``completion``),
+        rendered by the tokenizer's chat template. ``protocol``: ``packed``, ``strided`` or ``rolling`` (default:
+        packed, with ``chat`` rolling), with ``context_length`` and ``stride`` in tokens. ``separator``: ``auto``,
+        ``bos``, ``eos`` or a token id.
     Computation
         ``batch_size``: windows computed at once, or ``auto``. ``device``, ``dtype``: names, or ``auto``. ``fast``: use
         faster kernels that give the same bits, and read common prefixes once. ``compile``: compile the decoder layers.
@@ -96,6 +99,7 @@ def evaluate(
         text_column=text_column,
         split=split,
         limit=limit,
+        chat=chat,
         protocol=protocol,
         context_length=context_length,
         stride=stride,

@@ -27,7 +27,8 @@ class Options:
     text_column: str | None = None
     split: str | None = None
     limit: int | None = None
-    protocol: str = "packed"
+    chat: bool = False
+    protocol: str | None = None
     context_length: int | None = None
     stride: int | None = None
     separator: str = "auto"

@@ -15,13 +15,16 @@ from loadstone.evaluation.options import DEFAULT_CACHE, Options
 from loadstone.evaluation.results.compare import Units, make_units
 from loadstone.loading import load_tokenizer
 from loadstone.loading.model_class import load_config, positions
-from loadstone.text.corpus import read_corpus
+from loadstone.text.chat import ChatTemplate
+from loadstone.text.corpus import Corpus, read_corpus
 from loadstone.text.tokens import (
+    PACKED,
     ROLLING,
     STRIDED,
     Protocol,
     TokenStream,
     Windows,
+    find_separator,
     make_protocol,
     make_windows,
     tokenize,
@@ -45,7 +48,6 @@ class Task:
 def make_task(options: Options, subjects: tuple[EvalModel, ...]) -> Task:
     """Read and tokenize the text with the reference's tokenizer. Raises UsageError when another model of
     the run tokenizes it differently, or cannot take the context."""
-    corpus = read_corpus(options.data, column=options.text_column, split=options.split, limit=options.limit)
     first, trust = subjects[0], options.trust_remote_code
     tokenizer = load_tokenizer(first.plan, trust_remote_code=trust)
     prefix = first.prefix
@@ -58,17 +60,35 @@ def make_task(options: Options, subjects: tuple[EvalModel, ...]) -> Task:
             )
         if separator != "auto":
             raise UsageError("after a prefix no separator is needed", "Leave out --separator")
+        if options.chat:
+            raise UsageError(
+                "--chat: a conversation has its own beginning and does not go on after a prefix",
+                "Leave it out",
+            )
         options = replace(options, protocol=ROLLING)
         separator = str(last_token(prefix))
+    elif options.chat and options.protocol is None:
+        # A conversation is read alone, not in what is left of a window.
+        options = replace(options, protocol=ROLLING)
     cache = Path(options.cache or DEFAULT_CACHE).expanduser() / "tokens"
-    stream = tokenize(corpus, tokenizer, separator=separator, cache=cache)
+
+    plain = None if options.chat else _read(options, None)
+
+    def stream_of(tokenizer: Any) -> TokenStream:
+        chat = _chat(options, tokenizer) if options.chat else None
+        corpus = plain or _read(options, chat)
+        return tokenize(corpus, tokenizer, separator=separator, cache=cache, chat=chat)
+
+    stream = stream_of(tokenizer)
     for other in subjects[1:]:
         its = load_tokenizer(other.plan, trust_remote_code=trust)
-        if tokenizer_hash(its) == stream.tokenizer_sha256:
+        same = tokenizer_hash(its) == stream.tokenizer_sha256
+        if same and (not options.chat or _chat(options, its).sha256 == stream.chat_template_sha256):
             continue
-        if tokenize(corpus, its, separator=separator, cache=cache).sha256 != stream.sha256:
+        if stream_of(its).sha256 != stream.sha256:
+            what = "render the conversations" if same else "tokenize the text"
             raise UsageError(
-                f"'{first.name}' and '{other.name}' tokenize the text differently: no comparison",
+                f"'{first.name}' and '{other.name}' {what} differently: no comparison",
                 "Evaluate them one at a time and compare bits_per_byte",
             )
     longest = longest_context(subjects, options)
@@ -82,7 +102,7 @@ def make_task(options: Options, subjects: tuple[EvalModel, ...]) -> Task:
         stream,
         dtype=first.plan.dtype,
         longest=longest,
-        name=options.protocol,
+        name=options.protocol or PACKED,
         context_length=options.context_length,
         stride=options.stride,
     )
@@ -94,6 +114,19 @@ def make_task(options: Options, subjects: tuple[EvalModel, ...]) -> Task:
             prefix_sha256=prefix.facts["prompt"]["sha256"],
         )
     return Task(stream, protocol, make_windows(stream, protocol), make_units(stream, protocol), tokenizer)
+
+
+def _read(options: Options, chat: ChatTemplate | None) -> Corpus:
+    return read_corpus(
+        options.data, column=options.text_column, split=options.split, limit=options.limit, chat=chat
+    )
+
+
+def _chat(options: Options, tokenizer: Any) -> ChatTemplate:
+    """What renders conversations. Where the separator is BOS, one that the template writes too is not a second one."""
+    bos = tokenizer.bos_token_id
+    starts = bos is not None and find_separator(tokenizer, options.separator) == bos
+    return ChatTemplate(tokenizer, tokenizer.bos_token if starts else "")
 
 
 def longest_context(subjects: tuple[EvalModel, ...], options: Options) -> int | None:

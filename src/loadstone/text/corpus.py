@@ -2,62 +2,41 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import io
 import itertools
-import json
 import logging
 import lzma
-import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from loadstone.artifact.files import (
-    check_folder,
-    check_inside,
-    open_regular,
-    read_json,
-    too_many_items,
-    translated,
-)
-from loadstone.errors import MissingError, UsageError
-from loadstone.text.opening import (
-    COMPRESSED,
-    MOST_CHARACTERS,
-    inner_suffix,
-    lines,
-    undecodable,
-    whole,
-)
+from loadstone.errors import UsageError
+from loadstone.text.chat import ChatTemplate
+from loadstone.text.files import Choose, Row, read_rows, readable, split_documents
+from loadstone.text.folders import folder_rows, hub_rows, is_saved, saved_rows
 
 log = logging.getLogger(__name__)
 # In the package: all held-out stories (1.02M tokens of builtin:tiny-llama), the first of them, and older prose.
 STORIES, SAMPLE, AUSTEN = "stories", "sample", "austen"
 _SAMPLE_STORIES = 240
 DEFAULT_COLUMN = "text"
-DOCUMENT_BREAK = "\f"
-_MARKERS = ("state.json", "dataset_info.json", "dataset_dict.json")
-_SPLITS = ("test", "validation", "train")
-# UTF-8 with or without the byte order mark that Windows programs write; it is not part of the text.
-_ENCODING = "utf-8-sig"
-# Values in one JSON text, counted by its commas and brackets, those in prose too.
-_MOST_ITEMS = 16_000_000
 
 
 @dataclass(frozen=True)
 class Corpus:
     """The documents of a text, in order, none of them blank.
 
-    ``sha256`` is over the documents themselves (length and UTF-8 bytes of each), never over names or paths.
+    ``prompts``: what is read before each document and not scored; empty where no document has such a beginning.
+    ``sha256`` is over the documents and prompts themselves (length and UTF-8 bytes of each), never over names or paths.
     """
 
     source: str
     documents: tuple[str, ...]
     sha256: str
+    prompts: tuple[str, ...] = ()
 
     @property
     def bytes(self) -> int:
@@ -66,223 +45,96 @@ class Corpus:
 
 
 def read_corpus(
-    data: str = SAMPLE, *, column: str | None = None, split: str | None = None, limit: int | None = None
+    data: str = SAMPLE,
+    *,
+    column: str | None = None,
+    split: str | None = None,
+    limit: int | None = None,
+    chat: ChatTemplate | None = None,
 ) -> Corpus:
     """Read the first ``limit`` non-blank documents of ``data``.
 
     ``data`` is one of the package's texts (``"sample"``, ``"stories"``, ``"austen"``), a file (.txt, .md, .raw or no
-    suffix; .jsonl, .json, .csv, .parquet; all but the last also as .gz, .bz2, .xz or .zst), a directory that holds
-    such files, ``data/train-*.parquet`` and other splits, or what ``datasets`` saved, or a dataset's hub name
-    (``owner/name`` or ``owner/name:config``).
-    ``column`` names the text column of tables (default ``text``). Raises UsageError for an unknown suffix,
+    suffix; .jsonl, .json, .csv, .parquet, .arrow; all but parquet also as .gz, .bz2, .xz or .zst), a directory
+    that holds such files, with splits and configs as on the hub, or what ``datasets`` saved, or a dataset's hub name
+    (``owner/name`` or ``owner/name:config``; directories take a config too).
+    ``column`` names the text column of tables (default ``text``). With ``chat``, rows are conversations
+    (`ChatTemplate.render`) and ``column`` that of their messages. Raises UsageError for an unknown suffix,
     a missing column or empty text, MissingError for a dataset that is not available.
     """
     if limit is not None and limit < 1:
         raise UsageError(f"--limit must be at least 1, not {limit}")
-    raw = _documents(data, column or DEFAULT_COLUMN, split)
+    if chat is None:
+        raw = _texts(data, column or DEFAULT_COLUMN, split)
+    else:
+        choose = lambda names, where: chat.columns(names, column, where)  # noqa: E731
+        raw = (chat.render(row, column, where) for row, where in _rows(data, split, choose))
     try:
-        documents = tuple(itertools.islice((d for d in raw if d.strip()), limit))
+        pairs = list(itertools.islice(((p, d) for p, d in raw if d.strip()), limit))
     except OSError as error:
         where = error.filename or data
-        raise UsageError(f"{where} cannot be read ({error.strerror})", "Check its permissions") from None
-    if not documents:
+        raise UsageError(
+            f"{where} cannot be read ({error.strerror or error})", "Check its permissions"
+        ) from None
+    if not pairs:
         raise UsageError(f"there is no text in {data!r}", "Every document is empty or blank")
+    prompts = tuple(p for p, _ in pairs) if any(p for p, _ in pairs) else ()
+    documents = tuple(d for _, d in pairs)
+    return Corpus(data, documents, _sha256([*documents, *prompts], data), prompts)
+
+
+def _sha256(texts: Sequence[str], data: str) -> str:
     digest = hashlib.sha256()
-    for number, document in enumerate(documents):
+    for number, text in enumerate(texts):
         try:
-            encoded = document.encode()
+            encoded = text.encode()
         except UnicodeEncodeError as error:
             raise UsageError(
-                f"document {number} of {data!r} holds half a character ({document[error.start]!a}) at {error.start}",
+                f"document {number} of {data!r} holds half a character ({text[error.start]!a}) at {error.start}",
                 "An escape sequence was cut in two: mend or remove it",
             ) from None
         digest.update(len(encoded).to_bytes(8, "little"))
         digest.update(encoded)
-    return Corpus(data, documents, digest.hexdigest())
+    return digest.hexdigest()
 
 
-def _documents(data: str, column: str, split: str | None) -> Iterator[str]:
+def _texts(data: str, column: str, split: str | None) -> Iterator[tuple[str, str]]:
+    def choose(names: Sequence[str], where: str) -> list[str]:
+        _require(column, names, where)
+        return [column]
+
+    return (("", _cell(row, column, where)) for row, where in _rows(data, split, choose))
+
+
+def _rows(data: str, split: str | None, choose: Choose) -> Iterator[Row]:
     if not data:
         raise UsageError("--data is empty", "Name a file, a directory or a dataset")
-    path = Path(data).expanduser()
     in_package = data in (SAMPLE, STORIES, AUSTEN)
-    if not in_package and path.is_dir() and any((path / marker).exists() for marker in _MARKERS):
-        yield from _saved_dataset(path, column, split)
-        return
+    path, config = Path(data).expanduser(), ""
     if not in_package and not path.exists():
-        if ((suffix := inner_suffix(path)) and suffix in _READERS) or data.startswith((".", "/", "~")):
+        folder, _, config = data.rpartition(":")
+        if folder and Path(folder).expanduser().is_dir():
+            path = Path(folder).expanduser()
+        elif readable(path) or data.startswith((".", "/", "~")):
             raise UsageError(f"there is no file or directory {data!r}")
-        yield from _hub_dataset(data, column, split)
-        return
-    if not in_package and path.is_dir() and (parts := _split_files(path)):
-        yield from _files_of_split(path, parts, column, split)
-        return
+        else:
+            return hub_rows(data, split, choose)
+    if not in_package and is_saved(path):
+        return saved_rows(path, split, choose)
+    if not in_package and path.is_dir():
+        return folder_rows(path, config, split, choose)
     if split is not None:
         log.warning("--split %s has no effect: %s has no splits", split, data)
-    if in_package:
-        name = AUSTEN if data == AUSTEN else STORIES
-        packed = files("loadstone").joinpath("data", f"{name}.txt.xz").read_bytes()
-        count = _SAMPLE_STORIES if data == SAMPLE else None
-        yield from itertools.islice(_split(io.StringIO(lzma.decompress(packed).decode())), count)
-    elif path.is_dir():
-        # A README beside the text is not part of it.
-        inner = sorted(p for p in path.iterdir() if inner_suffix(p) in _IN_FOLDERS and p.is_file())
-        if not inner:
-            raise UsageError(
-                f"the directory {data!r} holds neither a saved dataset nor text", f"Known: {_known()}"
-            )
-        for file in inner:
-            yield from _file(file, column)
-    else:
-        yield from _file(path, column)
+    return _package_rows(data) if in_package else read_rows(path, choose)
 
 
-def _split_files(path: Path) -> dict[str, list[Path]]:
-    """The files of each split of a data set's folder as the hub lays it out: ``data/train-00000-of-00002.parquet``."""
-    found: dict[str, list[Path]] = {}
-    for file in sorted((path / "data").glob("*")) if (path / "data").is_dir() else []:
-        name = file.name.split(".")[0].split("-")[0]
-        if inner_suffix(file) in _READERS and name in _SPLITS and file.is_file():
-            found.setdefault(name, []).append(file)
-    return found
-
-
-def _files_of_split(
-    path: Path, parts: dict[str, list[Path]], column: str, split: str | None
-) -> Iterator[str]:
-    chosen = split or next(s for s in _SPLITS if s in parts)
-    if chosen not in parts:
-        raise UsageError(f"{path} has no split {chosen!r}", f"It has: {', '.join(parts)}")
-    for file in parts[chosen]:
-        yield from _file(file, column)
-
-
-def _file(path: Path, column: str) -> Iterator[str]:
-    reader = _READERS.get(inner_suffix(path))
-    if reader is None:
-        raise UsageError(f"cannot read {path}: unknown suffix {path.suffix!r}", f"Known: {_known()}")
-    try:
-        yield from reader(path, column)
-    except UnicodeDecodeError:
-        at, byte = undecodable(path, "utf-8") or (0, 0)
-        raise UsageError(f"{path} is not UTF-8 text: byte {at} is {byte:#x}") from None
-
-
-def _split(lines: Iterable[str]) -> Iterator[str]:
-    # A line holding only a form feed starts a new document; without one the text is one document.
-    held: list[str] = []
-    size = 0
-    for line in lines:
-        if line.rstrip("\n") == DOCUMENT_BREAK:
-            yield "".join(held).strip("\n")
-            held, size = [], 0
-            continue
-        held.append(line)
-        size += len(line)
-        if size > MOST_CHARACTERS:
-            raise UsageError(
-                f"a document has more than {MOST_CHARACTERS} characters",
-                "Divide it with lines that hold only a form feed",
-            )
-    yield "".join(held).strip("\n")
-
-
-def _txt(path: Path, column: str) -> Iterator[str]:
-    yield from _split(lines(path, _ENCODING))
-
-
-def _jsonl(path: Path, column: str) -> Iterator[str]:
-    for number, line in enumerate(lines(path, _ENCODING), 1):
-        if line.strip():
-            yield _cell(_parsed(line, f"{path}:{number}"), column, f"{path}:{number}")
-
-
-def _json(path: Path, column: str) -> Iterator[str]:
-    # Many tools write JSON lines under this suffix too.
-    first = next((line.strip() for line in lines(path, _ENCODING) if line.strip()), "")
-    if first.startswith("{") and first.endswith("}"):
-        yield from _jsonl(path, column)
-        return
-    rows = _parsed(whole(path, _ENCODING), str(path))
-    if not isinstance(rows, list):
-        raise UsageError(
-            f"{path} is not a list of strings or records", "Write one record a line in a .jsonl file"
-        )
-    for number, row in enumerate(rows):
-        yield _cell(row, column, f"{path}[{number}]")
-
-
-def _parsed(text: str, where: str) -> Any:
-    if too_many_items(text, _MOST_ITEMS):
-        raise UsageError(f"{where} holds more than {_MOST_ITEMS} values", "Write one record a line (.jsonl)")
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{where} is not JSON: {error}") from None
-
-
-def _csv(path: Path, column: str) -> Iterator[str]:
-    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-    rows = csv.DictReader(lines(path, _ENCODING, newline=""))
-    try:
-        for row in rows:
-            yield _cell(row, column, f"{path}:{rows.line_num}")
-    except csv.Error as error:
-        raise UsageError(f"{path}:{rows.line_num} is not CSV: {error}") from None
-
-
-def _parquet(path: Path, column: str) -> Iterator[str]:
-    import pyarrow.parquet
-
-    if path.suffix.lower() in COMPRESSED:
-        raise UsageError(f"{path} is compressed twice", "Decompress it: parquet is compressed inside")
-    with open_regular(path, UsageError) as file, translated(str(path), "Write it again", UsageError):
-        table = pyarrow.parquet.ParquetFile(file)
-        _require(column, table.schema_arrow.names, str(path))
-        # A few rows at once: the same long text in each of them takes no room in the file.
-        for batch in table.iter_batches(batch_size=64, columns=[column]):
-            for value in batch.column(0):
-                yield _text(value.as_py(), column, str(path))
-
-
-def _saved_dataset(path: Path, column: str, split: str | None) -> Iterator[str]:
-    import datasets
-
-    for folder in (path, *sorted(p for p in path.iterdir() if p.is_dir())):
-        check_folder(folder)
-        stored = read_json(folder / "state.json") if (folder / "state.json").exists() else {}
-        with translated(f"{folder}/state.json", "Save the dataset again"):
-            for file in stored.get("_data_files", []):
-                check_inside(folder, file["filename"])
-    with translated(str(path), "Save the dataset again"):
-        yield from _dataset_rows(datasets.load_from_disk(str(path)), column, split, str(path))
-
-
-def _hub_dataset(name: str, column: str, split: str | None) -> Iterator[str]:
-    import datasets
-
-    repo, _, config = name.partition(":")
-    try:
-        loaded = datasets.load_dataset(repo, config or None)
-    except (ConnectionError, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise MissingError(
-            f"{name!r} is not a file, and could not be loaded as a dataset: {reason}",
-            "Give a file, a directory, or the name of a dataset that can be reached",
-        ) from None
-    yield from _dataset_rows(loaded, column, split, name)
-
-
-def _dataset_rows(loaded: Any, column: str, split: str | None, where: str) -> Iterator[str]:
-    if hasattr(loaded, "keys"):
-        names = list(loaded.keys())
-        chosen = split or next((s for s in _SPLITS if s in names), names[0])
-        if chosen not in names:
-            raise UsageError(f"{where} has no split {chosen!r}", f"It has: {', '.join(names)}")
-        loaded = loaded[chosen]
-    _require(column, loaded.column_names, where)
-    for value in loaded[column]:
-        yield _text(value, column, where)
+def _package_rows(data: str) -> Iterator[Row]:
+    packed = (
+        files("loadstone").joinpath("data", f"{AUSTEN if data == AUSTEN else STORIES}.txt.xz").read_bytes()
+    )
+    count = _SAMPLE_STORIES if data == SAMPLE else None
+    documents = split_documents(io.StringIO(lzma.decompress(packed).decode()))
+    return ((document, data) for document in itertools.islice(documents, count))
 
 
 def _cell(row: Any, column: str, where: str) -> str:
@@ -291,38 +143,19 @@ def _cell(row: Any, column: str, where: str) -> str:
     if not isinstance(row, dict):
         raise UsageError(f"{where} is neither a string nor a record but {type(row).__name__}")
     _require(column, [str(k) for k in row], where)
-    return _text(row[column], column, where)
-
-
-def _require(column: str, names: Iterable[str], where: str) -> None:
-    names = list(names)
-    if column not in names:
-        raise UsageError(
-            f"{where} has no column {column!r}",
-            f"Choose one with --text-column; there are: {', '.join(names)}",
-        )
-
-
-def _text(value: Any, column: str, where: str) -> str:
+    value = row[column]
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise UsageError(f"column {column!r} of {where} holds {type(value).__name__}, not text")
+        hint = "Conversations are read with --chat" if isinstance(value, list) else ""
+        raise UsageError(f"column {column!r} of {where} holds {type(value).__name__}, not text", hint)
     return value
 
 
-def _known() -> str:
-    return ", ".join(sorted(filter(None, _READERS))) + f"; compressed: {', '.join(COMPRESSED)}"
-
-
-_READERS: dict[str, Callable[[Path, str], Iterator[str]]] = {
-    "": _txt,
-    ".txt": _txt,
-    ".md": _txt,
-    ".raw": _txt,
-    ".jsonl": _jsonl,
-    ".json": _json,
-    ".csv": _csv,
-    ".parquet": _parquet,
-}
-_IN_FOLDERS = frozenset(_READERS) - {"", ".md"}
+def _require(column: str, names: Sequence[str], where: str) -> None:
+    if column not in names:
+        chat = "; conversations are read with --chat" if {*names} & {"messages", "conversations"} else ""
+        raise UsageError(
+            f"{where} has no column {column!r}",
+            f"Choose one with --text-column; there are: {', '.join(names)}{chat}",
+        )

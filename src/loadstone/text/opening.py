@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from loadstone.artifact.files import open_regular
-from loadstone.errors import MissingError, UsageError
+from loadstone.errors import UsageError
 
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 # Characters of one document, or of one line of JSON or CSV: more is a damaged or hostile file.
@@ -29,7 +29,7 @@ def inner_suffix(path: Path) -> str:
 def open_binary(path: Path) -> Iterator[IO[bytes]]:
     """The decompressed bytes of a file, read as they are asked for.
 
-    Raises `UsageError` for a damaged compressed file, `MissingError` where a package is needed for its kind.
+    Raises `UsageError` for a damaged compressed file.
     """
     suffix = path.suffix.lower()
     with open_regular(path, UsageError) as raw:
@@ -41,19 +41,18 @@ def open_binary(path: Path) -> Iterator[IO[bytes]]:
             elif suffix == ".xz":
                 handle = lzma.LZMAFile(raw)  # noqa: SIM115
             elif suffix == ".zst":
-                handle = _zstd(path, raw)
+                # Python has zstd from 3.14 on; datasets needs pyarrow anyway.
+                import pyarrow
+
+                handle = pyarrow.CompressedInputStream(raw, "zstd")
             else:
                 handle = raw
             yield cast("IO[bytes]", handle)
         except (EOFError, lzma.LZMAError, gzip.BadGzipFile) as error:
             raise UsageError(f"{path} is not a whole {suffix[1:]} file: {error}") from None
         except OSError as error:
-            # bz2 has no error class of its own.
+            # bz2 and pyarrow have no error class of their own.
             if suffix not in COMPRESSED or error.errno is not None:
-                raise
-            raise UsageError(f"{path} is not a whole {suffix[1:]} file: {error}") from None
-        except Exception as error:
-            if type(error).__name__ not in ("ZstdError", "error"):
                 raise
             raise UsageError(f"{path} is not a whole {suffix[1:]} file: {error}") from None
 
@@ -98,18 +97,3 @@ def undecodable(path: Path, encoding: str) -> tuple[int, int] | None:
                 return at + error.start, line[error.start]
             at += len(line)
     return None
-
-
-def _zstd(path: Path, raw: IO[bytes]) -> Any:
-    try:
-        # In Python from 3.14 on.
-        from compression import zstd  # type: ignore[import-not-found,unused-ignore]
-
-        return zstd.open(raw)
-    except ImportError:
-        pass
-    try:
-        import zstandard  # type: ignore[import-not-found,unused-ignore]
-    except ImportError:
-        raise MissingError(f"{path} needs the package zstandard", "pip install zstandard") from None
-    return zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)

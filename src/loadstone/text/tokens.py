@@ -23,6 +23,7 @@ import numpy as np
 
 from loadstone.errors import UsageError
 from loadstone.text import token_cache as tokencache
+from loadstone.text.chat import ChatTemplate
 from loadstone.text.corpus import Corpus
 
 PACKED, STRIDED, ROLLING = "packed", "strided", "rolling"
@@ -41,12 +42,13 @@ class TokenStream:
     """A corpus in tokens. ``S`` counts all positions of the stream, separators included.
 
     ``ids``: int64 (S,). ``document``: int32 (S,), the index of the document a position belongs to, -1 at
-    separators. ``bytes``, ``words``: int64 (documents,), UTF-8 bytes and whitespace-separated words of each
-    document.
+    separators and prompts. ``starts``: int64 (documents,), the positions of the separators. ``bytes``, ``words``:
+    int64 (documents,), UTF-8 bytes and whitespace-separated words of each document.
     """
 
     ids: np.ndarray
     document: np.ndarray
+    starts: np.ndarray
     bytes: np.ndarray
     words: np.ndarray
     separator_id: int
@@ -54,11 +56,15 @@ class TokenStream:
     adds_bos: bool
     tokenizer_sha256: str
     corpus: Corpus
+    chat_template_sha256: str = ""
 
     @property
     def sha256(self) -> str:
-        """Hash of the token ids: equal for two models if they predict the same tokens."""
-        return hashlib.sha256(self.ids.astype("<i8").tobytes()).hexdigest()
+        """Hash of the token ids, and of which are scored: equal for two models if they predict the same tokens."""
+        digest = hashlib.sha256(self.ids.astype("<i8").tobytes())
+        if self.corpus.prompts:
+            digest.update(self.document.astype("<i4").tobytes())
+        return digest.hexdigest()
 
     @property
     def scored(self) -> np.ndarray:
@@ -89,11 +95,14 @@ class Protocol:
     # Length of the prefix before every window, and its hash; 0 and empty without one.
     prefix_tokens: int = 0
     prefix_sha256: str = ""
+    # Which tokens of conversations are scored, and the hash of the template that rendered them; empty for plain text.
+    chat: str = ""
+    chat_template_sha256: str = ""
 
     def differences(self, other: Protocol) -> list[str]:
         """Names of the fields that forbid a comparison with ``other``."""
-        # Two copies of a tokenizer may differ without changing a token: the hash of the tokens decides.
-        free = ("data", "tokenizer_sha256")
+        # Two copies of a tokenizer or template may differ without changing a token: the hash of the tokens decides.
+        free = ("data", "tokenizer_sha256", "chat_template_sha256")
         mine, theirs = asdict(self), asdict(other)
         return [name for name in mine if name not in free and mine[name] != theirs[name]]
 
@@ -112,25 +121,34 @@ class Windows:
 
 
 def tokenize(
-    corpus: Corpus, tokenizer: Any, *, separator: str = "auto", cache: Path | None = None
+    corpus: Corpus,
+    tokenizer: Any,
+    *,
+    separator: str = "auto",
+    cache: Path | None = None,
+    chat: ChatTemplate | None = None,
 ) -> TokenStream:
     """Tokenize a corpus once. ``separator`` is ``auto``, ``bos``, ``eos`` or a token id; ``cache``: a directory
-    for the tokens of long texts.
+    for the tokens of long texts; ``chat``: what rendered the corpus.
 
     Raises UsageError when the tokenizer has no such token, or turns the text into no token at all.
     """
-    separator_id = _separator(tokenizer, separator)
+    separator_id = find_separator(tokenizer, separator)
     ids: list[np.ndarray] = []
     owner: list[np.ndarray] = []
-    for index, encoded in enumerate(_encoded(corpus, tokenizer, cache)):
-        ids.append(np.concatenate(([separator_id], encoded)))
-        owner.append(np.concatenate(([-1], np.full(len(encoded), index, dtype=np.int32))))
+    count = len(corpus.documents)
+    encoded = _encoded(corpus, tokenizer, cache)
+    prompts = encoded[count:] or [np.empty(0, dtype=np.int64)] * count
+    for index, (prompt, text) in enumerate(zip(prompts, encoded, strict=False)):
+        ids.append(np.concatenate(([separator_id], prompt, text)))
+        owner.append(np.repeat([-1, index], [1 + len(prompt), len(text)]))
     document = np.concatenate(owner).astype(np.int32)
     if not (document >= 0).any():
         raise UsageError(f"the tokenizer turns {corpus.source!r} into no tokens")
     return TokenStream(
         ids=np.concatenate(ids),
         document=document,
+        starts=np.cumsum([0, *map(len, ids[:-1])]),
         bytes=np.array([len(d.encode()) for d in corpus.documents], dtype=np.int64),
         # Counted as lm-eval counts them, so that word perplexities agree.
         words=np.array([len(re.split(r"\s+", d)) for d in corpus.documents], dtype=np.int64),
@@ -139,14 +157,15 @@ def tokenize(
         adds_bos=_adds_bos(tokenizer),
         tokenizer_sha256=tokenizer_hash(tokenizer),
         corpus=corpus,
+        chat_template_sha256=chat.sha256 if chat else "",
     )
 
 
 def _encoded(corpus: Corpus, tokenizer: Any, cache: Path | None) -> list[np.ndarray]:
-    """Token ids of each document, int64."""
+    """Token ids of each document, and after them of each prompt, int64."""
 
     def make() -> list[np.ndarray]:
-        return list(_encode(corpus.documents, tokenizer))
+        return list(_encode([*corpus.documents, *corpus.prompts], tokenizer))
 
     # Only tokenizers of the tokenizers library serialise completely; one written in Python also depends on its code.
     if (
@@ -167,7 +186,7 @@ def _encode(documents: Sequence[str], tokenizer: Any) -> Iterator[np.ndarray]:
             yield np.array(encoded, dtype=np.int64)
 
 
-def _separator(tokenizer: Any, separator: str) -> int:
+def find_separator(tokenizer: Any, separator: str) -> int:
     named = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id}
     named["auto"] = named["eos"] if named["bos"] is None else named["bos"]
     if separator.isdecimal():
@@ -247,20 +266,35 @@ def make_protocol(
         bytes=int(stream.bytes.sum()),
         words=int(stream.words.sum()),
         dtype=dtype,
+        chat=chat_scope(stream),
+        chat_template_sha256=stream.chat_template_sha256,
         resampled="documents" if documents >= _FEW_DOCUMENTS else f"segments of {SEGMENT_TOKENS} tokens",
     )
+
+
+def chat_scope(stream: TokenStream) -> str:
+    """Which tokens of conversations are scored: ``all`` or ``completions``; empty for plain text."""
+    if not stream.chat_template_sha256:
+        return ""
+    return "completions" if stream.corpus.prompts else "all"
 
 
 def make_windows(stream: TokenStream, protocol: Protocol) -> Windows:
     """The windows of a protocol: every position of text is scored in exactly one of them."""
     context = protocol.context_length
     if protocol.name != ROLLING:
-        return _slide(len(stream.ids) - 1, context, protocol.stride)
-    separators = np.flatnonzero(stream.document < 0)
-    ends = np.append(separators[1:], len(stream.ids)) - 1
-    parts = [_roll(int(s), int(e), context) for s, e in zip(separators, ends, strict=True) if e > s]
+        return _with_text(stream, _slide(len(stream.ids) - 1, context, protocol.stride))
+    ends = np.append(stream.starts[1:], len(stream.ids)) - 1
+    parts = [_roll(int(s), int(e), context) for s, e in zip(stream.starts, ends, strict=True) if e > s]
     start, length, first = (np.concatenate(p) for p in zip(*parts, strict=True))
-    return Windows(start, length, first)
+    return _with_text(stream, Windows(start, length, first))
+
+
+def _with_text(stream: TokenStream, windows: Windows) -> Windows:
+    """The windows that score something: those inside a prompt do not."""
+    before = np.concatenate(([0], np.cumsum(stream.document >= 0)))
+    kept = before[windows.start + windows.length + 1] > before[windows.first]
+    return Windows(windows.start[kept], windows.length[kept], windows.first[kept])
 
 
 def _slide(last: int, context: int, stride: int) -> Windows:

@@ -18,6 +18,7 @@ from loadstone.context.prefix.continuation import check_continues
 from loadstone.context.prefix.stored_states import check_kind
 from loadstone.errors import ArtifactError, LoadstoneError, UsageError
 from loadstone.loading.layers import hidden_parts
+from loadstone.text.chat import render_messages
 
 log = logging.getLogger(__name__)
 # Tokens read at once: as many as keep a device busy; the logits of the last one only are computed.
@@ -63,15 +64,7 @@ def encode_prompt(prompt: str | list[dict[str, Any]], tokenizer: Any) -> tuple[T
     Text is tokenized with the special tokens that the tokenizer itself adds; the template writes its own.
     """
     template = not isinstance(prompt, str)
-    text = prompt
-    if template:
-        if not getattr(tokenizer, "chat_template", None):
-            raise UsageError("the tokenizer has no chat template", "Give the prompt as text (.txt)")
-        try:
-            text = tokenizer.apply_chat_template(prompt, tokenize=False)
-        except Exception as error:
-            reason = " ".join(str(error).split())[:200]
-            raise UsageError(f"the chat template refuses these messages ({reason})") from None
+    text = prompt if isinstance(prompt, str) else render_messages(prompt, tokenizer)
     ids = tokenizer(text, add_special_tokens=not template, verbose=False)["input_ids"]
     if not ids:
         raise UsageError("the tokenizer turns the prefix into no token", "Give a longer one")

@@ -51,10 +51,15 @@ def describe(protocol: Protocol) -> str:
         start = f"a prefix of {protocol.prefix_tokens} tokens comes before every document and window"
     else:
         start = f"{protocol.separator} starts {start}"
+    chat = {
+        "": "",
+        "all": "conversations in the chat template; ",
+        "completions": "answers alone are scored, in the chat template; ",
+    }
     stride = f", stride {protocol.stride}" if protocol.name == "strided" else ""
     return (
-        f"{protocol.documents} documents, {protocol.tokens} tokens of {protocol.data}; {protocol.name} "
-        f"windows of {protocol.context_length}{stride}; {start}; {protocol.dtype}"
+        f"{protocol.documents} documents, {protocol.tokens} tokens of {protocol.data}; {chat[protocol.chat]}"
+        f"{protocol.name} windows of {protocol.context_length}{stride}; {start}; {protocol.dtype}"
     )
 
 

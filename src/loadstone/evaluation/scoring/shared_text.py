@@ -63,9 +63,10 @@ def score_shared(
                 name=name, values=values, **options,
             )  # fmt: skip
             seconds, tokens = seconds + timing.seconds, tokens + timing.tokens
-            places = np.arange(1, length)
+            # Of a prompt in the beginning nothing is scored.
+            places = np.flatnonzero(stream.document[start[0] : start[0] + length] >= 0)
             theirs = maker.slots_at((start[:, None] + places).reshape(-1)).reshape(len(members), -1)
-            for losses in values.values():
+            for losses in values.values() if len(places) else ():
                 losses[theirs] = losses[theirs[0]]
         rest = Windows(start + length - 1, windows.length[members] - (length - 1), start + length)
         values, timing = _part(
@@ -99,5 +100,7 @@ def _groups(
     if len(firsts) < _FEWEST:
         return []
     ends = windows.start + windows.length
-    rows = [stream.ids[windows.start[i] : ends[i]].tolist() for i in firsts]
+    # Alike in which tokens are scored, too.
+    marked = 2 * stream.ids + (stream.document >= 0)
+    rows = [marked[windows.start[i] : ends[i]].tolist() for i in firsts]
     return [(g.length, firsts[list(g.members)]) for g in common_prefixes(rows, overhead(device))]
