@@ -75,7 +75,9 @@ def open_model(model: EvalModel, options: Options) -> Iterator[LoadedModel]:
                 name = str(model.plan.artifact.root)
                 cache = bind_prefix(model.prefix, module, None, name, share=options.fast)
             # The fast path replaces modules, and the hooks of quantizers would be lost with them.
-            fast = speed_up(module) if options.fast and not hooked else FastPath()
+            fast = FastPath()
+            if options.fast and not hooked:
+                fast = speed_up(module, pack=not options.compile)
             if options.compile:
                 compile_layers(module)
             if cache is not None:

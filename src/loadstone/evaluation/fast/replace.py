@@ -64,9 +64,13 @@ class FastPath:
         return FastPath(self.dequantized + other.dequantized, self.repacked + other.repacked)
 
 
-def speed_up(model: Any) -> FastPath:
-    """Replace the Linear layers of ``model`` in place, as many as memory allows."""
-    packs = packs_here(model.get_input_embeddings().weight)
+def speed_up(model: Any, *, pack: bool = True) -> FastPath:
+    """Replace the Linear layers of ``model`` in place, as many as memory allows.
+
+    ``pack``: also those whose weights are packed where that pays. Compiled layers cannot have them: inductor takes no
+    tensor in oneDNN's layout, and packs weights itself.
+    """
+    packs = pack and packs_here(model.get_input_embeddings().weight)
     fast, found = _speed_up(model, model.get_output_embeddings() if packs else None, packs=packs)
     if found:
         log.info("caching dequantized weights of %d/%d quantized Linear layers", fast.dequantized, found)
