@@ -8,7 +8,7 @@ MODEL  := .cache/models/smollm2-135m
 # Without a GPU the CPU build of torch; it must be there before anything that depends on torch.
 TORCH  ?= torch==2.13.0
 
-.PHONY: setup demo three-way test zoo fuzz test-slow test-modelopt test-serving test-vllm test-tabpfn docs bench lint format clean
+.PHONY: setup demo three-way test zoo fuzz crash test-slow test-modelopt test-serving test-vllm test-tabpfn docs bench lint format clean
 
 setup: $(READY)
 
@@ -95,6 +95,11 @@ zoo: $(READY)
 # One seeded change at a time to what each command reads. FUZZ='--cases 5000 --seed 7'
 fuzz: $(READY)
 	$(PY) tests/attacks/fuzz.py $(FUZZ)
+
+# Every command that writes, stopped at each file-system call by a kill, SIGTERM and errors of the disk (an hour on two
+# cores). CRASH='--sample 100 --seed 7'
+crash: $(READY)
+	$(PY) -m tests.attacks.crash $(CRASH)
 
 lint: $(READY)
 	$(BIN)/ruff check .

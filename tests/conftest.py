@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -59,13 +60,13 @@ def make_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
             import torch
             import transformers
 
-            name, options = ARCHITECTURES[arch]
-            config = getattr(transformers, name)(**(_COMMON | options))
             torch.manual_seed(7)
-            model = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+            model = transformers.AutoModelForCausalLM.from_config(
+                tiny_config(arch), dtype=getattr(torch, dtype)
+            )
             made[key] = tmp_path_factory.mktemp(arch) / "model"
             model.save_pretrained(made[key], max_shard_size=max_shard_size)
-            _write_tokenizer(made[key])
+            write_tokenizer(made[key])
         return made[key]
 
     return make
@@ -97,7 +98,7 @@ def gemma3(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = transformers.Gemma3ForConditionalGeneration(config).to(torch.bfloat16)
     path = tmp_path_factory.mktemp("gemma3") / "model"
     model.save_pretrained(path)
-    _write_tokenizer(path)
+    write_tokenizer(path)
     return path
 
 
@@ -129,7 +130,15 @@ def smollm2() -> Path:
     return SMOLLM2
 
 
-def _write_tokenizer(directory: Path) -> None:
+def tiny_config(arch: str) -> Any:
+    """The transformers config of a tiny model."""
+    import transformers
+
+    name, options = ARCHITECTURES[arch]
+    return getattr(transformers, name)(**(_COMMON | options))
+
+
+def write_tokenizer(directory: Path) -> None:
     """A byte-level tokenizer without merges: 256 tokens, any text round-trips."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

@@ -102,8 +102,8 @@ def test_a_link_is_replaced_and_what_it_points_to_is_not(tmp_path: Path) -> None
     for _ in range(2):
         (tmp_path / "work").mkdir()
         (tmp_path / "work" / "new").touch()
-        check_output(None, out, True)
-        publish(tmp_path / "work", out, True)
+        with locked(out, overwrite=True):
+            publish(tmp_path / "work", out, True)
         assert not out.is_symlink() and [p.name for p in out.iterdir()] == ["new"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "real"]
     assert [p.name for p in (tmp_path / "real").iterdir()] == ["old"]
@@ -260,7 +260,7 @@ def test_an_output_set_aside_by_a_killed_run_is_put_back(
     with pytest.raises(UsageError, match="exists"), locked(out):
         pass
     assert content(out) == {"old"} and [p.name for p in tmp_path.iterdir()] == ["out"]
-    assert "killed while it replaced" in caplog.text and "put back" in caplog.text
+    assert "killed while it wrote" in caplog.text and "put back" in caplog.text
     # Beside an output it is what was replaced.
     make(aside if directly else aside / "output", "older")
     with locked(out, overwrite=True):

@@ -29,6 +29,10 @@ MAX_JSON_BYTES = 256_000_000
 MAX_JSON_ITEMS = 4_000_000
 
 
+# What the system answers about a name at which nothing can be.
+_ABSENT = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL}
+
+
 def refuse(error: ArtifactError) -> NoReturn:
     """The strict sink: raises what it is given."""
     raise error
@@ -82,11 +86,16 @@ def check_inside(directory: Path, name: str) -> Path:
 
 
 def is_file(path: Path) -> bool:
-    """Whether a regular file is there; False too for what the system refuses to look up."""
+    """Whether a regular file is there; raises `ArtifactError` where that cannot be found out."""
     try:
-        return path.is_file()
-    except (OSError, ValueError):
+        return stat.S_ISREG(path.stat().st_mode)
+    except ValueError:
         return False
+    except OSError as error:
+        # To take any other error for an absent file would leave a file out in silence.
+        if error.errno in _ABSENT:
+            return False
+        raise ArtifactError(f"{path}: cannot be read ({error.strerror})", _PERMISSIONS) from None
 
 
 def file_size(path: Path, kind: type[LoadstoneError] = ArtifactError) -> int:

@@ -16,7 +16,7 @@ from loadstone.artifact.hashing import sha256_file
 from loadstone.errors import UsageError
 from loadstone.finalization.plan import FinalizePlan
 from loadstone.writing.filesystem import sync_file
-from loadstone.writing.publish import ENTRY, PARTIAL, name_taken, remove_work, working_path
+from loadstone.writing.publish import ENTRY, PARTIAL, name_taken, working_path
 
 NOTES = "journal"
 KEY = "key.json"
@@ -63,28 +63,35 @@ def job_key(plan: FinalizePlan, versions: dict[str, str]) -> dict[str, str]:
     }
 
 
-def open_journal(plan: FinalizePlan, out: Path, versions: dict[str, str], resume: bool) -> None:
-    """Make the working directory of ``out``, or take over one with the same key; raises `UsageError` for one of another
-    job, and for a directory that is not loadstone's."""
+def can_resume(plan: FinalizePlan, out: Path, versions: dict[str, str], resume: bool) -> bool:
+    """Whether the working directory of ``out`` has the same key, so that its shards are taken over; raises `UsageError`
+    for one of another job, and for a directory that is not loadstone's."""
     work = work_directory(out)
-    key = job_key(plan, versions)
+    if not work.exists():
+        return False
+    key, found = job_key(plan, versions), _read(work / KEY)
+    differs = [name for name in key if found.get(name) != key[name]]
+    # Without notes the run was killed after `close_journal`, with other files half written.
+    if resume and not differs and (work / NOTES).is_dir() and output_in(work).is_dir():
+        return True
+    if not found and not _is_ours(work):
+        raise name_taken(work, out)
+    if resume and differs and has_progress(work):
+        raise UsageError(
+            f"'{work}' holds a partial output of another job (its {', '.join(differs)} differ)",
+            "Pass --no-resume to discard it, or choose another output",
+        )
+    return False
+
+
+def start_journal(plan: FinalizePlan, out: Path, versions: dict[str, str]) -> None:
+    """Make the working directory of ``out`` anew."""
+    work = work_directory(out)
     if work.exists():
-        found = _read(work / KEY)
-        differs = [name for name in key if found.get(name) != key[name]]
-        # Without notes the run was killed after `close_journal`, with other files half written.
-        if resume and not differs and (work / NOTES).is_dir() and output_in(work).is_dir():
-            return
-        if not found and not _is_ours(work):
-            raise name_taken(work, out)
-        if resume and differs and has_progress(work):
-            raise UsageError(
-                f"'{work}' holds a partial output of another job (its {', '.join(differs)} differ)",
-                "Pass --no-resume to discard it, or choose another output",
-            )
-        remove_work(work, out)
+        shutil.rmtree(work)
     (work / NOTES).mkdir(parents=True)
     output_in(work).mkdir()
-    _write(work / KEY, key)
+    _write(work / KEY, job_key(plan, versions))
 
 
 def _is_ours(work: Path) -> bool:
@@ -131,7 +138,7 @@ def hash_files(output: Path, digests: dict[str, str]) -> dict[str, str]:
 def _read(path: Path) -> dict:
     try:
         content = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
 

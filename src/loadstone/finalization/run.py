@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import os
@@ -12,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, nullcontext, suppress
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -20,24 +19,25 @@ from typing import TYPE_CHECKING, Any
 
 from loadstone.artifact import Artifact
 from loadstone.artifact.manifest import FORMAT_VERSION, MANIFEST, versions
-from loadstone.errors import MissingError
 from loadstone.finalization.journal import (
     KEY,
+    can_resume,
     close_journal,
     finished,
     has_progress,
     hash_files,
     note_finished,
-    open_journal,
     output_in,
+    start_journal,
     work_directory,
 )
 from loadstone.finalization.plan import FinalizePlan
 from loadstone.finalization.stream import stream
 from loadstone.finalization.units import Unit, units_of
 from loadstone.ranks import Ranks
+from loadstone.writing.filesystem import uninterrupted
 from loadstone.writing.index import write_index
-from loadstone.writing.publish import check_output, check_space, locked, publish, remove_work
+from loadstone.writing.publish import check_output, check_space, locked, publish
 from loadstone.writing.shards import ShardWriter
 from loadstone.writing.sidecars import copy_sidecars, find_sidecars
 
@@ -126,38 +126,27 @@ def write_artifact(
     check_output(plan.source.root, out, overwrite)
     work = work_directory(out)
     with locked(out, overwrite) if ranks.rank == 0 else nullcontext():
-        if ranks.rank == 0:
-            open_journal(plan, out, versions(), resume)
-            check_space(plan.bytes_after, out, output_in(work))
-        ranks.wait()
+        resumes = ranks.rank != 0 or can_resume(plan, out, versions(), resume)
         try:
+            if not resumes:
+                start_journal(plan, out, versions())
+            if ranks.rank == 0:
+                check_space(plan.bytes_after, out, output_in(work))
+            ranks.wait()
             files = _write_all_files(plan, work, write_rest, device, ranks, on_progress)
             if ranks.rank == 0:
                 # Last, since it shows which job the directory belongs to.
                 (work / KEY).unlink()
                 publish(output_in(work), out, overwrite)
-                shutil.rmtree(work, ignore_errors=True)
-        except OSError as error:
-            _discard_unless_resumable(work, out, ranks)
-            if error.errno == errno.ENOSPC:
-                raise MissingError(
-                    f"the disk of '{out.parent}' is full",
-                    "Free some space and run again: finished shards are kept",
-                ) from None
-            raise
         except BaseException:
-            _discard_unless_resumable(work, out, ranks)
+            if has_progress(work):
+                log.info("finished shards are kept in %s: run the same command again to continue", work)
+            elif ranks.rank == 0 and work.exists():
+                with uninterrupted():
+                    shutil.rmtree(work, ignore_errors=True)
             raise
         ranks.wait()
     return files
-
-
-def _discard_unless_resumable(work: Path, out: Path, ranks: Ranks) -> None:
-    if has_progress(work):
-        log.info("finished shards are kept in %s: run the same command again to continue", work)
-    elif ranks.rank == 0 and work.exists():
-        with suppress(OSError):
-            remove_work(work, out)
 
 
 def _write_all_files(

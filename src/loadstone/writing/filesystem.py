@@ -1,4 +1,4 @@
-"""Calls that some file systems lack, each with a fallback: swapping two names, directory sync, locks."""
+"""Calls that some file systems lack, each with a fallback: swapping names, directory sync, locks; signals that wait."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ import errno
 import fcntl
 import logging
 import os
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from loadstone.errors import LoadstoneError, MissingError, UsageError
@@ -40,6 +43,26 @@ def exchange(one: Path, other: Path) -> bool:
     if code in _UNSUPPORTED or code == errno.EPERM:
         return False
     raise OSError(code, os.strerror(code), str(one), None, str(other))
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """SIGTERM and Ctrl-C wait until the block ends, so that they cut no clean-up short."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    if threading.current_thread() is not threading.main_thread() or None in handlers.values():
+        # Python runs handlers in the main thread only; None: one that Python cannot set again.
+        yield
+        return
+    waiting: list[int] = []
+    for number in handlers:
+        signal.signal(number, lambda arrived, frame: waiting.append(arrived))
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for first in waiting[:1]:
+            signal.raise_signal(first)
 
 
 def lock(descriptor: int, folder: Path) -> None:

@@ -17,8 +17,8 @@ from pathlib import Path
 
 from loadstone.artifact.context_file import CONTEXT_JSON
 from loadstone.artifact.manifest import MANIFEST
-from loadstone.errors import MissingError, UsageError
-from loadstone.writing.filesystem import exchange, explain, lock, sync_directory, sync_tree
+from loadstone.errors import LoadstoneError, MissingError, UsageError
+from loadstone.writing.filesystem import exchange, explain, lock, sync_directory, sync_tree, uninterrupted
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +50,9 @@ def check_output(source: Path | None, out: Path, overwrite: bool) -> None:
         raise UsageError(f"cannot write '{out}'", "Choose another output, or change its folder's permissions")
     exists = _exists(out)
     if exists and not overwrite:
+        # A run that was killed at its very end may have left something beside it.
+        with suppress(LoadstoneError, OSError), _lock_file(out):
+            _clear_after_kill(out)
         raise UsageError(
             f"the output '{out}' exists", "Choose another, or pass --overwrite (overwrite=True) to replace it"
         )
@@ -88,27 +91,15 @@ def new_directory(out: Path, overwrite: bool = False) -> Iterator[Path]:
     Raises `UsageError` when ``out`` cannot be made or another process is writing it, `MissingError` for disk errors.
     """
     with locked(out, overwrite):
-        container = working_path(out, WRITING)
-        work = container / ENTRY
+        work = working_path(out, WRITING) / ENTRY
         work.mkdir(parents=True)
-        try:
-            yield work
-            publish(work, out, overwrite)
-        finally:
-            shutil.rmtree(container, ignore_errors=True)
-
-
-def remove_work(work: Path, out: Path) -> None:
-    """Remove a working directory of ``out``, under a name by which the next run knows it if this one is killed."""
-    container = working_path(out, WRITING)
-    container.mkdir()
-    work.rename(container / ENTRY)
-    shutil.rmtree(container)
+        yield work
+        publish(work, out, overwrite)
 
 
 def publish(work: Path, out: Path, overwrite: bool) -> None:
-    """Make the output appear in one step. With ``overwrite`` an earlier one is swapped against it and then removed; of
-    a link to a directory only the link is replaced.
+    """Make the output appear in one step, within `locked`, which removes what is left. With ``overwrite`` an earlier
+    output is swapped against it; of a link to a directory only the link is replaced.
 
     Where the file system cannot swap two names the earlier output is set aside first; `locked` puts it back when the
     run is killed in between.
@@ -116,58 +107,64 @@ def publish(work: Path, out: Path, overwrite: bool) -> None:
     if not overwrite and _exists(out):
         raise UsageError(f"the output '{out}' appeared while it was made", "Choose another output")
     sync_tree(work)
-    if not _exists(out):
-        work.rename(out)
-        sync_directory(out.parent)
-        return
-    aside = working_path(out, REPLACED)
-    aside.mkdir()
-    try:
-        # Under this name a kill leaves what is safe to remove, be it the new output or the earlier one.
-        work.rename(aside / ENTRY)
-        if not exchange(aside / ENTRY, out):
-            (aside / ENTRY).rename(work)
-            out.rename(aside / ENTRY)
+    with uninterrupted():
+        if not _exists(out):
             work.rename(out)
+        else:
+            aside = working_path(out, REPLACED)
+            aside.mkdir()
+            # Under this name a kill leaves what is safe to remove, be it the new output or the earlier one.
+            work.rename(aside / ENTRY)
+            if not exchange(aside / ENTRY, out):
+                (aside / ENTRY).rename(work)
+                out.rename(aside / ENTRY)
+                work.rename(out)
         sync_directory(out.parent)
-    finally:
-        _settle_replacement(out)
 
 
-def _settle_replacement(out: Path) -> str:
-    """Restore or remove what lies in ``.OUT.replaced``; returns what was done, empty where nothing lies there."""
-    aside = working_path(out, REPLACED)
-    if not aside.is_dir():
-        return ""
-    done = "what was left of it is removed"
-    if not _exists(out):
-        entry = aside / ENTRY if _exists(aside / ENTRY) else aside
-        entry.rename(out)
-        done = "the output is put back"
-    if (aside / ENTRY).is_symlink():
-        (aside / ENTRY).unlink()
-    if aside.exists():
-        shutil.rmtree(aside)
+def _clear(out: Path) -> str:
+    """Restore or remove what a run left of ``out`` when it ended; returns what was done, empty for nothing."""
+    aside, written = working_path(out, REPLACED), working_path(out, WRITING)
+    done = ""
+    if aside.is_dir():
+        done = "what was left of it is removed"
+        if not _exists(out):
+            entry = aside / ENTRY if _exists(aside / ENTRY) else aside
+            entry.rename(out)
+            done = "the output is put back"
+        if (aside / ENTRY).is_symlink():
+            (aside / ENTRY).unlink()
+        if aside.exists():
+            shutil.rmtree(aside)
+    if written.is_dir():
+        shutil.rmtree(written)
+        done = done or f"'{written}' is removed"
     return done
+
+
+def _clear_after_kill(out: Path) -> None:
+    _check_working_names(out)
+    if done := _clear(out):
+        log.warning("a run was killed while it wrote '%s': %s", out, done)
 
 
 @contextmanager
 def locked(out: Path, overwrite: bool = False) -> Iterator[None]:
-    """Hold the output's lock for a block, in which ``out`` may be written.
+    """Hold the output's lock for a block, in which ``out`` may be written; folders before it are made.
 
-    What a run that was killed during a replacement left is restored or removed first. Raises `UsageError` when another
-    process has the lock or `check_output` refuses the output, and `MissingError` for disk errors in the block.
+    What a run that was killed left is restored or removed first, and what the block leaves when it ends. Raises
+    `UsageError` when another process has the lock or `check_output` refuses the output, and `MissingError` for disk
+    errors in the block.
     """
     try:
         with _lock_file(out):
-            _check_working_names(out)
-            if done := _settle_replacement(out):
-                log.warning("a run was killed while it replaced '%s': %s", out, done)
-            if (left := working_path(out, WRITING)).exists():
-                log.warning("'%s', which a killed run left, is removed", left)
-                shutil.rmtree(left)
+            _clear_after_kill(out)
             check_output(None, out, overwrite)
-            yield
+            try:
+                yield
+            finally:
+                with uninterrupted():
+                    _clear(out)
     except OSError as error:
         if (refusal := explain(error, out)) is None:
             raise
@@ -176,8 +173,33 @@ def locked(out: Path, overwrite: bool = False) -> Iterator[None]:
 
 @contextmanager
 def _lock_file(out: Path) -> Iterator[None]:
+    """Hold ``.OUT.lock``. It is removed with the block, as are the folders made for it if they are empty."""
     path = working_path(out, LOCK)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    missing = [folder for folder in path.parents if not folder.exists()]
+    descriptor = -1
+    try:
+        with uninterrupted():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            for folder in missing:
+                sync_directory(folder.parent)
+            descriptor = _lock(path, out)
+        yield
+    finally:
+        with uninterrupted():
+            try:
+                if descriptor >= 0:
+                    # Removed while held: whoever opened it in between sees that it is gone.
+                    path.unlink(missing_ok=True)
+            finally:
+                if descriptor >= 0:
+                    os.close(descriptor)
+                with suppress(OSError):
+                    for folder in missing:
+                        folder.rmdir()
+
+
+def _lock(path: Path, out: Path) -> int:
+    """An open descriptor of the lock file that is held."""
     while True:
         try:
             # Not blocking: a named pipe would wait for a reader.
@@ -189,6 +211,10 @@ def _lock_file(out: Path) -> Iterator[None]:
         try:
             _check_lock(path, os.fstat(descriptor), out)
             lock(descriptor, path.parent)
+            # The holder before may have removed the file between the two calls: then the lock is on nothing.
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(descriptor), path.stat()):
+                    return descriptor
         except BlockingIOError:
             os.close(descriptor)
             raise UsageError(
@@ -197,16 +223,6 @@ def _lock_file(out: Path) -> Iterator[None]:
         except BaseException:
             os.close(descriptor)
             raise
-        # The holder before may have removed the file between the two calls: then the lock is on nothing.
-        with suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(descriptor), path.stat()):
-                break
-        os.close(descriptor)
-    try:
-        yield
-    finally:
-        # Removed while held: whoever opened it in between sees that it is gone.
-        path.unlink(missing_ok=True)
         os.close(descriptor)
 
 

@@ -48,7 +48,7 @@ class ShardWriter:
         self._closed, self._change = False, threading.Condition()
         self._path = path
         self._file = os.open(path, os.O_CREAT | os.O_RDWR | os.O_TRUNC, 0o644)
-        os.write(self._file, struct.pack("<Q", len(raw)) + raw)
+        self._put(struct.pack("<Q", len(raw)) + raw, 0)
         os.ftruncate(self._file, self._size)
 
     def write(self, name: str, tensor: torch.Tensor, offset: int = 0) -> None:
@@ -60,15 +60,18 @@ class ShardWriter:
         if tensor.is_cuda:
             tensor = torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor)
         raw = tensor_bytes(tensor)
-        begin = position = self._begins[name] + offset
-        while raw:
-            count = os.pwrite(self._file, raw, position)
-            raw, position = raw[count:], position + count
+        begin = self._begins[name] + offset
+        self._put(raw, begin)
         with self._change:
-            self._behind[begin] = position
+            self._behind[begin] = begin + len(raw)
             while self._prefix in self._behind:
                 self._prefix = self._behind.pop(self._prefix)
             self._change.notify_all()
+
+    def _put(self, raw: bytes | memoryview, position: int) -> None:
+        while raw:
+            count = os.pwrite(self._file, raw, position)
+            raw, position = raw[count:], position + count
 
     def digest(self) -> str:
         """Hex sha256 of the file: hashes it from the beginning as it is written, and ends when all is there."""
