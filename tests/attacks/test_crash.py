@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from tests.attacks.faults import why_not
 
 ROOT = Path(__file__).parents[2]

@@ -128,6 +128,7 @@ def _finite(value: Any) -> Any:
 
 def check_file(option: str, path: Path) -> None:
     """Raise `UsageError` when a result cannot be written to ``path``: said before the work, not after it."""
+    from loadstone.writing.filesystem import unfinished
     from loadstone.writing.publish import can_write
 
     try:
@@ -136,8 +137,13 @@ def check_file(option: str, path: Path) -> None:
         if not path.resolve().parent.is_dir():
             raise UsageError(f"{option} {path}: its directory does not exist", "Make it first")
         writable = os.access(path, os.W_OK) if path.exists() else can_write(path)
+        work = unfinished(path)
+        if work.is_symlink() or (work.exists() and not work.is_file()):
+            raise UsageError(f"'{work}' is not a file, and {option} {path} needs that name", "Move it away")
     except PermissionError:
         writable = False
+    except OSError as error:
+        raise UsageError(f"{option} {path}: {error.strerror}", "Choose another place") from None
     if not writable:
         raise UsageError(
             f"{option} {path} cannot be written", "Choose another place, or change its permissions"
@@ -146,18 +152,14 @@ def check_file(option: str, path: Path) -> None:
 
 def write_file(path: Path, text: str) -> None:
     """Write a result's file, whole or not at all; a pipe, or a file in a folder that is not ours, as it is."""
+    from loadstone.writing.filesystem import replacing
     from loadstone.writing.publish import can_write
 
     if path.exists() and not (path.is_file() and can_write(path)):
         path.write_text(text, encoding="utf-8")
         return
-    path = path.resolve()
-    work = path.with_name(f".{path.name}.partial")
-    try:
-        work.write_text(text, encoding="utf-8", newline="")
-        work.replace(path)
-    finally:
-        work.unlink(missing_ok=True)
+    with replacing(path) as file:
+        file.write(text.encode())
 
 
 def size(nbytes: float) -> str:

@@ -6,12 +6,13 @@ import hashlib
 import json
 import logging
 import stat
-import uuid
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from loadstone.writing.filesystem import replacing
 
 log = logging.getLogger(__name__)
 Arrays = dict[str, np.ndarray]
@@ -20,19 +21,13 @@ Arrays = dict[str, np.ndarray]
 def write_arrays(path: Path, arrays: Arrays, facts: dict[str, Any]) -> None:
     """Write a file, or replace it. Raises OSError; nothing half-written stays."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{uuid.uuid4().hex}.tmp")
     about = {"name": path.name, "sha256": _checksum(arrays, facts), "facts": facts}
-    try:
-        with temporary.open("wb") as file:
-            packed: dict[str, Any] = {
-                "__facts__": np.frombuffer(json.dumps(about).encode(), dtype=np.uint8),
-                **arrays,
-            }
-            np.savez(file, **packed)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    packed: dict[str, Any] = {
+        "__facts__": np.frombuffer(json.dumps(about).encode(), dtype=np.uint8),
+        **arrays,
+    }
+    with replacing(path) as file:
+        np.savez(file, **packed)
 
 
 def read_arrays(path: Path) -> tuple[Arrays, dict[str, Any]] | None:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
 from loadstone.text.arrays import Arrays, read_arrays, write_arrays
+from loadstone.writing.filesystem import open_locked
 
 log = logging.getLogger(__name__)
 # In bytes. Tokenizing less text than this is not worth a file.
@@ -67,27 +68,22 @@ def _fits(arrays: Arrays) -> bool:
 
 @contextmanager
 def _alone(path: Path) -> Iterator[None]:
-    """Hold a lock file next to ``path``; the system releases it when the process ends."""
-    try:
-        import fcntl
-    except ImportError:  # Windows: each process tokenizes for itself
-        yield
-        return
+    """Hold a lock file next to ``path``; without locks (NFS, FUSE) each process tokenizes for itself."""
     name = path.with_suffix(".lock")
-    if name.exists() and not name.is_file():  # opening a FIFO would wait for ever
-        raise OSError(errno.EINVAL, "the lock is no regular file")
-    with name.open("w") as lock:
-        # Without locks (NFS, FUSE) each process tokenizes for itself: a file appears whole, so nothing else is lost.
-        with suppress(OSError):
-            fcntl.flock(lock, fcntl.LOCK_EX)
+    descriptor = open_locked(name, wait=True)
+    try:
         yield
+    finally:
+        # Removed while held: whoever waits for it sees that it is gone.
+        name.unlink(missing_ok=True)
+        os.close(descriptor)
 
 
 def _prune(directory: Path) -> None:
     """Remove entries unused for a month, and files left by killed processes."""
     for path in directory.iterdir():
         if (
-            path.suffix in (".npz", ".tmp", ".lock")
+            path.suffix in (".npz", ".partial", ".tmp", ".lock")
             and time.time() - path.stat().st_mtime > _KEPT_DAYS * 86400
         ):
             path.unlink(missing_ok=True)

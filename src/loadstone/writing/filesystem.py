@@ -1,4 +1,4 @@
-"""Calls that some file systems lack, each with a fallback: swapping names, directory sync, locks; signals that wait."""
+"""Files that appear whole, lock files, and calls that some file systems lack, each with a fallback."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ import fcntl
 import logging
 import os
 import signal
+import stat
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 from loadstone.errors import LoadstoneError, MissingError, UsageError
 
@@ -65,10 +67,69 @@ def uninterrupted() -> Iterator[None]:
             signal.raise_signal(first)
 
 
-def lock(descriptor: int, folder: Path) -> None:
-    """Lock an open file of ``folder``; raises `BlockingIOError` when another process has it."""
+@contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write, which takes the place of ``path`` when the block ends, and is removed when it raises.
+
+    Processes that write the same path do so one after another. Raises `FileExistsError` when something other than a
+    file lies at ``.NAME.partial``; a file there was left by a killed process, and is written over.
+    """
+    work, descriptor = unfinished(path), -1
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with uninterrupted():
+            descriptor = open_locked(work, wait=True)
+        os.ftruncate(descriptor, 0)
+        with os.fdopen(descriptor, "wb", closefd=False) as file:
+            yield file
+        sync_file(descriptor, work.parent)
+        with uninterrupted():
+            work.replace(path.resolve())
+            os.close(descriptor)
+            descriptor = -1
+    finally:
+        if descriptor >= 0:
+            with uninterrupted(), suppress(OSError):
+                work.unlink()
+            os.close(descriptor)
+
+
+def unfinished(path: Path) -> Path:
+    """Where `replacing` writes ``path``."""
+    path = path.resolve()
+    return path.with_name(f".{path.name}.partial")
+
+
+def open_locked(path: Path, *, wait: bool = False) -> int:
+    """Open a regular file, made if absent, and lock it; returns its descriptor.
+
+    Raises `FileExistsError` where something else lies there (links are not followed), `BlockingIOError` when another
+    process holds the lock, unless told to ``wait`` for it.
+    """
+    while True:
+        try:
+            # Not blocking: a named pipe would wait for a reader.
+            descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+        except OSError as error:
+            if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+                raise FileExistsError(errno.EEXIST, "is not a file", str(path)) from None
+            raise
+        try:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise FileExistsError(errno.EEXIST, "is not a file", str(path))
+            _lock(descriptor, path.parent, wait)
+            # The holder before may have removed the file between the two calls: then the lock is on nothing.
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(descriptor), path.stat()):
+                    return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, folder: Path, wait: bool) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except OSError as error:
         if error.errno not in _UNSUPPORTED:
             raise

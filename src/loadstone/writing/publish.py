@@ -18,7 +18,14 @@ from pathlib import Path
 from loadstone.artifact.context_file import CONTEXT_JSON
 from loadstone.artifact.manifest import MANIFEST
 from loadstone.errors import LoadstoneError, MissingError, UsageError
-from loadstone.writing.filesystem import exchange, explain, lock, sync_directory, sync_tree, uninterrupted
+from loadstone.writing.filesystem import (
+    exchange,
+    explain,
+    open_locked,
+    sync_directory,
+    sync_tree,
+    uninterrupted,
+)
 
 log = logging.getLogger(__name__)
 
@@ -126,19 +133,24 @@ def _clear(out: Path) -> str:
     """Restore or remove what a run left of ``out`` when it ended; returns what was done, empty for nothing."""
     aside, written = working_path(out, REPLACED), working_path(out, WRITING)
     done = ""
-    if aside.is_dir():
-        done = "what was left of it is removed"
-        if not _exists(out):
-            entry = aside / ENTRY if _exists(aside / ENTRY) else aside
-            entry.rename(out)
-            done = "the output is put back"
-        if (aside / ENTRY).is_symlink():
-            (aside / ENTRY).unlink()
-        if aside.exists():
-            shutil.rmtree(aside)
-    if written.is_dir():
-        shutil.rmtree(written)
-        done = done or f"'{written}' is removed"
+    try:
+        if aside.is_dir():
+            done = "what was left of it is removed"
+            if not _exists(out):
+                entry = aside / ENTRY if _exists(aside / ENTRY) else aside
+                entry.rename(out)
+                done = "the output is put back"
+            if (aside / ENTRY).is_symlink():
+                (aside / ENTRY).unlink()
+            if aside.exists():
+                shutil.rmtree(aside)
+    finally:
+        if written.is_dir():
+            shutil.rmtree(written)
+            done = done or f"'{written}' is removed"
+        with suppress(OSError):
+            # Empty where its output was published, or not begun.
+            working_path(out, PARTIAL).rmdir()
     return done
 
 
@@ -182,7 +194,7 @@ def _lock_file(out: Path) -> Iterator[None]:
             path.parent.mkdir(parents=True, exist_ok=True)
             for folder in missing:
                 sync_directory(folder.parent)
-            descriptor = _lock(path, out)
+            descriptor = _open_lock(path, out)
         yield
     finally:
         with uninterrupted():
@@ -198,32 +210,19 @@ def _lock_file(out: Path) -> Iterator[None]:
                         folder.rmdir()
 
 
-def _lock(path: Path, out: Path) -> int:
-    """An open descriptor of the lock file that is held."""
-    while True:
-        try:
-            # Not blocking: a named pipe would wait for a reader.
-            descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
-        except OSError as error:
-            if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
-                raise name_taken(path, out) from None
-            raise
-        try:
-            _check_lock(path, os.fstat(descriptor), out)
-            lock(descriptor, path.parent)
-            # The holder before may have removed the file between the two calls: then the lock is on nothing.
-            with suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(descriptor), path.stat()):
-                    return descriptor
-        except BlockingIOError:
-            os.close(descriptor)
-            raise UsageError(
-                f"another process is writing '{out}'", "Wait for it, or choose another output"
-            ) from None
-        except BaseException:
-            os.close(descriptor)
-            raise
+def _open_lock(path: Path, out: Path) -> int:
+    try:
+        descriptor = open_locked(path)
+    except FileExistsError:
+        raise name_taken(path, out) from None
+    except BlockingIOError:
+        raise UsageError(
+            f"another process is writing '{out}'", "Wait for it, or choose another output"
+        ) from None
+    if os.fstat(descriptor).st_size:
         os.close(descriptor)
+        raise name_taken(path, out)
+    return descriptor
 
 
 def _check_working_names(out: Path) -> None:
@@ -235,14 +234,11 @@ def _check_working_names(out: Path) -> None:
         except (FileNotFoundError, NotADirectoryError):
             continue
         if ending == LOCK:
-            _check_lock(path, found, out)
-        elif not stat.S_ISDIR(found.st_mode) or not _is_ours(path, ending):
+            ours = stat.S_ISREG(found.st_mode) and not found.st_size
+        else:
+            ours = stat.S_ISDIR(found.st_mode) and _is_ours(path, ending)
+        if not ours:
             raise name_taken(path, out)
-
-
-def _check_lock(path: Path, found: os.stat_result, out: Path) -> None:
-    if not stat.S_ISREG(found.st_mode) or found.st_size:
-        raise name_taken(path, out)
 
 
 def _is_ours(path: Path, ending: str) -> bool:

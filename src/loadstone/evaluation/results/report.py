@@ -16,6 +16,7 @@ from loadstone.evaluation.result import Evaluation
 from loadstone.evaluation.results.documents import document_tokens, rank_documents
 from loadstone.evaluation.results.pictures import compared, draw
 from loadstone.evaluation.results.tables import Table, tables
+from loadstone.writing.filesystem import replacing
 from loadstone.writing.publish import can_write
 
 _WORST_DOCUMENTS = 3
@@ -66,14 +67,16 @@ def write_report(result: Evaluation, directory: Path) -> Path:
     for picture in draw(result, names):
         buffer = io.BytesIO()
         picture.figure.savefig(buffer, format="png", bbox_inches="tight")
-        (directory / f"{picture.stem}.png").write_bytes(buffer.getvalue())
+        with replacing(directory / f"{picture.stem}.png") as file:
+            file.write(buffer.getvalue())
         image = base64.b64encode(buffer.getvalue()).decode()
         sections.append(
             f"<h2>{picture.title}</h2><p>{picture.note}</p>"
             f'<img alt="{picture.title}" src="data:image/png;base64,{image}">'
         )
     page = directory / "index.html"
-    page.write_text(_page(result, names, sections), encoding="utf-8")
+    with replacing(page) as file:
+        file.write(_page(result, names, sections).encode())
     return page
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ import numpy as np
 from loadstone.errors import UsageError
 from loadstone.text.arrays import Arrays, read_arrays, write_arrays
 from loadstone.text.tokens import Protocol
+
+log = logging.getLogger(__name__)
 
 # Raise when a change to scoring changes a number: older entries are then no longer found.
 SCORING_VERSION = 2
@@ -31,7 +34,7 @@ class Store:
 
     def finish(self, key: str, values: Arrays, facts: dict[str, Any]) -> None:
         """Store a finished evaluation, and remove its partial scores."""
-        write_arrays(self._path(key, "scores"), values, facts)
+        self._write(self._path(key, "scores"), values, facts)
         for partial in self._partials(key):
             partial.unlink(missing_ok=True)
 
@@ -42,7 +45,14 @@ class Store:
 
     def save_partial(self, key: str, rank: int, values: Arrays) -> None:
         """Store the scores that one process has so far."""
-        write_arrays(self._path(key, f"partial{rank}"), values, {})
+        self._write(self._path(key, f"partial{rank}"), values, {})
+
+    def _write(self, path: Path, values: Arrays, facts: dict[str, Any]) -> None:
+        try:
+            write_arrays(path, values, facts)
+        except OSError as error:
+            # The scores are there: they are worth more than their copy.
+            log.warning("%s cannot be written (%s): scores are not stored", path, error.strerror)
 
     def _path(self, key: str, suffix: str) -> Path:
         return self.directory / key[:2] / f"{key}.{suffix}.npz"
