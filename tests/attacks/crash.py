@@ -255,6 +255,8 @@ class Stage:
         if way in ("EIO", "ENOSPC") and ended.code:
             lines = [line for line in ended.printed.splitlines() if line.startswith("loadstone: error: ")]
             self.said.update(re.sub(r"/tmp/\w+/", "", line) for line in lines)
+            if ended.code == 2 and "Invalid value for" in ended.printed:
+                lines = re.findall("path '.*' is not readable", ended.printed)
             if len(lines) != 1 or "Traceback" in ended.printed:
                 wrong.append(f"not one line of error: {ended.printed[-400:]}")
             elif not re.search(

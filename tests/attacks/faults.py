@@ -144,7 +144,12 @@ def watch(work: Callable[[], int], folder: Path, decide: Decide) -> Ended:
     log = os.memfd_create("printed")
     pid = os.fork()
     if pid == 0:
-        os._exit(_be_watched(work, theirs, log))
+        code = 99
+        try:
+            code = _be_watched(work, theirs, log)
+        finally:
+            # Whatever is raised, a signal that comes late too, must not go on in this copy of the caller.
+            os._exit(code)
     theirs.close()
     try:
         _, (listener, *_), _, _ = socket.recv_fds(ours, 1, 1) or (b"", [-1], 0, None)

@@ -143,7 +143,7 @@ def check_file(option: str, path: Path) -> None:
     except PermissionError:
         writable = False
     except OSError as error:
-        raise UsageError(f"{option} {path}: {error.strerror}", "Choose another place") from None
+        raise UsageError(f"{option} '{path}': {error.strerror}", "Choose another place") from None
     if not writable:
         raise UsageError(
             f"{option} {path} cannot be written", "Choose another place, or change its permissions"
