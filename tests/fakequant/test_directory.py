@@ -66,11 +66,38 @@ def test_architectures(arch: str, make_model: Callable[..., Path], tmp_path: Pat
     assert torch.isfinite(logits(load(tmp_path / "out"))).all()
 
 
-def test_gpt2_says_why_nothing_is_folded(make_model: Callable[..., Path], tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match="no weight of this model can be folded by fp8"):
-        export_fakequant(make_model("gpt2"), tmp_path / "out", format="fp8")
-    pattern = rules_file(tmp_path, "rules: [{match: '*.c_fc', format: fp8}]")
-    assert len(export_fakequant(make_model("gpt2"), tmp_path / "out", rules=pattern).plan.folded) == 2
+@pytest.mark.parametrize("text", [*FORMATS, "intx4-weight-only"])
+def test_conv1d_is_folded_along_its_inputs(
+    text: str, make_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    source = make_model("gpt2")
+    done = export_fakequant(source, tmp_path / "out", format=text)
+    before, after = load(source).state_dict(), load(tmp_path / "out").state_dict()
+    folded = [step.name for step in done.plan.folded]
+    assert len(folded) == 8 and all(
+        name.rpartition(".")[0].endswith(("c_attn", "c_proj", "c_fc")) for name in folded
+    )
+    spec = parse_format(text).weight
+    for name, weight in before.items():
+        if name not in folded:
+            assert torch.equal(after[name], weight)
+            continue
+        expected = fold(name, weight.t().contiguous(), spec).t()
+        assert torch.equal(after[name], expected) and not torch.equal(expected, weight)
+
+
+def test_inputs_of_conv1d(make_model: Callable[..., Path], tmp_path: Path) -> None:
+    ids = [torch.arange(3, 35)[None]]
+    done = export_fakequant(make_model("gpt2"), tmp_path / "out", format="fp8", calibrate=ids)
+    assert len(done.quantizers) == 8 and loadstone.detect(tmp_path / "out").kind == "fakequant"
+
+
+def test_text_beyond_the_vocabulary(make_model: Callable[..., Path], tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match=r"token 40000(?s:.)*no such token"):
+        export_fakequant(
+            make_model("gpt2"), tmp_path / "out", format="fp8", calibrate=[torch.tensor([[40000]])]
+        )
+    assert not (tmp_path / "out").exists()
 
 
 def test_shards_stay_as_they_are_and_total_size_is_true(

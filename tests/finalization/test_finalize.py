@@ -151,7 +151,9 @@ def test_dtype_casts_floats(tiny: Path, tmp_path: Path) -> None:
 
 
 def test_gpt2_has_no_linear_that_could_be_quantized(make_model: Callable[..., Path]) -> None:
-    with pytest.raises(ArtifactError, match="GPT2LMHeadModel has no weight"):
+    with pytest.raises(
+        ArtifactError, match=r"GPT2LMHeadModel has no weight(?s:.)*Conv1D(?s:.)*export-fakequant"
+    ):
         plan_of(make_model("gpt2"))
 
 

@@ -274,7 +274,7 @@ def test_names_of_the_model_in_memory(tmp_path: Path) -> None:
     )
 
 
-def test_what_is_refused(base: Path, tmp_path: Path) -> None:
+def test_what_is_refused(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     a, b = pair(stored(base)[f"{Q}.weight"])
     good = factors(Q, a, b)
     for number, (tensors, changes, match) in enumerate(
@@ -295,6 +295,7 @@ def test_what_is_refused(base: Path, tmp_path: Path) -> None:
             (factors("model.layers.99.q_proj", a, b), {}, "changes no tensor"),
             (factors(Q, a[:, :3], b), {}, "shape"),
             ({f"{Q}.weight": a}, {}, "shape"),
+            (factors(Q, a * float("nan"), b), {}, r"adapter_model.safetensors: (?s:.)*q_proj.lora_A.weight' holds NaN"),
         ]
     ):  # fmt: skip
         folder = adapter(tmp_path / str(number), base, tensors, **changes)
@@ -302,7 +303,11 @@ def test_what_is_refused(base: Path, tmp_path: Path) -> None:
             loadstone.finalize(folder, tmp_path / "out")
         assert not [p for p in tmp_path.iterdir() if "out" in p.name]
     folder = adapter(tmp_path / "away", Path("org/name"), good)
-    with pytest.raises(UsageError, match=r"org/name(?s:.)*--base"):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(UsageError, match=r"org/name(?s:.)*--base(?s:.)*hf download org/name"):
+        loadstone.detect(folder)
+    (tmp_path / "models--org--name").mkdir()
+    with pytest.raises(UsageError, match=r"org/name(?s:.)*in the cache: --base (?s:.)*models--org--name"):
         loadstone.detect(folder)
     assert loadstone.detect(folder, base=base).kind == "adapter"
     with pytest.raises(UsageError, match="not an adapter"):

@@ -26,7 +26,7 @@ from loadstone.artifact.formats.weights import (
     find_weights,
 )
 from loadstone.artifact.hashing import sha256_file
-from loadstone.artifact.hints import MODEL_FILES, file_hint, nearest, no_config_hint
+from loadstone.artifact.hints import MODEL_FILES, file_hint, hub_cache, is_hub_name, nearest, no_config_hint
 from loadstone.artifact.kinds import (
     ADAPTER,
     COMPRESSED_TENSORS,
@@ -95,6 +95,11 @@ class Artifact:
     adapter: Adapter | None = field(repr=False, default=None)
     # Number formats that its weights were stored in before they were decoded, oldest first; empty for others.
     decoded: tuple[str, ...] = ()
+
+    @property
+    def own_path(self) -> Path:
+        """The directory that means these weights and no others: of an adapter its own, else ``path``."""
+        return self.path if self.adapter is None else self.adapter.directory
 
     @property
     def tensors(self) -> dict[str, TensorInfo]:
@@ -244,10 +249,10 @@ def _adapter(
     if base is None and (
         not isinstance(recorded, str) or not recorded.isprintable() or not is_directory(recorded)
     ):
-        raise UsageError(
-            f"'{root}' is an adapter, and its base ({ascii(recorded)[:200]}) is not a directory here",
-            "Name the base model's directory: --base DIR (base=DIR)",
+        what = (
+            f"its base ({ascii(recorded)[:200]}) is not a directory here" if recorded else "it names no base"
         )
+        raise UsageError(f"'{root}' is an adapter, and {what}", _base_remedy(recorded))
     if is_adapter(_directory(str(named))):
         raise ArtifactError(
             f"the base '{named}' is an adapter itself", "Merge that one first, by loadstone finalize"
@@ -255,7 +260,7 @@ def _adapter(
     below = examine(str(named), sink=sink)
     if below.kind not in (DENSE, QAT):
         raise ArtifactError(
-            f"the base '{named}' is {below.kind}: an adapter is merged into unquantized weights",
+            f"the base '{named}' is quantized ({below.kind}): an adapter is merged into unquantized weights",
             "Name the unquantized base by --base",
         )
     adapter = read_adapter(directory, sink)
@@ -269,6 +274,16 @@ def _adapter(
         source=merged,
         adapter=adapter,
     )
+
+
+def _base_remedy(recorded: Any) -> str:
+    cached = (
+        Path(hub_cache()) / f"models--{recorded.replace('/', '--')}" if isinstance(recorded, str) else None
+    )
+    if cached is not None and is_hub_name(str(recorded)) and cached.is_dir():
+        return f"Name the base model's directory; one of that name is in the cache: --base {cached}"
+    download = f", after hf download {recorded} --local-dir DIR" if is_hub_name(str(recorded)) else ""
+    return f"Name the base model's directory: --base DIR (base=DIR){download}"
 
 
 def is_directory(name: str) -> bool:

@@ -67,8 +67,8 @@ MODEL_FILES = (
     ("mp_rank_*", "Megatron or DeepSpeed shards", "Convert them with the trainer's own tool first"),
     (
         "adapter_model.*",
-        "an adapter",
-        "Merge it into its base model (peft's merge_and_unload), then name that directory",
+        "an adapter without its adapter_config.json",
+        "Copy that file from the source too",
     ),
     (
         "consolidated*.safetensors",
@@ -109,9 +109,24 @@ def nearest(path: Path) -> str:
     close = difflib.get_close_matches(path.name, siblings, n=1)
     if close:
         return f"Did you mean '{path.parent / close[0]}'?"
-    looks_like_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) is not None
-    hub = ". A hub name must be downloaded first (hf download NAME --local-dir DIR)" if looks_like_hub else ""
+    hub = (
+        ". A hub name must be downloaded first (hf download NAME --local-dir DIR)"
+        if is_hub_name(str(path))
+        else ""
+    )
     return f"Check the path{hub}"
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether a name could be that of a repository on the Hugging Face hub."""
+    return re.fullmatch(r"\w[\w.-]{0,95}/\w[\w.-]{0,95}", name) is not None
+
+
+def hub_cache() -> str:
+    """Where the Hugging Face hub's cache lies."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    return HF_HUB_CACHE
 
 
 def file_hint(path: Path) -> str:
@@ -130,7 +145,9 @@ def no_config_hint(root: Path) -> str:
         for pattern, what, remedy in MODEL_FILES:
             if next(root.glob(pattern), None) is not None and pattern != "*.safetensors":
                 return f"It holds {what}. {remedy}"
-        found = sorted(p.parent.name for p in root.glob("*/config.json"))
+        found = sorted(
+            p.parent.name for name in ("config", "adapter_config") for p in root.glob(f"*/{name}.json")
+        )
     except OSError:
         found = []
     if found:

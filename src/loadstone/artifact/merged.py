@@ -72,41 +72,47 @@ class MergedSource:
         whole = self._merged(info)
         return whole if stop is None else whole.reshape(-1)[start:stop]
 
+    def _part(self, info: TensorInfo) -> torch.Tensor:
+        from loadstone.artifact.values import check_tensor
+
+        part = self.adapter.source.read(info)
+        check_tensor(part, info)
+        return part
+
     def _merged(self, info: TensorInfo) -> torch.Tensor:
         """As peft computes it: products in float32, added to the weight."""
         from loadstone.artifact.torchao.flatten import torch_dtype
         from loadstone.artifact.values import check_tensor
 
-        source, change = self.adapter.source, self.changes.get(info.name, Change())
+        change = self.changes.get(info.name, Change())
         if change.trained is not None:
-            weight = source.read(change.trained).to(torch_dtype(info.dtype))
+            weight = self._part(change.trained).to(torch_dtype(info.dtype))
         else:
             weight = self.base.read(self.base.tensors[self.starts.get(info.name, info.name)])
         if change.low_rank is not None:
             weight = self._with_product(weight, change.low_rank, change.transposed)
         if change.added is not None:
             vector, scale = change.added
-            weight = weight.clone().add_(source.read(vector).float() * scale)
+            weight = weight.clone().add_(self._part(vector).float() * scale)
         if change.rows is not None:
             import torch
 
             rows, indices = change.rows
-            weight = weight.index_copy(0, torch.tensor(indices), source.read(rows).to(weight.dtype))
+            weight = weight.index_copy(0, torch.tensor(indices), self._part(rows).to(weight.dtype))
         check_tensor(weight, info)
         return weight
 
     def _with_product(self, weight: torch.Tensor, low_rank: LowRank, transposed: bool) -> torch.Tensor:
         import torch
 
-        source = self.adapter.source
-        product = source.read(low_rank.b).float() @ source.read(low_rank.a).float()
+        product = self._part(low_rank.b).float() @ self._part(low_rank.a).float()
         change = (product.t() if transposed else product) * low_rank.scale
         if low_rank.magnitude is None:
             # peft rounds an embedding's change before it adds it, and a layer's sum once.
             return weight + change.to(weight.dtype) if low_rank.embedding else weight.clone().add_(change)
         merged = weight + change
         norm = torch.linalg.norm(merged.t() if transposed else merged, dim=1)
-        factor = (source.read(low_rank.magnitude).float() / norm).view(-1, 1)
+        factor = (self._part(low_rank.magnitude).float() / norm).view(-1, 1)
         return ((factor.t() if transposed else factor) * merged).to(weight.dtype)
 
     @contextmanager

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from loadstone.errors import ArtifactError, LoadstoneError
+from loadstone.errors import LoadstoneError
 from loadstone.loading.language_model import refused
+from loadstone.text.tokens import require_known
 
 # Two rows of eight tokens that differ in their second half.
 _TOKENS, _SHARED = 8, 4
@@ -30,15 +31,8 @@ class Vocabulary:
     def require(self, highest: int, tokenizer: Any, name: str) -> None:
         """Raise ArtifactError, naming the token, when the highest id of a text is beyond the embedding or the
         logits."""
-        if highest < min(self.inputs, self.outputs):
-            return
-        what = "embedding has" if highest >= self.inputs else "head predicts"
-        token = tokenizer.convert_ids_to_tokens(highest)
-        raise ArtifactError(
-            f"the text holds token {highest} ({token!r}), and the model '{name}' has no such token: its {what} "
-            f"{self.inputs if highest >= self.inputs else self.outputs} tokens",
-            "Use the tokenizer that the model was trained with, or resize its embedding and train the new tokens",
-        )
+        require_known(highest, self.inputs, tokenizer, name)
+        require_known(highest, self.outputs, tokenizer, name, "head predicts")
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from loadstone.fakequant.options import Options
 from loadstone.fakequant.plan import ExportPlan
 from loadstone.fakequant.state import QuantizerState, check_state, input_specs
 from loadstone.loading.layer_inputs import InputRanges
+from loadstone.text.tokens import require_known
 
 if TYPE_CHECKING:
     import torch
@@ -117,6 +118,10 @@ def token_batches(
             ids = document.reshape(-1)[:limit]
         if ids.numel():
             batches.append(ids.long()[None])
+    known = getattr(config.get_text_config(), "vocab_size", None)
+    if batches and isinstance(known, int):
+        name = str(source.root if isinstance(source, Artifact) else source or type(config).__name__)
+        require_known(int(max(batch.max() for batch in batches)), known, tokenizer, name)
     if not batches:
         raise UsageError("there is no text to calibrate on", "Give a file with text")
     return batches

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 _VECTOR = Role(False, "not a matrix", matrix=False)
 _LINEAR = Role(True, inputs=True)
+_CONV1D = Role(True, transposed=True, inputs=True)
 _HEAD = Role(False, "output head", inputs=True)
 _ROUTER = Role(False, "router", inputs=True)
 _EMBEDDING = Role(False, "embedding")
@@ -54,9 +55,12 @@ def _role(
     model: PreTrainedModel, owner: Any, owner_name: str, leaf: str, info: TensorInfo, head: Any
 ) -> Role:
     import torch
+    from transformers.pytorch_utils import Conv1D
 
     if owner is head:
         return _HEAD
+    if isinstance(owner, Conv1D) and leaf == "weight":
+        return _CONV1D
     if isinstance(owner, torch.nn.Linear) and leaf == "weight":
         parent = model.get_submodule(owner_name.rpartition(".")[0])
         is_router = owner_name.endswith(("router", "gate")) and hasattr(parent, "experts")

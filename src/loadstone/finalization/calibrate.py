@@ -153,6 +153,7 @@ def calibration_rows(
 
     from loadstone.loading import load_tokenizer
     from loadstone.text.corpus import read_corpus
+    from loadstone.text.tokens import require_known
 
     tokenizer = load_tokenizer(plan.source, trust_remote_code=trust_remote_code)
     length = min(_ROW_TOKENS, int(plan.config.get("max_position_embeddings") or _ROW_TOKENS))
@@ -168,7 +169,11 @@ def calibration_rows(
         raise UsageError(
             f"{name} gives {min(len(ids), tokens)} calibration tokens", f"At least {length} are needed"
         )
-    return torch.tensor(ids[: count * length]).view(count, length)
+    rows = torch.tensor(ids[: count * length]).view(count, length)
+    known = (plan.config | (plan.config.get("text_config") or {})).get("vocab_size")
+    if isinstance(known, int):
+        require_known(int(rows.max()), known, tokenizer, str(plan.source.root))
+    return rows
 
 
 def calibrated(plan: FinalizePlan, rows: torch.Tensor, out: Path) -> FinalizePlan:

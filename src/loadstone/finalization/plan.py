@@ -124,6 +124,14 @@ class FinalizePlan:
     def bytes_after(self) -> int:
         return sum(step.nbytes for step in self.steps)
 
+    @property
+    def unquantized(self) -> dict[str, int]:
+        """Why matrices stay as they are, with their number, the most frequent first; empty without a recipe."""
+        reasons = Counter(
+            s.reason for s in self.steps if not s.encoding and s.reason and len(s.source.shape) > 1
+        )
+        return dict(reasons.most_common())
+
     def file_name(self, shard: int) -> str:
         """transformers' name of an output file."""
         name = shard_name if self.indexed else weights_name
@@ -205,7 +213,7 @@ def make_plan(
     if recipe and not any(step.action == QUANTIZE for step in steps):
         raise ArtifactError(
             f"'{artifact.path}': {model.model} has no weight that {recipe} can quantize{_most_common_reason(steps)}",
-            "Finalize it without --quantize",
+            _instead(_most_common_reason(steps), decisions),
         )
     config = _config(artifact, dtype)
     if recipe:
@@ -233,6 +241,19 @@ def _decoding(step: Step, reader: DecodedSource) -> Step:
     return replace(
         step, packed=packed, reason=f"{step.reason}, from {kinds}" if step.reason else f"from {kinds}"
     )
+
+
+def _instead(reason: str, decisions: dict[str, Decision]) -> str:
+    """What to do where nothing is quantized."""
+    from loadstone.quantization.rules import BY_RULE, CONV1D
+
+    if CONV1D in reason:
+        return "Finalize it without --quantize, or store rounded values (loadstone export-fakequant)"
+    if BY_RULE in reason:
+        return "Name its modules by rules in a recipe file (--recipe), or finalize it without --quantize"
+    if any(decision.misfit for decision in decisions.values()):
+        return "Choose another group size or recipe, or finalize it without --quantize"
+    return "Finalize it without --quantize"
 
 
 def _most_common_reason(steps: list[Step]) -> str:

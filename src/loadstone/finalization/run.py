@@ -271,6 +271,7 @@ def _write_manifest(
         "format_version": FORMAT_VERSION,
         "kind": plan.kind,
         "recipe": str(plan.recipe) if plan.recipe else None,
+        "unquantized": plan.unquantized,
         "source": source_facts(plan.source, source_hash),
         "versions": versions(),
         "command": ["loadstone", *sys.argv[1:]],

@@ -18,6 +18,9 @@ from loadstone.quantization.yaml_file import check_pattern
 
 NOT_CONVERTED = "output head or kept in float32"
 FUSED_EXPERTS = "fused experts"
+BY_RULE = "a rule of a recipe file includes it"
+# GPT-2's layers: `torch.addmm(bias, x, weight)`, which no tensor of torchao computes, and compressed-tensors refuses.
+CONV1D = "weight of a Conv1D, stored (in, out), which torchao and compressed-tensors do not compute"
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,8 @@ def decide(
             chosen = mixed.embeddings if weight.table else None
             decision = _fitting(chosen, weight.shape, "embedding", table=weight.table)
         else:
-            decision = Decision(None, f"weight of a {weight.owner}, not a Linear")
+            plain = f"weight of a {weight.owner}, not a Linear"
+            decision = Decision(None, CONV1D if weight.owner == "Conv1D" else plain)
         decisions[weight.name] = decision
     _check_used(model, mixed, skip or [], used)
     return decisions
@@ -92,7 +96,7 @@ def _decide_linear(weight: Weight, mixed: MixedRecipe, skip: list[str], used: se
     if recipe is None:
         return Decision(None, "skipped as asked", linear=True)
     if weight.outside and not rules:
-        return Decision(None, f"{weight.outside}; a rule of a recipe file includes it", linear=True)
+        return Decision(None, f"{weight.outside}; {BY_RULE}", linear=True)
     return _fitting(recipe, weight.shape, "linear weight", linear=True)
 
 
@@ -123,7 +127,7 @@ def _decide_fused(
     if _is_excluded(weight, mixed):
         return Decision(None, NOT_CONVERTED, fused=True)
     if weight.outside and not rules:
-        return Decision(None, f"{weight.outside}; a rule of a recipe file includes it", fused=True)
+        return Decision(None, f"{weight.outside}; {BY_RULE}", fused=True)
     if weight.transposed is None:
         return Decision(None, f"3-D weight of {weight.owner}, which has a matmul of its own", fused=True)
     if weight.transposed:

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from loadstone.errors import UsageError
+from loadstone.errors import ArtifactError, UsageError
 from loadstone.text import token_cache as tokencache
 from loadstone.text.chat import ChatTemplate
 from loadstone.text.corpus import Corpus
@@ -207,6 +207,17 @@ def find_separator(tokenizer: Any, separator: str) -> int:
 def _adds_bos(tokenizer: Any) -> bool:
     bos = tokenizer.bos_token_id
     return bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
+
+
+def require_known(highest: int, count: int, tokenizer: Any, name: str, part: str = "embedding has") -> None:
+    """Raise ArtifactError, naming the token, when the ``highest`` id of a text is beyond the ``count`` of a model's."""
+    if highest < count:
+        return
+    token = f" ({tokenizer.convert_ids_to_tokens(highest)!r})" if tokenizer is not None else ""
+    raise ArtifactError(
+        f"the text holds token {highest}{token}, and the model '{name}' has no such token: its {part} {count} tokens",
+        "Use the tokenizer that the model was trained with, or resize its embedding and train the new tokens",
+    )
 
 
 def tokenizer_hash(tokenizer: Any) -> str:

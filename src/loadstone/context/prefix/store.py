@@ -120,7 +120,7 @@ def describe(prefix: Prefix, source: Artifact | None) -> dict[str, Any]:
             "preview": text[:_PREVIEW] + ("…" if len(text) > _PREVIEW else ""),
         },
         "base": {
-            "source": shown(source.path.resolve()) if source else None,
+            "source": shown(source.own_path.resolve()) if source else None,
             "recipe": recipe_of(source) if source else None,
             "fingerprint": base.digest,
             "architecture": architecture_of(model.config),
