@@ -158,6 +158,7 @@ def make_plan(
     """
     from loadstone.finalization.encoders.torchao import TorchaoEncoder
     from loadstone.loading.meta import model_map
+    from loadstone.quantization.rules import instead
 
     found = stored_tensors(artifact)
     mapped = model_map(artifact, found, trust_remote_code)
@@ -213,7 +214,7 @@ def make_plan(
     if recipe and not any(step.action == QUANTIZE for step in steps):
         raise ArtifactError(
             f"'{artifact.path}': {model.model} has no weight that {recipe} can quantize{_most_common_reason(steps)}",
-            _instead(_most_common_reason(steps), decisions),
+            instead(_most_common_reason(steps), decisions),
         )
     config = _config(artifact, dtype)
     if recipe:
@@ -241,19 +242,6 @@ def _decoding(step: Step, reader: DecodedSource) -> Step:
     return replace(
         step, packed=packed, reason=f"{step.reason}, from {kinds}" if step.reason else f"from {kinds}"
     )
-
-
-def _instead(reason: str, decisions: dict[str, Decision]) -> str:
-    """What to do where nothing is quantized."""
-    from loadstone.quantization.rules import BY_RULE, CONV1D
-
-    if CONV1D in reason:
-        return "Finalize it without --quantize, or store rounded values (loadstone export-fakequant)"
-    if BY_RULE in reason:
-        return "Name its modules by rules in a recipe file (--recipe), or finalize it without --quantize"
-    if any(decision.misfit for decision in decisions.values()):
-        return "Choose another group size or recipe, or finalize it without --quantize"
-    return "Finalize it without --quantize"
 
 
 def _most_common_reason(steps: list[Step]) -> str:

@@ -77,6 +77,17 @@ def decide(
     return decisions
 
 
+def instead(reason: str, decisions: dict[str, Decision]) -> str:
+    """What to do where no weight is quantized, mostly for ``reason``."""
+    if CONV1D in reason:
+        return "Finalize it without --quantize, or store rounded values (loadstone export-fakequant)"
+    if BY_RULE in reason:
+        return "Name its modules by rules in a recipe file (--recipe), or finalize it without --quantize"
+    if any(decision.misfit for decision in decisions.values()):
+        return "Choose another group size or recipe, or finalize it without --quantize"
+    return "Finalize it without --quantize"
+
+
 def _decide_linear(weight: Weight, mixed: MixedRecipe, skip: list[str], used: set[str | Rule]) -> Decision:
     hit = [pattern for pattern in skip if matches(pattern, weight.module)]
     used.update(hit)
