@@ -68,7 +68,7 @@ $(VENV)-vllm/.ready:
 	touch $@
 
 test-vllm: $(VENV)-vllm/.ready
-	PYTHONPATH=src $(VENV)-vllm/bin/python -m pytest -m vllm tests/fakequant/test_vllm.py tests/finalization/encoders/test_vllm.py
+	PYTHONPATH=src $(VENV)-vllm/bin/python -m pytest -m vllm tests/fakequant/test_vllm.py tests/finalization/encoders/test_vllm.py tests/quantization/test_served_inputs.py
 
 # TabPFN brings scikit-learn, skrub and LightGBM along: beside the packages of the main environment.
 $(VENV)-tabpfn/.ready: $(READY)

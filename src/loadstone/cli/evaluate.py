@@ -168,6 +168,14 @@ def evaluate(
             show_default=False,
         ),
     ] = None,
+    activations: Annotated[
+        bool,
+        typer.Option(
+            "--activations",
+            help="Round inputs of layers as vLLM does (compressed-tensors artifacts: W8A8, FP8 dynamic, NVFP4, MXFP8).",
+            rich_help_panel=options.RUN,
+        ),
+    ] = False,
     cache: Annotated[
         str | None,
         typer.Option(
@@ -273,6 +281,7 @@ def evaluate(
         fast=fast,
         compile=compile_layers,
         stream=stream,
+        activations=activations,
         cache=cache,
         resume=resume,
         kl=kl,
@@ -325,6 +334,9 @@ def _render(result: Evaluation) -> None:
         render.print_whole(render.table("", table.columns, table.rows, right=right))
     if result.note:
         line(result.note)
+    for record in result.records:
+        if record.get("inputs"):
+            line(f"{record['path']}: inputs rounded to {record['inputs']}")
     for record in result.records:
         for worst in record.get("worst_documents", ()):
             at = f"document {worst['document']}: KL {worst['kl']:.4f}, Δ loss {worst['delta_loss']:+.4f}"

@@ -42,6 +42,7 @@ def evaluate(
     fast: bool = True,
     compile: bool = False,
     stream: bool | None = None,
+    activations: bool = False,
     cache: StrPath | None = None,
     resume: bool = False,
     kl: bool = False,
@@ -77,8 +78,9 @@ def evaluate(
     Computation
         ``batch_size``: windows computed at once, or ``auto``. ``device``, ``dtype``: names, or ``auto``. ``fast``: use
         faster kernels that give the same bits, and read common prefixes once. ``compile``: compile the decoder layers.
-        ``stream``: hold one layer in memory at a time; None: if the models do not fit. ``cache``: a directory of
-        finished scores, found by content; ``resume``: continue an interrupted run from it.
+        ``stream``: hold one layer in memory at a time; None: if the models do not fit. ``activations``: round inputs of
+        layers as vLLM does, where the scheme of a compressed-tensors artifact has quantized inputs. ``cache``: a
+        directory of finished scores, found by content; ``resume``: continue an interrupted run from it.
     Results
         ``kl``: also KL divergence and top-1 agreement with the reference, and the ``worst`` documents. ``tasks``: also
         lm-eval tasks, with ``task_path`` a folder of more of them. ``speed``: also prefill and decode speed.
@@ -115,6 +117,7 @@ def evaluate(
         fast=fast,
         compile=compile,
         stream=stream,
+        activations=activations,
         cache=_path(cache),
         resume=resume,
         tasks=tuple(tasks),

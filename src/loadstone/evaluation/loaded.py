@@ -23,6 +23,7 @@ from loadstone.evaluation.scoring.compiling import compile_layers
 from loadstone.evaluation.scoring.head import PrefixedModel, logits_of
 from loadstone.evaluation.scoring.lengths import forget_lengths
 from loadstone.evaluation.scoring.streaming import StreamedLm, can_stream, must_stream
+from loadstone.evaluation.served_inputs import input_changes, round_model_inputs
 from loadstone.loading import LoadPlan, load
 from loadstone.loading.placement import resolve_device
 from loadstone.loading.streamed import streamed
@@ -58,7 +59,8 @@ def open_model(model: EvalModel, options: Options) -> Iterator[LoadedModel]:
             source = stack.enter_context(streamed(model.plan, device))
             parameters = _count(source.model)
             forget_lengths(source.model)
-            module: Any = StreamedLm(source, model.name, fast=options.fast)
+            changes = input_changes(model.plan.artifact, source.model) if model.inputs else {}
+            module: Any = StreamedLm(source, model.name, fast=options.fast and not changes, inputs=changes)
             fast, vocabulary = module.fast, module.vocabulary
         else:
             module = load(model.plan)
@@ -98,9 +100,13 @@ def open_model(model: EvalModel, options: Options) -> Iterator[LoadedModel]:
 
 
 def _apply_quantizers(module: Any, model: EvalModel) -> int:
-    """Turn on a fake-quant export's quantizers of inputs, keys and values; returns how many there are."""
+    """Turn on the quantizers of inputs, keys and values that a model has; returns how many there are."""
     if not model.has_quantizers:
         return 0
+    if model.inputs:
+        changes = input_changes(model.plan.artifact, module)
+        round_model_inputs(module, changes)
+        return len(changes)
     from loadstone.fakequant.inputs import apply_export
 
     count = apply_export(module, model.plan.artifact)

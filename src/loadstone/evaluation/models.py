@@ -14,6 +14,7 @@ from loadstone.artifact.context_file import PREFIX, ContextFile, is_context, rea
 from loadstone.artifact.detect import FAKEQUANT, PFN
 from loadstone.errors import UsageError
 from loadstone.evaluation.options import Options
+from loadstone.evaluation.served_inputs import inputs_rounded
 from loadstone.loading import LoadPlan, plan
 from loadstone.loading.adapters import placed
 from loadstone.loading.language_model import require_language_model
@@ -26,18 +27,21 @@ class EvalModel:
     """A model to be evaluated and how it will be loaded.
 
     ``name``: as the user gave it. ``reference``: the others are compared with it. ``given``: named among the models,
-    not as the baseline only. ``prefix``: the language-model prefix when one was named; ``plan`` is then its base's."""
+    not as the baseline only. ``prefix``: the language-model prefix when one was named; ``plan`` is then its base's.
+    ``inputs``: how its layers round their inputs (``--activations``); empty where they do not."""
 
     name: str
     plan: LoadPlan
     reference: bool
     given: bool
     prefix: ContextFile | None = None
+    inputs: str = ""
 
     @property
     def has_quantizers(self) -> bool:
-        """Whether it is a fake-quant export, whose modules get quantizers of inputs, keys and values as hooks."""
-        return self.plan.artifact.kind == FAKEQUANT
+        """Whether its modules get quantizers of inputs, keys and values as hooks: those of a fake-quant export, or
+        those that ``--activations`` asks for."""
+        return self.plan.artifact.kind == FAKEQUANT or bool(self.inputs)
 
     def fingerprint(self) -> str:
         """Content hash of its weights, and of the prefix before them."""
@@ -83,6 +87,12 @@ def plan_models(options: Options, device: str, *, referenced: bool = False) -> t
         dtype, why = compute_dtype(plans[0], device)
         log.info("computing in %s: %s", dtype, why)
         plans = [replace(p, dtype=dtype) for p in plans]
+    inputs = [inputs_rounded(p.artifact) if options.activations else "" for p in plans]
+    if options.activations and not any(inputs):
+        raise UsageError(
+            f"--activations: '{names[-1]}' has no quantized inputs that are left as they are",
+            "It is for compressed-tensors artifacts whose scheme rounds inputs (W8A8, FP8 dynamic, NVFP4)",
+        )
     return tuple(
         EvalModel(
             name,
@@ -90,8 +100,9 @@ def plan_models(options: Options, device: str, *, referenced: bool = False) -> t
             reference=len(names) > 1 and i == 0 and not referenced,
             given=name in options.models,
             prefix=prefix,
+            inputs=rounded,
         )
-        for i, (name, p, prefix) in enumerate(zip(names, plans, prefixes, strict=True))
+        for i, (name, p, prefix, rounded) in enumerate(zip(names, plans, prefixes, inputs, strict=True))
     )
 
 

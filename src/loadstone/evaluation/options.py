@@ -43,6 +43,7 @@ class Options:
     fast: bool = True
     compile: bool = False
     stream: bool | None = None
+    activations: bool = False
     cache: str | None = None
     resume: bool = False
     save_every: float = 30.0

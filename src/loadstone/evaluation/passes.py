@@ -178,10 +178,16 @@ def _key(context: EvalContext, *models: EvalModel) -> str | None:
     if context.store is None:
         return None
     options = context.options
-    mode = {"compile": options.compile, "fast": options.fast, "device": _hardware(options.device)}
+    mode: dict[str, Any] = {
+        "compile": options.compile,
+        "fast": options.fast,
+        "device": _hardware(options.device),
+    }
     for model in models:
         if model.name not in context.fingerprints:
             context.fingerprints[model.name] = model.fingerprint()
+    if any(model.inputs for model in models):
+        mode["inputs"] = [model.inputs for model in models]
     prints = [context.fingerprints[m.name] for m in models]
     return entry_key(context.task.result().protocol, prints, mode)
 

@@ -52,6 +52,7 @@ def make_record(
         "bits_per_parameter": 8 * stored / cost.parameters,
         "device": cost.device,
         "dtype": model.plan.dtype,
+        "inputs": model.inputs or None,
         "batch_size": cost.batch_size,
         "dequantized_linears": cost.dequantized_linears,
         "repacked_linears": cost.repacked_linears,

@@ -88,6 +88,19 @@ def decode_e2m1(packed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return found.view(dtype).view(packed.shape[0], -1)
 
 
+def round_e2m1(x: torch.Tensor, *, ties_to_even: bool) -> torch.Tensor:
+    """The nearest of 0, ±0.5, ±1, ±1.5, ±2, ±3, ±4, ±6; a tie goes to the even code, or towards zero."""
+    import torch
+
+    magnitude = x.abs()
+    # The grid is even within each power of two, so a whole number of steps is all there is to round.
+    # Cast: of two Python numbers `where` makes a tensor of the process's default dtype.
+    step = torch.where(magnitude < 2, 0.5, torch.where(magnitude < 4, 1.0, 2.0)).to(x.dtype)
+    steps = magnitude / step
+    steps = steps.round_() if ties_to_even else (steps - 0.5).ceil_().clamp_(min=0)
+    return steps.mul_(step).clamp_(max=6.0).copysign_(x)
+
+
 def decode_float8(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """float8 values in ``dtype``: by table on a CPU, which is six times as fast as torch's own conversion there."""
     import torch

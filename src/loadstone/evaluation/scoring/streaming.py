@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -25,7 +25,9 @@ from loadstone.evaluation.causal import Probe, Vocabulary, make_probe
 from loadstone.evaluation.fast.replace import FastPath, speed_up, speed_up_layer
 from loadstone.evaluation.measure import free_bytes
 from loadstone.evaluation.scoring.head import flat_attention, logits_of, split_head
+from loadstone.evaluation.served_inputs import round_model_inputs
 from loadstone.loading import LoadPlan
+from loadstone.loading.layer_inputs import Change
 from loadstone.loading.placement import weight_bytes
 from loadstone.loading.plan import NATIVE, NATIVE_QUANTIZED, NATIVE_UNPACKED
 from loadstone.loading.streamed import StreamedModel
@@ -41,12 +43,18 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 class StreamedLm:
     """A causal language model whose layers are read one at a time. ``together``: the number of batches in a round.
 
-    Raises UsageError for a model whose forward does more with its layers than call one after the other, and, when the
-    first layer that shows it has been read, for one that is not causal.
+    ``inputs``: what happens to the input of each parameter that has an entry. Raises UsageError for a model whose
+    forward does more with its layers than call one after the other, and, when the first layer that shows it has been
+    read, for one that is not causal.
     """
 
-    def __init__(self, source: StreamedModel, name: str, *, fast: bool) -> None:
+    def __init__(
+        self, source: StreamedModel, name: str, *, fast: bool, inputs: Mapping[str, Change] | None = None
+    ) -> None:
         self.source = source
+        inside = f"{source.stack_name}."
+        self._inputs = {n: change for n, change in (inputs or {}).items() if n.startswith(inside)}
+        round_model_inputs(source.model, {n: c for n, c in (inputs or {}).items() if n not in self._inputs})
         self.config = source.model.config
         self._name = name
         self._fast = fast
@@ -120,6 +128,9 @@ class StreamedLm:
 
     def _layer(self, index: int) -> nn.Module:
         layer = self.source.layer(index)
+        start = f"{self.source.stack_name}.{index}."
+        here = {n.removeprefix(start): c for n, c in self._inputs.items() if n.startswith(start)}
+        round_model_inputs(layer, here)
         if self._fast:
             counted = speed_up_layer(layer, like=self.get_input_embeddings().weight)
             if index not in self._counted:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import torch
 
+from loadstone.quantization.packing import round_e2m1
+
 _E4M3_MAX = 448.0
 
 
@@ -24,17 +26,6 @@ def _log2(x: torch.Tensor) -> torch.Tensor:
 def _power(exponent: torch.Tensor) -> torch.Tensor:
     """``2**exponent`` of whole numbers, exact on every device."""
     return torch.exp2(exponent.double()).float()
-
-
-def round_e2m1(x: torch.Tensor, *, ties_to_even: bool) -> torch.Tensor:
-    """The nearest of 0, ±0.5, ±1, ±1.5, ±2, ±3, ±4, ±6; a tie goes to the even code, or towards zero."""
-    magnitude = x.abs()
-    # The grid is even within each power of two, so a whole number of steps is all there is to round.
-    # Cast: of two Python numbers `where` makes a tensor of the process's default dtype.
-    step = torch.where(magnitude < 2, 0.5, torch.where(magnitude < 4, 1.0, 2.0)).to(x.dtype)
-    steps = magnitude / step
-    steps = steps.round_() if ties_to_even else (steps - 0.5).ceil_().clamp_(min=0)
-    return steps.mul_(step).clamp_(max=6.0).copysign_(x)
 
 
 def fold_nvfp4(x: torch.Tensor, amax: torch.Tensor) -> torch.Tensor:
