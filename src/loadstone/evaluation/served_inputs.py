@@ -27,8 +27,8 @@ def inputs_rounded(artifact: Artifact) -> str:
     Raises `ArtifactError` for a scheme whose inputs cannot be rounded here.
     """
     found = {}
-    for weight in artifact.packed.values():
-        if weight.scheme.inputs is not None and weight.scheme not in found:
+    for weight in _with_inputs(artifact).values():
+        if weight.scheme not in found:
             found[weight.scheme] = describe_inputs(weight.scheme)
             if not found[weight.scheme]:
                 raise ArtifactError(
@@ -41,7 +41,7 @@ def inputs_rounded(artifact: Artifact) -> str:
 
 def input_changes(artifact: Artifact, model: Any) -> dict[str, Change]:
     """What happens to the input of each parameter of ``model``, which may be on the meta device."""
-    rounded = {weight.module: weight for weight in artifact.packed.values() if weight.scheme.inputs}
+    rounded = _with_inputs(artifact)
     scales = _scales(artifact, rounded)
     places = destinations(model, [weight.name for weight in rounded.values()])
     members: dict[str, list[PackedWeight]] = {}
@@ -58,6 +58,12 @@ def input_changes(artifact: Artifact, model: Any) -> dict[str, Change]:
         stored = [scales[weight.module] for weight in weights if weight.module in scales]
         changes[parameter] = _change(schemes.pop(), stored)
     return changes
+
+
+def _with_inputs(artifact: Artifact) -> dict[str, PackedWeight]:
+    """The weights, by module, whose layers have quantized inputs."""
+    weights = (weight for weight in artifact.packed.values() if isinstance(weight, PackedWeight))
+    return {weight.module: weight for weight in weights if weight.scheme.inputs is not None}
 
 
 def _change(scheme: LayerScheme, stored: list[tuple[torch.Tensor, torch.Tensor | None]]) -> Change:
