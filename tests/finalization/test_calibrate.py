@@ -326,3 +326,76 @@ def test_algorithm_goes_to_every_recipe_that_has_a_choice(tmp_path: Path) -> Non
         with_algorithm(read_recipe(file), "smoothquant")
     with pytest.raises(UsageError, match="--algorithm gptq is not possible with int4-weight-only"):
         with_algorithm(parse_recipe("int4-weight-only"), "gptq")
+
+
+GPTQ_EXPERTS = {"recipe": "intx4-weight-only", "algorithm": "gptq", "layout": "compressed-tensors"}
+
+
+@pytest.mark.parametrize("fewest", [1, 10**6])
+def test_experts_are_rounded_on_what_the_router_sends_them(
+    make_model: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    fewest: int,
+) -> None:
+    from loadstone.finalization import calibrate as calibration
+    from loadstone.finalization import experts
+
+    monkeypatch.setattr(experts, "FEWEST", fewest)
+    source = make_model("qwen3-moe")
+    plan = loadstone.plan_finalize(source, calibrate=["unused"], **GPTQ_EXPERTS)
+    rows = torch.randint(3, 250, (4, 64), generator=torch.Generator().manual_seed(0))
+    ready = calibration.calibrate(plan, rows, tmp_path / "out")
+    write_plan(ready, tmp_path / "out")
+    found = loadstone.load(tmp_path / "out", device="cpu", dtype="float32").model.layers[0].mlp.experts
+    model = loadstone.load(source, device="cpu", dtype="float32")
+    seen: list[tuple[torch.Tensor, ...]] = []
+    module = model.model.layers[0].mlp.experts
+    module.register_forward_pre_hook(lambda _, args: seen.append(args[:2]))
+    with torch.no_grad():
+        for row in rows:
+            model(row[None])
+    scheme = plan.steps[-1].scheme or next(step.scheme for step in plan.steps if step.scheme)
+    few = 0
+    for expert in range(4):
+        inputs = torch.cat([x[(chosen == expert).any(-1)] for x, chosen in seen])
+        gate, up = module.gate_up_proj[expert].detach().bfloat16().chunk(2)
+        moment = inputs.t() @ inputs
+        product = torch.nn.functional.silu(inputs @ gate.float().t()) * (inputs @ up.float().t())
+        down = module.down_proj[expert].detach().bfloat16()
+        wanted = []
+        for weight, hessian in ((gate, moment), (up, moment), (down, product.t() @ product)):
+            enough = len(inputs) >= fewest
+            few += not enough
+            tensor = (
+                gptq(weight, hessian, scheme)
+                if enough
+                else quantize_weight(weight, scheme.rounded_by("affine"))
+            )
+            wanted.append(tensor.dequantize().float())
+        assert len(inputs) > 20
+        close = {"atol": 0.0, "rtol": 0.0} if fewest > 1 else {"atol": 2e-2, "rtol": 0.05}
+        torch.testing.assert_close(found.gate_up_proj[expert].detach(), torch.cat(wanted[:2]), **close)
+        torch.testing.assert_close(found.down_proj[expert].detach(), wanted[2], **close)
+    reasons = [step.reason for step in ready.steps if ".experts." in step.name]
+    assert sum("rounded without text" in reason for reason in reasons) == few * 2
+    assert ("fewer than" in caplog.text) == bool(few)
+
+
+def test_gptq_of_experts_changes_outputs_less(make_model: Callable[..., Path], tmp_path: Path) -> None:
+    from loadstone.finalization.calibrate import calibrate as run_calibration
+
+    source = make_model("qwen3-moe")
+    rows = torch.randint(3, 250, (8, 64), generator=torch.Generator().manual_seed(1))
+    plan = loadstone.plan_finalize(source, calibrate=["unused"], **GPTQ_EXPERTS)
+    write_plan(run_calibration(plan, rows, tmp_path / "gptq"), tmp_path / "gptq")
+    plain = {**GPTQ_EXPERTS, "algorithm": None}
+    loadstone.finalize(source, tmp_path / "plain", **plain)
+    errors = []
+    with torch.no_grad():
+        expected = loadstone.load(source, device="cpu", dtype="float32")(rows).logits
+        for name in ("gptq", "plain"):
+            found = loadstone.load(tmp_path / name, device="cpu", dtype="float32")(rows).logits
+            errors.append(float((found - expected).square().mean()))
+    assert errors[0] < 0.9 * errors[1]

@@ -14,10 +14,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loadstone.artifact import Source
 from loadstone.artifact.manifest import versions
 from loadstone.artifact.torchao.flatten import torch_dtype
 from loadstone.errors import ArtifactError, UsageError
+from loadstone.finalization.experts import FEWEST, plainly, round_experts, use_experts
 from loadstone.finalization.gptq import gptq
 from loadstone.finalization.journal import calibration_directory, output_in, work_directory
 from loadstone.finalization.layers import PLAIN, Call, layer_calls, run_layer
@@ -62,57 +62,70 @@ def calibrate(
     """
     import torch
 
-    from loadstone.loading.layers import layer_stack
-    from loadstone.loading.meta import destinations
-    from loadstone.loading.model_class import load_config, model_class_of
-    from loadstone.loading.streamed import skeleton
+    from loadstone.loading import plan as load_plan
+    from loadstone.loading.streamed import streamed
 
     wanted = _wanted(plan)
     if not wanted:
         raise UsageError(
             f"{plan.recipe} rounds nothing by calibration", "Use an intx recipe: intx4-weight-only"
         )
-    config = load_config(plan.source, trust_remote_code)
-    model_class = model_class_of(config, plan.source, trust_remote_code)
-    model = skeleton(model_class, config, torch.float32).eval()
-    stack = layer_stack(model)
-    if stack is None:
-        raise ArtifactError(f"{type(model).__name__} has no list of decoder layers", PLAIN)
-    prefix, layers = stack
-    by_source = {s.source.name: s for s in plan.steps}
-    steps: dict[str, Step] = {}
-    for key, place in destinations(model, list(by_source)).items():
-        if place is not None and not place.converted:
-            steps[place.parameter] = by_source[key]
-    calibrated_here = {s.name for name, s in steps.items() if name.startswith(f"{prefix}.")}
-    outside = [step for name, step in wanted.items() if name not in calibrated_here]
-    _check_outside(outside, prefix)
-    if len(outside) == len(wanted):
-        raise UsageError(
-            f"no weight that {plan.recipe} quantizes is part of a decoder layer ({prefix})", PLAIN
-        )
+    source = load_plan(plan.source, dtype="float32", trust_remote_code=trust_remote_code)
     folder = _folder(plan, rows, out)
-    needed = plan.bytes_after + sum(s.nbytes for s in wanted.values())
-    check_space(needed, out, output_in(work_directory(out)), folder)
-    sources = {name: step.source for name, step in steps.items()}
-    reader = plan.source.source
-    folder.mkdir(parents=True, exist_ok=True)
-    with torch.inference_mode(False), torch.no_grad():
-        hidden, calls = _inputs(model, prefix, layers, rows, sources, reader, device)
-        for number, layer in enumerate(layers):
-            start = f"{prefix}.{number}."
-            inside = {n.removeprefix(start): s for n, s in steps.items() if n.startswith(start)}
-            _fill(layer, start, sources, reader, device)
-            if any(step.name in wanted for step in inside.values()):
+    few: list[str] = []
+    with streamed(source, torch.device(device)) as model, torch.no_grad():
+        prefix = model.stack_name
+        steps = _steps_by_parameter(plan, model.model)
+        calibrated_here = {
+            step.name for name, found in steps.items() if name.startswith(f"{prefix}.") for step in found
+        }
+        outside = [step for name, step in wanted.items() if name not in calibrated_here]
+        _check_outside(outside, prefix)
+        if len(outside) == len(wanted):
+            raise UsageError(
+                f"no weight that {plan.recipe} quantizes is part of a decoder layer ({prefix})", PLAIN
+            )
+        needed = plan.bytes_after + sum(s.nbytes for s in wanted.values())
+        check_space(needed, out, output_in(work_directory(out)), folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        hidden, calls = layer_calls(model.model.base_model, model.stack, rows, device)
+        for number in range(len(model)):
+            start, layer = f"{prefix}.{number}.", model.layer(number)
+            found = {n.removeprefix(start): s for n, s in steps.items() if n.startswith(start)}
+            inside = {n: s[0] for n, s in found.items() if len(s) == 1 and not s[0].first_row}
+            experts = {n: s for n, s in found.items() if n not in inside}
+            if any(step.name in wanted for each in found.values() for step in each):
                 file = folder / f"{number:05d}.safetensors"
                 if not file.is_file():
-                    _round_layer(layer, inside, hidden, calls[number], file, device)
+                    _round_layer(layer, inside, experts, hidden, calls[number], file, device)
                 _use_rounded(layer, inside, file, device)
+                few += use_experts(layer, experts, file, device)
             hidden = [run_layer(layer, x, calls[number], device) for x in hidden]
-            layer.to("meta")
+            del layer
             if on_progress:
-                on_progress(number + 1, len(layers))
+                on_progress(number + 1, len(model))
+    if few:
+        log.warning(
+            "%d matrices of experts saw fewer than %d calibration tokens and are rounded without text; the first: '%s'",
+            len(few),
+            FEWEST,
+            few[0],
+        )
     return calibrated(plan, rows, out)
+
+
+def _steps_by_parameter(plan: FinalizePlan, model: PreTrainedModel) -> dict[str, list[Step]]:
+    """The steps of each parameter of the model: one, or of merged experts one for each matrix."""
+    from loadstone.loading.meta import destinations
+
+    places = destinations(model, list({step.source.name for step in plan.steps}))
+    found: dict[str, list[Step]] = {}
+    for step in plan.steps:
+        place = places[step.source.name]
+        parameter = step.parameter or (place.parameter if place and not place.converted else "")
+        if parameter and (step.parameter or parameter not in found):
+            found.setdefault(parameter, []).append(step)
+    return found
 
 
 def calibrate_plan(
@@ -193,8 +206,7 @@ def _with_result(step: Step, ready: dict[str, str]) -> Step:
     """The step with its calibrated tensors, or rounded without text if it is outside of the decoder layers."""
     file = ready.get(step.outputs[0].name, "")
     if not file and step.encoding and step.encoding.scheme.calibrated:
-        scheme = step.encoding.scheme
-        return replace(step, encoding=step.encoding.with_scheme(scheme.rounded_by(scheme.algorithms[0])))
+        return replace(plainly(step), reason=f"{step.reason}, rounded without text")
     return replace(step, ready=file)
 
 
@@ -222,12 +234,13 @@ def _wanted(plan: FinalizePlan) -> dict[str, Step]:
 def _round_layer(
     layer: torch.nn.Module,
     inside: dict[str, Step],
+    experts: dict[str, list[Step]],
     hidden: list[torch.Tensor],
     call: Call,
     file: Path,
     device: str,
 ) -> None:
-    """Write a layer's rounded Linears, and its other parameters that a scale was folded into."""
+    """Write a layer's rounded Linears and experts, and its other parameters that a scale was folded into."""
     from safetensors.torch import save_file
 
     wanted = {
@@ -242,9 +255,13 @@ def _round_layer(
                 f"the calibration text never reaches '{step.name}'", "Use more text, or skip it"
             )
     rounded = {f"{name}.weight" for name in wanted}
-    before = {name: p.detach().clone() for name, p in layer.named_parameters() if name not in rounded}
+    before = {
+        name: p.detach().clone()
+        for name, p in layer.named_parameters()
+        if name not in rounded and name not in experts
+    }
+    parts = round_experts(layer, experts, hidden, call, device)
     scales = _fold_scales(layer, wanted, inputs, lambda: run_layer(layer, hidden[0], call, device))
-    parts: dict[str, torch.Tensor] = {}
     for name, step in wanted.items():
         assert step.encoding is not None and step.scheme is not None
         weight, algorithm = _weight(layer, name, step), step.scheme.algorithm
@@ -365,58 +382,6 @@ def _use_rounded(layer: torch.nn.Module, inside: dict[str, Step], file: Path, de
             value = step.encoding.dequantize(tensors) if step.encoding else tensors[step.name]
             parameter = layer.get_parameter(name)
             parameter.data = value.to(parameter.dtype)
-
-
-def _inputs(
-    model: PreTrainedModel,
-    prefix: str,
-    layers: torch.nn.ModuleList,
-    rows: torch.Tensor,
-    sources: dict[str, Any],
-    reader: Source,
-    device: str,
-) -> tuple[list[torch.Tensor], list[Call]]:
-    """What `layer_calls` gives, with all that is outside of the layers read."""
-    base = model.base_model
-    head = (
-        {id(p) for p in model.get_output_embeddings().parameters()}
-        if model.get_output_embeddings()
-        else set()
-    )
-    inner = {id(p) for p in layers.parameters()}
-    for name, parameter in list(base.named_parameters(prefix=model.base_model_prefix)):
-        table = model.get_input_embeddings().weight is parameter
-        if id(parameter) not in inner and (id(parameter) not in head or table):
-            _set(model, name, sources, reader, device)
-    for buffer_owner in base.modules():
-        for name, buffer in list(buffer_owner.named_buffers(recurse=False)):
-            buffer_owner._buffers[name] = buffer.to(device)
-    return layer_calls(base, layers, rows, device)
-
-
-def _fill(layer: torch.nn.Module, prefix: str, sources: dict[str, Any], reader: Source, device: str) -> None:
-    for name, _ in list(layer.named_parameters()):
-        _set(layer, name, sources, reader, device, prefix)
-
-
-def _set(
-    root: torch.nn.Module,
-    name: str,
-    sources: dict[str, Any],
-    reader: Source,
-    device: str,
-    prefix: str = "",
-) -> None:
-    """Read one parameter, in float32: calibration computes there, on CPUs as fast as can be."""
-    import torch
-
-    full = prefix + name
-    if full not in sources:
-        raise ArtifactError(f"'{full}' is merged from several tensors: the model cannot be calibrated", PLAIN)
-    owner, _, last = name.rpartition(".")
-    module = root.get_submodule(owner)
-    value = reader.read(sources[full]).to(device=device, dtype=torch.float32)
-    module._parameters[last] = torch.nn.Parameter(value, requires_grad=False)
 
 
 def _folder(plan: FinalizePlan, rows: torch.Tensor, out: Path) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +13,10 @@ from loadstone.artifact.compressed_tensors.merging import merged_sets
 from loadstone.artifact.source import Source
 from loadstone.artifact.torchao.flatten import SAFETENSORS_DTYPES, torch_dtype
 from loadstone.errors import ArtifactError, UsageError
+from loadstone.finalization.division import divided
 from loadstone.finalization.encoders.compressed_tensors import PackedEncoder, PackedEncoding
-from loadstone.finalization.plan import FinalizePlan, Step, divided
+from loadstone.finalization.plan import FinalizePlan, Step
+from loadstone.loading.meta import SavedRows
 from loadstone.quantization.model_facts import LINEAR, ModelFacts
 from loadstone.quantization.rules import Decision
 from loadstone.quantization.schemes import Intx, Scheme, recipe_for
@@ -83,23 +86,24 @@ def plan_move(artifact: Artifact, *, max_shard_bytes: int, trust_remote_code: bo
     Raises `UsageError` for tensors that servers have no kernel for, and where layers that servers merge differ,
     `ArtifactError` for tensors that scale their inputs.
     """
-    from loadstone.loading.meta import meta_model
+    from loadstone.loading.meta import meta_model, saved_rows
     from loadstone.quantization.model_facts import facts_of
 
     parts = {part.name for flat in artifact.quantized.values() for part in flat.parts.values()}
     plain = {name: info for name, info in sorted(artifact.tensors.items()) if name not in parts}
     steps = [Step((info,), name, (info._replace(begin=0, end=info.nbytes),)) for name, info in plain.items()]
     schemes = _schemes(artifact)
+    model = meta_model(artifact, trust_remote_code)
     for name, flat in sorted(artifact.quantized.items()):
         if len(flat.shape) > 2 and artifact.weights.format != "safetensors":
             raise ArtifactError(f"tensor '{name}': experts are divided in safetensors only", _SOURCE)
-        steps += _moved(artifact.source, name, flat, schemes[name])
+        steps += _moved(artifact.source, name, flat, schemes[name], partial(saved_rows, model))
     _check_merged(steps, plain, artifact.source)
-    model = facts_of(meta_model(artifact, trust_remote_code))
+    facts = facts_of(model)
     encoder = PackedEncoder()
     stored = {step.name: step.encoding or step.outputs[0] for step in steps}
     recipes = [recipe_for(scheme) for scheme in dict.fromkeys(schemes.values())]
-    decisions = _decisions(model, schemes)
+    decisions = _decisions(facts, schemes)
     config = artifact.config | encoder.config(recipes[0], None, decisions, stored)
     return FinalizePlan(
         artifact,
@@ -134,8 +138,8 @@ def _schemes(artifact: Artifact) -> dict[str, Scheme]:
     return schemes
 
 
-def _moved(source: Source, name: str, flat: FlatTensor, scheme: Scheme) -> list[Step]:
-    """Steps for one torchao tensor, for each matrix in it."""
+def _moved(source: Source, name: str, flat: FlatTensor, scheme: Scheme, saved: SavedRows) -> list[Step]:
+    """Steps for one torchao tensor, for each matrix in it. ``saved``: see `saved_rows`."""
     if "act_pre_scale" in flat.parts:
         raise ArtifactError(
             f"tensor '{name}' scales its inputs (awq or smoothquant), which this layout has no place for",
@@ -150,7 +154,8 @@ def _moved(source: Source, name: str, flat: FlatTensor, scheme: Scheme) -> list[
     if flat.dtype is None:
         raise ArtifactError(f"tensor '{name}' does not say which dtype it stands for", _SOURCE)
     qdata, dtype = flat.parts["qdata"], SAFETENSORS_DTYPES[flat.dtype]
-    matrices = divided(qdata._replace(name=name))
+    whole = qdata._replace(name=name)
+    matrices = [whole] if len(whole.shape) == 2 else divided(whole, saved(name, whole.shape))
     steps, first = [], 0
     for matrix in matrices:
         shape = (matrix.shape[0], flat.shape[-1])

@@ -19,6 +19,7 @@ from loadstone.artifact.servers import Runs
 from loadstone.artifact.torchao.flatten import SAFETENSORS_DTYPES
 from loadstone.artifact.torchao.tensors import part_name
 from loadstone.errors import ArtifactError
+from loadstone.finalization.division import separated
 from loadstone.loading.decoded import DecodedSource
 from loadstone.quantization import MixedRecipe, Recipe, Scheme
 from loadstone.writing.index import SHARD_BYTES, in_shards, shard_name, weights_name
@@ -39,7 +40,8 @@ class Step:
     ``outputs``: the stored tensors, with sizes and no offsets yet. ``encoding``: how the weight is quantized; None for
     a tensor that is copied or cast. ``ready``: a safetensors file that holds the outputs already, made by calibration.
     ``merged_with``: other source tensors whose largest value counts for the scale of the whole tensor. ``parameter``:
-    the model's parameter that it is, or is a part of, where weights are stored under the checkpoint's names.
+    the model's parameter that it is, or is a part of from ``first_row`` on, where weights are stored under the
+    checkpoint's names.
     ``packed``: the quantized weights that the sources are decoded from.
     """
 
@@ -51,6 +53,7 @@ class Step:
     ready: str = ""
     merged_with: tuple[TensorInfo, ...] = ()
     parameter: str = ""
+    first_row: int = 0
     packed: tuple[Packed | FlatTensor, ...] = ()
 
     @property
@@ -178,13 +181,10 @@ def make_plan(
         stored = SAFETENSORS_DTYPES[dtype] if dtype != "auto" and info.dtype in FLOAT_DTYPES else info.dtype
         decision = decisions.get(place.parameter) if place else None
         if encoder.keeps_names and decision and decision.scheme and place:
-            separate = _separate(info, artifact)
-            steps += [
-                replace(
-                    _quantize_step((part,), part.name, stored, decision, encoder), parameter=place.parameter
-                )
-                for part in separate
-            ]
+            separate = separated(info, artifact, place, mapped)
+            for matrix, first_row in separate:
+                step = _quantize_step((matrix,), matrix.name, stored, decision, encoder)
+                steps.append(replace(step, parameter=place.parameter, first_row=first_row))
             if separate:
                 steps += _untied_steps(info, place.parameter, stored, decisions, untied, encoder)
                 continue
@@ -355,41 +355,6 @@ def _quantize_step(
     assert decision.scheme is not None
     encoding = encoder.encoding(parameter, decision.scheme, shape or sources[0].shape, stored)
     return Step(sources, parameter, encoding.outputs, encoding, decision.reason)
-
-
-def _separate(info: TensorInfo, artifact: Artifact) -> list[TensorInfo]:
-    """The matrices that a source tensor is stored as; empty where it cannot be divided."""
-    ranges = artifact.weights.format == "safetensors" and artifact.adapter is None
-    if len(info.shape) > 2 and not ranges:
-        return []
-    return divided(info)
-
-
-def divided(info: TensorInfo) -> list[TensorInfo]:
-    """A matrix itself, or those of each expert under the names that servers look for; empty for others.
-
-    A tensor of all experts (experts, out, in) of transformers' own kind holds gate above up. The parts are byte ranges
-    of the same file.
-    """
-    if len(info.shape) == 2:
-        return [info]
-    owner, _, last = info.name.removesuffix(".weight").rpartition(".")
-    if len(info.shape) != 3:
-        return []
-    experts, rows, columns = info.shape
-    names = ("gate_proj", "up_proj") if last == "gate_up_proj" else (last,)
-    height = rows // len(names)
-    size = info.nbytes // (experts * len(names))
-    return [
-        info._replace(
-            name=f"{owner}.{expert}.{name}.weight",
-            shape=(height, columns),
-            begin=info.begin + (expert * len(names) + number) * size,
-            end=info.begin + (expert * len(names) + number + 1) * size,
-        )
-        for expert in range(experts)
-        for number, name in enumerate(names)
-    ]
 
 
 def _left_plain(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 from loadstone.artifact import Artifact, TensorInfo
@@ -29,15 +30,44 @@ def meta_model(artifact: Artifact, trust_remote_code: bool = False) -> PreTraine
     return model
 
 
+# The names that a save gives to the rows of a merged parameter of some shape, each with its first row.
+SavedRows = Callable[[str, tuple[int, ...]], dict[str, int]]
+
+
+def saved_rows(model: PreTrainedModel, parameter: str, shape: tuple[int, ...]) -> dict[str, int]:
+    """The matrices that transformers stores a merged ``parameter`` (experts, rows, in) as: name -> first row, of all
+    experts' rows. Empty where it is stored otherwise.
+
+    Found by saving the numbers of its rows.
+    """
+    import torch
+    from transformers.core_model_loading import revert_weight_conversion
+
+    count = prod(shape[:-1])
+    numbers = torch.arange(count, dtype=torch.float64).view(*shape[:-1], 1)
+    try:
+        saved = revert_weight_conversion(model, {parameter: numbers})
+    except (RuntimeError, ValueError, KeyError, IndexError):
+        return {}
+    first = {name: int(rows.flatten()[0]) for name, rows in saved.items() if rows.numel()}
+    for name, rows in saved.items():
+        start = first.get(name, 0)
+        wanted = torch.arange(start, start + len(rows), dtype=torch.float64)[:, None]
+        if rows.dim() != 2 or not torch.equal(rows, wanted):
+            return {}
+    return dict(sorted(first.items(), key=lambda entry: entry[1])) if len(first) > 1 else {}
+
+
 @dataclass(frozen=True)
 class ModelMap:
     """What planning asks of a model: its facts, where each tensor of the checkpoint goes (None: nowhere), the names in
-    the model that a load gives to stored names. ``prefix``: of the base model's names, which a load adds or
-    removes."""
+    the model that a load gives to stored names, those that a save gives to parts of merged parameters. ``prefix``: of
+    the base model's names, which a load adds or removes."""
 
     facts: ModelFacts
     places: dict[str, Destination | None]
     loaded_names: Callable[[list[str]], dict[str, str]] = field(repr=False)
+    saved_rows: SavedRows = field(repr=False)
     prefix: str = ""
 
 
@@ -51,7 +81,8 @@ def model_map(
     model = meta_model(artifact, trust_remote_code)
     places = destinations(model, list(stored))
     check_stored(model, stored, places, artifact.weights.index or artifact.weights.files[0])
-    return ModelMap(facts_of(model), places, partial(names_when_quantized, model), model.base_model_prefix)
+    named = partial(names_when_quantized, model)
+    return ModelMap(facts_of(model), places, named, partial(saved_rows, model), model.base_model_prefix)
 
 
 def destinations(model: PreTrainedModel, keys: list[str]) -> dict[str, Destination | None]:

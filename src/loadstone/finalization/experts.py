@@ -1,0 +1,151 @@
+"""Calibrated rounding of merged experts: each expert's matrices on the inputs that the router sends to it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loadstone.artifact.torchao.flatten import torch_dtype
+from loadstone.errors import ArtifactError
+from loadstone.finalization.gptq import gptq
+from loadstone.finalization.layers import PLAIN, Call, run_layer
+from loadstone.finalization.plan import Step
+from loadstone.finalization.smooth import Inputs
+from loadstone.loading.layer_inputs import sees_experts
+from loadstone.quantization.quantize import quantize_weight
+from loadstone.quantization.rounding import least_squares_weight
+from loadstone.quantization.schemes import Intx
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+# Tokens that an expert must have seen for its inputs to count: fewer say little about others.
+FEWEST = 128
+
+
+def round_experts(
+    layer: nn.Module, experts: dict[str, list[Step]], hidden: list[torch.Tensor], call: Call, device: str
+) -> dict[str, torch.Tensor]:
+    """The stored tensors of the experts' matrices that are calibrated, by name, but those that saw too few tokens.
+
+    ``experts``: the steps of each merged parameter of ``layer``, one a matrix. GPTQ uses the second moments of each
+    expert's inputs, AWQ their sizes; a scale of inputs has no place here, since one norm serves all experts.
+    """
+    wanted = {name: steps for name, steps in experts.items() if any(map(_calibrated, steps))}
+    statistics = _statistics(layer, list(wanted), hidden, call, device) if wanted else {}
+    parts: dict[str, torch.Tensor] = {}
+    for name, steps in wanted.items():
+        parameter = layer.get_parameter(name).detach()
+        for step in filter(_calibrated, steps):
+            assert step.encoding is not None and isinstance(step.scheme, Intx)
+            inputs = statistics.get((name, step.first_row // parameter.shape[-2]))
+            if inputs is None or inputs.count < FEWEST:
+                continue
+            weight = _matrix(parameter, step).to(torch_dtype(step.encoding.dtype))
+            assert inputs.moment is not None
+            if step.scheme.algorithm == "gptq":
+                tensor = gptq(weight, inputs.moment, step.scheme)
+            elif step.scheme.algorithm == "awq":
+                tensor = least_squares_weight(weight, step.scheme, inputs.moment.diagonal())
+            else:
+                tensor = quantize_weight(weight, step.scheme)
+            parts |= {key: part.cpu().contiguous() for key, part in step.encoding.store(tensor).items()}
+    return parts
+
+
+def use_experts(layer: nn.Module, experts: dict[str, list[Step]], file: Path, device: str) -> list[str]:
+    """Put the rounded experts of ``file`` into the layer, and plainly rounded ones for those that it lacks; returns
+    the names of these."""
+    from safetensors import safe_open
+
+    lacking: list[str] = []
+    with safe_open(file, framework="pt") as stored:
+        names = set(stored.keys())
+        for name, steps in experts.items():
+            parameter = layer.get_parameter(name)
+            for step in filter(_calibrated, steps):
+                assert step.encoding is not None
+                if step.outputs[0].name in names:
+                    parts = {o.name: stored.get_tensor(o.name).to(device) for o in step.outputs}
+                else:
+                    lacking.append(step.name)
+                    plain = plainly(step)
+                    weight = _matrix(parameter.detach(), step).to(torch_dtype(step.encoding.dtype))
+                    assert plain.scheme is not None and plain.encoding is not None
+                    parts = plain.encoding.store(quantize_weight(weight, plain.scheme))
+                value = step.encoding.dequantize(parts)
+                _matrix(parameter.data, step).copy_(value)
+    return lacking
+
+
+def plainly(step: Step) -> Step:
+    """The step with a rounding that needs no text."""
+    from dataclasses import replace
+
+    assert step.encoding is not None
+    scheme = step.encoding.scheme
+    return replace(step, encoding=step.encoding.with_scheme(scheme.rounded_by(scheme.algorithms[0])))
+
+
+def _calibrated(step: Step) -> bool:
+    return step.scheme is not None and step.scheme.calibrated
+
+
+def _matrix(parameter: torch.Tensor, step: Step) -> torch.Tensor:
+    """The rows of a merged parameter that a step is about."""
+    rows = parameter.reshape(-1, parameter.shape[-1])
+    return rows[step.first_row : step.first_row + step.source.shape[0]]
+
+
+def _statistics(
+    layer: nn.Module, names: list[str], hidden: list[torch.Tensor], call: Call, device: str
+) -> dict[tuple[str, int], Inputs]:
+    """Statistics of what each expert's part of each named parameter is multiplied by, by name and expert."""
+    found: dict[tuple[str, int], Inputs] = {}
+
+    def add(key: tuple[str, int], x: torch.Tensor) -> None:
+        if key in found:
+            found[key].add(Inputs.of(x, True))
+        else:
+            found[key] = Inputs.of(x, True)
+
+    def watch(owner: str, weights: list[str]) -> Any:
+        def hook(module: Any, args: tuple[torch.Tensor, ...]) -> None:
+            x, chosen = args[0].reshape(-1, args[0].shape[-1]), args[1]
+            chosen = chosen.reshape(len(x), -1)
+            first = "gate_up_proj" if module.has_gate else "up_proj"
+            for expert in chosen.unique().tolist():
+                if expert >= module.num_experts:
+                    continue
+                rows = x[(chosen == expert).any(1)]
+                if first in weights:
+                    add((f"{owner}.{first}", expert), rows)
+                if "down_proj" in weights:
+                    add((f"{owner}.down_proj", expert), _between(module, first, rows, expert))
+
+        return hook
+
+    handles = []
+    for owner in dict.fromkeys(name.rpartition(".")[0] for name in names):
+        module = layer.get_submodule(owner)
+        weights = [name.rpartition(".")[2] for name in names if name.rpartition(".")[0] == owner]
+        if not all(sees_experts(module, weight) for weight in weights) or module.has_bias:
+            raise ArtifactError(
+                f"the inputs of '{names[0]}' cannot be seen in {type(module).__name__}", PLAIN
+            )
+        handles.append(module.register_forward_pre_hook(watch(owner, weights)))
+    for x in hidden:
+        run_layer(layer, x, call, device)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def _between(module: Any, first: str, rows: torch.Tensor, expert: int) -> torch.Tensor:
+    """What an expert multiplies by its last matrix for the inputs ``rows``."""
+    import torch
+
+    product = torch.nn.functional.linear(rows, getattr(module, first)[expert])
+    between: torch.Tensor = module._apply_gate(product) if module.has_gate else module.act_fn(product)
+    return between
