@@ -174,6 +174,17 @@ def test_compiled_layers_agree(model_dir: Path) -> None:
     assert np.abs(a - b).max() < 1e-2
 
 
+def test_long_texts_are_compiled(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from loadstone.evaluation.scoring import compiling
+
+    options = Options((str(model_dir),), limit=5, device="cuda")
+    assert run(options).protocol["compiled"] is False
+    monkeypatch.setattr(compiling, "_FLOPS", 1.0)
+    chosen, asked, plain = (run(replace(options, compile=mode)) for mode in (None, True, False))
+    assert chosen.protocol["compiled"] and not plain.protocol["compiled"]
+    assert chosen.records[0]["loss"] == asked.records[0]["loss"]
+
+
 @pytest.mark.parametrize("recipe", ["int8-dynamic-act-int4-weight", "float8-weight-only"])
 def test_streamed_layers_give_the_result_of_resident_ones(
     model_dir: Path, tmp_path: Path, tokenizer: Any, recipe: str

@@ -154,11 +154,14 @@ def evaluate(
         ),
     ] = True,
     compile_layers: Annotated[
-        bool,
+        bool | None,
         typer.Option(
-            "--compile", help="Compile the decoder layers (seconds of warm-up).", rich_help_panel=options.RUN
+            "--compile/--no-compile",
+            help="Compile the decoder layers. [dim]\\[default: on a GPU, where a long text saves more time][/]",
+            rich_help_panel=options.RUN,
+            show_default=False,
         ),
-    ] = False,
+    ] = None,
     stream: Annotated[
         bool | None,
         typer.Option(

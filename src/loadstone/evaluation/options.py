@@ -41,7 +41,7 @@ class Options:
     divergence: bool = False
     worst: int = 5
     fast: bool = True
-    compile: bool = False
+    compile: bool | None = None
     stream: bool | None = None
     activations: bool = False
     cache: str | None = None

@@ -10,9 +10,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from loadstone.errors import UsageError
 from loadstone.evaluation.harness.tasks import TaskScore, task_manager, task_records
-from loadstone.evaluation.loaded import LoadedModel, choose_streaming, open_model
+from loadstone.evaluation.loaded import LoadedModel, choose_streaming, input_device, open_model
 from loadstone.evaluation.models import EvalModel, plan_models
 from loadstone.evaluation.options import DEFAULT_CACHE, Options
 from loadstone.evaluation.passes import (
@@ -79,9 +81,14 @@ def run(options: Options, progress: Progress = no_progress) -> Evaluation:
         streams = choose_streaming(models, options)
         if streams and options.compile:
             log.warning("--compile has no effect on models that are streamed layer by layer")
-        options = replace(options, stream=streams, compile=options.compile and not streams)
+        options = replace(options, stream=streams, compile=compile_mode(models, options, streams, saved))
         # The text is read and tokenized while the first model loads.
         making = pool.submit(make_task, options, models)
+        if options.compile is None:
+            compiles = making.result().protocol.compiled
+            if compiles:
+                log.info("compiling the layers: the text is long enough (--no-compile computes without)")
+            options = replace(options, compile=compiles)
         context = EvalContext(options, making, store, ranks, progress)
         # A wrong option shows within seconds; only a long text is still being tokenized after that.
         if wait([making], timeout=_PATIENCE).done:
@@ -95,6 +102,22 @@ def run(options: Options, progress: Progress = no_progress) -> Evaluation:
         # A rank that ended early would look like a failure to the launcher.
         ranks.wait()
         return _report(context, models, values, costs, extras, saved)
+
+
+def compile_mode(
+    models: tuple[EvalModel, ...], options: Options, streams: bool, saved: Saved | None
+) -> bool | None:
+    """Whether to compile, where that is known before the text is; None to decide by the text's length."""
+    if streams:
+        return False
+    if options.compile is not None:
+        return options.compile
+    if saved is not None:
+        # The losses of the two modes do not compare.
+        return saved.protocol.compiled
+    plain = any(model.prefix is not None or model.has_quantizers for model in models)
+    divided = models[0].plan.device == "auto" and torch.cuda.device_count() > 1
+    return False if plain or divided or input_device(models[0].plan).type != "cuda" else None
 
 
 def _score_alone(

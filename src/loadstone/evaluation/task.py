@@ -13,6 +13,7 @@ from loadstone.errors import UsageError
 from loadstone.evaluation.models import EvalModel
 from loadstone.evaluation.options import DEFAULT_CACHE, Options
 from loadstone.evaluation.results.compare import Units, make_units
+from loadstone.evaluation.scoring.compiling import compiling_pays
 from loadstone.loading import load_tokenizer
 from loadstone.loading.model_class import load_config, positions
 from loadstone.text.chat import ChatTemplate
@@ -47,7 +48,10 @@ class Task:
 
 def make_task(options: Options, subjects: tuple[EvalModel, ...]) -> Task:
     """Read and tokenize the text with the reference's tokenizer. Raises UsageError when another model of
-    the run tokenizes it differently, or cannot take the context."""
+    the run tokenizes it differently, or cannot take the context.
+
+    ``options.compile`` None: the protocol says whether compiling pays for this text.
+    """
     first, trust = subjects[0], options.trust_remote_code
     tokenizer = load_tokenizer(first.plan, trust_remote_code=trust)
     prefix = first.prefix
@@ -113,7 +117,12 @@ def make_task(options: Options, subjects: tuple[EvalModel, ...]) -> Task:
             prefix_tokens=length,
             prefix_sha256=prefix.facts["prompt"]["sha256"],
         )
-    return Task(stream, protocol, make_windows(stream, protocol), make_units(stream, protocol), tokenizer)
+    windows = make_windows(stream, protocol)
+    compiled = options.compile
+    if compiled is None:
+        compiled = compiling_pays([subject.plan for subject in subjects], int(windows.length.sum()))
+    protocol = replace(protocol, compiled=compiled)
+    return Task(stream, protocol, windows, make_units(stream, protocol), tokenizer)
 
 
 def _read(options: Options, chat: ChatTemplate | None) -> Corpus:

@@ -98,6 +98,8 @@ class Protocol:
     # Which tokens of conversations are scored, and the hash of the template that rendered them; empty for plain text.
     chat: str = ""
     chat_template_sha256: str = ""
+    # Compiled layers keep more in float32 than eager ones.
+    compiled: bool = False
 
     def differences(self, other: Protocol) -> list[str]:
         """Names of the fields that forbid a comparison with ``other``."""

@@ -1,12 +1,18 @@
 from __future__ import annotations
 
 import copy
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from loadstone.evaluation.scoring.compiling import compile_layers, decoder_layers
+from loadstone.errors import UsageError
+from loadstone.evaluation.options import Options
+from loadstone.evaluation.run import run
+from loadstone.evaluation.scoring.compiling import compile_layers, compiling_pays, decoder_layers
+from loadstone.loading import plan
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "qwen3_moe"])
@@ -18,6 +24,30 @@ def test_finds_the_decoder_layers(model_factory: Any, family: str) -> None:
 
 def test_no_layers() -> None:
     assert compile_layers(torch.nn.Sequential(torch.nn.Linear(2, 2))) == 0
+
+
+def test_long_texts_and_large_models_are_compiled(
+    model_factory: Any, save_model: Any, tokenizer: Any, tmp_path: Path
+) -> None:
+    from transformers import MambaConfig, MambaForCausalLM
+
+    small = plan(save_model(model_factory(), tokenizer, tmp_path / "llama"))
+    assert not compiling_pays([small], 10_000_000)
+    assert compiling_pays([small], 10**14) and compiling_pays([small, small], 10**14)
+    # transformers says of the class that its layers do not compile as one graph.
+    config = MambaConfig(vocab_size=400, hidden_size=32, num_hidden_layers=2, state_size=8)
+    other = plan(save_model(MambaForCausalLM(config), tokenizer, tmp_path / "mamba"))
+    assert not compiling_pays([small, other], 10**14)
+
+
+def test_results_of_the_other_mode_are_no_baseline(model_dir: Path, tmp_path: Path) -> None:
+    result = run(Options((str(model_dir),), limit=2))
+    assert result.protocol["compiled"] is False
+    records = [{**record, "reference": False} for record in result.records]
+    file = tmp_path / "compiled.json"
+    file.write_text(json.dumps({"protocol": {**result.protocol, "compiled": True}, "models": records}))
+    with pytest.raises(UsageError, match="compiled False against True"):
+        run(Options((str(model_dir),), limit=2, baseline=str(file), compile=False))
 
 
 @pytest.mark.slow

@@ -93,6 +93,8 @@ def entry_key(protocol: Protocol, fingerprints: Sequence[str], mode: dict[str, A
     # Names of the text and the tokenizer do not matter: the hash of the tokens does.
     for name in ("data", "tokenizer_sha256"):
         del facts[name]
+    # It is in ``mode``.
+    del facts["compiled"]
     if not protocol.prefix_tokens:
         # Scores of runs without a prefix keep the keys they had before prefixes.
         del facts["prefix_tokens"], facts["prefix_sha256"]

@@ -60,6 +60,7 @@ def describe(protocol: Protocol) -> str:
     return (
         f"{protocol.documents} documents, {protocol.tokens} tokens of {protocol.data}; {chat[protocol.chat]}"
         f"{protocol.name} windows of {protocol.context_length}{stride}; {start}; {protocol.dtype}"
+        f"{', compiled layers' if protocol.compiled else ''}"
     )
 
 
