@@ -79,9 +79,9 @@ def evaluate(
         ``batch_size``: windows computed at once, or ``auto``. ``device``, ``dtype``: names, or ``auto``. ``fast``: use
         faster kernels that give the same bits, and read common prefixes once. ``compile``: compile the decoder layers;
         None: on a GPU, where a long text saves more time than compiling takes. ``stream``: hold one layer in memory at
-        a time; None: if the models do not fit. ``activations``: round inputs of layers as vLLM does, where the scheme of
-        a compressed-tensors artifact has quantized inputs. ``cache``: a directory of finished scores, found by content;
-        ``resume``: continue an interrupted run from it.
+        a time; None: if the models do not fit. ``activations``: round inputs of layers as vLLM does, where the scheme
+        of a compressed-tensors artifact has quantized inputs. ``cache``: a directory of finished scores, found by
+        content; ``resume``: continue an interrupted run from it.
     Results
         ``kl``: also KL divergence and top-1 agreement with the reference, and the ``worst`` documents. ``tasks``: also
         lm-eval tasks, with ``task_path`` a folder of more of them. ``speed``: also prefill and decode speed.
