@@ -119,7 +119,7 @@ def command(
         bool,
         typer.Option(
             "--verify",
-            help="Afterwards read every tensor back and compare it with a fresh quantization.",
+            help="Load the output as transformers does and compare every tensor with its source.",
             rich_help_panel=options.RUN,
         ),
     ] = False,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -65,7 +64,8 @@ def finalize(
     device: where weights are quantized: auto, cpu, cuda or cuda:N.
     overwrite: replace an existing ``out``.
     resume: take over the finished shards of a run that was killed; False starts again.
-    verify: read every tensor back and compare it with a fresh quantization.
+    verify: before ``out`` appears, load it by transformers' and torchao's own rules and compare every tensor with what
+        these make of the source.
     trust_remote_code: run Python code that came with the model.
     base: of an adapter, the model to merge it into, if it is not where the adapter says.
     on_progress: called as ``on_progress(stage, done, total)``; the stage is calibrate (in layers), write or verify (in
@@ -109,14 +109,28 @@ def finalize(
             )
         share = sum(step.source_bytes for shard in plan.shards[ranks.rank :: ranks.size] for step in shard)
         report = reporter(on_progress, WRITE, share)
+        check = None
+        if verify:
+            total = sum(step.source_bytes for step in plan.steps)
+            check = partial(
+                verify_output,
+                plan,
+                device=where,
+                trust_remote_code=trust_remote_code,
+                on_progress=reporter(on_progress, VERIFY, total),
+            )
         done = write_plan(
-            plan, out, device=where, overwrite=overwrite, resume=resume, ranks=ranks, on_progress=report
+            plan,
+            out,
+            device=where,
+            overwrite=overwrite,
+            resume=resume,
+            ranks=ranks,
+            check=check,
+            on_progress=report,
         )
         if ranks.rank != 0:
             return done
-    if verify:
-        report = reporter(on_progress, VERIFY, sum(step.source_bytes for step in plan.steps))
-        done = replace(done, verified=verify_output(plan, out, device=where, on_progress=report))
     discard_calibration(out)
     return done
 

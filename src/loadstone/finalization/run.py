@@ -73,12 +73,14 @@ def write_plan(
     overwrite: bool = False,
     resume: bool = True,
     ranks: Ranks | None = None,
+    check: Callable[[Path], int] | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> Finalized:
     """Write the artifact that ``plan`` describes to ``out``, whole or not at all.
 
     A run that was killed left its finished shards behind; the same call takes them over unless ``resume`` is false.
-    With several ``ranks`` each writes every size-th shard, and rank 0 the files beside them. ``on_progress`` is called
+    With several ``ranks`` each writes every size-th shard, and rank 0 the files beside them and runs ``check`` on the
+    finished directory before it becomes ``out``; it returns the tensors that it compared. ``on_progress`` is called
     with the source bytes done since its last call. Raises `UsageError` for an output that exists, is being written by
     another process or belongs to another job, `MissingError` for too little disk space, `ArtifactError` for a damaged
     source.
@@ -91,8 +93,12 @@ def write_plan(
         for message in copy_sidecars(sidecars, output):
             log.warning("%s", message)
         (output / "config.json").write_text(json.dumps(plan.config, indent=2) + "\n")
-        return _write_manifest(plan, output, fingerprint, digests)
+        files = _write_manifest(plan, output, fingerprint, digests)
+        if check:
+            verified.append(check(output))
+        return files
 
+    verified: list[int] = []
     files = write_artifact(
         plan,
         out,
@@ -103,7 +109,7 @@ def write_plan(
         ranks=ranks,
         on_progress=on_progress,
     )
-    return Finalized(out, plan, time.monotonic() - started, files)
+    return Finalized(out, plan, time.monotonic() - started, files, *verified)
 
 
 def write_artifact(

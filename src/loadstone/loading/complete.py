@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from loadstone.artifact import TensorInfo
 from loadstone.errors import ArtifactError
@@ -101,23 +101,16 @@ def _converted(
     if not merged:
         return set()
     import torch
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, dot_natural_key
 
-    mapping = get_model_conversion_mapping(model, None, None)
-    converters = {
-        p: each for each in mapping if isinstance(each, WeightConverter) for p in each.source_patterns
-    }
+    converters = converters_of(model)
     given: set[str] = set()
     for name, keys in merged.items():
-        keys.sort(key=dot_natural_key)
         first = stored[keys[0]]
-        converter = deepcopy(converters[_pattern(places[keys[0]])])
-        for key in keys:
-            part = torch.empty(stored[key].shape, dtype=expected[name].dtype, device="meta")
-            converter.add_tensor(name, key, _pattern(places[key]), part)
+        parts = {
+            key: torch.empty(stored[key].shape, dtype=expected[name].dtype, device="meta") for key in keys
+        }
         try:
-            results = converter.convert(name, model=model, config=model.config)
+            results = convert(model, converters, name, parts, places)
         except (RuntimeError, ValueError, IndexError) as error:
             reason = " ".join(str(error).split())[:200]
             raise ArtifactError(
@@ -125,7 +118,7 @@ def _converted(
                 CHECK_CONFIG,
             ) from None
         for target, result in results.items():
-            shape = tuple((result[0] if isinstance(result, list) else result).shape)
+            shape = tuple(result.shape)
             if target in expected and shape != tuple(expected[target].shape):
                 raise ArtifactError(
                     f"{first.file}: '{keys[0]}' and the tensors that it is merged with make '{target}' of shape "
@@ -134,6 +127,36 @@ def _converted(
                 )
         given |= results.keys()
     return given
+
+
+def converters_of(model: PreTrainedModel) -> dict[str, Any]:
+    """transformers' converters for a model, by each pattern of keys that they merge."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter
+
+    mapping = get_model_conversion_mapping(model, None, None)
+    return {p: each for each in mapping if isinstance(each, WeightConverter) for p in each.source_patterns}
+
+
+def convert(
+    model: PreTrainedModel,
+    converters: Mapping[str, Any],
+    name: str,
+    parts: Mapping[str, torch.Tensor],
+    places: Mapping[str, Destination | None],
+) -> dict[str, torch.Tensor]:
+    """The parameters that transformers makes of checkpoint tensors (``parts``, by key) that are merged into ``name``.
+
+    Raises what transformers raises where they do not fit.
+    """
+    from transformers.core_model_loading import dot_natural_key
+
+    keys = sorted(parts, key=dot_natural_key)
+    converter = deepcopy(converters[_pattern(places[keys[0]])])
+    for key in keys:
+        converter.add_tensor(name, key, _pattern(places[key]), parts[key])
+    results = converter.convert(name, model=model, config=model.config)
+    return {target: found[0] if isinstance(found, list) else found for target, found in results.items()}
 
 
 def _pattern(place: Destination | None) -> str:
