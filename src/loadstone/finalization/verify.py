@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # How many times as far from the source as by plain rounding a row may be: gptq moves errors between columns. On
-# SmolLM2 the farthest row is 3.0 times as far with gptq and 2.6 with smoothquant; of another tensor it is 10 at 4 bits.
+# SmolLM2 the farthest row is 3.0 times as far with gptq and 2.6 with smoothquant.
 _FARTHER = {"mse": 1.01, "shared scale": 1.5, "gptq": 6.0, "awq": 6.0, "smoothquant": 6.0}
 # Relative rounding of two products and a scale in the model's dtype, of 8 significant bits at least.
 _ONE_ROUNDING = 2.0**-6
