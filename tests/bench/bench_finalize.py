@@ -1,12 +1,13 @@
 """Finalize: time beside stock load-quantize-save and a plain copy, peak memory by size, a dry run on 671B headers.
 
-python -m tests.bench finalize [--parts time,serving,memory,other,headers] [--gb 3] [--runs 3]
+python -m tests.bench finalize [--parts time,serving,memory,other,headers,fp8] [--gb 3] [--runs 3]
 
 Each run in a process of its own, sides in turn, medians. Before the clock starts, imports are done and a tiny model has
 been through the same code. Memory is the peak resident set above what was resident then. The limit is reading the
 source and writing as many bytes as the output has, synced. ``serving``: the compressed-tensors layout beside torchao's.
 ``other`` is llm-compressor's ``model_free_ptq``, when LLMCOMPRESSOR names the Python of an environment that has it: FP8
-beside torchao's layout, and W4A16 beside the same scheme in the compressed-tensors layout.
+beside torchao's layout, and W4A16 beside the same scheme in the compressed-tensors layout. ``fp8``: an FP8 checkpoint
+to plain bfloat16 weights, beside transformers' `dequantize=True` and a save.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from pathlib import Path
 from tests.bench.gpu_finalize import limit_seconds, size
 from tests.conftest import SMOLLM2
 from tests.finalization.headers import write_headers
+from tests.packed import fp8
 
 W4 = "int8-dynamic-act-int4-weight"
 SERVED = "intx4-weight-only"
@@ -57,7 +59,16 @@ else:
     from loadstone.finalization.encoders import encoder_for
     from loadstone.quantization import parse_recipe, to_torchao
     def work(source, out):
-        if who in ("loadstone", "served"):
+        if recipe == "none" and who == "loadstone":
+            loadstone.finalize(source, out, device="cpu")
+        elif recipe == "none":
+            model = AutoModelForCausalLM.from_pretrained(
+                source, quantization_config=transformers.FineGrainedFP8Config(dequantize=True), device_map="cpu"
+            )
+            # Or a save would quantize it again.
+            model._weight_conversions = None
+            model.save_pretrained(out)
+        elif who in ("loadstone", "served"):
             encoder = encoder_for("compressed-tensors" if who == "served" else "torchao")
             write_plan(make_plan(loadstone.detect(source), parse_recipe(recipe), encoder=encoder), Path(out))
         else:
@@ -136,7 +147,7 @@ def compare(
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--parts", default="time,serving,memory,other,headers")
+    parser.add_argument("--parts", default="time,serving,memory,other,headers,fp8")
     parser.add_argument("--gb", type=float, default=1)
     parser.add_argument("--runs", type=int, default=3)
     options = parser.parse_args()
@@ -147,6 +158,8 @@ def main() -> None:
             times(bench, parts, options.gb, options.runs)
         if "memory" in parts:
             memory(bench)
+        if "fp8" in parts:
+            float8(bench, options.gb, options.runs)
         if "headers" in parts:
             headers(bench.folder)
 
@@ -168,6 +181,19 @@ def times(bench: Bench, parts: list[str], gigabytes: float, runs: int) -> None:
     shutil.rmtree(big)
 
 
+def float8(bench: Bench, gigabytes: float, runs: int) -> None:
+    """An FP8 source of so many gigabytes to plain weights."""
+    plain = make_llama(bench.folder / "plain", 2048, max(int(gigabytes * 1e9 / (13 * 2048**2)), 1), "500MB")
+    source = fp8(plain, bench.folder / "fp8")
+    shutil.rmtree(plain)
+    make_llama(bench.folder / "small", 128, 2, "5GB")
+    shutil.rmtree(bench.tiny)
+    fp8(bench.folder / "small", bench.tiny)
+    print("\n| source | recipe | s | other s | faster | CPU s | other | less | of the limit | MiB | other |")
+    print("|---|---|---|---|---|---|---|---|---|---|---|")
+    compare(bench, f"FP8 {size(source) / 1e9:.1f} GB", source, "none", "stock", runs)
+
+
 def memory(bench: Bench) -> None:
     """4 and 40 shards of equal size: a layer each."""
     print(
@@ -187,17 +213,15 @@ def memory(bench: Bench) -> None:
 
 def headers(folder: Path) -> None:
     """The whole command with its imports, three times: the first reads the libraries' files from disk."""
-    count = write_headers(folder / "headers")
-    arguments = [
-        "finalize",
-        "-M",
-        str(folder / "headers"),
-        "--quantize",
-        W4,
-        "--dry-run",
-        "--json",
-        "--quiet",
-    ]
+    dry_runs(folder / "headers", write_headers(folder / "headers"), "--quantize", W4)
+    count = write_headers(folder / "published", fp8=True)
+    options = ("--quantize", "intx4-weight-only:group_size=128", "--layout", "compressed-tensors")
+    dry_runs(folder / "published", count, *options)
+
+
+def dry_runs(source: Path, count: int, *options: str) -> None:
+    """Time of the plan of a source of ``count`` tensors."""
+    arguments = ["finalize", "-M", str(source), *options, "--dry-run", "--json", "--quiet"]
     print(f"\ndry run on the headers of a 671B model ({count} tensors):")
     for which in ("first", "again", "again"):
         start = time.perf_counter()

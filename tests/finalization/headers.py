@@ -7,16 +7,21 @@ import struct
 from pathlib import Path
 
 
-def write_headers(out: Path) -> int:
-    """The directory of a model of DeepSeek-V3's shape, 1.3 TB by its headers; returns the number of tensors."""
+def write_headers(out: Path, *, fp8: bool = False, layers: int = 61) -> int:
+    """The directory of a model of DeepSeek-V3's shape, 1.3 TB by its headers; returns the number of tensors.
+
+    ``fp8``: as it is published, 0.7 TB: float8 in blocks of 128 with their scales, and a layer for multi-token
+    prediction after the others.
+    """
     hidden, experts, inner = 7168, 256, 2048
     tensors: dict[str, list[int]] = {
         "model.embed_tokens.weight": [129280, hidden],
         "lm_head.weight": [129280, hidden],
     }
     tensors["model.norm.weight"] = [hidden]
-    for layer in range(61):
-        p = f"model.layers.{layer}"
+    for layer in range(layers + fp8):
+        # transformers leaves out the 62nd layer, whatever the number of layers is.
+        p = f"model.layers.{61 if layer == layers else layer}"
         tensors |= {
             f"{p}.input_layernorm.weight": [hidden],
             f"{p}.post_attention_layernorm.weight": [hidden],
@@ -40,17 +45,34 @@ def write_headers(out: Path) -> int:
         if layer >= 3:
             tensors[f"{p}.mlp.gate.weight"] = [experts, hidden]
             tensors[f"{p}.mlp.gate.e_score_correction_bias"] = [experts]
+        if layer == layers:
+            tensors |= {
+                f"{p}.embed_tokens.weight": [129280, hidden],
+                f"{p}.enorm.weight": [hidden],
+                f"{p}.hnorm.weight": [hidden],
+                f"{p}.eh_proj.weight": [hidden, 2 * hidden],
+                f"{p}.shared_head.norm.weight": [hidden],
+                f"{p}.shared_head.head.weight": [129280, hidden],
+            }
+    dtypes = dict.fromkeys(tensors, "BF16")
+    for name in [name for name in tensors if "_proj" in name and "eh_proj" not in name] * fp8:
+        if name.endswith(".weight"):
+            rows, columns = tensors[name]
+            dtypes[name] = "F8_E4M3"
+            tensors[f"{name}_scale_inv"] = [-(-rows // 128), -(-columns // 128)]
+            dtypes[f"{name}_scale_inv"] = "F32"
     out.mkdir()
-    names = list(tensors)
+    names = sorted(tensors)
     count = 163
     weight_map = {}
     for number in range(count):
         file = f"model-{number + 1:05d}-of-{count:05d}.safetensors"
         header, position = {}, 0
         for name in names[number * len(names) // count : (number + 1) * len(names) // count]:
-            size = 2 * tensors[name][0] * (tensors[name][1] if len(tensors[name]) > 1 else 1)
+            width = {"BF16": 2, "F8_E4M3": 1, "F32": 4}[dtypes[name]]
+            size = width * tensors[name][0] * (tensors[name][1] if len(tensors[name]) > 1 else 1)
             header[name] = {
-                "dtype": "BF16",
+                "dtype": dtypes[name],
                 "shape": tensors[name],
                 "data_offsets": [position, position + size],
             }
@@ -64,5 +86,17 @@ def write_headers(out: Path) -> int:
     (out / "model.safetensors.index.json").write_text(json.dumps(index))
     from transformers import DeepseekV3Config
 
-    DeepseekV3Config(architectures=["DeepseekV3ForCausalLM"], dtype="bfloat16").save_pretrained(out)
+    config = DeepseekV3Config(
+        architectures=["DeepseekV3ForCausalLM"], dtype="bfloat16", num_hidden_layers=layers
+    )
+    config.save_pretrained(out)
+    if fp8:
+        block = {
+            "quant_method": "fp8",
+            "fmt": "e4m3",
+            "weight_block_size": [128, 128],
+            "activation_scheme": "dynamic",
+        }
+        text = json.loads((out / "config.json").read_text()) | {"quantization_config": block}
+        (out / "config.json").write_text(json.dumps(text))
     return len(tensors)

@@ -28,8 +28,7 @@ def _first_row(info: TensorInfo, place: Destination, mapped: ModelMap) -> int:
     if place.place is None:
         return 0
     expert, number = place.place
-    shape = next(weight.shape for weight in mapped.facts.weights if weight.name == place.parameter)
-    return expert * shape[-2] + number * info.shape[0]
+    return expert * mapped.facts.shapes[place.parameter][-2] + number * info.shape[0]
 
 
 def divided(info: TensorInfo, saved: Mapping[str, int]) -> list[TensorInfo]:

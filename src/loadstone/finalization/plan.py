@@ -195,7 +195,7 @@ def make_plan(
         elif recipe and decision and decision.scheme and place and place.parameter in fused:
             together = fused[place.parameter]
             if info is together[0]:
-                shape = next(w.shape for w in model.weights if w.name == place.parameter)
+                shape = model.shapes[place.parameter]
                 steps.append(_quantize_step(together, place.parameter, stored, decision, encoder, shape))
             continue
         reason = decision.reason if decision else ("" if recipe is None else "not a matrix weight")
@@ -332,11 +332,10 @@ def _fused(
         place = where[key]
         if place is not None and place.place is not None:
             parts.setdefault(place.parameter, []).append((place.place, info))
-    shapes = {weight.name: weight.shape for weight in model.weights}
     found = {}
     for name, members in parts.items():
         rows = tuple(info for _, info in sorted(members, key=lambda member: member[0]))
-        shape = shapes.get(name, (0,))
+        shape = model.shapes.get(name, (0,))
         same = len({(info.shape[-1], info.dtype, len(info.shape)) for info in rows}) == 1
         if same and sum(info.numel for info in rows) == prod(shape) and rows[0].shape[-1] == shape[-1]:
             found[name] = rows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 from loadstone.quantization.weight_use import (
@@ -57,6 +58,11 @@ class ModelFacts:
     head: str | None
     table: str | None
     table_has_buffers: bool
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each of the weights by name."""
+        return {weight.name: weight.shape for weight in self.weights}
 
 
 def facts_of(model: PreTrainedModel) -> ModelFacts:
