@@ -25,6 +25,7 @@ import tempfile
 import threading
 import time
 import warnings
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 import templates
 from mutations import mutate
 from templates import SCORING, command
+
+from loadstone.artifact.context_file import read_context
+from loadstone.artifact.manifest import verify_files
+from loadstone.errors import LoadstoneError
 
 SECONDS = 10
 MEMORY = 1_000_000_000
@@ -57,30 +62,20 @@ class Reader:
     model: bool = False
 
 
-# What commands import when they need it.
-LAZY = (
-    "datasets",
-    "pyarrow.parquet",
-    "lzma",
-    "bz2",
-    "yaml",
-    "rich.table",
-    "safetensors.torch",
-    "torch.distributed.checkpoint",
-    "transformers.models.llama.modeling_llama",
-    "transformers.models.qwen3_moe.modeling_qwen3_moe",
-)
 _MODEL = (
     "inspect @ --verify",
     "inspect @ --json",
     "load @",
     "load @",
+    "load @",
+    "late @",
     "late @",
     "eval -M @ --data %/text/a.txt",
     "finalize -M @ -o +",
     "finalize -M @ -o + --quantize int8-weight-only",
     "export-fakequant -M @ -o + --format int8",
 )
+CALIBRATED = "--quantize intx4-weight-only:group_size=32 --calibrate-tokens 512"
 _EVAL = "eval -M %/dense --data"
 READERS = {
     **{
@@ -132,10 +127,11 @@ READERS = {
         f"text {name}": Reader(
             f"text/{name}",
             (
+                "corpus @",
+                "corpus @ 1",
+                "corpus @",
                 f"{_EVAL} @",
-                f"{_EVAL} @",
-                "finalize -M %/dense -o + --quantize "
-                "intx4-weight-only:group_size=32 --calibrate @ --calibrate-tokens 512",
+                f"finalize -M %/dense -o + {CALIBRATED} --calibrate @",
             ),
         )
         for name in (
@@ -171,12 +167,12 @@ def digest(directory: Path, **options: Any) -> str:
     return total.hexdigest()
 
 
-def _load(directory: Path, **options: Any) -> None:
-    import loadstone
+def _call(work: Any, *args: Any, **options: Any) -> None:
+    """A call of the library, ended as the command line ends."""
     from loadstone.cli.app import _fail, _outcome
 
     try:
-        loadstone.load(directory, device="cpu", **options)
+        work(*args, **options)
     except Exception as error:
         _fail(*_outcome(error))
     sys.exit(0)
@@ -197,7 +193,7 @@ class Fuzzer:
                 lambda: {k: digest(self.templates / r.target) for k, r in READERS.items() if r.model},
             )
         )
-        _import_everything(self.templates)
+        _warm(self.templates, folder / "warm")
         gc.collect()
         gc.freeze()
 
@@ -230,7 +226,7 @@ class Fuzzer:
                 sys.stderr.flush()
                 os._exit(code)
         _, status, usage = os.wait4(pid, 0)
-        self.peak = usage.ru_maxrss * 1024
+        self.peak, self.seconds = usage.ru_maxrss * 1024, usage.ru_utime + usage.ru_stime
         return os.waitstatus_to_exitcode(status), self.log.read_bytes().decode(errors="surrogateescape")
 
     def case(self, seed: int, show: bool = False) -> str | None:
@@ -266,7 +262,7 @@ class Fuzzer:
 
         code, log = self.child(work, unprivileged="locked" in what)
         if show:
-            print(f"{label} -> {code}\n{log}")
+            print(f"{label} -> {code}, {self.seconds:.2f} s\n{log}", flush=True)
         problem = self.judge(code, log)
         if problem is None and code == 0 and reader.model and not late:
             problem = self.compare(kind, target)
@@ -298,8 +294,10 @@ class Fuzzer:
         return None
 
     def compare(self, kind: str, target: Path) -> str | None:
-        code, _ = self.child(lambda: command("inspect", target, "--verify"))
-        if code:
+        try:
+            if verify_files(target):
+                return None
+        except LoadstoneError:
             return None
         place = self.folder / "digest"
         code, _ = self.child(lambda: place.write_text(digest(target)), limited=False)
@@ -313,21 +311,28 @@ class Fuzzer:
             for p in origin.iterdir()
         ):
             return None
-        code, _ = self.child(lambda: command("inspect", target, "--verify"))
-        return None if code else "exit 0 with another context, and --verify finds nothing"
+        try:
+            read_context(target, verify=True)
+        except LoadstoneError:
+            return None
+        return "exit 0 with another context, and --verify finds nothing"
 
 
 def _run(words: list[str]) -> None:
+    import loadstone
     from loadstone.cli import main
+    from loadstone.text.corpus import read_corpus
 
     name, *rest = words
-    if name == "load":
-        _load(Path(rest[0]))
+    if name == "corpus":
+        _call(read_corpus, rest[0], limit=int(rest[1]) if rest[1:] else None)
+    elif name == "load":
+        _call(loadstone.load, rest[0], device="cpu")
     elif name == "load-best":
-        _load(Path(rest[0]), checkpoint="best")
+        _call(loadstone.load, rest[0], device="cpu", checkpoint="best")
     elif name == "load-adapter":
-        _load(Path(rest[0]).parents[1] / "templates" / "adapter", base=rest[0])
-    if name == "eval" and "table.csv" not in " ".join(rest):
+        _call(loadstone.load, Path(rest[0]).parents[1] / "templates" / "adapter", device="cpu", base=rest[0])
+    elif name == "eval" and "table.csv" not in " ".join(rest):
         rest += [str(a) for a in SCORING]
     main([name, *rest])
 
@@ -335,15 +340,10 @@ def _run(words: list[str]) -> None:
 def _late(directory: Path, change: Any) -> None:
     """A load of a directory that changes after it was looked at."""
     import loadstone
-    from loadstone.cli.app import _fail, _outcome
 
-    try:
-        plan = loadstone.plan(directory, device="cpu")
-        change()
-        loadstone.load(plan)
-    except Exception as error:
-        _fail(*_outcome(error))
-    sys.exit(0)
+    plan = loadstone.plan(directory, device="cpu")
+    change()
+    _call(loadstone.load, plan)
 
 
 def _enter(log: Path, limited: bool, unprivileged: bool) -> None:
@@ -395,16 +395,34 @@ def _guard(event: str, arguments: tuple[Any, ...]) -> None:
         os._exit(96)
 
 
-def _import_everything(folder: Path) -> None:
-    from importlib import import_module
+def _warm(folder: Path, out: Path) -> None:
+    """Run every command once, so that forked processes find everything imported."""
+    import tqdm
 
-    from loadstone.cli.app import COMMANDS
-    from loadstone.loading.loader import import_libraries
+    import loadstone
 
-    import_libraries()
-    for name in (*(f"loadstone.cli.{m}" for m in COMMANDS.values()), *LAZY):
-        import_module(name)
-    logging.disable(logging.NOTSET)
+    # Or its bars start a thread.
+    tqdm.tqdm.monitor_interval = 0
+    text = folder / "text"
+    lines: tuple[tuple[object, ...], ...] = (
+        ("inspect", folder / "torchao", "--verify"),
+        ("inspect", folder / "fitted"),
+        ("eval", "-M", folder / "dense", "--data", text / "a.parquet", *SCORING),
+        ("eval", "-M", folder / "prefix", "--data", text / "saved", *SCORING),
+        ("finalize", "-M", folder / "dense", "-o", out / "a", "--quantize", "int8-weight-only"),
+        ("finalize", "-M", folder / "dense", "-o", out / "b", "--recipe", folder / "recipe.yaml"),
+        ("export-fakequant", "-M", folder / "dense", "-o", out / "c", "--rules", folder / "rules.yaml"),
+        ("fit", "--table", folder / "table.parquet", "--target", "label", "-o", out / "d"),
+        ("predict", "-M", folder / "fitted", "--data", folder / "table.csv"),
+    )
+    out.mkdir()
+    for kind in ("dense", "bin", "distributed", "torchao", "packed", "experts", "adapter"):
+        loadstone.load(folder / kind, device="cpu")
+    with (out / "log").open("w") as file, redirect_stdout(file), redirect_stderr(file):
+        for line in lines:
+            command(*line)
+    # Its handler writes to the file above.
+    logging.getLogger("loadstone").handlers.clear()
     warnings.simplefilter("ignore")
     # pyarrow's allocator has a thread of its own, which takes care of forks.
     if threading.active_count() > 1:

@@ -27,7 +27,9 @@ rules:
   - {modules: mlp, scheme: int8-weight-only}
 lm_head: int8-weight-only
 """
-RULES = "default: int8\nrules:\n  - {modules: '*.down_proj', format: fp8}\n  - {modules: self_attn, format: skip}\n"
+RULES = (
+    "format: int8\nrules:\n  - {match: '*.down_proj', format: fp8}\n  - {match: self_attn, format: none}\n"
+)
 SERVED = "intx4-weight-only:group_size=32"
 SCORING = ("--limit", 2, "--context-length", 32, "--device", "cpu")
 
@@ -71,6 +73,7 @@ def models(folder: Path) -> None:
     from safetensors.torch import save_file
 
     tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     model = make_model()
     source = save(model, tokenizer, folder / "source")
     command("finalize", "-M", source, "-o", folder / "dense")
