@@ -180,7 +180,8 @@ def _planted(path: Path, chance: random.Random, others: Path) -> None:
 
 
 def _copied(path: Path, chance: random.Random, others: Path) -> None:
-    shutil.copyfile(path, path.with_name(chance.choice((*PLANTED, path.name + ".bak"))))
+    name = chance.choice([n for n in (*PLANTED, path.name + ".bak") if n != path.name])
+    shutil.copyfile(path, path.with_name(name))
 
 
 # JSON and headers

@@ -163,9 +163,9 @@ def check_folder(directory: Path) -> None:
 
 @contextmanager
 def translated(
-    what: str, remedy: str = "Copy it again", kind: type[LoadstoneError] = ArtifactError
+    problem: str, remedy: str = "Copy it again", kind: type[LoadstoneError] = ArtifactError
 ) -> Iterator[None]:
-    """Within the block, errors of a library that reads ``what`` (a file, as messages name it) become ``kind``.
+    """Within the block, errors of a library become ``kind``: the ``problem``, which names the file, and its reason.
 
     Errors of loadstone, and those of the machine (memory, disk), stay what they are.
     """
@@ -173,11 +173,14 @@ def translated(
         yield
     except (LoadstoneError, MemoryError):
         raise
-    except Exception as error:
+    except BaseException as error:
+        # What a library in Rust could not foresee is no Exception.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         if isinstance(error, OSError) and error.errno in _MACHINE:
             raise
         reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise kind(f"{what}: cannot be read ({reason})", remedy) from error
+        raise kind(f"{problem} ({reason})", remedy) from error
 
 
 def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:

@@ -164,7 +164,7 @@ def calibration_rows(
     """
     import torch
 
-    from loadstone.loading import load_tokenizer
+    from loadstone.loading.loader import load_tokenizer, using
     from loadstone.text.corpus import read_corpus
     from loadstone.text.tokens import require_known
 
@@ -173,7 +173,8 @@ def calibration_rows(
     documents = read_corpus(str(text)).documents if isinstance(text, str | Path) else text
     ids: list[int] = []
     for document in documents:
-        ids += tokenizer(document, add_special_tokens=False)["input_ids"]
+        with using(tokenizer):
+            ids += tokenizer(document, add_special_tokens=False)["input_ids"]
         if len(ids) >= tokens:
             break
     count = min(len(ids), tokens) // length

@@ -5,14 +5,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Any
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 from loadstone.artifact import Artifact
 from loadstone.errors import ArtifactError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 # Keys that say how many modules, or labels, are made: everything else costs nothing on the meta device.
 _LAYERS = re.compile(r"(num_.*layers|n_layers?|depth|depths|layers)")
 _WIDE = re.compile(r"(num_labels|num_.*experts|n_.*experts)")
+# Elements that a model may make of itself whatever is stored: masks, positions.
+_FREE = 1 << 26
 _ATTENTION = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
 
 
@@ -42,6 +48,37 @@ def check_config(artifact: Artifact, trust_remote_code: bool = False) -> None:
                         f"{artifact.config_dir}/config.json: {key} asks to fetch and run the kernel {ascii(name)[:80]}",
                         "Remove it, or pass --trust-remote-code if you trust that kernel",
                     )
+
+
+@contextmanager
+def bounded(artifact: Artifact) -> Iterator[None]:
+    """Within the block, a load that would make more of a model than the artifact can hold raises `ArtifactError`.
+
+    What a checkpoint lacks, or has in another shape, is initialised by transformers before it is reported: a config
+    that asks for a vocabulary of a billion tokens would fill the memory. To be used under `model_class.BUILDING`.
+    """
+    from transformers import PreTrainedModel
+
+    move = PreTrainedModel._move_missing_keys_from_meta_to_device
+    most = max(_FREE, 4 * sum(info.numel for info in artifact.tensors.values()))
+
+    def checked(model: PreTrainedModel, missing: Any, *rest: Any) -> None:
+        left = set(missing) - model.all_tied_weights_keys.keys()
+        sizes = {name: model.get_parameter_or_buffer(name).numel() for name in left}
+        sizes |= {name: buffer.numel() for name, buffer in model.named_non_persistent_buffers()}
+        if sum(sizes.values()) > most:
+            name = max(sizes, key=lambda n: sizes[n])
+            raise ArtifactError(
+                f"{artifact.config_dir}/config.json: asks for {sizes[name]:,} elements of '{name}', which are not stored",
+                "Check that config.json is of these weights",
+            )
+        move(model, missing, *rest)
+
+    PreTrainedModel._move_missing_keys_from_meta_to_device = checked
+    try:
+        yield
+    finally:
+        PreTrainedModel._move_missing_keys_from_meta_to_device = move
 
 
 def _entries(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loadstone.artifact import Artifact, detect
+from loadstone.artifact.files import check_folder, translated
 from loadstone.errors import ArtifactError, UsageError
 from loadstone.loading.offline import offline
 from loadstone.loading.plan import FROM_PRETRAINED, IN_CONTEXT, LoadPlan, plan
@@ -45,6 +48,8 @@ def load(target: str | Path | Artifact | LoadPlan, **options: Any) -> PreTrained
 
     chosen = replace(chosen, artifact=placed(chosen.artifact, chosen.trust_remote_code))
     device_map = resolve_device(chosen.device, chosen.artifact, chosen.dtype)
+    for folder in dict.fromkeys((chosen.artifact.path, *chosen.artifact.sidecar_dirs)):
+        check_folder(folder)
     loader = load_pretrained if chosen.load_path == FROM_PRETRAINED else load_native
     # torchao's tensors cannot be made from inference tensors, so a caller's inference mode ends here.
     with torch.inference_mode(False), offline():
@@ -71,17 +76,20 @@ def load_tokenizer(target: str | Path | Artifact | LoadPlan, *, trust_remote_cod
         root, directories = artifact.root, artifact.sidecar_dirs
     for directory in directories:
         if _has_tokenizer(directory):
-            try:
-                with offline():
-                    return AutoTokenizer.from_pretrained(
-                        directory, local_files_only=True, trust_remote_code=trust_remote_code
-                    )
-            except Exception as error:
-                reason = " ".join(str(error).split())[:300]
-                raise ArtifactError(
-                    f"'{directory}': the tokenizer cannot be loaded ({reason})", _TOKENIZER
-                ) from None
+            check_folder(directory)
+            with offline(), translated(f"'{directory}': the tokenizer cannot be loaded", _TOKENIZER):
+                return AutoTokenizer.from_pretrained(
+                    directory, local_files_only=True, trust_remote_code=trust_remote_code
+                )
     raise ArtifactError(f"'{root}' has no tokenizer (none of {', '.join(TOKENIZER_FILES)})", _TOKENIZER)
+
+
+@contextmanager
+def using(tokenizer: Any) -> Iterator[None]:
+    """Within the block, what a tokenizer fails with is an `ArtifactError`: it accepts settings of any type, and fails
+    on them when it is used."""
+    with translated(f"'{tokenizer.name_or_path}': its tokenizer fails", _TOKENIZER):
+        yield
 
 
 def _has_tokenizer(directory: Path) -> bool:

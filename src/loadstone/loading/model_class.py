@@ -8,8 +8,9 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from loadstone.artifact import Artifact
+from loadstone.artifact.files import check_folder
 from loadstone.errors import ArtifactError, LoadstoneError, MissingError
-from loadstone.loading.bounds import check_config
+from loadstone.loading.bounds import bounded, check_config
 from loadstone.loading.offline import offline
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ def load_config(artifact: Artifact, trust_remote_code: bool = False) -> Any:
     from transformers import AutoConfig
 
     check_config(artifact, trust_remote_code)
+    check_folder(artifact.config_dir)
     try:
         with offline():
             config = AutoConfig.from_pretrained(
@@ -108,7 +110,7 @@ def construction(artifact: Artifact, model_class: Any) -> Iterator[None]:
     import torch
 
     try:
-        with BUILDING, offline():
+        with BUILDING, offline(), bounded(artifact):
             yield
     except LoadstoneError:
         raise

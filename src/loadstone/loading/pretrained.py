@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from loadstone.artifact.detect import OTHER_QUANTIZER
 from loadstone.artifact.source import values_checked
 from loadstone.errors import ArtifactError, LoadstoneError, MissingError
+from loadstone.loading.bounds import bounded
 from loadstone.loading.model_class import BUILDING, quiet_transformers, remote_code_failed
 from loadstone.loading.native import check_complete
 from loadstone.loading.plan import QUANTIZER_PACKAGES, LoadPlan
@@ -33,7 +34,12 @@ def load_pretrained(plan: LoadPlan, device_map: Any) -> PreTrainedModel:
         )
     if artifact.kind == OTHER_QUANTIZER:
         check_package(str(artifact.quant_method))
-    with values_checked(artifact.source, artifact.packed.values()), BUILDING, quiet_transformers():
+    with (
+        values_checked(artifact.source, artifact.packed.values()),
+        BUILDING,
+        bounded(artifact),
+        quiet_transformers(),
+    ):
         try:
             model, info = AutoModelForCausalLM.from_pretrained(
                 artifact.path,

@@ -130,7 +130,10 @@ def _parquet(path: Path, choose: Choose) -> Iterator[Row]:
 
     if path.suffix.lower() in COMPRESSED:
         raise UsageError(f"{path} is compressed twice", "Decompress it: parquet is compressed inside")
-    with open_regular(path, UsageError) as file, translated(str(path), "Write it again", UsageError):
+    with (
+        open_regular(path, UsageError) as file,
+        translated(f"{path}: cannot be read", "Write it again", UsageError),
+    ):
         table = pyarrow.parquet.ParquetFile(file)
         for batch in table.iter_batches(_BATCH, columns=choose(table.schema_arrow.names, str(path))):
             for row in batch.to_pylist():
@@ -141,7 +144,7 @@ def _arrow(path: Path, choose: Choose) -> Iterator[Row]:
     """A table as `datasets` writes it: an Arrow stream."""
     import pyarrow
 
-    with open_binary(path) as file, translated(str(path), "Write it again", UsageError):
+    with open_binary(path) as file, translated(f"{path}: cannot be read", "Write it again", UsageError):
         stream = pyarrow.ipc.open_stream(file)
         columns = choose(stream.schema.names, str(path))
         for batch in stream:

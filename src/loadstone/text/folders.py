@@ -29,10 +29,10 @@ def saved_rows(path: Path, split: str | None, choose: Choose) -> Iterator[Row]:
     for folder in (path, *sorted(p for p in path.iterdir() if p.is_dir())):
         check_folder(folder)
         stored = read_json(folder / "state.json") if (folder / "state.json").exists() else {}
-        with translated(f"{folder}/state.json", "Save the dataset again"):
+        with translated(f"{folder}/state.json: cannot be read", "Save the dataset again"):
             for file in stored.get("_data_files", []):
                 check_inside(folder, file["filename"])
-    with translated(str(path), "Save the dataset again"):
+    with translated(f"{path}: cannot be read", "Save the dataset again"):
         yield from _rows(datasets.load_from_disk(str(path)), split, str(path), choose)
 
 

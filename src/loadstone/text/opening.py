@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import codecs
 import gzip
 import io
 import lzma
@@ -87,13 +88,16 @@ def whole(path: Path, encoding: str) -> str:
 
 
 def undecodable(path: Path, encoding: str) -> tuple[int, int] | None:
-    """Where a file is no text in ``encoding``, and the byte there. No character's bytes include a line's end."""
-    at = 0
+    """Where a file is no text in ``encoding``, and the byte there."""
+    at, decoder = 0, codecs.getincrementaldecoder(encoding)()
     with open_binary(path) as raw:
-        while line := raw.readline():
+        while True:
+            part = raw.read(1 << 20)
+            held = len(decoder.getstate()[0])
             try:
-                line.decode(encoding)
+                decoder.decode(part, final=not part)
             except UnicodeDecodeError as error:
-                return at + error.start, line[error.start]
-            at += len(line)
-    return None
+                return at - held + error.start, error.object[error.start]
+            if not part:
+                return None
+            at += len(part)

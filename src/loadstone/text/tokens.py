@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from loadstone.errors import ArtifactError, UsageError
+from loadstone.loading.loader import using
 from loadstone.text import token_cache as tokencache
 from loadstone.text.chat import ChatTemplate
 from loadstone.text.corpus import Corpus
@@ -135,32 +136,33 @@ def tokenize(
 
     Raises UsageError when the tokenizer has no such token, or turns the text into no token at all.
     """
-    separator_id = find_separator(tokenizer, separator)
-    ids: list[np.ndarray] = []
-    owner: list[np.ndarray] = []
-    count = len(corpus.documents)
-    encoded = _encoded(corpus, tokenizer, cache)
-    prompts = encoded[count:] or [np.empty(0, dtype=np.int64)] * count
-    for index, (prompt, text) in enumerate(zip(prompts, encoded, strict=False)):
-        ids.append(np.concatenate(([separator_id], prompt, text)))
-        owner.append(np.repeat([-1, index], [1 + len(prompt), len(text)]))
-    document = np.concatenate(owner).astype(np.int32)
-    if not (document >= 0).any():
-        raise UsageError(f"the tokenizer turns {corpus.source!r} into no tokens")
-    return TokenStream(
-        ids=np.concatenate(ids),
-        document=document,
-        starts=np.cumsum([0, *map(len, ids[:-1])]),
-        bytes=np.array([len(d.encode()) for d in corpus.documents], dtype=np.int64),
-        # Counted as lm-eval counts them, so that word perplexities agree.
-        words=np.array([len(re.split(r"\s+", d)) for d in corpus.documents], dtype=np.int64),
-        separator_id=separator_id,
-        separator=str(tokenizer.convert_ids_to_tokens(separator_id)),
-        adds_bos=_adds_bos(tokenizer),
-        tokenizer_sha256=tokenizer_hash(tokenizer),
-        corpus=corpus,
-        chat_template_sha256=chat.sha256 if chat else "",
-    )
+    with using(tokenizer):
+        separator_id = find_separator(tokenizer, separator)
+        ids: list[np.ndarray] = []
+        owner: list[np.ndarray] = []
+        count = len(corpus.documents)
+        encoded = _encoded(corpus, tokenizer, cache)
+        prompts = encoded[count:] or [np.empty(0, dtype=np.int64)] * count
+        for index, (prompt, text) in enumerate(zip(prompts, encoded, strict=False)):
+            ids.append(np.concatenate(([separator_id], prompt, text)))
+            owner.append(np.repeat([-1, index], [1 + len(prompt), len(text)]))
+        document = np.concatenate(owner).astype(np.int32)
+        if not (document >= 0).any():
+            raise UsageError(f"the tokenizer turns {corpus.source!r} into no tokens")
+        return TokenStream(
+            ids=np.concatenate(ids),
+            document=document,
+            starts=np.cumsum([0, *map(len, ids[:-1])]),
+            bytes=np.array([len(d.encode()) for d in corpus.documents], dtype=np.int64),
+            # Counted as lm-eval counts them, so that word perplexities agree.
+            words=np.array([len(re.split(r"\s+", d)) for d in corpus.documents], dtype=np.int64),
+            separator_id=separator_id,
+            separator=str(tokenizer.convert_ids_to_tokens(separator_id)),
+            adds_bos=_adds_bos(tokenizer),
+            tokenizer_sha256=tokenizer_hash(tokenizer),
+            corpus=corpus,
+            chat_template_sha256=chat.sha256 if chat else "",
+        )
 
 
 def _encoded(corpus: Corpus, tokenizer: Any, cache: Path | None) -> list[np.ndarray]:

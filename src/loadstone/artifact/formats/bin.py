@@ -158,6 +158,14 @@ def _read_archive(path: Path) -> tuple[bytes, dict[str, int]]:
             _check_directory(path.name, file)
             with zipfile.ZipFile(file) as archive:
                 entries = {e.filename: e for e in archive.infolist()}
+                # Of two entries of a name readers take different ones; torch maps storages as they lie in the file.
+                if len(entries) < len(archive.infolist()) or any(
+                    e.compress_type != zipfile.ZIP_STORED for n, e in entries.items() if "/data/" in n
+                ):
+                    raise ArtifactError(
+                        f"{path.name}: holds compressed or repeated entries, which torch.save writes never",
+                        "Save it anew",
+                    )
                 pickles = [n for n in entries if n.endswith("/data.pkl") or n == "data.pkl"]
                 if len(pickles) != 1:
                     raise ArtifactError(

@@ -54,7 +54,7 @@ def read_pickle(data: bytes, max_steps: int = MAX_STEPS) -> tuple[Any, frozenset
 
     Dicts, ordered dicts and sets come back as `Node` with ``items``; tuples, lists and scalars as themselves.
     """
-    machine = _Machine()
+    machine = _Machine(max_steps // 4)
     try:
         for count, (opcode, argument, _) in enumerate(pickletools.genops(data)):
             if count > max_steps:
@@ -100,7 +100,9 @@ _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
 class _Machine:
-    def __init__(self) -> None:
+    def __init__(self, most: int) -> None:
+        # Containers and names that it may still make: they cost many times what other instructions do.
+        self.left = most
         self.stack: list[Any] = []
         self.marks: list[list[Any]] = []
         self.memo: dict[int, Any] = {}
@@ -137,8 +139,15 @@ class _Machine:
         else:
             self._container(op)
 
+    def _count(self) -> None:
+        self.left -= 1
+        if self.left < 0:
+            raise ValueError("it makes too many containers and names")
+
     def _container(self, op: str) -> None:
         stack = self.stack
+        if op.startswith("EMPTY"):
+            self._count()
         if op == "EMPTY_LIST":
             stack.append([])
         elif op == "EMPTY_DICT":
@@ -179,6 +188,7 @@ class _Machine:
         return values
 
     def _global(self, op: str, argument: Any) -> None:
+        self._count()
         if op == "GLOBAL":
             module, _, name = argument.partition(" ")
         else:

@@ -114,7 +114,7 @@ def open_tensors(path: Path, framework: str = "pt") -> Iterator[Any]:
     from safetensors import SafetensorError, safe_open
 
     file_size(path)
-    with translated(path.name, _RECOPY):
+    with translated(f"{path.name}: cannot be read", _RECOPY):
         handle = safe_open(path, framework=framework, device="cpu")
     try:
         with handle:

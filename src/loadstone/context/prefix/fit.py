@@ -18,6 +18,7 @@ from loadstone.context.prefix.continuation import check_continues
 from loadstone.context.prefix.stored_states import check_kind
 from loadstone.errors import ArtifactError, LoadstoneError, UsageError
 from loadstone.loading.layers import hidden_parts
+from loadstone.loading.loader import using
 from loadstone.text.chat import render_messages
 
 log = logging.getLogger(__name__)
@@ -65,7 +66,8 @@ def encode_prompt(prompt: str | list[dict[str, Any]], tokenizer: Any) -> tuple[T
     """
     template = not isinstance(prompt, str)
     text = prompt if isinstance(prompt, str) else render_messages(prompt, tokenizer)
-    ids = tokenizer(text, add_special_tokens=not template, verbose=False)["input_ids"]
+    with using(tokenizer):
+        ids = tokenizer(text, add_special_tokens=not template, verbose=False)["input_ids"]
     if not ids:
         raise UsageError("the tokenizer turns the prefix into no token", "Give a longer one")
     return torch.tensor([ids], dtype=torch.long), str(text), template

@@ -47,7 +47,7 @@ def read_table(path: str | Path) -> Table:
         return _read_parquet(path)
     if path.suffix not in (".csv", ".tsv", ".txt"):
         raise UsageError(f"'{path}': tables are read from .csv, .tsv and .parquet", "Convert it")
-    with translated(f"'{path}' as a table", "Save it as UTF-8 CSV"):
+    with translated(f"'{path}' cannot be read as a table", "Save it as UTF-8 CSV"):
         rows = csv.reader(
             opening.lines(path, "utf-8-sig", ""), delimiter="\t" if path.suffix == ".tsv" else ","
         )
@@ -69,7 +69,7 @@ def read_table(path: str | Path) -> Table:
 def _read_parquet(path: Path) -> Table:
     import pyarrow.parquet
 
-    with open_regular(path, UsageError) as handle, translated(f"'{path}' as parquet"):
+    with open_regular(path, UsageError) as handle, translated(f"'{path}' cannot be read as parquet"):
         file = pyarrow.parquet.ParquetFile(handle)
         if (cells := file.metadata.num_rows * file.metadata.num_columns) > _MOST_CELLS:
             # A column of one value takes no room in the file.
