@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import gc
 import hashlib
-import json
+import itertools
 import logging
 import os
 import random
@@ -25,6 +25,7 @@ import tempfile
 import threading
 import time
 import warnings
+from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +40,8 @@ os.environ |= {
 sys.path.insert(0, str(Path(__file__).parent))
 
 import templates
-from mutations import mutate
+import tqdm
+from mutations import SPECIAL, mutate, special
 from templates import SCORING, command
 
 from loadstone.artifact.context_file import read_context
@@ -181,28 +183,29 @@ def _call(work: Any, *args: Any, **options: Any) -> None:
 class Fuzzer:
     """The templates in ``folder``, and a process that has everything imported."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, show: bool = False) -> None:
+        self.show = show
         self.folder, self.work = folder, folder / "work"
         self.templates = folder / "templates"
         self.log = folder / "log"
-        code, log = self.child(lambda: templates.make(self.templates), limited=False)
-        if code:
-            raise RuntimeError(f"the templates could not be made: {log[-2000:]}")
-        self.digests = json.loads(
-            self.answer(
-                lambda: {k: digest(self.templates / r.target) for k, r in READERS.items() if r.model},
-            )
-        )
-        _warm(self.templates, folder / "warm")
+        # tqdm's bars start a thread otherwise.
+        tqdm.tqdm.monitor_interval = 0
+        # Made in this process, which then has imported what every command needs.
+        with (folder / "made").open("w") as file, redirect_stdout(file), redirect_stderr(file):
+            templates.make(self.templates)
+            self.digests = {k: digest(self.templates / r.target) for k, r in READERS.items() if r.model}
+            command("predict", "-M", self.templates / "fitted", "--data", self.templates / "table.parquet")
+            for text in ("a.parquet", "saved"):
+                place = self.templates / "text" / text
+                command("eval", "-M", self.templates / "prefix", "--data", place, *SCORING)
+        # The handler writes to the file above.
+        logging.getLogger("loadstone").handlers.clear()
+        warnings.simplefilter("ignore")
+        # pyarrow's allocator has a thread of its own, which takes care of forks.
+        if threading.active_count() > 1:
+            raise RuntimeError(f"{threading.enumerate()}: threads before the fork")
         gc.collect()
         gc.freeze()
-
-    def answer(self, work: Any) -> str:
-        place = self.folder / "answer"
-        code, log = self.child(lambda: place.write_text(json.dumps(work())), limited=False)
-        if code:
-            raise RuntimeError(log[-2000:])
-        return place.read_text()
 
     def child(self, work: Any, *, limited: bool = True, unprivileged: bool = False) -> tuple[int, str]:
         """Exit code (negative: a signal) and output of ``work`` in a forked process."""
@@ -229,25 +232,38 @@ class Fuzzer:
         self.peak, self.seconds = usage.ru_maxrss * 1024, usage.ru_utime + usage.ru_stime
         return os.waitstatus_to_exitcode(status), self.log.read_bytes().decode(errors="surrogateescape")
 
-    def case(self, seed: int, show: bool = False) -> str | None:
+    def case(self, seed: int) -> str | None:
         """What went wrong in one case; None when every promise was kept."""
         chance = random.Random(seed)
         kind = chance.choice(sorted(READERS))
+        line = chance.choice(READERS[kind].commands)
+        others = self.templates / chance.choice(["dense", "torchao", "bin", "adapter", "fitted", "text"])
+        return self.attempt(f"seed {seed}", kind, line, lambda target: mutate(target, others, chance))
+
+    def walk(self, every: bool) -> Iterator[str | None]:
+        """Each file that a command may read, replaced by what no command may open; by each of these if ``every``."""
+        number = 0
+        for kind, reader in sorted(READERS.items()):
+            origin = self.templates / reader.target
+            for path in sorted(origin.rglob("*")) if origin.is_dir() else [origin]:
+                if path.is_dir():
+                    continue
+                for way in range(len(SPECIAL)) if every else [number % len(SPECIAL)]:
+                    line = reader.commands[number % len(reader.commands)]
+                    name = path.relative_to(origin)
+                    number += 1
+                    yield self.attempt("walk", kind, line, lambda t, n=name, w=way: special(t / n, w))  # type: ignore[misc]
+
+    def attempt(self, label: str, kind: str, line: str, change: Callable[[Path], str]) -> str | None:
+        """One command after a change to its target, or (``late``) with the change after it was looked at."""
         reader = READERS[kind]
-        line = chance.choice(reader.commands)
         _clear(self.work)
         self.work.mkdir()
-        self.work.chmod(0o777)
-        target = self.work / Path(reader.target).name
-        origin = self.templates / reader.target
+        target, origin = self.work / Path(reader.target).name, self.templates / reader.target
         shutil.copytree(origin, target) if origin.is_dir() else shutil.copyfile(origin, target)
-        others = self.templates / chance.choice(["dense", "torchao", "bin", "adapter", "fitted", "text"])
         late = line.startswith("late ")
-        state = chance.getstate()
-        what = mutate(target, others, chance) if not late else "later"
-        if late:
-            chance.setstate(state)
-        label = f"seed {seed}: {kind}, {what}: {line}"
+        what = "afterwards" if late else change(target)
+        label = f"{label}: {kind}, {what}: {line}"
         words = (
             line.replace("@", str(target))
             .replace("%", str(self.templates))
@@ -256,12 +272,12 @@ class Fuzzer:
 
         def work() -> None:
             if late:
-                _late(target, lambda: mutate(target, others, chance))
+                _late(target, lambda: print(change(target)))
             else:
                 _run(words.split())
 
         code, log = self.child(work, unprivileged="locked" in what)
-        if show:
+        if self.show:
             print(f"{label} -> {code}, {self.seconds:.2f} s\n{log}", flush=True)
         problem = self.judge(code, log)
         if problem is None and code == 0 and reader.model and not late:
@@ -395,40 +411,6 @@ def _guard(event: str, arguments: tuple[Any, ...]) -> None:
         os._exit(96)
 
 
-def _warm(folder: Path, out: Path) -> None:
-    """Run every command once, so that forked processes find everything imported."""
-    import tqdm
-
-    import loadstone
-
-    # Or its bars start a thread.
-    tqdm.tqdm.monitor_interval = 0
-    text = folder / "text"
-    lines: tuple[tuple[object, ...], ...] = (
-        ("inspect", folder / "torchao", "--verify"),
-        ("inspect", folder / "fitted"),
-        ("eval", "-M", folder / "dense", "--data", text / "a.parquet", *SCORING),
-        ("eval", "-M", folder / "prefix", "--data", text / "saved", *SCORING),
-        ("finalize", "-M", folder / "dense", "-o", out / "a", "--quantize", "int8-weight-only"),
-        ("finalize", "-M", folder / "dense", "-o", out / "b", "--recipe", folder / "recipe.yaml"),
-        ("export-fakequant", "-M", folder / "dense", "-o", out / "c", "--rules", folder / "rules.yaml"),
-        ("fit", "--table", folder / "table.parquet", "--target", "label", "-o", out / "d"),
-        ("predict", "-M", folder / "fitted", "--data", folder / "table.csv"),
-    )
-    out.mkdir()
-    for kind in ("dense", "bin", "distributed", "torchao", "packed", "experts", "adapter"):
-        loadstone.load(folder / kind, device="cpu")
-    with (out / "log").open("w") as file, redirect_stdout(file), redirect_stderr(file):
-        for line in lines:
-            command(*line)
-    # Its handler writes to the file above.
-    logging.getLogger("loadstone").handlers.clear()
-    warnings.simplefilter("ignore")
-    # pyarrow's allocator has a thread of its own, which takes care of forks.
-    if threading.active_count() > 1:
-        raise RuntimeError(f"{threading.enumerate()}: threads before the fork")
-
-
 def _clear(folder: Path) -> None:
     if folder.exists():
         for path in [folder, *folder.rglob("*")]:
@@ -437,17 +419,16 @@ def _clear(folder: Path) -> None:
         shutil.rmtree(folder)
 
 
-def fuzz(first: int, cases: int, show: bool = False, tell: Any = None) -> list[str]:
-    """The cases that went wrong."""
-    wrong = []
+def fuzz(first: int, cases: int, walk: str | None, show: bool = False) -> int:
+    """Print the cases that went wrong; returns how many."""
+    wrong = 0
     with tempfile.TemporaryDirectory() as folder:
-        Path(folder).chmod(0o755)
-        fuzzer = Fuzzer(Path(folder))
-        for seed in range(first, first + cases):
-            if bad := fuzzer.case(seed, show):
-                wrong.append(bad)
-                if tell:
-                    tell(bad)
+        fuzzer = Fuzzer(Path(folder), show)
+        walked = fuzzer.walk(walk == "every") if walk else iter(())
+        for bad in itertools.chain(map(fuzzer.case, range(first, first + cases)), walked):
+            if bad:
+                wrong += 1
+                print(bad, flush=True)
         _clear(fuzzer.work)
     return wrong
 
@@ -456,9 +437,12 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Fuzz every reader of every command, seeded.")
     parser.add_argument("--cases", type=int, default=5000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--walk", choices=["some", "every"], help="also FIFOs, sockets and devices at every name"
+    )
     parser.add_argument("--show", action="store_true", help="print each case and its output")
     options = parser.parse_args()
     begun = time.monotonic()
-    found = fuzz(options.seed, options.cases, options.show, lambda bad: print(bad, flush=True))
-    print(f"{options.cases} cases in {time.monotonic() - begun:.0f} s: {len(found)} broke a promise")
+    found = fuzz(options.seed, options.cases, options.walk, options.show)
+    print(f"{options.cases} cases in {time.monotonic() - begun:.0f} s: {found} broke a promise")
     sys.exit(bool(found))

@@ -127,7 +127,8 @@ def _grow(path: Path, chance: random.Random, others: Path) -> None:
 
 def _huge(path: Path, chance: random.Random, others: Path) -> None:
     # A terabyte of weights is refused by its header; what is only copied or hashed takes its time.
-    os.truncate(path, 3 * 10**8 if path.suffix == ".json" else 2**40)
+    copied = path.suffix in (".json", ".jinja") or path.name.startswith("fakequant")
+    os.truncate(path, 3 * 10**8 if copied else 2**40)
 
 
 def _moved_bytes(path: Path, chance: random.Random, others: Path) -> None:
@@ -143,23 +144,42 @@ def _gone(path: Path, chance: random.Random, others: Path) -> None:
     path.unlink()
 
 
-def _other_kind(path: Path, chance: random.Random, others: Path) -> None:
+# What no command may open: a link to a device, a FIFO, a socket; and what no command may take for a file.
+SPECIAL = (
+    "/dev/zero",
+    "fifo",
+    "socket",
+    "/dev/tty",
+    "directory",
+    "/dev/null",
+    "loop",
+    "nowhere",
+    "..",
+    "/etc/passwd",
+)
+
+
+def special(path: Path, which: int) -> str:
+    """Put one of `SPECIAL` in the place of a file; returns its name."""
     path.unlink()
-    way = chance.randrange(4)
-    if way == 0:
+    what = SPECIAL[which]
+    if what == "directory":
         path.mkdir()
-    elif way == 1:
+    elif what == "fifo":
         os.mkfifo(path)
-    elif way == 2:
+    elif what == "socket":
         with socket.socket(socket.AF_UNIX) as end:
             # Names of sockets are short.
             here = os.open(path.parent, os.O_DIRECTORY)
             end.bind(f"/proc/self/fd/{here}/{path.name}")
             os.close(here)
     else:
-        path.symlink_to(
-            chance.choice(["/dev/zero", "/dev/null", "/dev/tty", path.name, "nowhere", "..", "/etc/passwd"])
-        )
+        path.symlink_to(path.name if what == "loop" else what)
+    return f"{what} {path.name}"
+
+
+def _other_kind(path: Path, chance: random.Random, others: Path) -> None:
+    special(path, chance.randrange(len(SPECIAL)))
 
 
 def _locked(path: Path, chance: random.Random, others: Path) -> None:

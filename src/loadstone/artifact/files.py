@@ -27,6 +27,7 @@ MAX_JSON_BYTES = 256_000_000
 # Values, keys and brackets in one JSON text: a hundred megabytes of `[[],[],…]` take gigabytes once parsed.
 # A hundred thousand tensors, with the descriptions that torchao adds, stay under half of this.
 MAX_JSON_ITEMS = 4_000_000
+_MAX_DEPTH = 100
 
 
 # What the system answers about a name at which nothing can be.
@@ -195,6 +196,8 @@ def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
         if is_lfs_pointer(raw[:32]):
             raise ArtifactError(f"{path.name}: a git-LFS pointer, not the file", LFS_REMEDY)
         content = None if too_many_items(raw) else json.loads(raw)
+        if _too_deep(raw, content):
+            content = None
     except OSError as error:
         raise ArtifactError(f"{path.name}: cannot be read ({error.strerror})", _PERMISSIONS) from None
     except (ValueError, RecursionError, MemoryError):
@@ -202,6 +205,17 @@ def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ArtifactError(f"{path.name}: not a valid JSON object", "Restore it from the source")
     return content
+
+
+def _too_deep(raw: bytes, content: Any) -> bool:
+    """Whether JSON is nested deeper than `_MAX_DEPTH`: more than Python's own copies and encoders follow."""
+    if raw.count(b"[") + raw.count(b"{") <= _MAX_DEPTH:
+        return False
+    level = [content]
+    for _ in range(_MAX_DEPTH):
+        inner = [v.values() if isinstance(v, dict) else v for v in level if isinstance(v, (dict, list))]
+        level = [v for values in inner for v in values if isinstance(v, (dict, list))]
+    return bool(level)
 
 
 def too_many_items(raw: bytes | str, most: int = MAX_JSON_ITEMS) -> bool:

@@ -69,7 +69,7 @@ def bounded(artifact: Artifact) -> Iterator[None]:
         if sum(sizes.values()) > most:
             name = max(sizes, key=lambda n: sizes[n])
             raise ArtifactError(
-                f"{artifact.config_dir}/config.json: asks for {sizes[name]:,} elements of '{name}', which are not stored",
+                f"{artifact.config_dir}/config.json: asks for {sizes[name]:,} values of '{name}', which are not stored",
                 "Check that config.json is of these weights",
             )
         move(model, missing, *rest)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loadstone.artifact import Artifact
+from loadstone.artifact.files import translated
 from loadstone.artifact.source import values_checked
 from loadstone.errors import ArtifactError
 from loadstone.loading.complete import CHECK_CONFIG, COPY_AGAIN, MISSING, UNEXPECTED
@@ -121,16 +122,11 @@ def _finish(artifact: Artifact, model: PreTrainedModel) -> None:
 
     model.config.name_or_path = model.name_or_path = str(artifact.path)
     if model.can_generate() and (folder := beside(artifact, "generation_config.json")):
-        try:
+        problem = f"{folder}/generation_config.json: transformers refuses it"
+        with translated(problem, "Restore it from the source, or remove it"):
             # Models that generate in another way have a class of their own (diffusion).
             kind = getattr(model, "generation_config_class", GenerationConfig)
             model.generation_config = kind.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError, TypeError, AttributeError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise ArtifactError(
-                f"{folder}/generation_config.json: transformers refuses it ({reason})",
-                "Restore it from the source, or remove it",
-            ) from None
     if artifact.is_torchao:
         from loadstone.loading.quantizer import attach_quantizer
 
