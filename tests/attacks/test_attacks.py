@@ -447,6 +447,35 @@ def pickle_of_millions_of_dicts(d: Path) -> None:
     bin_file(d, b"\x80\x04" + b"}" * 30_000_000 + b".", zipfile.ZIP_DEFLATED)
 
 
+@attack("too many containers and names")
+def distributed_checkpoint_of_millions_of_dicts(d: Path) -> None:
+    dense(d)
+    (d / "model.safetensors").unlink()
+    (d / ".metadata").write_bytes(b"\x80\x04" + b"}" * 60_000_000 + b".")
+
+
+@attack("malformed")
+def pickle_of_a_million_names(d: Path) -> None:
+    bin_file(d, b"\x80\x04" + b"ca\nb\n" * 5_000_000 + b".")
+
+
+def entries_of(d: Path, names: list[str], compression: int) -> None:
+    bin_file(d, b"\x80\x02}.")
+    with zipfile.ZipFile(d / "pytorch_model.bin", "a", compression) as archive:
+        for name in names:
+            archive.writestr(name, bytes(100))
+
+
+@attack("compressed or repeated entries")
+def bin_with_compressed_storages(d: Path) -> None:
+    entries_of(d, ["m/data/0"], zipfile.ZIP_DEFLATED)
+
+
+@attack("compressed or repeated entries")
+def bin_with_a_storage_twice(d: Path) -> None:
+    entries_of(d, ["m/data/0", "m/data/0"], zipfile.ZIP_STORED)
+
+
 def text(value: str) -> bytes:
     return b"X" + struct.pack("<I", len(value)) + value.encode()
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+import loadstone
 from loadstone import plan
 from loadstone.artifact.patterns import may_not_end
 from loadstone.errors import ArtifactError
@@ -21,6 +22,7 @@ from builders import CONFIG, dense
 @pytest.mark.parametrize(
     ("change", "words"),
     [
+        ({"decoder_layers": 100_000}, "decoder_layers asks for more"),
         ({"num_hidden_layers": 20_000}, "num_hidden_layers asks for more"),
         ({"num_labels": 10**8}, "num_labels asks for more"),
         ({"text_config": {"num_local_experts": 10**7}}, "num_local_experts asks for more"),
@@ -32,6 +34,40 @@ def test_configs_are_held_against_the_headers(tmp_path: Path, change: dict[str, 
     directory = dense(tmp_path / "m", config=CONFIG | change)
     with pytest.raises(ArtifactError, match=words):
         plan(directory)
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "words"),
+    [
+        ("Llama", {"vocab_size": 10**9}, "asks for .* values of"),
+        (
+            "Llama",
+            {"hidden_size": 2**16, "intermediate_size": 2**16},
+            "asks for .* values of|cannot be built",
+        ),
+        ("GPT2", {"n_positions": 10**9}, "asks for .* values of"),
+        ("ViT", {"image_size": 10**7}, "asks for .* values of|cannot be built"),
+    ],
+)
+def test_what_is_not_stored_is_not_made(
+    tmp_path: Path, kind: str, change: dict[str, Any], words: str
+) -> None:
+    """The process would need up to 120 GB."""
+    import transformers
+
+    model_class = {
+        "ViT": "ViTForImageClassification",
+        "GPT2": "GPT2LMHeadModel",
+        "Llama": "LlamaForCausalLM",
+    }[kind]
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    sizes |= {"vocab_size": 64} if kind != "ViT" else {"image_size": 28, "patch_size": 14}
+    config = getattr(transformers, f"{kind}Config")(**sizes)
+    getattr(transformers, model_class)(config).save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(stored | change))
+    with pytest.raises(ArtifactError, match=words):
+        loadstone.load(tmp_path, device="cpu")
 
 
 PROBE = """

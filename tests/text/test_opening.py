@@ -16,6 +16,7 @@ from tests.text.test_corpus import ROWS, write
 
 from loadstone.errors import UsageError
 from loadstone.text.corpus import read_corpus
+from loadstone.text.opening import undecodable
 
 _PACK = {
     ".gz": gzip.compress,
@@ -71,6 +72,16 @@ def test_the_limit_ends_decompression(tmp_path: Path) -> None:
             handle.write(line * 1000)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert len(read_corpus(str(tmp_path / "a.jsonl.xz"), limit=1).documents) == 1
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 * 1024
+
+
+def test_a_line_without_end_takes_no_memory(tmp_path: Path) -> None:
+    with gzip.open(tmp_path / "a.txt.gz", "wb") as handle:
+        for _ in range(300):
+            handle.write(b"x" * 1_000_000)
+        handle.write("é".encode()[:1])
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert undecodable(tmp_path / "a.txt.gz", "utf-8") == (300_000_000, 0xC3)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 * 1024
 
 

@@ -153,6 +153,12 @@ class SafetensorsSource:
                 handle = stack.enter_context(open_tensors(self.directory / file))
                 for name in handle.keys():  # noqa: SIM118 (a safe_open handle is not a mapping)
                     slices[name] = handle.get_slice(name)
+            for name, info in self.tensors.items():
+                now = slices.get(name)
+                if now is None or now.get_dtype() != info.dtype or tuple(now.get_shape()) != info.shape:
+                    raise ArtifactError(
+                        f"{info.file}: changed while it was loaded ('{name}')", "Load it again"
+                    )
             yield slices, self.quantized
 
     def describe(self, name: str) -> FlatTensor:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # Keys that say how many modules, or labels, are made: everything else costs nothing on the meta device.
-_LAYERS = re.compile(r"(num_.*layers|n_layers?|depth|depths|layers)")
+_LAYERS = re.compile(r"(.*_)?(layers?|depths?|blocks?|stages)")
 _WIDE = re.compile(r"(num_labels|num_.*experts|n_.*experts)")
 # Elements that a model may make of itself whatever is stored: masks, positions.
 _FREE = 1 << 26

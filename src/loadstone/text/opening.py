@@ -40,7 +40,7 @@ def open_binary(path: Path) -> Iterator[IO[bytes]]:
             elif suffix == ".bz2":
                 handle = bz2.BZ2File(raw)
             elif suffix == ".xz":
-                handle = lzma.LZMAFile(raw)  # noqa: SIM115
+                handle = lzma.LZMAFile(raw, format=lzma.FORMAT_XZ)  # noqa: SIM115
             elif suffix == ".zst":
                 # Python has zstd from 3.14 on; datasets needs pyarrow anyway.
                 import pyarrow
