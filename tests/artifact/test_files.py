@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 from pathlib import Path
 
@@ -113,3 +114,27 @@ def test_errors_of_loadstone_and_the_machine_stay(error: BaseException) -> None:
     with pytest.raises(type(error)) as caught, translated("a.x: cannot be read"):
         raise error
     assert caught.value is error
+
+
+# Where a file of others is opened, or given to a library by its path, and nowhere else.
+OPENERS = {
+    "artifact/files.py": ("os.open(",),
+    "artifact/formats/safetensors.py": ("safe_open(",),
+    "artifact/formats/bin.py": ("torch.load(path",),
+}
+OWN = ("finalization/", "writing/", "cli/streams.py")  # what loadstone has written itself
+
+
+def test_there_is_one_opener() -> None:
+    source = Path(__file__).parents[2] / "src" / "loadstone"
+    opened = re.compile(
+        r"os\.open\(|safe_open\(|load_file\(|torch\.load\(path|\.open\(\"rb\"|\.read_bytes\(\)"
+    )
+    found = {
+        str(path.relative_to(source)): tuple(dict.fromkeys(names))
+        for path in sorted(source.rglob("*.py"))
+        if not str(path.relative_to(source)).startswith(OWN) and (names := opened.findall(path.read_text()))
+    }
+    # The package's own texts.
+    found.pop("text/corpus.py", None)
+    assert found == OPENERS

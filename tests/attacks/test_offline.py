@@ -1,7 +1,7 @@
 """A local model never opens a socket and runs no code of elsewhere, whatever its files name.
 
-One process reads every directory, by one command after another, and an audit hook ends it at the first connection, look-up of a
-name or other process.
+One process reads every directory, by one command after another, and an audit hook ends it at the first connection,
+look-up of a name or other process.
 """
 
 from __future__ import annotations
