@@ -1,6 +1,7 @@
 """Distributed checkpoints, written by torch itself in the shapes that FSDP and accelerate leave."""
 
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -49,3 +50,30 @@ def test_a_damaged_slice_is_named(run: Path) -> None:
     data.write_bytes(raw)
     with pytest.raises(ArtifactError, match=r"distcp: the slice of 'model\.|NaN"):
         loadstone.load(run)
+
+
+def test_slices_that_are_links_are_followed_in_threads(run: Path, tiny: Path, tmp_path: Path) -> None:
+    """Slices are read in other threads than the one that asked to follow links: the artifact carries the answer."""
+    for path in sorted(run.rglob("*")):
+        if path.is_file() or path.is_symlink():
+            elsewhere = tmp_path / "store" / path.relative_to(run)
+            elsewhere.parent.mkdir(parents=True, exist_ok=True)
+            path.rename(elsewhere)
+            path.symlink_to(elsewhere)
+    with pytest.raises(ArtifactError, match="--follow-links"):
+        loadstone.detect(run)
+    with loadstone.following_links():
+        artifact = loadstone.detect(run)
+        loadstone.finalize(artifact, tmp_path / "within", recipe=W4, verify=True)
+    with ThreadPoolExecutor(1) as pool:
+        model = pool.submit(loadstone.load, artifact).result()
+        pool.submit(loadstone.finalize, artifact, tmp_path / "after", recipe=W4).result()
+        pool.submit(loadstone.export_fakequant, artifact, tmp_path / "export", format="fp8").result()
+    assert torch.equal(logits(model), logits(stock(tiny)))
+    assert (tmp_path / "after" / "tokenizer.json").is_file() and (
+        tmp_path / "export" / "tokenizer.json"
+    ).is_file()
+    for name in ("within", "after"):
+        assert torch.equal(logits(loadstone.load(tmp_path / name)), logits(stock(tmp_path / "within")))
+    with pytest.raises(ArtifactError, match="--follow-links"):
+        loadstone.detect(run)

@@ -16,7 +16,15 @@ from loadstone.artifact.adapter import (
 )
 from loadstone.artifact.builtin import PREFIX, builtin_path
 from loadstone.artifact.context_file import CONTEXT_JSON, CONTEXT_TENSORS, is_context, read_context
-from loadstone.artifact.files import MAX_CONFIG_BYTES, Sink, check_inside, is_file, read_json, refuse
+from loadstone.artifact.files import (
+    MAX_CONFIG_BYTES,
+    Sink,
+    check_inside,
+    is_file,
+    links_followed,
+    read_json,
+    refuse,
+)
 from loadstone.artifact.formats.safetensors import TensorInfo
 from loadstone.artifact.formats.weights import (
     BIN,
@@ -95,6 +103,8 @@ class Artifact:
     adapter: Adapter | None = field(repr=False, default=None)
     # Number formats that its weights were stored in before they were decoded, oldest first; empty for others.
     decoded: tuple[str, ...] = ()
+    # Whether its files may be links out of the directory (see `following_links`).
+    follow_links: bool = field(repr=False, default_factory=links_followed)
 
     @property
     def own_path(self) -> Path:

@@ -44,12 +44,20 @@ _FOLLOWING: ContextVar[bool] = ContextVar("following_links", default=False)
 
 @contextmanager
 def following_links(follow: bool = True) -> Iterator[None]:
-    """Within the block, files of a model directory may be links that leave it, as in a folder of links."""
+    """Within the block, files of a model directory may be links that leave it, as in a folder of links.
+
+    It holds for this thread. What `detect` returned within the block may be read anywhere, also in other threads.
+    """
     token = _FOLLOWING.set(follow)
     try:
         yield
     finally:
         _FOLLOWING.reset(token)
+
+
+def links_followed() -> bool:
+    """Whether this is within `following_links`: what directories and sources take over when they are opened."""
+    return _FOLLOWING.get()
 
 
 def check_inside(directory: Path, name: str) -> Path:
@@ -78,7 +86,7 @@ def check_inside(directory: Path, name: str) -> Path:
     # A checkpoint's folder within a repository links to the same blobs as the repository's own files.
     snapshots = [folder for folder in (root, *root.parents) if folder.parent.name == "snapshots"]
     allowed = [root, *((folder.parent.parent / "blobs").resolve() for folder in snapshots)]
-    if not _FOLLOWING.get() and not any(target.is_relative_to(a) for a in allowed):
+    if not links_followed() and not any(target.is_relative_to(a) for a in allowed):
         raise ArtifactError(
             f"'{name}' is a link that leaves the directory (to {target})",
             "Copy the file itself, or pass --follow-links if you trust the directory",

@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from loadstone.artifact.files import Sink, open_regular
+from loadstone.artifact.files import Sink, following_links, links_followed, open_regular
 from loadstone.artifact.formats.safetensors import TensorInfo, open_tensors
 from loadstone.artifact.formats.weights import FSDP_BIN, TensorTable, WeightFiles, check_index, read_tensors
 from loadstone.artifact.torchao.checks import SUBCLASSES, FlatTensor, unknown_class_hint
@@ -257,6 +257,7 @@ class DcpSource:
     metadata: dict[str, str] = field(default_factory=dict)
     shared: tuple[tuple[str, ...], ...] = ()
     foreign: tuple[ArtifactError, ...] = ()
+    follow_links: bool = field(default_factory=links_followed)
     content: ClassVar[str] = "describes a torch distributed checkpoint"
     streamable: ClassVar[bool] = False
     mappable: ClassVar[bool] = False
@@ -279,7 +280,8 @@ class DcpSource:
         from loadstone.artifact.formats.dcp import load_tensor
         from loadstone.artifact.values import check_tensor
 
-        whole = load_tensor(self.directory, info, self.contents.chunks[info.name])
+        with following_links(self.follow_links):
+            whole = load_tensor(self.directory, info, self.contents.chunks[info.name])
         check_tensor(whole, info)
         return whole if stop is None else whole.reshape(-1)[start:stop]
 

@@ -317,7 +317,9 @@ def _refuse_for_tables(context: typer.Context, models: list[str]) -> None:
     from loadstone.evaluation.options import refuse_for_tables
 
     if any(context_kind(Path(model)) in TABLE_KINDS for model in models):
-        refuse_for_tables([name for name in options.given(context) if name not in ("json_to", "fail_if")])
+        refuse_for_tables(
+            [name for name in options.given(context) if name not in ("json_to", "fail_if", "follow_links")]
+        )
 
 
 def _render(result: Evaluation) -> None:

@@ -51,7 +51,7 @@ def command(
     if is_context(directory):
         from loadstone.cli import context_facts
 
-        options.only(context, {"directory", "verify", "json_to"}, "on a fitted context")
+        options.only(context, {"directory", "verify", "follow_links", "json_to"}, "on a fitted context")
         problem = context_facts.inspect(directory, verify=verify, json_to=json_to)
         if problem is not None:
             raise typer.Exit(problem.exit_code)

@@ -47,6 +47,7 @@ def command(
         ),
     ] = None,
     base: options.Base = None,
+    follow_links: options.FollowLinks = False,
     quantiles: Annotated[
         str | None,
         typer.Option(

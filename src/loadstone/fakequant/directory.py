@@ -8,6 +8,7 @@ from pathlib import Path
 
 from loadstone.artifact import Artifact, TensorInfo
 from loadstone.artifact.detect import ADAPTER, DENSE, FAKEQUANT, QAT
+from loadstone.artifact.files import following_links
 from loadstone.errors import ArtifactError
 from loadstone.fakequant.export import (
     Exported,
@@ -114,7 +115,8 @@ def export_directory(
         where = f"cuda:{ranks.local_rank}"
     copies = find_sidecars(artifact, remote_code=False)
     if remote_code == COPY:
-        copies |= code_files(artifact.path, artifact.config)
+        with following_links(artifact.follow_links):
+            copies |= code_files(artifact.path, artifact.config)
     state = state or QuantizerState()
     _check_aliases(artifact, plan)
 

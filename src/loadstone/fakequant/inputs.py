@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
+from loadstone.artifact.files import following_links
 from loadstone.artifact.kinds import FAKEQUANT
 from loadstone.errors import ArtifactError
 from loadstone.fakequant.state import INPUT, QuantizerState, read_state
@@ -110,4 +111,6 @@ def apply_export(model: Any, artifact: Artifact) -> int:
     """The same for an export's own quantizers; 0 for any other artifact."""
     if artifact.kind != FAKEQUANT:
         return 0
-    return apply_state(model, read_state(Path(artifact.path)))
+    with following_links(artifact.follow_links):
+        state = read_state(Path(artifact.path))
+    return apply_state(model, state)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from loadstone.artifact import Artifact, FlatTensor, TensorInfo
 from loadstone.artifact.compressed_tensors.tensors import is_side_tensor
 from loadstone.artifact.detect import DENSE
+from loadstone.artifact.files import following_links
 from loadstone.artifact.manifest import read_manifest
 from loadstone.artifact.packed import Packed
 from loadstone.artifact.source import Source
@@ -75,7 +76,8 @@ def _described(source: DecodedSource) -> str:
 def _recorded(artifact: Artifact) -> tuple[str, ...]:
     """What the artifact's own source was decoded from, as its manifest says."""
     try:
-        source = (read_manifest(artifact.path) or {}).get("source")
+        with following_links(artifact.follow_links):
+            source = (read_manifest(artifact.path) or {}).get("source")
     except ArtifactError:
         return ()
     found = source.get("decoded") if isinstance(source, dict) else None

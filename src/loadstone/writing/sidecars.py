@@ -10,7 +10,7 @@ from pathlib import Path
 
 from loadstone.artifact import Artifact
 from loadstone.artifact.adapter import ADAPTER_CONFIG
-from loadstone.artifact.files import check_inside, is_file, read_json, read_text
+from loadstone.artifact.files import check_inside, following_links, is_file, read_json, read_text
 from loadstone.errors import ArtifactError
 
 # Not carried over from a model directory, by what they are; everything else is.
@@ -49,13 +49,14 @@ def find_sidecars(artifact: Artifact, *, remote_code: bool = True) -> dict[str, 
 
     ``remote_code``: see `sidecars_in`. What stays behind is said in one line of the log.
     """
-    if artifact.adapter is None:
-        return sidecars_in(tuple(reversed(artifact.sidecar_dirs)), remote_code=remote_code)
-    # The output holds the base with the adapter merged in: it is not an adapter itself.
-    own = sidecars_in((artifact.adapter.directory,), remote_code=remote_code)
-    return sidecars_in((artifact.path,), remote_code=remote_code) | {
-        n: p for n, p in own.items() if n != ADAPTER_CONFIG
-    }
+    with following_links(artifact.follow_links):
+        if artifact.adapter is None:
+            return sidecars_in(tuple(reversed(artifact.sidecar_dirs)), remote_code=remote_code)
+        # The output holds the base with the adapter merged in: it is not an adapter itself.
+        own = sidecars_in((artifact.adapter.directory,), remote_code=remote_code)
+        return sidecars_in((artifact.path,), remote_code=remote_code) | {
+            n: p for n, p in own.items() if n != ADAPTER_CONFIG
+        }
 
 
 def sidecars_in(directories: tuple[Path, ...], remote_code: bool = False) -> dict[str, Path]:
