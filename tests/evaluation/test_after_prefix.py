@@ -7,10 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.small_models import make_model, make_tokenizer, save
 
+import loadstone
 from loadstone.context.prefix.base import language_artifact, load_language_model
 from loadstone.context.prefix.fit import encode_prompt, make_prefix
 from loadstone.context.prefix.store import save_prefix
@@ -148,3 +151,25 @@ def test_tasks_after_a_prefix(
         ask("generate_until", [(prompt + c, generation) for c in contexts[:3]]), disable_tqdm=True
     )
     assert found == expected
+
+
+def test_windows_beyond_what_the_model_was_made_for(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """After a prefix too, with one warning and the plain loop's losses."""
+    tokenizer = make_tokenizer()
+    base = save(
+        make_model(max_position_embeddings=64, vocab_size=len(tokenizer)), tokenizer, tmp_path / "base"
+    )
+    (tmp_path / "prompt.txt").write_text("The dog ran to the river. " * 3)
+    (tmp_path / "text.txt").write_text("The cat sat by the tree and saw the dog. " * 6)
+    loadstone.fit(base, tmp_path / "prefix", prompt=tmp_path / "prompt.txt")
+    caplog.clear()
+    found = loadstone.evaluate(tmp_path / "prefix", data=tmp_path / "text.txt", context_length=200)
+    assert sum("more than the 64 positions" in r.message for r in caplog.records) == 1
+    start = tokenizer(str((tmp_path / "prompt.txt").read_text()))["input_ids"]
+    own = tokenizer((tmp_path / "text.txt").read_text().strip("\n"))["input_ids"]
+    model = loadstone.load(base, dtype="float32")
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([start + own]), use_cache=False).logits[0].log_softmax(-1)
+    expected = [-float(logits[len(start) - 1 + at, token]) for at, token in enumerate(own)]
+    assert len(start) + len(own) > 64
+    assert np.allclose(next(iter(found.values.values()))["nll"], expected, atol=2e-5)

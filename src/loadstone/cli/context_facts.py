@@ -61,6 +61,7 @@ def prefix_facts(context: ContextFile, verified: bool) -> dict[str, Any]:
         "layers": {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)},
         "bytes": context.tensor_bytes,
         "file_bytes": context.file_bytes,
+        "continuation": described.get("continuation"),
         "numerics": described["numerics"],
         "tokenizer": described["tokenizer"],
         "base": {
@@ -96,12 +97,22 @@ def _show_prefix(found: dict[str, Any]) -> None:
             else "",
         ],
         ["needs template", f"{template[:16]}…" if template else "none" if tokenizer else ""],
+        ["continues", _continuation(found["continuation"])],
         ["computes in", found["numerics"]["dtype"]],
         ["made with", f"torch {found['numerics']['torch']} on {found['numerics']['device']}"],
         ["use", "loadstone eval -M, or loadstone.load_context in Python"],
         ["disclosure", "keys and values give the prompt away: treat it as that text"],
     ]
     _print(found, rows)
+
+
+def _continuation(found: dict[str, Any] | None) -> str:
+    """How far tokens after a prefix were from one uncached pass when it was made."""
+    if not found:
+        return ""
+    largest = max(found[name] for name in ("logits", "generation", "padded") if found[name] is not None)
+    alone = "" if found["padding"] else "; texts of different lengths one at a time"
+    return f"as one uncached pass does, to {largest:.1e} in log-probabilities{alone}"
 
 
 def _print(found: dict[str, Any], rows: list[list[str]]) -> None:

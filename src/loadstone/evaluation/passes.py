@@ -23,11 +23,12 @@ from loadstone.evaluation.record import Cost
 from loadstone.evaluation.results.store import Store, entry_key, merge_partials
 from loadstone.evaluation.scoring.batching import choose_batch_size
 from loadstone.evaluation.scoring.divergence import score_pair
-from loadstone.evaluation.scoring.lengths import batch_regime, length_regime
+from loadstone.evaluation.scoring.lengths import batch_regime
 from loadstone.evaluation.scoring.losses import BatchMaker, Timing, Values, check_finite, plan_batches, score
 from loadstone.evaluation.scoring.shared_text import score_shared
 from loadstone.evaluation.scoring.speed import measure_speed
 from loadstone.evaluation.task import Task
+from loadstone.loading.positions import length_regime
 from loadstone.ranks import Ranks
 
 log = logging.getLogger(__name__)

@@ -15,7 +15,8 @@ from loadstone.evaluation.options import DEFAULT_CACHE, Options
 from loadstone.evaluation.results.compare import Units, make_units
 from loadstone.evaluation.scoring.compiling import compiling_pays
 from loadstone.loading import load_tokenizer
-from loadstone.loading.model_class import load_config, positions
+from loadstone.loading.model_class import load_config
+from loadstone.loading.positions import positions, same_frequencies
 from loadstone.text.chat import ChatTemplate
 from loadstone.text.corpus import Corpus, read_corpus
 from loadstone.text.tokens import (
@@ -95,13 +96,15 @@ def make_task(options: Options, subjects: tuple[EvalModel, ...]) -> Task:
                 f"'{first.name}' and '{other.name}' {what} differently: no comparison",
                 "Evaluate them one at a time and compare bits_per_byte",
             )
-    longest = longest_context(subjects, options)
     length = 0 if prefix is None else prefix.facts["prompt"]["tokens"]
-    if prefix is not None and longest is not None:
-        # The prefix's last token is counted as part of the window.
-        longest -= length - 1
-        if longest < 2:
-            raise UsageError(f"the prefix of {length} tokens leaves no room for text", "Make a shorter one")
+    # The prefix's last token is counted as part of the window.
+    before = max(length - 1, 0)
+    longest = longest_context(subjects, options, before)
+    if longest is not None and longest < 2:
+        raise UsageError(
+            f"the prefix of {length} tokens leaves no room for text",
+            "Make a shorter one, or ask for more positions than the model was made for (--context-length)",
+        )
     protocol = make_protocol(
         stream,
         dtype=first.plan.dtype,
@@ -138,22 +141,23 @@ def _chat(options: Options, tokenizer: Any) -> ChatTemplate:
     return ChatTemplate(tokenizer, tokenizer.bos_token if starts else "")
 
 
-def longest_context(subjects: tuple[EvalModel, ...], options: Options) -> int | None:
-    """The most tokens that all models take: more than they were made for where ``--context-length`` asks for it and
-    their positions can be computed, with a warning."""
-    asked = options.context_length or 0
+def longest_context(subjects: tuple[EvalModel, ...], options: Options, before: int = 0) -> int | None:
+    """The most tokens of a window that all models take after ``before`` others: more than they were made for where
+    ``--context-length`` asks for it and their positions can be computed, with a warning."""
+    asked = before + (options.context_length or 0)
     limits = []
     for subject in subjects:
-        limit, extends = positions(load_config(subject.plan.artifact, subject.plan.trust_remote_code))
-        if limit is None:
-            continue
-        if asked > limit and extends and subject.prefix is None:
+        config = load_config(subject.plan.artifact, subject.plan.trust_remote_code)
+        limit, extends = positions(config)
+        if limit is not None and asked > limit and extends:
             log.warning(
                 "%s: --context-length %d is more than the %d positions it was made for: losses beyond them may be high",
                 subject.name, asked, limit,
             )  # fmt: skip
             limit = asked
-        limits.append(limit)
+        # Keys and values of a prefix have the frequencies that it was read with.
+        most = same_frequencies(config, before + 1) if subject.prefix is not None else None
+        limits += [value - before for value in (limit, most) if value is not None]
     return min(limits, default=None)
 
 

@@ -98,7 +98,9 @@ def token_batches(
     """
     import torch
 
-    limit = min(_CONTEXT, getattr(config.get_text_config(), "max_position_embeddings", None) or _CONTEXT)
+    from loadstone.loading.positions import positions
+
+    limit = min(_CONTEXT, positions(config).limit or _CONTEXT)
     texts = [d for d in documents if isinstance(d, str)]
     tokenizer = None
     if texts:

@@ -165,11 +165,13 @@ def calibration_rows(
     import torch
 
     from loadstone.loading.loader import load_tokenizer, using
+    from loadstone.loading.model_class import load_config
+    from loadstone.loading.positions import positions
     from loadstone.text.corpus import read_corpus
     from loadstone.text.tokens import require_known
 
     tokenizer = load_tokenizer(plan.source, trust_remote_code=trust_remote_code)
-    length = min(_ROW_TOKENS, int(plan.config.get("max_position_embeddings") or _ROW_TOKENS))
+    length = min(_ROW_TOKENS, positions(load_config(plan.source, trust_remote_code)).limit or _ROW_TOKENS)
     documents = read_corpus(str(text)).documents if isinstance(text, str | Path) else text
     ids: list[int] = []
     for document in documents:

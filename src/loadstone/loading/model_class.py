@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from loadstone.artifact import Artifact
 from loadstone.artifact.files import check_folder
@@ -73,27 +73,6 @@ def model_class_of(config: Any, artifact: Artifact, trust_remote_code: bool = Fa
             except ValueError:  # a class that transformers names and does not have
                 continue
     raise ArtifactError(f"{artifact.path}/config.json: no model class for '{config.model_type}'", _UPDATE)
-
-
-class Positions(NamedTuple):
-    """How many positions a model was made for (None: any number), and whether it can compute more: rotary embeddings
-    are computed for any position, learned ones are rows of a table."""
-
-    limit: int | None
-    extends: bool
-
-
-def positions(config: Any) -> Positions:
-    """The positions of a transformers config: of its text part where it has several."""
-    text = config.get_text_config()
-    for name in ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length"):
-        try:
-            limit = getattr(text, name, None)
-        except NotImplementedError:  # XLNet's answer for a model without a limit
-            continue
-        if isinstance(limit, int) and limit > 0:
-            return Positions(limit, bool(getattr(text, "rope_parameters", None)))
-    return Positions(None, True)
 
 
 def _own_code(auto_map: dict[str, Any], architectures: Sequence[str]) -> str | None:

@@ -9,11 +9,18 @@ import pytest
 import torch
 from tests.context.prefix.test_prefix import _SIZES
 
+from loadstone.context.prefix import continuation
 from loadstone.context.prefix.fit import make_prefix
 from loadstone.context.prefix.store import save_prefix
-from loadstone.errors import ArtifactError
+from loadstone.errors import ArtifactError, UsageError
 
 _IDS = torch.arange(3, 43)[None]
+
+
+@pytest.fixture(autouse=True)
+def nothing_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What other tests found of an architecture is no answer for models with hooks."""
+    monkeypatch.setattr(continuation, "_FOUND", {})
 
 
 def _model(stem: str, **options: Any) -> Any:
@@ -57,3 +64,116 @@ def test_noise_of_rounding_is_no_error() -> None:
     for layer in model.model.layers:
         layer.mlp.register_forward_pre_hook(rounded)
     make_prefix(model, _IDS)
+
+
+_LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0] * 8,
+    "long_factor": [4.0] * 8,
+    "original_max_position_embeddings": 48,
+}
+_DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("rope", "length", "request_", "works"),
+    [
+        (_LONGROPE, 30, 10, True),
+        (_LONGROPE, 30, 30, False),  # crosses
+        (_LONGROPE, 60, 30, True),  # all of it long
+        (_DYNAMIC, 30, 30, True),
+        (_DYNAMIC, 30, 40, False),
+    ],
+)
+def test_requests_keep_the_frequencies_of_their_prefix(
+    rope: dict[str, Any], length: int, request_: int, works: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from loadstone.context.prefix import fit
+
+    monkeypatch.setattr(fit, "_CHUNK", {"cpu": 16, "cuda": 16})
+    sizes = {"num_attention_heads": 4, "head_dim": 16, "max_position_embeddings": 64, "rope_parameters": rope}
+    if rope is _LONGROPE:
+        sizes["max_position_embeddings"] = 256
+    model = _model("Llama", **sizes)
+    ids = torch.arange(2, 2 + length + request_)[None]
+    cache = make_prefix(model, ids[:, :length])
+    with torch.no_grad():
+        expected = model(input_ids=ids, use_cache=False).logits[:, length:]
+        if works:
+            found = model(input_ids=ids[:, length:], past_key_values=cache.fork(), use_cache=True).logits
+            assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
+        else:
+            with pytest.raises(UsageError, match="rotary frequencies change"):
+                model(input_ids=ids[:, length:], past_key_values=cache.fork(), use_cache=True)
+
+
+def test_a_prefix_longer_than_the_model_was_made_for() -> None:
+    ids = torch.arange(2, 92)[None]
+    model = _model("Llama", max_position_embeddings=64)
+    cache = make_prefix(model, ids[:, :70])
+    with torch.no_grad():
+        expected = model(input_ids=ids, use_cache=False).logits[:, 70:]
+        found = model(input_ids=ids[:, 70:], past_key_values=cache.fork(), use_cache=True).logits
+    assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
+    with pytest.raises(UsageError, match="70 tokens and the model 64 positions"):
+        make_prefix(_model("GPTBigCode", max_position_embeddings=64), ids[:, :70])
+    dynamic = _model("Llama", max_position_embeddings=64, rope_parameters=_DYNAMIC)
+    with pytest.raises(UsageError, match="rotary frequencies change"):
+        make_prefix(dynamic, ids[:, :70])
+
+
+def test_what_was_compared_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And compared again where other libraries would continue."""
+    from loadstone.artifact.context_file import read_context
+    from loadstone.context.prefix import store
+
+    model = _model("Llama")
+    save_prefix(make_prefix(model, _IDS), tmp_path / "a")
+    facts = read_context(tmp_path / "a").facts["continuation"]
+    assert 0 < max(facts["logits"], facts["generation"], facts["padded"]) < continuation.TOLERANCE
+    assert facts["padding"] is True
+    assert facts["transformers"] == continuation.versions()["transformers"]
+    calls = []
+    monkeypatch.setattr(store, "check", lambda model, **_: calls.append(1) or found)
+    found = continuation.Continuation.from_json(facts)
+    assert found is not None
+    store.load_prefix(tmp_path / "a", model)
+    assert not calls
+    monkeypatch.setattr(continuation, "versions", lambda: {"torch": "1", "transformers": "1"})
+    store.load_prefix(tmp_path / "a", model)
+    assert calls
+    for damage in ({"padding": 1}, {"logits": None}, {"generation": "0"}):
+        assert continuation.Continuation.from_json(facts | damage | continuation.versions()) is None
+
+
+def _hooked(model: Any, change: Any) -> Any:
+    """The model with keyword arguments of its forward changed by ``change``."""
+
+    def hook(_: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        change(kwargs)
+        return args, kwargs
+
+    model.register_forward_pre_hook(hook, with_kwargs=True)
+    return model
+
+
+def test_a_model_that_ignores_its_mask_takes_no_padding() -> None:
+    def change(kwargs: dict[str, Any]) -> None:
+        kwargs["attention_mask"] = None
+
+    cache = make_prefix(_hooked(_model("Llama", initializer_range=0.2), change), _IDS)
+    assert not cache.takes_padding
+
+
+def test_a_model_that_generates_otherwise_is_refused() -> None:
+    def change(kwargs: dict[str, Any]) -> None:
+        # Only generation gives positions.
+        if kwargs.get("position_ids") is not None:
+            kwargs["position_ids"] = torch.zeros_like(kwargs["position_ids"])
+
+    model = _hooked(_model("Llama", initializer_range=0.2), change)
+    with pytest.raises(ArtifactError, match="in tokens generated after a cached beginning"):
+        make_prefix(model, _IDS)
+    # eval's own use of a prefix does not generate.
+    make_prefix(model, _IDS, generates=False)

@@ -19,6 +19,7 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 from loadstone.context.prefix.attention import MARK, NAME
 from loadstone.context.prefix.stored_states import Stored, keep
 from loadstone.errors import ArtifactError, UsageError
+from loadstone.loading.positions import same_frequencies
 
 FULL, SLIDING, LINEAR, EMPTY = "full", "sliding", "linear", "empty"
 
@@ -60,6 +61,8 @@ class Prefix:
     template: bool = False
     model: Any = None
     tokenizer: Any = None
+    # Whether the model was found to take a padded batch after a prefix; True where that was not tried.
+    padding: bool = True
 
     @property
     def length(self) -> int:
@@ -89,6 +92,7 @@ class SharedLayer(DynamicLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
+        self.owner.require_room(self.get_seq_length() + key_states.shape[-2])
         keys, values = key_states, value_states
         if self.is_initialized and self.keys.numel():
             keys, values = torch.cat([self.keys, keys], -2), torch.cat([self.values, values], -2)
@@ -163,6 +167,7 @@ class SlidingLayer(DynamicSlidingWindowLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
+        self.owner.require_room(self.cumulative_length + key_states.shape[-2])
         if not self.is_initialized:
             assert self.state.keys is not None and self.state.values is not None
             self.lazy_initialization(key_states, value_states)
@@ -239,6 +244,8 @@ class PrefixCache(Cache):
         self.prefix = prefix
         self.keeps = keeps
         self.share = share
+        model = prefix.model
+        self.most = None if model is None else same_frequencies(model.config, prefix.length)
         layers: list[Any] = []
         for state in prefix.layers:
             if state.kind == EMPTY:
@@ -258,6 +265,20 @@ class PrefixCache(Cache):
         """A cache for another request, sharing this one's prefix. ``batch`` matters to linear attention only."""
         return PrefixCache(self.prefix, batch=batch, keeps=keeps, share=self.share)
 
+    def require_room(self, tokens: int) -> None:
+        """Raise UsageError where prefix and request together are so long that rotary frequencies change."""
+        most = (
+            None
+            if self.prefix.model is None
+            else same_frequencies(self.prefix.model.config, self.prefix.length)
+        )
+        if most is not None and tokens > most:
+            raise UsageError(
+                f"prefix and request have {tokens} tokens: beyond {most} this model's rotary frequencies change, and "
+                f"the prefix keeps those of its {self.prefix.length} tokens",
+                "Shorten the request, or read all of it without a prefix",
+            )
+
     @property
     def shares(self) -> bool:
         """Whether the model's attention reads the prefix where it lies."""
@@ -268,7 +289,7 @@ class PrefixCache(Cache):
     def takes_padding(self) -> bool:
         """Whether padding between the prefix and a request's tokens leaves no trace. Windows count padding as tokens,
         and linear attention reads it."""
-        return all(state.kind in (FULL, EMPTY) for state in self.prefix.layers)
+        return self.prefix.padding and all(state.kind in (FULL, EMPTY) for state in self.prefix.layers)
 
     @property
     def tokens(self) -> Tensor:
@@ -308,8 +329,8 @@ class PrefixCache(Cache):
         width = max(map(len, ids))
         if min(map(len, ids)) < width and not self.takes_padding:
             raise UsageError(
-                "this model's sliding-window or linear attention sees padding: texts of different lengths cannot go "
-                "into one batch after a prefix",
+                "this model sees padding (sliding windows and linear attention do): texts of different lengths cannot "
+                "go into one batch after a prefix",
                 "Give them one at a time",
             )
         padded = torch.zeros(len(ids), width, dtype=torch.long)

@@ -14,11 +14,12 @@ from torch import Tensor
 from loadstone.artifact.files import MAX_CONFIG_BYTES, read_text
 from loadstone.context.prefix.attention import NAME, register
 from loadstone.context.prefix.cache import Prefix, PrefixCache, capture, text_config
-from loadstone.context.prefix.continuation import check_continues
+from loadstone.context.prefix.continuation import Continuation, check_continues
 from loadstone.context.prefix.stored_states import check_kind
 from loadstone.errors import ArtifactError, LoadstoneError, UsageError
 from loadstone.loading.layers import hidden_parts
 from loadstone.loading.loader import using
+from loadstone.loading.positions import length_regime, positions, same_frequencies
 from loadstone.text.chat import render_messages
 
 log = logging.getLogger(__name__)
@@ -83,31 +84,55 @@ def make_prefix(
     template: bool = False,
     tokenizer: Any = None,
     share: bool = True,
+    generates: bool = True,
 ) -> PrefixCache:
     """Read ``tokens``, int64 (1, P), with a transformers causal model, once, and keep what its layers need of them.
 
     ``cache_kind``: `stored_states.CACHE_KINDS` (None: the model's dtype). ``share``: let the model's attention read the
-    prefix in place where it can (`share_attention`). Raises UsageError for more tokens than the model has positions,
-    ArtifactError for layers whose state cannot be kept, for states that are not finite, and for a model that does not
-    continue after a prefix as in one pass (`check_continues`).
+    prefix in place where it can (`share_attention`). ``generates``: compare generation after a prefix too. Raises
+    UsageError for more tokens than the model has positions, ArtifactError for layers whose state cannot be kept, for
+    states that are not finite, and for a model that does not continue as in one pass (`check_continues`).
     """
     device = model.get_input_embeddings().weight.device
     dtype = compute_dtype(model)
     kind = check_kind(cache_kind, dtype)
     length = tokens.shape[1]
-    limit = getattr(text_config(model), "max_position_embeddings", None)
-    if isinstance(limit, int) and length >= limit:
-        raise UsageError(
-            f"the prefix has {length} tokens and the model {limit} positions",
-            "Shorten it: requests need room too",
-        )
-    plain = str(dtype).removeprefix("torch.")
-    check_continues(model, lambda ids: PrefixCache(_read(model, ids, plain), share=False))
-    prefix = replace(_read(model, tokens.to(device), kind), text=text, template=template, tokenizer=tokenizer)
+    require_room(model.config, length)
+    continuation = check(model, generates=generates)
+    prefix = replace(
+        _read(model, tokens.to(device), kind),
+        text=text, template=template, tokenizer=tokenizer, padding=continuation.padding,
+    )  # fmt: skip
     found = PrefixCache(prefix)
     if share:
         share_attention(found)
     return found
+
+
+def check(model: Any, *, generates: bool = True) -> Continuation:
+    """`check_continues` of a model, with prefixes as `make_prefix` reads them."""
+    plain = str(compute_dtype(model)).removeprefix("torch.")
+    return check_continues(
+        model, lambda ids: PrefixCache(_read(model, ids, plain), share=False), generates=generates
+    )
+
+
+def require_room(config: Any, length: int) -> bool:
+    """Whether a prefix of ``length`` tokens and a request after it are more than a model was made for, which rotary
+    embeddings allow. Raises UsageError where it has no such positions, or where they change with every token."""
+    limit, extends = positions(config)
+    most = same_frequencies(config, length)
+    if limit is not None and length >= limit and not extends:
+        raise UsageError(
+            f"the prefix has {length} tokens and the model {limit} positions",
+            "Shorten it: requests need room too",
+        )
+    if most is not None and length >= most:
+        raise UsageError(
+            f"the prefix has {length} tokens, and beyond {most} this model's rotary frequencies change",
+            "Shorten it: keys and values keep the frequencies that they were computed with",
+        )
+    return limit is not None and length >= limit
 
 
 def _read(model: Any, tokens: Tensor, kind: str) -> Prefix:
@@ -123,6 +148,9 @@ def _read(model: Any, tokens: Tensor, kind: str) -> Prefix:
         for part in hidden_parts(model)
     ]
     step = _CHUNK.get(device.type, _CHUNK["cuda"])
+    if length_regime(model.config) is not None:
+        # In parts, the first tokens would get the frequencies of short texts.
+        step = length
     try:
         with torch.inference_mode(False):
             for at in range(0, length, step):

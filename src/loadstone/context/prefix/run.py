@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,15 @@ from loadstone.artifact import Artifact
 from loadstone.artifact.detect import detect
 from loadstone.context.prefix.base import language_artifact, load_language_model, recipe_of
 from loadstone.context.prefix.cache import PrefixCache
-from loadstone.context.prefix.fit import encode_prompt, make_prefix, read_prompt
+from loadstone.context.prefix.fit import encode_prompt, make_prefix, read_prompt, require_room
 from loadstone.context.prefix.store import save_prefix
 from loadstone.context.prefix.stored_states import QUANTIZED, check_kind
 from loadstone.errors import UsageError
 from loadstone.loading.language_model import require_language_model
+from loadstone.loading.model_class import load_config
 from loadstone.writing.publish import check_output
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,13 +73,9 @@ def plan_prefix(
     tokens, text, template = encode_prompt(
         read, load_tokenizer(artifact, trust_remote_code=trust_remote_code)
     )
+    if require_room(load_config(artifact, trust_remote_code), tokens.shape[1]):
+        log.warning("%s: %d tokens are more than the model was made for", prompt, tokens.shape[1])
     config = artifact.config | (artifact.config.get("text_config") or {})
-    limit = config.get("max_position_embeddings") or config.get("n_positions")
-    if isinstance(limit, int) and tokens.shape[1] >= limit:
-        raise UsageError(
-            f"{prompt} has {tokens.shape[1]} tokens and the model {limit} positions",
-            "Shorten it: requests need room too",
-        )
     if dtype == "auto":
         on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
         stored = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16").removeprefix("torch.")

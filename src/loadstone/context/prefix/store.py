@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,8 @@ from loadstone.context.prefix.base import (
     tokenizer_facts,
 )
 from loadstone.context.prefix.cache import EMPTY, FULL, LINEAR, SLIDING, LayerState, Prefix, PrefixCache
-from loadstone.context.prefix.fit import compute_dtype, last_only, share_attention
+from loadstone.context.prefix.continuation import Continuation, versions
+from loadstone.context.prefix.fit import check, compute_dtype, last_only, share_attention
 from loadstone.context.prefix.stored_states import CACHE_KINDS, Stored, check_kind
 from loadstone.errors import ArtifactError, LoadstoneError, MissingError
 from loadstone.writing.contexts import write_context
@@ -134,11 +136,13 @@ def describe(prefix: Prefix, source: Artifact | None) -> dict[str, Any]:
             "extendable": True,
         },
         "layers": [_layer_facts(layer) for layer in prefix.layers],
+        # Of this process: nothing is compared again.
+        "continuation": check(model).to_json(),
         "numerics": {
             "dtype": _name(prefix.dtype),
             "device": prefix.tokens.device.type,
             "torch": torch.__version__,
-            "transformers": _transformers(),
+            "transformers": versions()["transformers"],
             "probe_tolerance": PROBE_TOLERANCE[_name(prefix.dtype)],
         },
         # Anyone with the model can recover the prompt from keys and values.
@@ -209,8 +213,8 @@ def bind_prefix(
             f"the base model '{name}' computes in {_name(compute_dtype(model))}, the prefix was made in {dtype}",
             "Load the base in that dtype",
         )
-    prefix = _read(file, model, tokenizer)
-    cache = PrefixCache(prefix)
+    continuation = Continuation.from_json(file.facts.get("continuation")) or check(model)
+    cache = PrefixCache(replace(_read(file, model, tokenizer), padding=continuation.padding))
     if share:
         share_attention(cache)
     _check_probe(cache, file)
@@ -411,12 +415,6 @@ def _tokenizer(artifact: Artifact, trust_remote_code: bool) -> Any:
     from loadstone.loading import load_tokenizer
 
     return load_tokenizer(artifact, trust_remote_code=trust_remote_code)
-
-
-def _transformers() -> str:
-    from importlib.metadata import version
-
-    return version("transformers")
 
 
 def _short(value: Any) -> str:

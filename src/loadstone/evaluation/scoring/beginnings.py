@@ -41,7 +41,7 @@ class Beginnings:
         if not self.works:
             return None
         try:
-            cache = make_prefix(self.model, torch.tensor([list(tokens)]))
+            cache = make_prefix(self.model, torch.tensor([list(tokens)]), generates=False)
             # The first few tokens of one request show whether a continuation is right; a later one may be longer.
             if (count := min(len(rest), _TOKENS)) > self._compared:
                 self._compare(cache, rest[:count])

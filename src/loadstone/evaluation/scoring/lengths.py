@@ -6,39 +6,13 @@ where they get the frequencies that each gets alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
+from loadstone.loading.positions import Regime
 from loadstone.text.tokens import Protocol
-
-# What the frequencies for so many tokens depend on: rows with equal keys may share a batch.
-Regime = Callable[[int], Hashable]
-
-
-def length_regime(config: Any) -> Regime | None:
-    """How a model's frequencies depend on the number of tokens in a row; None where they do not."""
-    text = config.get_text_config()
-    parameters = getattr(text, "rope_parameters", None) or {}
-    each = (
-        [parameters] if "rope_type" in parameters else [p for p in parameters.values() if isinstance(p, dict)]
-    )
-    # "dynamic" frequencies are others for each length beyond the first limit, "longrope" has two sets.
-    dynamic = any("dynamic" in str(p.get("rope_type")) for p in each)
-    limits = [
-        p.get("original_max_position_embeddings") or text.max_position_embeddings
-        for p in each
-        if p.get("rope_type") == "longrope"
-    ]
-    if not dynamic and not limits:
-        return None
-
-    def regime(length: int) -> Hashable:
-        beyond = dynamic and length > text.max_position_embeddings
-        return length if beyond else 0, tuple(length > limit for limit in limits)
-
-    return regime
 
 
 def batch_regime(regimes: Sequence[Regime | None], protocol: Protocol) -> Regime | None:

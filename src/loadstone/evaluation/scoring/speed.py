@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from loadstone.evaluation.measure import peak_bytes, reset_peak
-from loadstone.loading.model_class import positions
+from loadstone.loading.positions import positions
 
 _PROMPT, _WRITTEN, _RUNS = 512, 16, 3
 
