@@ -6,9 +6,9 @@ TensorRT-LLM (2026), transformers 5.23 with compressed-tensors 0.20.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from math import gcd
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from loadstone.artifact.compressed_tensors import PackedWeight
 from loadstone.artifact.compressed_tensors.merging import largest_division, merged_sets
@@ -21,6 +21,14 @@ TRANSFORMERS, VLLM, SGLANG, TENSORRT = "transformers", "vLLM", "SGLang", "Tensor
 SERVERS = (TRANSFORMERS, VLLM, SGLANG, TENSORRT)
 
 
+# Model types whose experts transformers 5.23 loads from one tensor of all of them only. loadstone merges others too.
+MERGED_ONLY = frozenset((
+    "aria", "aria_text", "diffusion_gemma", "diffusion_gemma_text", "gemma4", "gemma4_text", "gemma4_unified",
+    "gemma4_unified_text", "gpt_oss", "hy_v4", "inkling_text", "inkling2", "inkling2_text", "mistral4", "muse_spark",
+    "muse_spark_text", "qwen3_vl_moe", "qwen3_vl_moe_text", "zaya",
+))  # fmt: skip
+
+
 class Runs(NamedTuple):
     """Whether a server runs a scheme, and how: the kernels, or why not."""
 
@@ -31,15 +39,25 @@ class Runs(NamedTuple):
 
 
 def where_it_runs(
-    schemes: Iterable[LayerScheme], experts: bool, plain_experts: bool = False
+    schemes: Iterable[LayerScheme],
+    experts: bool,
+    plain_experts: bool = False,
+    config: Mapping[str, Any] | None = None,
 ) -> tuple[Runs, ...]:
     """A line for each server and scheme of the compressed-tensors layout.
 
-    ``experts``: some are quantized; ``plain_experts``: the model's experts are plain.
+    ``experts``: some are quantized; ``plain_experts``: the model's experts are plain; ``config``: of the model.
     """
+    inner = (config or {}).get("text_config")
+    models = {each.get("model_type") for each in (config or {}, inner) if isinstance(each, dict)}
     found = []
     for scheme in dict.fromkeys(schemes):
         answers = _answers(scheme, experts)
+        if experts and models & MERGED_ONLY:
+            answers = ((False, "experts one by one do not merge on load of this model"), *answers[1:])
+        if experts and "gpt_oss" in models:
+            vllm = (False, "vLLM reads the experts of gpt-oss in one tensor only: MXFP4 or plain")
+            answers = (answers[0], vllm, *answers[2:])
         if plain_experts and (scheme.weights.type, scheme.weights.bits) != ("float", 8):
             answers = ((False, "plain experts beside packed layers do not merge on load"), *answers[1:])
         found += [Runs(server, str(scheme), *answer) for server, answer in zip(SERVERS, answers, strict=True)]
@@ -76,7 +94,8 @@ def runs_of(artifact: Artifact) -> tuple[Runs, ...]:
     if packed := compressed_weights(artifact):
         experts = any(".experts." in name for name in packed)
         plain = not experts and any(".experts." in name for name in artifact.tensors)
-        return where_it_runs((weight.scheme for weight in packed.values()), experts, plain)
+        schemes = (weight.scheme for weight in packed.values())
+        return where_it_runs(schemes, experts, plain, artifact.config)
     if not artifact.quantized or not artifact.is_torchao:
         return ()
     block = artifact.quantization_config or {}

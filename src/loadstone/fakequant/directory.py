@@ -52,11 +52,13 @@ def plan_directory(
         roles, ties = roles_by_name(infos), _ties_by_name(artifact, infos)
     else:
         from loadstone.loading.complete import check_stored
+        from loadstone.loading.experts import refuse_learned
         from loadstone.loading.meta import destinations, meta_model
 
         model = meta_model(artifact, trust_remote_code)
         places = destinations(model, list(infos))
         check_stored(model, infos, places, artifact.weights.index or artifact.weights.files[0])
+        refuse_learned((place.pattern for place in places.values() if place), artifact.root)
         roles = roles_in(model, infos)
         stored_as = {d.parameter: k for k, d in places.items() if d}
         tied = model.all_tied_weights_keys

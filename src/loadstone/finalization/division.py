@@ -3,24 +3,119 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from math import prod
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from loadstone.artifact import Artifact, TensorInfo
 from loadstone.loading.meta import Destination, ModelMap
+from loadstone.quantization.model_facts import ExpertLayout
+
+if TYPE_CHECKING:
+    import torch
 
 
-def separated(
-    info: TensorInfo, artifact: Artifact, place: Destination, mapped: ModelMap
-) -> list[tuple[TensorInfo, int]]:
-    """The matrices that a source tensor is stored as, each with its first row in the parameter; empty where it cannot
-    be divided."""
+class ExpertRows(NamedTuple):
+    """``height`` rows from ``first`` on of all experts' matrices (out, in) one above the other, which the
+    tensor ``whole`` holds in its own ``layout``."""
+
+    whole: TensorInfo
+    first: int
+    height: int
+    layout: ExpertLayout
+
+
+class Matrix(NamedTuple):
+    """A matrix that a source tensor is stored as. ``first_row``: in the parameter. ``rows``: where it is, if it is no
+    range of bytes."""
+
+    info: TensorInfo
+    first_row: int
+    rows: ExpertRows | None = None
+
+
+@dataclass(frozen=True)
+class ExpertsApart:
+    """A source (see `artifact.source`) of which some matrices of experts are read by name, as (out, in)."""
+
+    stored: Any = field(repr=False)
+    experts: Mapping[str, ExpertRows] = field(repr=False)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stored, name)
+
+    def tile(self, info: TensorInfo) -> int:
+        return info.numel if info.name in self.experts else int(self.stored.tile(info))
+
+    def read(
+        self, info: TensorInfo, start: int = 0, stop: int | None = None, *, pinned: bool = False
+    ) -> torch.Tensor:
+        rows = self.experts.get(info.name)
+        if rows is None:
+            found: torch.Tensor = self.stored.read(info, start, stop, pinned=pinned)
+            return found
+        whole, transposed = rows.whole, rows.layout.transposed
+        each, size = whole.shape[2 if transposed else 1], prod(whole.shape[1:])
+        expert, first = divmod(rows.first, each)
+        stored = self.stored.read(whole, expert * size, (expert + 1) * size).view(whole.shape[1:])
+        matrix = stored.t() if transposed else stored
+        if rows.layout.interleaved:
+            # Gate and up take turns.
+            matrix = matrix[first // rows.height :: each // rows.height]
+        else:
+            matrix = matrix[first : first + rows.height]
+        values = matrix.reshape(-1)
+        return values.view(info.shape) if stop is None else values[start:stop]
+
+
+def separated(info: TensorInfo, artifact: Artifact, place: Destination, mapped: ModelMap) -> list[Matrix]:
+    """The matrices that a source tensor is stored as; empty where it cannot be divided."""
     if len(info.shape) == 2:
-        return [(info, _first_row(info, place, mapped))]
-    ranges = artifact.weights.format == "safetensors" and artifact.adapter is None
-    if len(info.shape) != 3 or not ranges:
+        return [Matrix(info, _first_row(info, place, mapped))]
+    weight = next(weight for weight in mapped.facts.weights if weight.name == place.parameter)
+    layout = stored_layout(weight.experts, place.operations, info.shape, weight.shape)
+    if len(info.shape) != 3 or layout is None:
         return []
-    parts = divided(info, mapped.saved_rows(place.parameter, info.shape))
-    return [(part, (part.begin - info.begin) * prod(info.shape[:-1]) // info.nbytes) for part in parts]
+    ranges = artifact.weights.format == "safetensors" and artifact.adapter is None
+    if ranges and layout == ExpertLayout():
+        parts = divided(info, mapped.saved_rows(place.parameter, info.shape))
+        return [Matrix(part, _rows_before(part, info)) for part in parts]
+    experts, height, width = info.shape
+    shape = (experts, width, height) if layout.transposed else info.shape
+    owner, last = info.name.rpartition(".")[0], place.parameter.rpartition(".")[2]
+    upright = info._replace(name=f"{owner}.{last}", shape=shape)
+    saved = mapped.saved_rows(place.parameter, shape) if layout == ExpertLayout() else {}
+    found = []
+    for part in divided(upright, saved):
+        first = _rows_before(part, upright)
+        found.append(Matrix(part, first, ExpertRows(info, first, part.shape[0], layout)))
+    return found
+
+
+def stored_layout(
+    layout: ExpertLayout | None, operations: tuple[Any, ...], stored: tuple[int, ...], shape: tuple[int, ...]
+) -> ExpertLayout | None:
+    """The layout of a stored tensor that transformers' ``operations`` turn into the model's ``layout`` (``shape``).
+
+    None where they do more than turn matrices round or put rows in another order.
+    """
+    for operation in operations:
+        kind = type(operation).__name__
+        if layout is None or len(stored) != 3:
+            return None
+        if kind == "Transpose" and {operation.dim0, operation.dim1} == {1, 2}:
+            if not operation.check_dims or stored != shape:
+                layout = layout._replace(transposed=not layout.transposed)
+        elif kind == "Interleave" and operation.dim == 1 and not operation.inverse and not layout.interleaved:
+            layout = layout._replace(interleaved=True)
+        else:
+            return None
+    return layout
+
+
+def _rows_before(part: TensorInfo, info: TensorInfo) -> int:
+    """Rows of all experts' matrices before those of a part."""
+    return (part.begin - info.begin) * prod(info.shape[:-1]) // info.nbytes
 
 
 def _first_row(info: TensorInfo, place: Destination, mapped: ModelMap) -> int:

@@ -19,7 +19,7 @@ from loadstone.artifact.servers import Runs
 from loadstone.artifact.torchao.flatten import SAFETENSORS_DTYPES
 from loadstone.artifact.torchao.tensors import part_name
 from loadstone.errors import ArtifactError
-from loadstone.finalization.division import separated
+from loadstone.finalization.division import ExpertRows, ExpertsApart, separated
 from loadstone.loading.decoded import DecodedSource
 from loadstone.quantization import MixedRecipe, Recipe, Scheme
 from loadstone.writing.index import SHARD_BYTES, in_shards, shard_name, weights_name
@@ -160,6 +160,7 @@ def make_plan(
     fit the model.
     """
     from loadstone.finalization.encoders.torchao import TorchaoEncoder
+    from loadstone.loading.experts import refuse_learned
     from loadstone.loading.meta import model_map
     from loadstone.quantization.rules import instead
 
@@ -174,17 +175,21 @@ def make_plan(
     present = {place.parameter for key in sources if (place := where[key])}
     pairs = _untied(model, decisions, present)
     untied = {target: source for target, source in pairs.items() if target not in present}
+    if recipe is None or not encoder.keeps_names:
+        refuse_learned((place.pattern for key in sources if (place := where[key])), artifact.root)
     fused = _fused(model, sources, where)
     steps: list[Step] = []
+    apart: dict[str, ExpertRows] = {}
     for key, info in sources.items():
         place = where[key]
         stored = SAFETENSORS_DTYPES[dtype] if dtype != "auto" and info.dtype in FLOAT_DTYPES else info.dtype
         decision = decisions.get(place.parameter) if place else None
         if encoder.keeps_names and decision and decision.scheme and place:
             separate = separated(info, artifact, place, mapped)
-            for matrix, first_row in separate:
-                step = _quantize_step((matrix,), matrix.name, stored, decision, encoder)
-                steps.append(replace(step, parameter=place.parameter, first_row=first_row))
+            for matrix in separate:
+                step = _quantize_step((matrix.info,), matrix.info.name, stored, decision, encoder)
+                steps.append(replace(step, parameter=place.parameter, first_row=matrix.first_row))
+            apart |= {matrix.info.name: matrix.rows for matrix in separate if matrix.rows}
             if separate:
                 steps += _untied_steps(info, place.parameter, stored, decisions, untied, encoder)
                 continue
@@ -201,7 +206,7 @@ def make_plan(
         reason = decision.reason if decision else ("" if recipe is None else "not a matrix weight")
         if decision and decision.scheme:
             reason = (
-                "experts in one tensor, which are divided in safetensors only"
+                "experts in one tensor that is converted on load"
                 if encoder.keeps_names
                 else "merged with others on load: torchao's tensors cannot be merged"
             )
@@ -217,6 +222,9 @@ def make_plan(
             instead(_most_common_reason(steps), decisions),
         )
     config = _config(artifact, dtype)
+    if apart:
+        source: Any = ExpertsApart(artifact.source, apart)
+        artifact = replace(artifact, source=source)
     if recipe:
         steps = _sharing_scales(steps if encoder.keeps_names else _dotted(steps, mapped))
         stored_as = {step.name: step.encoding or step.outputs[0] for step in steps}

@@ -25,12 +25,13 @@ class Destination(NamedTuple):
     or reshapes it there, None when it is taken as it is.
 
     ``place`` sorts the tensors of a parameter that is their rows in a row (fused experts: expert by expert, within one
-    gate before up); None for other conversions.
+    gate before up); None for other conversions. ``operations``: transformers' steps of the conversion.
     """
 
     parameter: str
     pattern: str | None = None
     place: tuple[int, int] | None = None
+    operations: tuple[Any, ...] = ()
 
     @property
     def converted(self) -> bool:

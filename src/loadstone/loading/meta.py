@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from loadstone.artifact import Artifact, TensorInfo
 from loadstone.loading.complete import Destination as Destination
 from loadstone.loading.complete import check_stored
+from loadstone.loading.experts import learn_experts
 from loadstone.loading.model_class import construction, load_config, model_class_of
 from loadstone.quantization.model_facts import ModelFacts, facts_of
 
@@ -27,6 +28,7 @@ def meta_model(artifact: Artifact, trust_remote_code: bool = False) -> PreTraine
     model_class = model_class_of(config, artifact, trust_remote_code)
     with construction(artifact, model_class), torch.device("meta"), no_init_weights():
         model: PreTrainedModel = model_class(config)
+    learn_experts(model, (*artifact.packed, *artifact.tensors))
     return model
 
 
@@ -96,6 +98,7 @@ def destinations(model: PreTrainedModel, keys: list[str]) -> dict[str, Destinati
     state = model.state_dict()
     prefix = model.base_model_prefix
     places = _row_places(converters)
+    operations = {p: tuple(entry.operations) for entry in converters for p in entry.source_patterns}
     result: dict[str, Destination | None] = {}
     for key in keys:
         name, pattern = rename_source_key(key, renamings, converters, prefix, state)
@@ -105,7 +108,8 @@ def destinations(model: PreTrainedModel, keys: list[str]) -> dict[str, Destinati
         if place is not None:
             numbers = [part for part in key.split(".") if part.isdigit()]
             place = (int(numbers[-1]), place[1]) if numbers else None
-        result[key] = Destination(name, pattern, place) if name in state else None
+        made = operations.get(pattern, ()) if pattern is not None else ()
+        result[key] = Destination(name, pattern, place, made) if name in state else None
     return result
 
 

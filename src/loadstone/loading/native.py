@@ -20,8 +20,10 @@ from loadstone.artifact.source import values_checked
 from loadstone.errors import ArtifactError
 from loadstone.loading.complete import CHECK_CONFIG, COPY_AGAIN, MISSING, UNEXPECTED
 from loadstone.loading.devices import CPU, DISK
+from loadstone.loading.experts import experts_alone, forget_experts
 from loadstone.loading.kernels import check_kernels
 from loadstone.loading.lazy import lazy_state_dict
+from loadstone.loading.meta import meta_model
 from loadstone.loading.model_class import (
     construction,
     load_config,
@@ -46,6 +48,9 @@ def load_native(plan: LoadPlan, device_map: Any) -> PreTrainedModel:
     dtype = stored_dtype(artifact, config) if plan.dtype == "auto" else getattr(torch, plan.dtype)
     model_class = model_class_of(config, artifact)
     quantized_dtype = None if plan.dtype == "auto" else dtype
+    if experts_alone((*artifact.packed, *artifact.tensors)):
+        # Which tells transformers how to merge them, where it does not know.
+        meta_model(artifact, plan.trust_remote_code)
     check_kernels(artifact, device_map)
     options: dict[str, Any] = {"dtype": dtype, "device_map": device_map}
     with values_checked(artifact.source, artifact.packed.values()):
@@ -120,6 +125,7 @@ def _finish(artifact: Artifact, model: PreTrainedModel) -> None:
     """What `from_pretrained` reads from the directory besides weights: generation config, quantizer."""
     from transformers import GenerationConfig
 
+    forget_experts(model)
     model.config.name_or_path = model.name_or_path = str(artifact.path)
     if model.can_generate() and (folder := beside(artifact, "generation_config.json")):
         problem = f"{folder}/generation_config.json: transformers refuses it"

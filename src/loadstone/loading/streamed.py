@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from loadstone.artifact.source import values_checked
 from loadstone.errors import ArtifactError
+from loadstone.loading.experts import learn_experts
 from loadstone.loading.layers import layer_stack
 from loadstone.loading.lazy import lazy_state_dict
 from loadstone.loading.loader import import_libraries
@@ -47,6 +48,7 @@ class StreamedModel:
         model_class = model_class_of(config, artifact)
         with construction(artifact, model_class):
             self.model = skeleton(model_class, config, dtype).eval()
+        learn_experts(self.model, state)
         self._where = artifact.weights.index or artifact.weights.files[0]
         self._options = _load_options(self.model, device, dtype)
         found = layer_stack(self.model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
@@ -20,6 +21,16 @@ if TYPE_CHECKING:
 LINEAR, FUSED, EMBEDDING, MATRIX = "linear", "fused", "embedding", "matrix"
 
 
+class ExpertLayout(NamedTuple):
+    """How a 3-D weight holds the matrices of experts.
+
+    ``transposed``: as (in, out); ``interleaved``: rows of gate and up in turn, not one half after the other.
+    """
+
+    transposed: bool = False
+    interleaved: bool = False
+
+
 class Weight(NamedTuple):
     """One matrix parameter. ``kind``: the weight of a Linear, a 3-D weight (fused experts), a table, another matrix.
 
@@ -28,6 +39,7 @@ class Weight(NamedTuple):
     whether fused experts are stored (in, out), None for other weights. ``used_otherwise``: how the model uses the
     weight of a Linear without calling it, which a quantized tensor does not allow; empty for others. ``outside``: which
     part of the model that is left out by default it lies in (a task head, a vision tower); empty for others.
+    ``experts``: how a 3-D weight holds the matrices of experts; None where its module does not tell.
     """
 
     name: str
@@ -42,6 +54,7 @@ class Weight(NamedTuple):
     transposed: bool | None
     used_otherwise: str = ""
     outside: str = ""
+    experts: ExpertLayout | None = None
 
 
 @dataclass(frozen=True)
@@ -88,6 +101,7 @@ def facts_of(model: PreTrainedModel) -> ModelFacts:
                     not should_convert_module(full, float32), getattr(module, "is_transposed", None),
                     otherwise.get(module_name, "") if kind == LINEAR else "",
                     next((why for part, why in outside.items() if f"{module_name}.".startswith(f"{part}.")), ""),
+                    expert_layout(module, name) if kind == FUSED else None,
                 )
             )  # fmt: skip
     return ModelFacts(
@@ -100,6 +114,30 @@ def facts_of(model: PreTrainedModel) -> ModelFacts:
         type(table).__name__ if table is not None else None,
         table is not None and any(True for _ in table.buffers()),
     )
+
+
+def expert_layout(module: torch.nn.Module, name: str) -> ExpertLayout | None:
+    """How the 3-D parameter ``name`` of a module of experts holds their matrices; None where nothing tells.
+
+    transformers' own kind says it. Others compute with their tensors themselves: the shapes of both products together
+    allow one orientation only, and slices with a step of two mean that gate and up take turns.
+    """
+    gated = name == "gate_up_proj"
+    if hasattr(module, "is_transposed"):
+        return ExpertLayout(
+            bool(module.is_transposed), gated and not getattr(module, "is_concatenated", True)
+        )
+    first, last = getattr(module, "gate_up_proj", None), getattr(module, "down_proj", None)
+    if name not in ("gate_up_proj", "down_proj") or first is None or last is None or last.dim() != 3:
+        return None
+    (_, a, b), (_, c, d) = first.shape, last.shape
+    if not (a == d and b == 2 * c) and not (b == c and a == 2 * d):
+        return None
+    try:
+        source = inspect.getsource(type(module))
+    except (OSError, TypeError):
+        return None
+    return ExpertLayout(a == d, gated and "::2" in source)
 
 
 def _kind(module: torch.nn.Module, name: str, parameter: torch.nn.Parameter) -> str:

@@ -43,7 +43,7 @@ def decide(
     model: ModelFacts,
     recipe: Recipe | MixedRecipe,
     skip: list[str] | None = None,
-    experts_misfit: Callable[[Scheme, tuple[int, ...]], str] | None = None,
+    experts_misfit: Callable[[Scheme, Weight], str] | None = None,
 ) -> dict[str, Decision]:
     """A decision for each matrix weight of ``model``.
 
@@ -52,7 +52,8 @@ def decide(
     rules, and may name embeddings and head. Raises `UsageError` for a pattern or rule that matches no Linear and no
     experts.
 
-    ``experts_misfit``: why a 3-D weight of some shape cannot take a scheme, where that is not `Scheme.experts_misfit`.
+    ``experts_misfit``: why a 3-D weight cannot take a scheme, where experts are stored one by one; None where they are
+    stored as torchao and transformers multiply them.
     """
     mixed = recipe if isinstance(recipe, MixedRecipe) else MixedRecipe(recipe)
     for pattern in skip or ():
@@ -121,7 +122,7 @@ def _decide_fused(
     mixed: MixedRecipe,
     skip: list[str],
     used: set[str | Rule],
-    experts_misfit: Callable[[Scheme, tuple[int, ...]], str] | None,
+    experts_misfit: Callable[[Scheme, Weight], str] | None,
 ) -> Decision:
     """A 3-D parameter: experts of transformers' own kind, (experts, out, in), are quantized row by row."""
 
@@ -139,14 +140,14 @@ def _decide_fused(
         return Decision(None, NOT_CONVERTED, fused=True)
     if weight.outside and not rules:
         return Decision(None, f"{weight.outside}; {BY_RULE}", fused=True)
-    if weight.transposed is None:
+    if weight.transposed is None and (experts_misfit is None or weight.experts is None):
         return Decision(None, f"3-D weight of {weight.owner}, which has a matmul of its own", fused=True)
-    if weight.transposed:
+    if weight.transposed and experts_misfit is None:
         return Decision(
             None, f"{FUSED_EXPERTS}: stored (in, out), and torchao multiplies (out, in)", fused=True
         )
     scheme = recipe.scheme
-    problem = experts_misfit(scheme, weight.shape) if experts_misfit else scheme.experts_misfit()
+    problem = experts_misfit(scheme, weight) if experts_misfit else scheme.experts_misfit()
     return Decision(
         None if problem else scheme,
         f"{FUSED_EXPERTS}: {problem}" if problem else FUSED_EXPERTS,

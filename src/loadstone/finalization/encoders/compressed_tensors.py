@@ -22,7 +22,7 @@ from loadstone.artifact.servers import Runs, where_it_runs
 from loadstone.artifact.torchao.flatten import torch_dtype
 from loadstone.errors import ArtifactError, UsageError
 from loadstone.finalization.encoders.base import Encoding
-from loadstone.quantization.model_facts import ModelFacts
+from loadstone.quantization.model_facts import ModelFacts, Weight
 from loadstone.quantization.packing import decode_rows
 from loadstone.quantization.quantize import quantize_rows, quantize_weight
 from loadstone.quantization.recipe_file import MixedRecipe
@@ -208,16 +208,17 @@ class PackedEncoder:
         found = {name: each.layer for name, each in stored.items() if isinstance(each, PackedEncoding)}
         experts = any(".experts." in name for name in found)
         plain = not experts and any(".experts." in name for name in stored)
-        return where_it_runs(found.values(), experts, plain)
+        return where_it_runs(found.values(), experts, plain, config)
 
 
-def _experts_misfit(scheme: Scheme, shape: tuple[int, ...]) -> str:
-    """Why the experts of a 3-D weight (experts, out, in) cannot take a scheme one by one; empty when they can.
-
-    The rows may be those of gate and up together, which are stored apart.
-    """
-    rows, columns = shape[-2:]
-    return scheme.misfit(rows, columns) or scheme.misfit(rows // 2, columns)
+def _experts_misfit(scheme: Scheme, weight: Weight) -> str:
+    """Why the experts of a 3-D weight cannot take a scheme one by one; empty when they can."""
+    rows, columns = weight.shape[-2:]
+    if weight.experts is not None and weight.experts.transposed:
+        rows, columns = columns, rows
+    # Gate and up are stored apart.
+    parts = 2 if weight.name.endswith("gate_up_proj") else 1
+    return scheme.misfit(rows // parts, columns)
 
 
 def _routers_plain(decisions: dict[str, Decision]) -> dict[str, Decision]:

@@ -1,0 +1,112 @@
+"""Experts that are stored one by one, for models that transformers loads from one tensor of all experts only.
+
+The serving layout has a matrix for each expert. transformers merges these for most models (`WeightConverter`); for
+those whose own checkpoints hold merged experts (Llama 4, gpt-oss, Qwen3-VL-MoE) it is given such converters here, in
+the layout of the model's own module.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loadstone.errors import ArtifactError
+from loadstone.quantization.model_facts import ExpertLayout, expert_layout
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_ALONE = re.compile(r"(.+\.experts)\.\d+\.(gate_proj|up_proj|down_proj)\.weight")
+# Source patterns of the converters that are registered here.
+_OURS = ("experts.*.gate_proj.weight", "experts.*.up_proj.weight", "experts.*.down_proj.weight")
+
+
+def experts_alone(names: Iterable[str]) -> list[str]:
+    """One name for each kind of matrix of experts that ``names`` holds one by one."""
+    found: dict[str, str] = {}
+    for name in names:
+        if ".experts." in name and (match := _ALONE.fullmatch(name)):
+            found.setdefault(match[2], name)
+    return list(found.values())
+
+
+def learn_experts(model: PreTrainedModel, names: Iterable[str]) -> None:
+    """Register with transformers how the experts among ``names`` are merged into those of ``model``, where it does not
+    know that. It holds for all models of this type from then on, and changes nothing for other checkpoints."""
+    from transformers.conversion_mapping import (
+        get_checkpoint_conversion_mapping,
+        get_model_conversion_mapping,
+        register_checkpoint_conversion_mapping,
+    )
+    from transformers.core_model_loading import WeightConverter, rename_source_key
+
+    alone = experts_alone(names)
+    if not alone:
+        return
+    mapping: list[Any] = get_model_conversion_mapping(model, None, None)
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    state = model.state_dict()
+    if rename_source_key(alone[0], [], converters, model.base_model_prefix, state)[1] is not None:
+        return
+    layouts = {
+        name: layout
+        for module in model.modules()
+        for name in ("gate_up_proj", "down_proj")
+        if getattr(getattr(module, name, None), "ndim", 0) == 3
+        and (layout := expert_layout(module, name)) is not None
+    }
+    if layouts.keys() != {"gate_up_proj", "down_proj"}:
+        return
+    kind = type(model).__name__
+    known = get_checkpoint_conversion_mapping(kind)
+    if known is None:
+        kind = model.config.model_type
+        known = get_checkpoint_conversion_mapping(kind)
+    register_checkpoint_conversion_mapping(kind, [*(known or ()), *_converters(layouts)], overwrite=True)
+
+
+def refuse_learned(patterns: Iterable[str | None], path: Path) -> None:
+    """Raise `ArtifactError` where plain experts of a checkpoint would be stored as no other library reads them.
+
+    ``patterns``: of the conversions of its tensors.
+    """
+    if any(pattern in _OURS for pattern in patterns):
+        raise ArtifactError(
+            f"'{path}': its experts are stored one by one, and transformers loads those of this model from one tensor "
+            "only: they cannot be stored plain",
+            "Quantize it with --layout compressed-tensors, or finalize the model it was made from",
+        )
+
+
+def forget_experts(model: PreTrainedModel) -> None:
+    """Let a save of ``model`` write merged experts, which any transformers loads."""
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions:
+        model._weight_conversions = [c for c in conversions if not _is_ours(c)]
+
+
+def _converters(layouts: dict[str, ExpertLayout]) -> list[Any]:
+    from transformers.core_model_loading import (
+        Concatenate,
+        Interleave,
+        MergeModulelist,
+        Transpose,
+        WeightConverter,
+    )
+
+    both, last = layouts["gate_up_proj"], layouts["down_proj"]
+    made: list[Any] = [MergeModulelist(dim=0), Concatenate(dim=1)]
+    made += [Interleave(dim=1, inverse=True)] if both.interleaved else []
+    made += [Transpose(1, 2)] if both.transposed else []
+    ending: list[Any] = [MergeModulelist(dim=0), *([Transpose(1, 2)] if last.transposed else [])]
+    gate, up, down = _OURS
+    return [
+        WeightConverter([gate, up], "experts.gate_up_proj", operations=made),
+        WeightConverter(down, "experts.down_proj", operations=ending),
+    ]
+
+
+def _is_ours(conversion: Any) -> bool:
+    return any(pattern in _OURS for pattern in conversion.source_patterns)
