@@ -14,7 +14,7 @@ import pyarrow
 import pytest
 from tests.text.test_corpus import ROWS, write
 
-from loadstone.errors import UsageError
+from loadstone.errors import LoadstoneError, UsageError
 from loadstone.text.corpus import read_corpus
 from loadstone.text.opening import undecodable
 
@@ -89,3 +89,40 @@ def test_a_fifo_is_refused_before_it_is_opened(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "a.jsonl")
     with pytest.raises(UsageError, match="not a regular file"):
         read_corpus(str(tmp_path / "a.jsonl"))
+
+
+def test_damaged_pages_and_saved_data_sets_name_the_file(tmp_path: Path) -> None:
+    """Of 60 damaged copies each is read, or refused in loadstone's own words."""
+    import datasets
+
+    write(tmp_path / "a.parquet", ["Many words in one place."] * 50)
+    datasets.Dataset.from_list([{"text": "Some words."}] * 50).save_to_disk(tmp_path / "saved")
+    refused = 0
+    for name in ("a.parquet", "saved/data-00000-of-00001.arrow", "saved/state.json"):
+        raw = (tmp_path / name).read_bytes()
+        for number in range(20):
+            at = number * len(raw) // 20
+            (tmp_path / name).write_bytes(raw[:at] + b"\xff" * 20 + raw[at + 20 :])
+            try:
+                read_corpus(str(tmp_path / name.split("/")[0]))
+            except LoadstoneError as error:
+                assert str(tmp_path / name.split("/")[0]) in str(error) or "state.json" in str(error)
+                refused += 1
+        (tmp_path / name).write_bytes(raw)
+    assert refused > 20
+
+
+def test_a_parquet_of_one_long_text_repeated(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    text = pyarrow.DictionaryArray.from_arrays(
+        pyarrow.array([0] * 100_000, pyarrow.int32()), ["word " * 20_000]
+    )
+    pyarrow.parquet.write_table(
+        pyarrow.table({"text": text.cast(pyarrow.string())[:1000]}), tmp_path / "a.parquet"
+    )
+    assert (tmp_path / "a.parquet").stat().st_size < 1_000_000
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert len(read_corpus(str(tmp_path / "a.parquet"), limit=1).documents) == 1
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 * 1024

@@ -149,7 +149,10 @@ def _arrow(path: Path, choose: Choose) -> Iterator[Row]:
         columns = choose(stream.schema.names, str(path))
         for batch in stream:
             for at in range(0, batch.num_rows, _BATCH):
-                for row in batch.select(columns).slice(at, _BATCH).to_pylist():
+                part = batch.select(columns).slice(at, _BATCH)
+                # Offsets of a damaged file would be followed out of memory.
+                part.validate(full=True)
+                for row in part.to_pylist():
                     yield row, str(path)
 
 

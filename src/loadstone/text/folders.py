@@ -13,6 +13,8 @@ from loadstone.text.files import Choose, Row, beside_others, known, read_rows
 
 log = logging.getLogger(__name__)
 _MARKERS = ("state.json", "dataset_info.json", "dataset_dict.json")
+# Rows that are checked at once.
+_BATCH = 1000
 # Which split is read unless one is asked for.
 _SPLITS = ("test", "validation", "train")
 
@@ -135,8 +137,13 @@ def _rows(loaded: Any, split: str | None, where: str, choose: Choose) -> Iterato
         loaded = loaded[_choose_split(split, list(loaded.keys()), where)]
     elif split is not None:
         log.warning("--split %s has no effect: %s has no splits", split, where)
-    for row in loaded.select_columns(choose(loaded.column_names, where)):
-        yield row, where
+    chosen = loaded.select_columns(choose(loaded.column_names, where))
+    for at in range(0, len(chosen), _BATCH):
+        part = chosen.select(range(at, min(at + _BATCH, len(chosen))))
+        # Offsets of a damaged file would be followed out of memory.
+        part.data.table.validate(full=True)
+        for row in part:
+            yield row, where
 
 
 def _choose_split(split: str | None, names: Sequence[str], where: str) -> str:

@@ -7,6 +7,7 @@ import codecs
 import gzip
 import io
 import lzma
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,7 +50,7 @@ def open_binary(path: Path) -> Iterator[IO[bytes]]:
             else:
                 handle = raw
             yield cast("IO[bytes]", handle)
-        except (EOFError, lzma.LZMAError, gzip.BadGzipFile) as error:
+        except (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile) as error:
             raise UsageError(f"{path} is not a whole {suffix[1:]} file: {error}") from None
         except OSError as error:
             # bz2 and pyarrow have no error class of their own.
