@@ -178,6 +178,7 @@ def test_outputs_and_roots_of_other_kinds(save_model: Any, tokenizer: Any, tmp_p
     torch.manual_seed(0)
     sizes = {"vocab_size": 400, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
     sizes |= {"max_position_embeddings": 128, "pad_token_id": 0, "eos_token_id": 0, "bos_token_id": 0}
+    sizes["initializer_range"] = 0.2
     config = getattr(transformers, f"{name}Config")(**(sizes | OTHERS[name]))
     model = getattr(transformers, f"{name}ForCausalLM")(config).float().eval()
     options = Options((str(save_model(model, tokenizer, tmp_path / "m")),), limit=3, batch_size=2)

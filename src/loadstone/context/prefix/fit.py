@@ -140,7 +140,6 @@ def _read(model: Any, tokens: Tensor, kind: str) -> Prefix:
     from transformers import DynamicCache
 
     device, dtype, length = tokens.device, compute_dtype(model), tokens.shape[1]
-    cache = DynamicCache(config=model.config)
     seen: list[Tensor] = []
     # The last hidden state makes the next token's logits; the model's own head computes them for one position.
     hooks = [
@@ -152,6 +151,7 @@ def _read(model: Any, tokens: Tensor, kind: str) -> Prefix:
         # In parts, the first tokens would get the frequencies of short texts.
         step = length
     try:
+        cache = DynamicCache(config=model.config)
         with torch.inference_mode(False):
             for at in range(0, length, step):
                 seen.clear()

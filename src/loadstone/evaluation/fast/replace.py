@@ -14,6 +14,7 @@ dequantized weight, multiplied by cuBLAS, is fifteen times as fast on many, to b
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -71,21 +72,25 @@ def speed_up(model: Any, *, pack: bool = True) -> FastPath:
     tensor in oneDNN's layout, and packs weights itself.
     """
     packs = pack and packs_here(model.get_input_embeddings().weight)
-    fast, found = _speed_up(model, model.get_output_embeddings() if packs else None, packs=packs)
+    head = model.get_output_embeddings() if packs else None
+    fast, found = _speed_up(model, head, weights_used_otherwise(model), packs=packs)
     if found:
         log.info("caching dequantized weights of %d/%d quantized Linear layers", fast.dequantized, found)
     return fast
 
 
-def speed_up_layer(layer: Any, *, like: torch.Tensor) -> FastPath:
-    """The same for one decoder layer, of a model whose other weights have the device and dtype of ``like``."""
-    return _speed_up(layer, None, packs=packs_here(like))[0]
+def speed_up_layer(layer: Any, read: Collection[str], *, like: torch.Tensor) -> FastPath:
+    """The same for one decoder layer, of a model whose other weights have the device and dtype of ``like``. ``read``:
+    the layer's modules whose weights the model uses otherwise (`weights_used_otherwise` of the whole model)."""
+    return _speed_up(layer, None, read, packs=packs_here(like))[0]
 
 
-def _speed_up(model: Any, head: nn.Module | None, *, packs: bool) -> tuple[FastPath, int]:
-    exact, rounded, found = _cache_dequantized(model)
+def _speed_up(
+    model: Any, head: nn.Module | None, read: Collection[str], *, packs: bool
+) -> tuple[FastPath, int]:
+    exact, rounded, found = _cache_dequantized(model, read)
     _share_rounding(model)
-    packed = _pack(model, head) if packs else 0
+    packed = _pack(model, head, read) if packs else 0
     _unwrap(model)
     return FastPath(exact, rounded + packed), found
 
@@ -113,10 +118,9 @@ def packs_here(weight: torch.Tensor) -> bool:
     )
 
 
-def _cache_dequantized(model: Any) -> tuple[int, int, int]:
+def _cache_dequantized(model: Any, read: Collection[str]) -> tuple[int, int, int]:
     """Replace quantized Linear layers. Returns how many give the same bits, how many agree to rounding, and how many
     there are."""
-    read = weights_used_otherwise(model)
     found = [
         (name, m)
         for name, m in model.named_modules()
@@ -163,10 +167,10 @@ def _share_rounding(model: Any) -> None:
                 module.rounding = shared.setdefault(module.rounding, SharedRounding(module.rounding))
 
 
-def _pack(model: Any, head: nn.Module | None) -> int:
+def _pack(model: Any, head: nn.Module | None, read: Collection[str]) -> int:
     """Pack the weights of plain and of dequantized Linear layers. Returns how many layers that are."""
     room = _SHARE * free_bytes(torch.device("cpu"))
-    modules, read = dict(model.named_modules()), weights_used_otherwise(model)
+    modules = dict(model.named_modules())
     rounding = any(_rounds_activations(m) for m in modules.values())
     packed = set()
     for name, module in modules.items():

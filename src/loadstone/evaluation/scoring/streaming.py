@@ -31,6 +31,7 @@ from loadstone.loading.layer_inputs import Change
 from loadstone.loading.placement import weight_bytes
 from loadstone.loading.plan import NATIVE, NATIVE_QUANTIZED, NATIVE_UNPACKED
 from loadstone.loading.streamed import StreamedModel
+from loadstone.quantization.weight_use import weights_used_otherwise
 
 log = logging.getLogger(__name__)
 # Of free memory: for the hidden states of a round; and what weights may take before they are streamed.
@@ -60,6 +61,8 @@ class StreamedLm:
         self._fast = fast
         self._probe: Probe | None = make_probe(source.model, name)
         self._first_output = self._run_first_layer(self._probe.ids)
+        # Of the whole model: a layer alone does not say which branches its config switches off.
+        self._read = weights_used_otherwise(source.model)
         self.fast = speed_up(source.model) if fast else FastPath()
         self.together = 1
         self._counted: set[int] = set()
@@ -71,11 +74,13 @@ class StreamedLm:
         self.vocabulary = Vocabulary(self._probe.inputs, logits.shape[-1])
         self._backbone = split.backbone
         try:
-            self._enter(self._probe.ids)
+            states, _ = self._enter(self._probe.ids)
         except UsageError:
             raise
         except Exception as error:
             raise self._refused(f"its forward needs more than they return ({error})") from None
+        # Bytes of one token's hidden state between layers.
+        self._row = states.shape[-1] * states.element_size()
         self.split_model = replace(split, backbone=lambda ids: next(self.hidden([ids])), together=self.hidden)
 
     def get_input_embeddings(self) -> Any:
@@ -83,9 +88,8 @@ class StreamedLm:
 
     def plan_round(self, tokens: int, models: int) -> None:
         """Choose how many batches of ``tokens`` each go into a round, with ``models`` - 1 other models in memory."""
-        row = self.config.get_text_config().hidden_size * self.get_input_embeddings().weight.element_size()
         room = _STATES_SHARE * free_bytes(self.source.device)
-        self.together = max(1, int(room / (tokens * row * models)))
+        self.together = max(1, int(room / (tokens * self._row * models)))
 
     def hidden(self, many: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
         """Hidden states (B, L, H) for each of the ids (B, L), layer by layer for all of them."""
@@ -132,7 +136,8 @@ class StreamedLm:
         here = {n.removeprefix(start): c for n, c in self._inputs.items() if n.startswith(start)}
         round_model_inputs(layer, here)
         if self._fast:
-            counted = speed_up_layer(layer, like=self.get_input_embeddings().weight)
+            read = {n.removeprefix(start) for n in self._read if n.startswith(start)}
+            counted = speed_up_layer(layer, read, like=self.get_input_embeddings().weight)
             if index not in self._counted:
                 self._counted.add(index)
                 self.fast = self.fast + counted
