@@ -171,7 +171,10 @@ class Worker:
                 far[name] = -1.0
             elif value.is_floating_point():
                 a, b = value.double(), before.double()
-                off = float((a - b).norm() / b.norm().clamp(min=1e-30))
+                # Equal infinities are no distance apart.
+                off = float(
+                    torch.where(a == b, 0, a - b).norm() / b.nan_to_num(0, 0, 0).norm().clamp(min=1e-30)
+                )
                 if off != 0:
                     far[name] = off
         return far, quantized

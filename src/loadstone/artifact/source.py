@@ -68,14 +68,18 @@ def open_source(directory: Path, weights: WeightFiles, sink: Sink) -> Source:
 
 
 @contextmanager
-def values_checked(source: Source, packed: Iterable[Packed] = ()) -> Iterator[None]:
+def values_checked(
+    source: Source, packed: Iterable[Packed] = (), infinite: Iterable[str] = ()
+) -> Iterator[None]:
     """Check a source's values on another core during the block, which reads the same bytes.
 
-    Raises `ArtifactError` at the end of the block as `check_values` does.
+    ``infinite``: tensors that may hold any value. Raises `ArtifactError` at the end of the block, as `check_values`
+    does.
     """
     from loadstone.artifact.values import limits_of, packed_limits
 
     limits = limits_of(source.quantized.values()) | packed_limits(packed)
+    limits |= dict.fromkeys(infinite, ("uint8", 0, 255))
     with ThreadPoolExecutor(1) as pool:
         scan = pool.submit(source.check_values, limits)
         yield

@@ -50,11 +50,14 @@ def plan_directory(
     if artifact.needs_remote_code and not trust_remote_code and not has_own_class(artifact):
         # The class is Python code in the directory, which is not run unless asked for: names and shapes must do.
         roles, ties = roles_by_name(infos), _ties_by_name(artifact, infos)
+        infinite: frozenset[str] = frozenset()
     else:
         from loadstone.loading.complete import check_stored
         from loadstone.loading.experts import refuse_learned
+        from loadstone.loading.infinite import infinite_buffers
         from loadstone.loading.meta import destinations, meta_model
 
+        infinite = infinite_buffers(artifact, trust_remote_code)
         model = meta_model(artifact, trust_remote_code)
         places = destinations(model, list(infos))
         check_stored(model, infos, places, artifact.weights.index or artifact.weights.files[0])
@@ -63,7 +66,9 @@ def plan_directory(
         stored_as = {d.parameter: k for k, d in places.items() if d}
         tied = model.all_tied_weights_keys
         ties = {stored_as.get(t, t): stored_as.get(s, s) for t, s in tied.items()}
-    return make_plan(rules, infos, _files(artifact, infos), roles, ties, config, untie=untie)
+    return make_plan(
+        rules, infos, _files(artifact, infos), roles, ties, config, untie=untie, infinite=infinite
+    )
 
 
 def _refuse_quantized(artifact: Artifact) -> None:

@@ -14,6 +14,7 @@ from loadstone.fakequant.formats import Format
 from loadstone.fakequant.formats.spec import Own
 from loadstone.fakequant.rules import Decision, Role, RuleSet, decide
 from loadstone.finalization.plan import Step
+from loadstone.loading.model_class import untied as set_untied
 from loadstone.writing.index import in_shards, shard_name
 
 
@@ -80,9 +81,11 @@ def make_plan(
     config: dict[str, Any],
     *,
     untie: bool = False,
+    infinite: frozenset[str] = frozenset(),
 ) -> ExportPlan:
     """``infos``: each source tensor; ``files``: which go into one output file, by any name of it. ``ties``: name -> the
-    stored name it is one tensor with; such a name may itself be stored (then it becomes an alias) or not.
+    stored name it is one tensor with; such a name may itself be stored (then it becomes an alias) or not. ``infinite``:
+    buffers that the model makes infinite itself.
 
     Raises `UsageError` for a rule that decides nothing and for a tie that the rules fold on one side only,
     `ArtifactError` when nothing at all would be folded, and for a weight whose shape its rule's format cannot take.
@@ -109,10 +112,10 @@ def make_plan(
     if not any(decisions[name].format for name in sources):
         raise ArtifactError(f"no weight of this model can be folded by {rules}", "Name weights by --rules")
     if untied:
-        config = _set_untied(config)
+        config = set_untied(config)
     shards: dict[str, list[Step]] = {}
     for name, stored in sorted(sources.items()):
-        step = _step(name, infos[stored], decisions[name], both[name][0])
+        step = _step(name, infos[stored], decisions[name], both[name][0], stored in infinite)
         shards.setdefault(files[stored], []).append(step)
     return ExportPlan(
         rules,
@@ -125,20 +128,12 @@ def make_plan(
     )
 
 
-def _step(name: str, source: TensorInfo, decision: Decision, role: Role) -> Step:
+def _step(name: str, source: TensorInfo, decision: Decision, role: Role, infinite: bool) -> Step:
     output = source._replace(name=name)
     encoding = None
     if decision.format and not isinstance(decision.format.weight, Own):
         encoding = FakeQuantEncoding(output, decision.format, role.transposed)
-    return Step((source,), name, (output,), encoding, decision.reason)
-
-
-def _set_untied(config: dict[str, Any]) -> dict[str, Any]:
-    changed = config | {"tie_word_embeddings": False}
-    for key, value in config.items():
-        if isinstance(value, dict) and value.get("tie_word_embeddings"):
-            changed[key] = value | {"tie_word_embeddings": False}
-    return changed
+    return Step((source,), name, (output,), encoding, decision.reason, infinite=infinite)
 
 
 def files_of(infos: dict[str, TensorInfo], max_bytes: int) -> dict[str, str]:

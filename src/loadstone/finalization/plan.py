@@ -41,8 +41,8 @@ class Step:
     a tensor that is copied or cast. ``ready``: a safetensors file that holds the outputs already, made by calibration.
     ``merged_with``: other source tensors whose largest value counts for the scale of the whole tensor. ``parameter``:
     the model's parameter that it is, or is a part of from ``first_row`` on, where weights are stored under the
-    checkpoint's names.
-    ``packed``: the quantized weights that the sources are decoded from.
+    checkpoint's names. ``packed``: the quantized weights that the sources are decoded from. ``infinite``: a buffer
+    that the model makes infinite itself.
     """
 
     sources: tuple[TensorInfo, ...]
@@ -55,6 +55,7 @@ class Step:
     parameter: str = ""
     first_row: int = 0
     packed: tuple[Packed | FlatTensor, ...] = ()
+    infinite: bool = False
 
     @property
     def action(self) -> str:
@@ -161,6 +162,7 @@ def make_plan(
     """
     from loadstone.finalization.encoders.torchao import TorchaoEncoder
     from loadstone.loading.experts import refuse_learned
+    from loadstone.loading.infinite import infinite_buffers
     from loadstone.loading.meta import model_map
     from loadstone.quantization.rules import instead
 
@@ -221,6 +223,8 @@ def make_plan(
             f"'{artifact.path}': {model.model} has no weight that {recipe} can quantize{_most_common_reason(steps)}",
             instead(_most_common_reason(steps), decisions),
         )
+    infinite = infinite_buffers(artifact, trust_remote_code)
+    steps = [replace(step, infinite=True) if step.source.name in infinite else step for step in steps]
     config = _config(artifact, dtype)
     if apart:
         source: Any = ExpertsApart(artifact.source, apart)

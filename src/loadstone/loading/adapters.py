@@ -12,7 +12,7 @@ from loadstone.artifact.formats.safetensors import DTYPE_BITS
 from loadstone.errors import ArtifactError
 from loadstone.loading.complete import Destination, check_stored
 from loadstone.loading.meta import destinations, meta_model
-from loadstone.loading.model_class import has_own_class, remote_code_refused, stored_dtype
+from loadstone.loading.model_class import has_own_class, remote_code_refused, stored_dtype, untied
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -62,7 +62,7 @@ def placed(artifact: Artifact, trust_remote_code: bool = False) -> Artifact:
     by_parameter = {fit.parameter(name): (name, change) for name, change in adapter.changes.items()}
     apart = _separate_ties(adapter, fit, by_parameter)
     if apart:
-        artifact = _configured(artifact, _untied_config(artifact.config))
+        artifact = _configured(artifact, untied(artifact.config))
         still = [
             name for name in apart if name in _fit(artifact, trust_remote_code).model.all_tied_weights_keys
         ]
@@ -212,14 +212,6 @@ def _tied_by_peft(
     if len(tensors) < 2 or tensors[0] is None or tensors[1] is None:
         return False
     return torch.equal(adapter.source.read(tensors[0]), adapter.source.read(tensors[1]))
-
-
-def _untied_config(config: dict[str, Any]) -> dict[str, Any]:
-    text = config.get("text_config")
-    changes: dict[str, Any] = {"tie_word_embeddings": False}
-    return changes | (
-        {"text_config": text | {"tie_word_embeddings": False}} if isinstance(text, dict) else {}
-    )
 
 
 def _merged(

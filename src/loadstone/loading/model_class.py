@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loadstone.artifact import Artifact
@@ -18,7 +21,6 @@ if TYPE_CHECKING:
 
 # transformers builds models under settings of the whole process (default dtype, how weights are initialised and tied).
 BUILDING = threading.RLock()
-_UPDATE = "Update transformers, or check the file"
 
 
 def load_config(artifact: Artifact, trust_remote_code: bool = False) -> Any:
@@ -37,7 +39,7 @@ def load_config(artifact: Artifact, trust_remote_code: bool = False) -> Any:
             raise remote_code_refused(artifact) from None
         reason = " ".join(str(error).split())[:300]
         raise ArtifactError(
-            f"{artifact.path}/config.json: transformers refuses it ({reason})", _UPDATE
+            f"{artifact.config_dir}/config.json: transformers refuses it ({reason})", _remedy(artifact)
         ) from None
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -63,8 +65,7 @@ def model_class_of(config: Any, artifact: Artifact, trust_remote_code: bool = Fa
         except Exception as error:
             raise remote_code_failed(artifact, error) from None
     for name in config.architectures or ():
-        found = getattr(transformers, name, None)
-        if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
+        if (found := _class_named(config, name)) is not None:
             return found
     for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING):
         if type(config) in mapping:
@@ -72,7 +73,60 @@ def model_class_of(config: Any, artifact: Artifact, trust_remote_code: bool = Fa
                 return mapping[type(config)]
             except ValueError:  # a class that transformers names and does not have
                 continue
-    raise ArtifactError(f"{artifact.path}/config.json: no model class for '{config.model_type}'", _UPDATE)
+    named = f"class {ascii(config.architectures[0])[:80]}" if config.architectures else "model class"
+    raise ArtifactError(
+        f"{artifact.config_dir}/config.json: transformers {transformers.__version__} has no {named} for "
+        f"'{config.model_type}'",
+        _remedy(artifact),
+    )
+
+
+def _class_named(config: Any, name: str) -> Any:
+    """transformers' model class of that name, None where it has none.
+
+    Parts of other models (a decoder, a vision tower) are named in their model's module only.
+    """
+    import transformers
+
+    found = getattr(transformers, name, None)
+    package, _, module = type(config).__module__.rpartition(".")
+    if found is None and package.startswith("transformers.models."):
+        file = sys.modules[type(config).__module__].__file__ or module
+        for path in sorted(Path(file).parent.glob("modeling_*.py")):
+            try:
+                found = found or getattr(import_module(f"{package}.{path.stem}"), name, None)
+            except ImportError:  # it needs a package that is not here
+                continue
+    return found if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel) else None
+
+
+def _remedy(artifact: Artifact) -> str:
+    """What to do about a config that transformers refuses or has no class for: by the version that wrote it."""
+    from packaging.version import InvalidVersion, Version
+    from transformers import CONFIG_MAPPING, __version__
+
+    recorded = artifact.config.get("transformers_version")
+    try:
+        newer = isinstance(recorded, str) and Version(recorded) > Version(__version__)
+    except InvalidVersion:
+        newer = False
+    if newer:
+        return f"It was written by transformers {recorded}, and this is {__version__}: update transformers"
+    if artifact.config.get("model_type") not in CONFIG_MAPPING:
+        return (
+            f"Check model_type: transformers {__version__} has no such model. One with code of its own names it under "
+            "auto_map, and a newer one needs a newer transformers"
+        )
+    return "Restore config.json from the source"
+
+
+def untied(config: dict[str, Any]) -> dict[str, Any]:
+    """A config.json whose model keeps embedding and output head apart."""
+    changed = config | {"tie_word_embeddings": False}
+    for key, value in config.items():
+        if isinstance(value, dict) and value.get("tie_word_embeddings"):
+            changed[key] = value | {"tie_word_embeddings": False}
+    return changed
 
 
 def _own_code(auto_map: dict[str, Any], architectures: Sequence[str]) -> str | None:

@@ -21,6 +21,7 @@ from loadstone.errors import ArtifactError
 from loadstone.loading.complete import CHECK_CONFIG, COPY_AGAIN, MISSING, UNEXPECTED
 from loadstone.loading.devices import CPU, DISK
 from loadstone.loading.experts import experts_alone, forget_experts
+from loadstone.loading.infinite import infinite_buffers
 from loadstone.loading.kernels import check_kernels
 from loadstone.loading.lazy import lazy_state_dict
 from loadstone.loading.meta import meta_model
@@ -53,7 +54,8 @@ def load_native(plan: LoadPlan, device_map: Any) -> PreTrainedModel:
         meta_model(artifact, plan.trust_remote_code)
     check_kernels(artifact, device_map)
     options: dict[str, Any] = {"dtype": dtype, "device_map": device_map}
-    with values_checked(artifact.source, artifact.packed.values()):
+    infinite = infinite_buffers(artifact, plan.trust_remote_code)
+    with values_checked(artifact.source, artifact.packed.values(), infinite):
         with (
             lazy_state_dict(artifact, quantized_dtype) as state,
             quiet_transformers(),
