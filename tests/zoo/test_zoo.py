@@ -14,11 +14,26 @@ from tests.zoo.table import FAULTLESS, faults, write_table
 
 # Causal, GPT-2's Conv1D, experts in one tensor, a weight that is read outside a layer's call, encoder and decoder,
 # masked, two towers, image and text, sound, convolutions, a tensor without a dot in its name, an embedding that is a
-# parameter, weights renamed on load, a generation config of its own, one float32 layer in a bfloat16 model.
+# parameter, weights renamed on load, a generation config of its own, one float32 layer in a bfloat16 model, tied
+# Linears, a part of another model.
 KINDS = (
-    *("llama", "gpt2", "qwen3_moe", "mamba", "t5", "bert", "clip", "llava", "wav2vec2", "resnet", "bart"),
-    *("perceiver", "mistral_large4", "diffusion_gemma", "switch_transformers"),
+    *(
+        "llama",
+        "gpt2",
+        "qwen3_moe",
+        "mamba",
+        "t5",
+        "bert",
+        "clip",
+        "llava_next",
+        "wav2vec2",
+        "resnet",
+        "bart",
+    ),
+    *("perceiver", "mistral_large4", "diffusion_gemma", "switch_transformers", "zamba", "got_ocr2_vision"),
 )
+# No weight of theirs can be quantized.
+REFUSED = {("gpt2", "int8-weight-only"), ("resnet", "int8-weight-only")}
 COLUMNS = ("load", "plain", "int8-weight-only", "export nvfp4")
 
 
@@ -45,7 +60,7 @@ def test_kind(kind: str, column: str, results: Callable[[str], dict[str, Any]]) 
     entry = results(kind)
     assert not entry["no_inputs"]
     status, detail, _ = entry["results"][column]
-    assert status in FAULTLESS, f"{status}: {detail}"
+    assert status in FAULTLESS and (status != "refused" or (kind, column) in REFUSED), f"{status}: {detail}"
 
 
 def test_most_types_have_a_model() -> None:

@@ -62,10 +62,10 @@ def plan_directory(
         places = destinations(model, list(infos))
         check_stored(model, infos, places, artifact.weights.index or artifact.weights.files[0])
         refuse_learned((place.pattern for place in places.values() if place), artifact.root)
-        roles = roles_in(model, infos)
         stored_as = {d.parameter: k for k, d in places.items() if d}
         tied = model.all_tied_weights_keys
         ties = {stored_as.get(t, t): stored_as.get(s, s) for t, s in tied.items()}
+        roles = roles_in(model, infos, ties)
     return make_plan(
         rules, infos, _files(artifact, infos), roles, ties, config, untie=untie, infinite=infinite
     )

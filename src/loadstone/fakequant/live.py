@@ -152,7 +152,7 @@ def plan_model(live: LiveTensors, options: Options, max_shard_size: int) -> Expo
         live.quantizers.rules(rules, live.saved),
         live.infos,
         files_of(live.infos, max_shard_size),
-        live.quantizers.roles(roles_in(live.model, live.infos)),
+        live.quantizers.roles(roles_in(live.model, live.infos, live.ties)),
         live.ties,
         config,
         untie=options.untie,

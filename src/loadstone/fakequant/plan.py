@@ -110,7 +110,12 @@ def make_plan(
         sources[target] = target if target in infos else source
     untied = tuple(target for target in sides if target in sources)
     if not any(decisions[name].format for name in sources):
-        raise ArtifactError(f"no weight of this model can be folded by {rules}", "Name weights by --rules")
+        matrices = [name for name in sources if both[name][0].matrix]
+        reasons = Counter(decisions[name].reason for name in matrices or sources)
+        raise ArtifactError(
+            f"no weight of this model can be folded by {rules} ({reasons.most_common(1)[0][0]})",
+            "Name weights by --rules" if matrices else "It holds no matrix that a format could round",
+        )
     if untied:
         config = set_untied(config)
     shards: dict[str, list[Step]] = {}

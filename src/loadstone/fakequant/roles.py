@@ -24,8 +24,9 @@ _ROUTER = Role(False, "router", inputs=True)
 _EMBEDDING = Role(False, "embedding")
 
 
-def roles_in(model: PreTrainedModel, infos: dict[str, TensorInfo]) -> dict[str, Role]:
-    """The role of each stored tensor, by the module that it loads into. ``model`` may be on the meta device.
+def roles_in(model: PreTrainedModel, infos: dict[str, TensorInfo], ties: dict[str, str]) -> dict[str, Role]:
+    """The role of each stored tensor, by the module that it loads into. ``model`` may be on the meta device. ``ties``:
+    names that are one tensor with a stored one, which have roles of their own.
 
     Raises `ArtifactError` for a tensor that belongs to no part of the model.
     """
@@ -33,6 +34,7 @@ def roles_in(model: PreTrainedModel, infos: dict[str, TensorInfo]) -> dict[str, 
     from loadstone.loading.meta import destinations
     from loadstone.quantization.weight_use import output_head
 
+    infos = {t: infos[s]._replace(name=t) for t, s in ties.items() if s in infos} | infos
     where = destinations(model, list(infos))
     ignored = ignored_keys(model, [key for key, place in where.items() if place is None])
     head = output_head(model)

@@ -405,16 +405,21 @@ def _dotted(steps: list[Step], mapped: ModelMap) -> list[Step]:
     A name without one takes the base model's prefix, which a load removes again. Raises `ArtifactError` where it would
     not.
     """
-    dotless = [step for step in steps if "." not in step.name and step.encoding is None]
-    longer = {step.name: f"{mapped.prefix}.{step.name}" for step in dotless}
-    loaded = mapped.loaded_names(list(longer.values())) if dotless else {}
-    for name, new in longer.items():
-        if not mapped.prefix or loaded[new] != name:
+    dotless = [step.name for step in steps if "." not in step.name and step.encoding is None]
+    longer: dict[str, str] = {}
+    for name in dotless:
+        place = mapped.places.get(name)
+        parameter = place.parameter if place else name
+        names = [new for new in (parameter, f"{mapped.prefix}.{name}") if "." in new.strip(".")]
+        loaded = mapped.loaded_names(names)
+        found = next((new for new in names if loaded[new] == parameter), None)
+        if found is None:
             raise ArtifactError(
                 f"tensor '{name}' has no dot in its name, and torchao's reader in transformers refuses a quantized "
                 "artifact with such a name",
                 "Use --layout compressed-tensors, or finalize it without --quantize",
             )
+        longer[name] = found
     return [
         replace(step, name=longer[step.name], outputs=(step.outputs[0]._replace(name=longer[step.name]),))
         if step.name in longer

@@ -31,9 +31,8 @@ def infinite_buffers(artifact: Artifact, trust_remote_code: bool = False) -> fro
     infinite = {name: tensor for name, tensor in stored.items() if tensor.isinf().any()}
     if not infinite:
         return frozenset()
-    from loadstone.loading.meta import destinations
+    from loadstone.loading.meta import destinations, skeleton
     from loadstone.loading.model_class import construction, load_config, model_class_of
-    from loadstone.loading.streamed import skeleton
 
     config = load_config(artifact, trust_remote_code)
     model_class = model_class_of(config, artifact, trust_remote_code)

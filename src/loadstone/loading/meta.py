@@ -16,6 +16,7 @@ from loadstone.loading.model_class import construction, load_config, model_class
 from loadstone.quantization.model_facts import ModelFacts, facts_of
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
 
@@ -58,6 +59,16 @@ def saved_rows(model: PreTrainedModel, parameter: str, shape: tuple[int, ...]) -
         if rows.dim() != 2 or not torch.equal(rows, wanted):
             return {}
     return dict(sorted(first.items(), key=lambda entry: entry[1])) if len(first) > 1 else {}
+
+
+def skeleton(model_class: Any, config: Any, dtype: torch.dtype) -> PreTrainedModel:
+    """The model with its parameters on the meta device and its buffers, which no checkpoint holds, real."""
+    from accelerate import init_empty_weights
+    from transformers.initialization import no_init_weights
+
+    with init_empty_weights(include_buffers=False), no_init_weights():
+        model: PreTrainedModel = model_class._from_config(config, dtype=dtype)
+    return model
 
 
 @dataclass(frozen=True)

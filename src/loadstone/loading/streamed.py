@@ -17,7 +17,7 @@ from loadstone.loading.experts import learn_experts
 from loadstone.loading.layers import layer_stack
 from loadstone.loading.lazy import lazy_state_dict
 from loadstone.loading.loader import import_libraries
-from loadstone.loading.meta import destinations
+from loadstone.loading.meta import destinations, skeleton
 from loadstone.loading.model_class import (
     construction,
     load_config,
@@ -139,16 +139,6 @@ def streamed(plan: LoadPlan, device: torch.device) -> Iterator[StreamedModel]:
         values_checked(artifact.source, artifact.packed.values()),
     ):
         yield StreamedModel(plan, device, state)
-
-
-def skeleton(model_class: Any, config: Any, dtype: torch.dtype) -> PreTrainedModel:
-    """The model with its parameters on the meta device and its buffers, which no checkpoint holds, real."""
-    from accelerate import init_empty_weights
-    from transformers.initialization import no_init_weights
-
-    with init_empty_weights(include_buffers=False), no_init_weights():
-        model: PreTrainedModel = model_class._from_config(config, dtype=dtype)
-    return model
 
 
 def _load_options(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> Any:

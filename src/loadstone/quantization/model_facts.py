@@ -32,7 +32,8 @@ class ExpertLayout(NamedTuple):
 
 
 class Weight(NamedTuple):
-    """One matrix parameter. ``kind``: the weight of a Linear, a 3-D weight (fused experts), a table, another matrix.
+    """One matrix parameter. ``kind``: the weight of a Linear, a 3-D weight (fused experts), a table, another matrix or
+    a convolution's weight.
 
     ``owner`` is its module's class. ``head``, ``table``: of the output head, of the input embeddings. ``excluded``:
     never quantized by transformers' default; ``float32_only``: nor where the output head is wanted. ``transposed``:
@@ -145,6 +146,8 @@ def _kind(module: torch.nn.Module, name: str, parameter: torch.nn.Parameter) -> 
 
     if isinstance(module, torch.nn.Linear) and name == "weight":
         return LINEAR
+    if isinstance(module, torch.nn.modules.conv._ConvNd) and name == "weight":
+        return MATRIX
     if parameter.dim() == 3:
         return FUSED
     if isinstance(module, torch.nn.Embedding):
