@@ -76,6 +76,17 @@ _SYNCS = {"fsync", "fdatasync"}
 _WRITES = {"write", "pwrite64", "writev", "pwritev", "sendfile", "copy_file_range", "fallocate"}
 _GROWS = {"mkdir", "mkdirat", "creat", "link", "linkat", "symlink", "symlinkat"}
 _MOVES = {"rename", "renameat", "renameat2", "truncate", "ftruncate", "utimensat", "flock"}
+_LOOKUPS = {
+    "stat",
+    "lstat",
+    "newfstatat",
+    "statx",
+    "access",
+    "faccessat",
+    "faccessat2",
+    "readlink",
+    "readlinkat",
+}
 _REMOVES = {"unlink", "unlinkat", "rmdir"}
 _MACHINE = {"x86_64": 0, "aarch64": 1}.get(platform.machine())
 _SECCOMP = (317, 277)
@@ -86,7 +97,7 @@ _USER_NOTIFY, _ALLOW = 0x7FC00000, 0x7FFF0000
 _RECEIVE, _SEND = 0xC0502100, 0xC0182101
 _CONTINUE = 1
 _PAGE = 4096
-_SECONDS = 60
+_SECONDS = 20
 KILL, TERMINATE = -1, -2
 
 
@@ -106,6 +117,10 @@ class Call:
     @property
     def changes(self) -> bool:
         return self.needs_space or self.removes or self.name in _MOVES
+
+    @property
+    def looks_up(self) -> bool:
+        return self.name in _LOOKUPS
 
     @property
     def removes(self) -> bool:

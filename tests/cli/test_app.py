@@ -39,9 +39,23 @@ def test_debug_shows_the_traceback_and_keeps_the_exit_code(failing) -> None:
     assert "Traceback" not in failing(RuntimeError("deep"))[1]
 
 
-def test_a_full_disk_is_something_missing(failing) -> None:
-    code, err = failing(OSError(errno.ENOSPC, "No space left on device"))
-    assert code == 5 and "the disk is full" in err
+@pytest.mark.parametrize(
+    "number, code",
+    [
+        (errno.EIO, 5),
+        (errno.ENOSPC, 5),
+        (errno.EDQUOT, 5),
+        (errno.EFBIG, 5),
+        (errno.EROFS, 5),
+        (errno.EACCES, 5),
+        (errno.EMFILE, 5),
+        (errno.ENAMETOOLONG, 2),
+    ],
+)
+def test_what_the_system_refuses_is_one_line_with_the_path(failing, number: int, code: int) -> None:
+    found, err = failing(OSError(number, os.strerror(number), "some/file"))
+    assert found == code and err.count("\n") == 1
+    assert f"'some/file': {os.strerror(number)}" in err and "unexpected" not in err
 
 
 def test_an_interrupt_says_so(failing) -> None:

@@ -293,7 +293,7 @@ def _everything(folder: Path) -> Iterator[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("odd", [_link, _file, _directory, os.mkfifo])
-@pytest.mark.parametrize("ending", ["lock", "writing", "replaced", "partial"])
+@pytest.mark.parametrize("ending", ["lock", "writing", "replaced", "partial", "calibrated"])
 def test_odd_things_at_working_names_are_refused_by_name(
     tmp_path: Path, ending: str, odd: Callable[[Path], None]
 ) -> None:
@@ -310,6 +310,39 @@ def test_odd_things_at_working_names_are_refused_by_name(
         with pytest.raises(UsageError, match=rf"\.out\.{ending}' was not made by loadstone"):
             attempt()
     assert list(_everything(tmp_path)) == before
+
+
+def test_folders_made_for_an_output_go_with_it(tmp_path: Path) -> None:
+    def fail() -> None:
+        with new_directory(tmp_path / "new" / "deeper" / "out") as work:
+            (work / "file").touch()
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert not any(tmp_path.iterdir())
+    # Not those of others.
+    (tmp_path / "new").mkdir()
+    with pytest.raises(RuntimeError):
+        fail()
+    assert [path.name for path in tmp_path.iterdir()] == ["new"] and not any((tmp_path / "new").iterdir())
+    make(tmp_path / "new" / "deeper" / "out", "new")
+    assert content(tmp_path / "new" / "deeper" / "out") == {"new"}
+
+
+@pytest.mark.parametrize("ending", ["lock", "writing", "replaced"])
+def test_what_a_kill_at_the_very_end_left_goes_when_the_output_is_refused(
+    tmp_path: Path, ending: str
+) -> None:
+    make(tmp_path / "out", "new")
+    left = working_path(tmp_path / "out", ending)
+    if ending == "lock":
+        left.touch()
+    else:
+        make(left / "output", "old")
+    with pytest.raises(UsageError, match="exists"):
+        check_output(None, tmp_path / "out", False)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_stale_lock_file_is_no_obstacle(tmp_path: Path) -> None:

@@ -56,6 +56,7 @@ from loadstone.artifact.packed import Packed, modelopt_block, read_packed
 from loadstone.artifact.source import SafetensorsSource, Source, open_source
 from loadstone.artifact.torchao.checks import FlatTensor
 from loadstone.artifact.training_run import choose_checkpoint, is_checkpoint_name
+from loadstone.artifact.unchanged import Stamp, read_at_once, stamp_of
 from loadstone.errors import ArtifactError, UsageError
 
 CONFIG = "config.json"
@@ -105,6 +106,8 @@ class Artifact:
     decoded: tuple[str, ...] = ()
     # Whether its files may be links out of the directory (see `following_links`).
     follow_links: bool = field(repr=False, default_factory=links_followed)
+    # Of config.json and the weights in ``path``, and of an adapter's files, when they were looked at.
+    stamp: Stamp = field(repr=False, compare=False, default=())
 
     @property
     def own_path(self) -> Path:
@@ -188,7 +191,7 @@ def detect(path: str | Path, *, checkpoint: str | None = None, base: str | Path 
     `UsageError` when ``path`` is not a directory, `ArtifactError` when it is not a model or is
     damaged.
     """
-    return examine(path, checkpoint=checkpoint, base=base)
+    return read_at_once(Path(path), lambda: examine(path, checkpoint=checkpoint, base=base))
 
 
 def examine(
@@ -242,6 +245,7 @@ def examine(
         packed=packed,
         quant_method=method,
         notes=weights.notes,
+        stamp=stamp_of(directory, (CONFIG, *source.files)),
     )
 
 
@@ -283,6 +287,7 @@ def _adapter(
         evidence=(*chosen, f"{ADAPTER_CONFIG}: {adapter}, merged into {below.root}"),
         source=merged,
         adapter=adapter,
+        stamp=below.stamp + stamp_of(directory.resolve(), (ADAPTER_CONFIG, *adapter.files), absolute=True),
     )
 
 

@@ -6,6 +6,7 @@ Bounded, regular files only, never outside the directory.
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import stat
@@ -139,11 +140,39 @@ def open_regular(path: Path, kind: type[LoadstoneError] = ArtifactError, bufferi
     except OSError as error:
         raise kind(f"{path.name}: cannot be read ({error.strerror})", _PERMISSIONS) from None
     try:
-        _regular(path, os.fstat(descriptor), kind)
-        return os.fdopen(descriptor, "rb", buffering=buffering)
+        with naming(path):
+            _regular(path, os.fstat(descriptor), kind)
     except BaseException:
         os.close(descriptor)
         raise
+    # The file closes it, also when a signal arrives in between.
+    raw = _NamedFile(path, opener=lambda path, flags: descriptor)
+    if buffering == 0:
+        return raw  # type: ignore[return-value]
+    return io.BufferedReader(raw, io.DEFAULT_BUFFER_SIZE if buffering < 0 else buffering)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Errors of calls on an open file, within the block, name its path."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+class _NamedFile(io.FileIO):
+    """A file whose errors name it."""
+
+    def readinto(self, buffer: Any) -> int | None:
+        with naming(self.name):
+            return super().readinto(buffer)
+
+    def readall(self) -> bytes:
+        with naming(self.name):
+            return super().readall()
 
 
 def read_text(path: Path, limit: int = MAX_JSON_BYTES, kind: type[LoadstoneError] = ArtifactError) -> str:

@@ -18,6 +18,7 @@ from loadstone.artifact.packed import Packed
 from loadstone.artifact.servers import compressed_weights
 from loadstone.artifact.torchao.checks import FlatTensor, looks_flattened
 from loadstone.artifact.torchao.uniform import pattern_of
+from loadstone.artifact.unchanged import read_at_once
 from loadstone.errors import ArtifactError
 
 # A header may hold a million bad entries, which is more than anyone reads.
@@ -96,6 +97,10 @@ class Report:
 
 def collect(path: str | Path, *, checkpoint: str | None = None, base: str | Path | None = None) -> Report:
     """Look at a directory and keep going past every problem; raises `UsageError` only."""
+    return read_at_once(Path(path), lambda: _collect(path, checkpoint, base))
+
+
+def _collect(path: str | Path, checkpoint: str | None, base: str | Path | None) -> Report:
     problems: list[ArtifactError] = []
     unlisted = 0
 

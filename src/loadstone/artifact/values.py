@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from loadstone.artifact.files import open_regular
+from loadstone.artifact.files import naming, open_regular
 from loadstone.errors import ArtifactError
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def check_values(directory: Path, tensors: Iterable[TensorInfo], limits: Limits 
         if tensor.dtype in _PATTERNS or tensor.name in (limits or {}):
             by_file.setdefault(tensor.file, []).append(tensor)
     for file, entries in by_file.items():
-        with open_regular(directory / file, buffering=0) as opened:
+        with open_regular(directory / file, buffering=0) as opened, naming(directory / file):
             for tensor in sorted(entries, key=lambda t: t.begin):
                 for position in range(tensor.begin, tensor.end, _CHUNK):
                     count = os.preadv(opened.fileno(), [view[: min(_CHUNK, tensor.end - position)]], position)

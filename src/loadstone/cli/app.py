@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import gc
 import logging
 import os
@@ -99,8 +98,8 @@ def main(argv: list[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, _terminate)
     # The libraries' imports make a million objects that stay: looking for garbage among them takes a third of the time.
     gc.set_threshold(200_000, 20, 100)
-    _register(args)
     try:
+        _register(args)
         app(args=args, prog_name="loadstone")
     except SystemExit as stop:
         # typer has turned Ctrl-C into an exit without a word.
@@ -109,6 +108,8 @@ def main(argv: list[str] | None = None) -> None:
         if not stop.code and (error := streams.lost_output()) is not None:
             _fail(f"stdout cannot be written ({error.strerror}): the result is not whole there", 5)
         raise
+    except KeyboardInterrupt:
+        _fail("interrupted", 130)
     except Terminated:
         _fail("interrupted", 143)
     except Exception as error:
@@ -129,15 +130,14 @@ def _with_json_target(args: list[str]) -> list[str]:
 
 def _outcome(error: Exception) -> tuple[str, int]:
     """What to say about an error, and the exit code that it calls for."""
+    from loadstone.writing.filesystem import explain
+
     if isinstance(error, LoadstoneError):
         return str(error), error.exit_code
     if isinstance(error, MemoryError) or _ALLOCATOR in str(error):
         return "there is not enough memory. Free some, or work on a smaller part", MissingError.exit_code
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"the disk is full ({error}). Free some space and run again", MissingError.exit_code
-    if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError):
-        where = f"'{error.filename}': " if isinstance(error.filename, str) else ""
-        return f"the system refused a file ({where}{error.strerror}). Check the disk and its permissions", 5
+    if isinstance(error, OSError) and (refusal := explain(error, "the system refused a file")):
+        return str(refusal), refusal.exit_code
     text = " ".join(str(error).split()) or type(error).__name__
     name = type(error).__name__
     return f"unexpected {name}: {text[:500]}. Run again with --debug for the traceback", 1

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loadstone.artifact.context_file import CONTEXT_JSON, PREFIX, TABPFN, context_kind
+from loadstone.artifact.unchanged import read_at_once
 from loadstone.errors import UsageError
 
 if TYPE_CHECKING:
@@ -36,9 +37,8 @@ def load(
 
     Raises `ArtifactError` (damaged, or cannot be loaded here), `MissingError` (package or GPU) or `UsageError`.
     """
-    from loadstone.loading import load as load_model
     from loadstone.loading import plan
-    from loadstone.loading.plan import IN_CONTEXT, LoadPlan
+    from loadstone.loading.plan import LoadPlan
 
     options = {
         "device": device, "dtype": dtype, "checkpoint": checkpoint, "no_checkpoint": no_checkpoint,
@@ -48,9 +48,16 @@ def load(
         given = [name for name, value in options.items() if value not in ("auto", None, False)]
         if given:
             raise UsageError(f"{', '.join(given)}: a plan is loaded as it is", "Give options to plan()")
-        chosen = target
-    else:
-        chosen = plan(target, **options)  # type: ignore[arg-type]
+        return _load(target)
+    if isinstance(target, str | Path):
+        return read_at_once(Path(target), lambda: _load(plan(target, **options)))  # type: ignore[arg-type]
+    return _load(plan(target, **options))  # type: ignore[arg-type]
+
+
+def _load(chosen: LoadPlan) -> Any:
+    from loadstone.loading import load as load_model
+    from loadstone.loading.plan import IN_CONTEXT
+
     if chosen.load_path != IN_CONTEXT:
         return load_model(chosen)
     from loadstone.context.pfn.load import load_pfn
@@ -72,6 +79,10 @@ def load_context(
     not here.
     """
     directory = Path(path)
+    return read_at_once(directory, lambda: _load_context(directory, base, device, options))
+
+
+def _load_context(directory: Path, base: Any, device: str | None, options: dict[str, Any]) -> Any:
     kind = context_kind(directory) if directory.is_dir() else None
     if kind is None:
         raise UsageError(f"'{directory}' is not a fitted context", f"Name a directory with a {CONTEXT_JSON}")

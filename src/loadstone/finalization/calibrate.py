@@ -389,9 +389,9 @@ def _use_rounded(layer: torch.nn.Module, inside: dict[str, Step], file: Path, de
 
 def _folder(plan: FinalizePlan, rows: torch.Tensor, out: Path) -> Path:
     """A place for this calibration: other tokens, weights, recipes or versions never share files."""
-    files = plan.source.weight_files
-    stats = [(f, (s := (plan.source.path / f).stat()).st_size, s.st_mtime_ns) for f in files]
     names = [step.name for step in plan.steps if step.scheme]
-    text = json.dumps([plan.kind, str(plan.recipe), names, plan.dtype, stats, list(rows.shape), versions()])
+    text = json.dumps(
+        [plan.kind, str(plan.recipe), names, plan.dtype, plan.source.stamp, list(rows.shape), versions()]
+    )
     digest = hashlib.sha256(text.encode() + rows.numpy().tobytes()).hexdigest()
     return calibration_directory(out) / digest[:16]

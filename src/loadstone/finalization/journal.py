@@ -16,7 +16,7 @@ from loadstone.artifact.hashing import sha256_file
 from loadstone.errors import UsageError
 from loadstone.finalization.plan import FinalizePlan
 from loadstone.writing.filesystem import sync_file
-from loadstone.writing.publish import ENTRY, PARTIAL, name_taken, working_path
+from loadstone.writing.publish import CALIBRATED, ENTRY, PARTIAL, name_taken, working_path
 
 NOTES = "journal"
 KEY = "key.json"
@@ -34,7 +34,7 @@ def output_in(work: Path) -> Path:
 
 def calibration_directory(out: Path) -> Path:
     """Where the calibrated tensors of ``out`` are kept until they are written: a hidden sibling."""
-    return out.with_name(f".{out.name}.calibrated")
+    return working_path(out, CALIBRATED)
 
 
 def discard_calibration(out: Path) -> None:
@@ -44,11 +44,7 @@ def discard_calibration(out: Path) -> None:
 
 def job_key(plan: FinalizePlan, versions: dict[str, str]) -> dict[str, str]:
     """What must be equal for a partial output to be continued; names are for the message about a mismatch."""
-    files = plan.source.weight_files
-    source = hashlib.sha256()
-    for name in files:
-        stat = (plan.source.path / name).stat()
-        source.update(f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+    source = hashlib.sha256(repr(plan.source.stamp).encode())
     layout = hashlib.sha256()
     for number, steps in enumerate(plan.shards):
         for step in steps:

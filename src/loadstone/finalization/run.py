@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, nullcontext
+from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from loadstone.artifact import Artifact
 from loadstone.artifact.manifest import FORMAT_VERSION, MANIFEST, versions
+from loadstone.artifact.unchanged import check_unchanged
 from loadstone.finalization.journal import (
     KEY,
     can_resume,
@@ -141,6 +142,7 @@ def write_artifact(
             ranks.wait()
             files = _write_all_files(plan, work, write_rest, device, ranks, on_progress)
             if ranks.rank == 0:
+                check_unchanged(plan.source.path, plan.source.stamp)
                 # Last, since it shows which job the directory belongs to.
                 (work / KEY).unlink()
                 publish(output_in(work), out, overwrite)
@@ -248,7 +250,9 @@ def _write_shards(
                 task.result()
         except BaseException:
             for writer in writers.values():
-                writer.close()
+                # Every one, since a thread that hashes its file waits for it.
+                with suppress(OSError):
+                    writer.close()
             raise
 
 

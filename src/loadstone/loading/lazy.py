@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from loadstone.artifact import Artifact
 from loadstone.artifact.compressed_tensors.tensors import is_side_tensor
+from loadstone.artifact.unchanged import check_unchanged
 from loadstone.loading.packed import LazyPacked
 from loadstone.loading.rebuild import LazyQuantized
 
@@ -44,6 +45,8 @@ def lazy_state_dict(artifact: Artifact, dtype: torch.dtype | None) -> Iterator[d
     ``dtype``: None leaves quantized tensors as stored.
     """
     with artifact.source.opened() as (stored, quantized):
+        # From here on the files stay those that are open.
+        check_unchanged(artifact.path, artifact.stamp)
         state: dict[str, Any] = {}
         for name, flat in quantized.items():
             parts = {data_name: stored.pop(info.name) for data_name, info in flat.parts.items()}

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from loadstone.artifact import Artifact, detect
 from loadstone.artifact.files import check_folder, translated
+from loadstone.artifact.unchanged import check_unchanged
 from loadstone.errors import ArtifactError, UsageError
 from loadstone.loading.offline import offline
 from loadstone.loading.plan import FROM_PRETRAINED, IN_CONTEXT, LoadPlan, plan
@@ -53,7 +54,9 @@ def load(target: str | Path | Artifact | LoadPlan, **options: Any) -> PreTrained
     loader = load_pretrained if chosen.load_path == FROM_PRETRAINED else load_native
     # torchao's tensors cannot be made from inference tensors, so a caller's inference mode ends here.
     with torch.inference_mode(False), offline():
-        return loader(chosen, device_map).eval()
+        model = loader(chosen, device_map).eval()
+    check_unchanged(chosen.artifact.path, chosen.artifact.stamp)
+    return model
 
 
 def load_tokenizer(target: str | Path | Artifact | LoadPlan, *, trust_remote_code: bool = False) -> Any:

@@ -11,7 +11,7 @@ from loadstone._version import __version__
 from loadstone.artifact.context_file import CONTEXT_JSON, CONTEXT_TENSORS, FORMAT_VERSIONS, digest, is_context
 from loadstone.artifact.hashing import sha256_file
 from loadstone.errors import UsageError
-from loadstone.writing.publish import new_directory
+from loadstone.writing.publish import check_space, new_directory
 from loadstone.writing.shards import write_tensors
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ def write_context(
         raise UsageError(
             f"the output '{path}' is not a fitted context", "It will not be replaced: choose another"
         )
+    check_space(sum(tensor.nbytes for tensor in tensors.values()), path)
     with new_directory(path, overwrite) as work:
         write_tensors(work / CONTEXT_TENSORS, tensors)
         whole = _complete(facts, work / CONTEXT_TENSORS)

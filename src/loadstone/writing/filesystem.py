@@ -16,16 +16,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
+from loadstone.artifact.files import naming
 from loadstone.errors import LoadstoneError, MissingError, UsageError
 
 log = logging.getLogger(__name__)
 
 # What a kernel or file system answers to a call that it does not have.
 _UNSUPPORTED = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOTTY}
-_DISK_ERRORS = {
-    errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ESTALE,
-    errno.ENAMETOOLONG, errno.ENXIO, errno.ENODEV,
-}  # fmt: skip
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 _warned: set[int] = set()
 
@@ -76,12 +73,13 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
     """
     work, descriptor = unfinished(path), -1
     try:
-        with uninterrupted():
+        with uninterrupted(), naming(work):
             descriptor = open_locked(work, wait=True)
-        os.ftruncate(descriptor, 0)
-        with os.fdopen(descriptor, "wb", closefd=False) as file:
-            yield file
-        sync_file(descriptor, work.parent)
+        with naming(work):
+            os.ftruncate(descriptor, 0)
+            with os.fdopen(descriptor, "wb", closefd=False) as file:
+                yield file
+            sync_file(descriptor, work.parent)
         with uninterrupted():
             work.replace(path.resolve())
             os.close(descriptor)
@@ -173,17 +171,18 @@ def sync_directory(folder: Path) -> None:
         os.close(descriptor)
 
 
-def explain(error: OSError, out: Path) -> LoadstoneError | None:
-    """What to tell a user whose disk refused a call while ``out`` was written; None for an error of another kind."""
-    if error.errno not in _DISK_ERRORS:
+def explain(error: OSError, what: str) -> LoadstoneError | None:
+    """The error to show a user when the system refused a call on a file, ``what`` first; None for one of another kind,
+    such as a network's."""
+    if error.errno is None or isinstance(error, ConnectionError):
         return None
     where = f"'{error.filename}': " if isinstance(error.filename, str) else ""
-    message = f"'{out}' could not be written ({where}{error.strerror})"
+    message = f"{what} ({where}{error.strerror})"
     if error.errno == errno.ENAMETOOLONG:
         return UsageError(message, "Choose a shorter name")
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return MissingError(message, "Free some space and run again")
-    return MissingError(message, "Check the disk and its permissions, or choose another output")
+    return MissingError(message, "Check the disk and its permissions, or choose another place")
 
 
 def _warn_once(folder: Path, what: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import re
 import shutil
 import stat
 from collections.abc import Iterator
@@ -31,7 +32,7 @@ log = logging.getLogger(__name__)
 
 # Room for config, tokenizer and index beside the weights.
 _SPARE_BYTES = 64 * 2**20
-LOCK, PARTIAL, WRITING, REPLACED = "lock", "partial", "writing", "replaced"
+LOCK, PARTIAL, WRITING, REPLACED, CALIBRATED = "lock", "partial", "writing", "replaced", "calibrated"
 # The directory in each of the others that is, was or becomes the output; in `.OUT.writing` and `.OUT.replaced` the one
 # entry, by which they are recognised as ours.
 ENTRY = "output"
@@ -178,7 +179,7 @@ def locked(out: Path, overwrite: bool = False) -> Iterator[None]:
                 with uninterrupted():
                     _clear(out)
     except OSError as error:
-        if (refusal := explain(error, out)) is None:
+        if (refusal := explain(error, f"'{out}' could not be written")) is None:
             raise
         raise refusal from error
 
@@ -227,7 +228,7 @@ def _open_lock(path: Path, out: Path) -> int:
 
 def _check_working_names(out: Path) -> None:
     """Raise `UsageError`, with its name, for what lies at a working name and is not of loadstone's making."""
-    for ending in (LOCK, PARTIAL, WRITING, REPLACED):
+    for ending in (LOCK, PARTIAL, WRITING, REPLACED, CALIBRATED):
         path = working_path(out, ending)
         try:
             found = path.lstat()
@@ -246,6 +247,8 @@ def _is_ours(path: Path, ending: str) -> bool:
         # Its journal says (finalization/journal.py).
         return True
     names = {entry.name for entry in path.iterdir()}
+    if ending == CALIBRATED:
+        return all(re.fullmatch("[0-9a-f]{16}", name) for name in names)
     # A bare artifact or context: earlier versions set an output aside by itself.
     bare = ending == REPLACED and names & {MANIFEST, CONTEXT_JSON, "config.json"}
     return names <= {ENTRY} or bool(bare)

@@ -40,10 +40,7 @@ def load_base(path: str | Path, *, device: str = "auto", dtype: str = "float32")
     _check_kind(artifact)
     device_map = resolve_device(device, artifact)
     where = "cpu" if device_map is None else str(device_map[""])
-    changed = max(
-        (artifact.path / file).stat().st_mtime_ns for file in ("config.json", *artifact.weights.files)
-    )
-    key = (artifact.path.resolve(), changed, where, dtype)
+    key = (artifact.path.resolve(), artifact.stamp, where, dtype)
     with _LOCK:
         model = _LOADED.get(key)
         if model is None:

@@ -78,7 +78,7 @@ def open_store(directory: str) -> Store:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"--cache {directory}: {error.strerror}") from None
+        raise UsageError(f"--cache '{directory}': {error.strerror}") from None
     return Store(path)
 
 
