@@ -25,6 +25,7 @@ def load(
     no_checkpoint: bool = False,
     trust_remote_code: bool = False,
     base: str | Path | None = None,
+    fast: bool = False,
 ) -> Any:
     """Load any model in eval mode: an ordinary transformers model or, for an in-context model, a `PFN`.
 
@@ -34,6 +35,7 @@ def load(
     checkpoint: of a training run: newest (default), best, a step or a folder. no_checkpoint: its own directory instead.
     trust_remote_code: run Python code that came with the model.
     base: of an adapter, the model to merge it into, if it is not where the adapter says.
+    fast: on a GPU write tokens faster with weight-only recipes, to rounding; such a model is not saved again.
 
     Raises `ArtifactError` (damaged, or cannot be loaded here), `MissingError` (package or GPU) or `UsageError`.
     """
@@ -59,7 +61,7 @@ def _load(chosen: LoadPlan) -> Any:
     from loadstone.loading.plan import IN_CONTEXT
 
     if chosen.load_path != IN_CONTEXT:
-        return load_model(chosen)
+        return load_model(chosen, fast=fast)
     from loadstone.context.pfn.load import load_pfn
 
     return load_pfn(chosen)

@@ -28,6 +28,7 @@ from loadstone.evaluation.scoring.losses import BatchMaker, Timing, Values, chec
 from loadstone.evaluation.scoring.shared_text import score_shared
 from loadstone.evaluation.scoring.speed import measure_speed
 from loadstone.evaluation.task import Task
+from loadstone.loading.few_rows import speed_up_decoding
 from loadstone.loading.positions import length_regime
 from loadstone.ranks import Ranks
 
@@ -222,7 +223,8 @@ def run_extras(
     """Scores of lm-eval tasks (``--tasks``) and records of speed (``--speed``), empty where not asked for.
 
     All ranks divide the tasks. Rank 0 alone measures speed, on one device while the others wait, and of the model as
-    anyone loads it: without the fast path and without compiled layers.
+    anyone loads it: without the fast path and without compiled layers. On a GPU also as fast as it can be loaded: with
+    the kernels of `load(…, fast=True)` and a compiled `generate`.
     """
     options, task = context.options, context.task.result()
     if not options.tasks and not options.speed:
@@ -234,6 +236,9 @@ def run_extras(
             if context.ranks.rank == 0:
                 ids = torch.from_numpy(task.stream.ids).to(loaded.device)
                 speeds = measure_speed(loaded.model, ids, (1, batch_size))
+                if options.fast and loaded.device.type == "cuda" and loaded.model._can_compile_fullgraph:
+                    speed_up_decoding(loaded.model)
+                    speeds += measure_speed(loaded.model, ids, (1, batch_size), compiled=True)
             context.ranks.wait()
         if options.tasks:
             log.info("%s: running lm-eval tasks", model.name)

@@ -23,11 +23,12 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def load(target: str | Path | Artifact | LoadPlan, **options: Any) -> PreTrainedModel:
+def load(target: str | Path | Artifact | LoadPlan, *, fast: bool = False, **options: Any) -> PreTrainedModel:
     """Load any artifact as an ordinary transformers model in eval mode.
 
     ``target``: a directory, or a plan that `plan` made. ``options`` are `plan`'s: ``device`` (auto, cpu, cuda,
-    cuda:N), ``dtype`` (auto, float32, bfloat16, float16), ``checkpoint``, ``trust_remote_code``. Raises
+    cuda:N), ``dtype`` (auto, float32, bfloat16, float16), ``checkpoint``, ``trust_remote_code``. ``fast``: on a GPU
+    write tokens faster with weight-only recipes, to rounding; such a model is not saved again. Raises
     `ArtifactError` (damaged, or cannot be loaded here), `MissingError` (package or GPU) or `UsageError` (also for
     options beside a plan, which has its own).
     """
@@ -56,6 +57,10 @@ def load(target: str | Path | Artifact | LoadPlan, **options: Any) -> PreTrained
     with torch.inference_mode(False), offline():
         model = loader(chosen, device_map).eval()
     check_unchanged(chosen.artifact.path, chosen.artifact.stamp)
+    if fast:
+        from loadstone.loading.few_rows import speed_up_decoding
+
+        speed_up_decoding(model)
     return model
 
 

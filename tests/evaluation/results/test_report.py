@@ -24,7 +24,7 @@ BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "
 EVIL = "<script>alert(1)</script>"
 TASK = {"task": "quiz", "metric": "acc", "value": 0.25, "stderr": 0.01, "delta": -0.125, "delta_stderr": 0.02,
         "p_value": 0.03}  # fmt: skip
-SPEED = {"batch_size": 16, "prefill_tokens_per_second": 1234.0, "first_token_seconds": 0.25,
+SPEED = {"batch_size": 16, "compiled": False, "prefill_tokens_per_second": 1234.0, "first_token_seconds": 0.25,
          "decode_tokens_per_second": 99.5, "peak_memory_bytes": 2**30}  # fmt: skip
 
 

@@ -102,7 +102,11 @@ def _speeds(records: Records) -> Table:
     # Peak memory last: it is a cost, not a speed.
     metrics.sort(key=lambda m: COST in m.groups)
     rows = [
-        [r["path"], str(s["batch_size"]), *(m.cell(s) for m in metrics)]
+        [
+            r["path"],
+            f"{s['batch_size']}{', compiled' if s['compiled'] else ''}",
+            *(m.cell(s) for m in metrics),
+        ]
         for r in records
         for s in r.get("speed", ())
     ]

@@ -14,28 +14,35 @@ from loadstone.loading.positions import positions
 _PROMPT, _WRITTEN, _RUNS = 512, 16, 3
 
 
-def measure_speed(model: Any, ids: torch.Tensor, batch_sizes: tuple[int, ...]) -> list[dict[str, Any]]:
+def measure_speed(
+    model: Any, ids: torch.Tensor, batch_sizes: tuple[int, ...], *, compiled: bool = False
+) -> list[dict[str, Any]]:
     """Prefill and decode speed on prompts cut from ``ids`` (tokens,), one record per batch size: tokens per
-    second of all sequences together, seconds to the first token (median of three), peak memory in bytes."""
+    second of all sequences together, seconds to the first token (median of three), peak memory in bytes.
+
+    ``compiled``: as `generate` writes with a static cache, for which transformers compiles the model on a GPU.
+    """
     limit = positions(model.config).limit or _PROMPT + _WRITTEN
     length = max(1, min(_PROMPT, limit - _WRITTEN, len(ids)))
     prompt = ids[:length]
-    return [_measure(model, prompt.expand(size, length).contiguous()) for size in sorted(set(batch_sizes))]
+    prompts = [prompt.expand(size, length).contiguous() for size in sorted(set(batch_sizes))]
+    return [_measure(model, each, compiled) for each in prompts]
 
 
-def _measure(model: Any, prompt: torch.Tensor) -> dict[str, Any]:
+def _measure(model: Any, prompt: torch.Tensor, compiled: bool) -> dict[str, Any]:
     device = prompt.device
     reset_peak(device)
     firsts, rates = [], []
     # The first run is a warm-up.
     for _ in range(_RUNS + 1):
-        first, rate = _generate(model, prompt)
+        first, rate = (_generate_compiled if compiled else _generate)(model, prompt)
         firsts.append(first)
         rates.append(rate)
     first = statistics.median(firsts[1:])
     return {
         "batch_size": len(prompt),
         "prompt_tokens": prompt.shape[1],
+        "compiled": compiled,
         "prefill_tokens_per_second": prompt.numel() / first,
         "first_token_seconds": first,
         "decode_tokens_per_second": statistics.median(rates[1:]),
@@ -55,6 +62,26 @@ def _generate(model: Any, prompt: torch.Tensor) -> tuple[float, float]:
             token = out.logits[:, -1:].argmax(-1)
         end = _now(prompt.device)
     return first - begin, len(prompt) * _WRITTEN / (end - first)
+
+
+def _generate_compiled(model: Any, prompt: torch.Tensor) -> tuple[float, float]:
+    """The same by `generate` with a static cache."""
+
+    def seconds(tokens: int) -> float:
+        begin = _now(prompt.device)
+        model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=tokens,
+            min_new_tokens=tokens,
+            do_sample=False,
+            cache_implementation="static",
+        )
+        return _now(prompt.device) - begin
+
+    # The longest first: its cache has room for the other, and another cache would be compiled for anew.
+    several, first = seconds(_WRITTEN), seconds(1)
+    return first, len(prompt) * (_WRITTEN - 1) / (several - first)
 
 
 def _now(device: torch.device) -> float:

@@ -1,0 +1,164 @@
+"""On a GPU: tokens per second of one sequence with weight-only recipes, beside bf16; and the kernels alone.
+
+    python tests/bench/gpu_decode.py [--kernels] [--layers 16] [--recipes a,b] [--folder DIR]
+
+``--kernels``: products of one row with single weights, each replayed in a CUDA graph: microseconds and the share of
+cuBLAS's bf16 time, for the block sizes that were tried. Otherwise a Llama-3-8B-shaped checkpoint of 16 layers is made,
+finalized by each recipe and loaded, and `generate` writes with a static cache, compiled, as transformers does by
+itself: stock modules, and with ``loadstone.load(…, fast=True)``. Tokens per second are the median of five differences
+between writing 64 and 128 tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+RECIPES = ("int4-weight-only", "float8-weight-only", "int8-weight-only", "intx4-weight-only")
+# Rows of a block, values of a block, warps.
+BYTES = (
+    (1, 2048, 4),
+    (2, 1024, 4),
+    (2, 2048, 4),
+    (4, 512, 2),
+    (4, 1024, 4),
+    (4, 2048, 8),
+    (8, 512, 4),
+    (8, 1024, 8),
+)
+NIBBLES = (
+    (1, 4096, 2),
+    (2, 4096, 2),
+    (2, 4096, 4),
+    (4, 2048, 2),
+    (4, 4096, 2),
+    (4, 4096, 4),
+    (8, 2048, 4),
+    (8, 4096, 4),
+)
+SHAPES = ((14336, 4096), (4096, 14336), (4096, 4096), (1024, 4096))
+
+
+def kernels() -> None:
+    import torch
+    import triton
+    from torch.nn import functional as F
+
+    from loadstone.loading import few_rows_kernel as kernel
+    from loadstone.loading.few_rows import pack_nibbles
+
+    for outputs, inputs in SHAPES:
+        # More copies than the L2 cache holds, so that weights come from memory as in a model.
+        copies = max(2, (200 << 20) // (outputs * inputs))
+        x = torch.randn(1, inputs, device="cuda", dtype=torch.bfloat16)
+        dense = [torch.randn(outputs, inputs, device="cuda", dtype=torch.bfloat16) for _ in range(copies)]
+        scale = torch.rand(outputs, device="cuda")
+        scales = torch.rand(outputs, inputs // 128, device="cuda", dtype=torch.bfloat16)
+        integers = [(w * 20).to(torch.int8) for w in dense]
+        floats = [w.to(torch.float8_e4m3fn) for w in dense]
+        words = [pack_nibbles(w.clamp(-8, 7).to(torch.int8), 128) for w in dense]
+
+        def timed(product: Any, weights: list[Any], *rest: Any, x: Any = x) -> float:
+            calls = partial(lambda: [product(x, w, *rest) for w in weights])
+            return float(triton.testing.do_bench_cudagraph(calls, rep=20)) * 1000 / len(weights)
+
+        base = timed(F.linear, dense)
+        print(
+            f"{outputs} x {inputs}: bf16 {base:.1f} us, {outputs * inputs * 2 / base / 1e6:.2f} TB/s",
+            flush=True,
+        )
+        for name, product, arguments, options, configs in (
+            ("int8", kernel.bytes_product, (integers, scale), ("_BYTES", "_TALL"), BYTES),
+            ("fp8", kernel.bytes_product, (floats, scale), ("_BYTES", "_TALL"), BYTES),
+            ("int4", kernel.nibbles_product, (words, scales, scales), ("_NIBBLES",), NIBBLES),
+        ):
+            rows = []
+            for config in configs:
+                for option in options:
+                    setattr(kernel, option, config)
+                rows.append((timed(product, *arguments), config))
+            rows.sort()
+            print(
+                f"  {name}: " + ", ".join(f"{c} {t:.1f} us {base / t:.2f}x" for t, c in rows[:5]), flush=True
+            )
+
+
+def rate(model: Any, ids: Any) -> float:
+    """Tokens per second of greedy decoding with a static cache, which transformers compiles."""
+    import torch
+
+    def seconds(tokens: int) -> float:
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        model.generate(
+            ids, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, cache_implementation="static"
+        )
+        torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    seconds(128)
+    seconds(64)
+    return statistics.median(64 / (seconds(128) - seconds(64)) for _ in range(5))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--kernels", action="store_true")
+    parser.add_argument("--layers", type=int, default=16)
+    parser.add_argument("--recipes", default=",".join(RECIPES))
+    parser.add_argument("--folder", type=Path, default=None)
+    options = parser.parse_args()
+    if options.kernels:
+        kernels()
+        return
+    import torch
+    from tests.bench.gpu_finalize import make
+
+    import loadstone
+
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}", flush=True)
+    with tempfile.TemporaryDirectory(prefix="loadstone-gpu-", dir=options.folder) as name:
+        source = Path(name) / "source"
+        make(source, options.layers)
+        ids = torch.randint(0, 1000, (1, 32), device="cuda")
+        base = 0.0
+        print(
+            "| recipe | stock, tokens/s | fast, tokens/s | fast over bf16 | first logits agree to |",
+            flush=True,
+        )
+        print("|---|---|---|---|---|", flush=True)
+        for recipe in ("", *options.recipes.split(",")):
+            path = source
+            if recipe:
+                path = Path(name) / "out"
+                loadstone.finalize(source, path, recipe=recipe, device="cuda")
+            found, logits = [], []
+            for fast in (False, True) if recipe else (False,):
+                torch.compiler.reset()
+                model = loadstone.load(path, device="cuda", fast=fast)
+                with torch.no_grad():
+                    logits.append(model(ids[:, :1]).logits.float())
+                found.append(rate(model, ids))
+                del model
+                torch.cuda.empty_cache()
+            base = base or found[0]
+            gap = (logits[0] - logits[-1]).abs().max().item() / logits[0].abs().max().item()
+            print(
+                f"| {recipe or 'bf16'} | {found[0]:.0f} | {found[-1]:.0f} | {found[-1] / base:.2f} | {gap:.1e} |",
+                flush=True,
+            )
+            if recipe:
+                shutil.rmtree(path)
+
+
+if __name__ == "__main__":
+    main()
