@@ -104,4 +104,4 @@ def nibbles_product(
 _BYTES = (2, 2048, 4)
 _TALL = (4, 512, 2)
 _TALL_OUTPUTS = 8192
-_NIBBLES = (4, 4096, 4)
+_NIBBLES = (8, 2048, 4)
