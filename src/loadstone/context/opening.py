@@ -50,13 +50,13 @@ def load(
         given = [name for name, value in options.items() if value not in ("auto", None, False)]
         if given:
             raise UsageError(f"{', '.join(given)}: a plan is loaded as it is", "Give options to plan()")
-        return _load(target)
+        return _load(target, fast)
     if isinstance(target, str | Path):
-        return read_at_once(Path(target), lambda: _load(plan(target, **options)))  # type: ignore[arg-type]
-    return _load(plan(target, **options))  # type: ignore[arg-type]
+        return read_at_once(Path(target), lambda: _load(plan(target, **options), fast))  # type: ignore[arg-type]
+    return _load(plan(target, **options), fast)  # type: ignore[arg-type]
 
 
-def _load(chosen: LoadPlan) -> Any:
+def _load(chosen: LoadPlan, fast: bool) -> Any:
     from loadstone.loading import load as load_model
     from loadstone.loading.plan import IN_CONTEXT
 
