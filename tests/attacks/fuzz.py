@@ -14,6 +14,7 @@ import argparse
 import gc
 import hashlib
 import itertools
+import json
 import logging
 import os
 import random
@@ -323,8 +324,7 @@ class Fuzzer:
 
     def compare_context(self, target: Path, origin: Path) -> str | None:
         if all(
-            (target / p.name).is_file() and (target / p.name).read_bytes() == p.read_bytes()
-            for p in origin.iterdir()
+            (target / p.name).is_file() and _content(target / p.name) == _content(p) for p in origin.iterdir()
         ):
             return None
         try:
@@ -332,6 +332,15 @@ class Fuzzer:
         except LoadstoneError:
             return None
         return "exit 0 with another context, and --verify finds nothing"
+
+
+def _content(path: Path) -> Any:
+    """The bytes of a file, or what its JSON says, in whatever layout."""
+    raw = path.read_bytes()
+    try:
+        return json.loads(raw) if path.suffix == ".json" else raw
+    except ValueError:
+        return raw
 
 
 def _run(words: list[str]) -> None:

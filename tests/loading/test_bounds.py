@@ -100,11 +100,17 @@ def test_a_load_opens_no_socket(tmp_path: Path, model_type: str) -> None:
     assert "sockets []" in done.stdout and "refused" in done.stdout, done.stdout + done.stderr[-2000:]
 
 
-@pytest.mark.parametrize("pattern", ["(.*.*)*x!", "(a+)+b", ".*.*.*.*.*x", "(?:a{1,50}){1,50}"])
+@pytest.mark.parametrize(
+    "pattern",
+    ["(.*.*)*x!", "(a+)+b", "(a|aa)*b", "(a?a?)*b", "(?:(?:ab|a)b?)+c", ".*.*.*.*.*x", "(?:a{1,50}){1,50}"],
+)
 def test_patterns_that_may_not_end(pattern: str) -> None:
     assert may_not_end(pattern)
 
 
-@pytest.mark.parametrize("pattern", [r"model\.layers\.\d+\..*", ".*lm_head", r".*(q|k)_proj$", "a{2}b?"])
+@pytest.mark.parametrize(
+    "pattern",
+    [r"model\.layers\.\d+\..*", ".*lm_head", r".*(q|k)_proj$", "a{2}b?", r"(?:\d{2}x)+", "[ab]*(c|d)?"],
+)
 def test_patterns_that_end(pattern: str) -> None:
     assert not may_not_end(pattern)

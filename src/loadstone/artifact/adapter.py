@@ -12,7 +12,7 @@ from typing import Any
 from loadstone.artifact.files import MAX_CONFIG_BYTES, Sink, check_inside, is_file, read_json
 from loadstone.artifact.formats.safetensors import FLOAT_DTYPES, TensorInfo
 from loadstone.artifact.formats.weights import WeightFiles
-from loadstone.artifact.patterns import may_not_end
+from loadstone.artifact.patterns import unsound
 from loadstone.artifact.source import Source, open_source
 from loadstone.errors import ArtifactError
 
@@ -247,16 +247,10 @@ def _scale(config: dict[str, Any], module: str, rank: int) -> float:
 
 def _by_pattern(config: dict[str, Any], key: str, module: str, default: Any) -> Any:
     for pattern, value in (config.get(key) or {}).items():
-        try:
-            sound = len(pattern) < 500 and not may_not_end(pattern)
-            if sound and re.match(rf"(.*\.)?({pattern})$", module):
-                return value
-        except (re.error, RecursionError, OverflowError):
-            sound = False
-        if not sound:
-            raise ArtifactError(
-                f"{ADAPTER_CONFIG}: {key} has the bad pattern {ascii(pattern)[:80]}", PEFT_MERGES
-            )
+        if why := unsound(pattern):
+            raise ArtifactError(f"{ADAPTER_CONFIG}: {key}: {ascii(pattern)[:80]} {why}", PEFT_MERGES)
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
     return default
 
 

@@ -184,6 +184,8 @@ W4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}
         ({"config_groups": {"W4A16": ["Linear"]}}, "config_groups.W4A16 is the name of a preset"),
         ({"config_groups": {"g": {"targets": "Linear", "weights": W4}}}, "targets is not a list of names"),
         ({"config_groups": {"g": {"targets": ["re:("], "weights": W4}}}, "is not a regular expression"),
+        ({"ignore": ["re:("]}, "ignore: 're:(' is not a regular expression"),
+        ({"ignore": ["re:(a|aa)*b"]}, "could take for ever"),
         (
             {"config_groups": {"g": {"targets": [], "weights": W4 | {"num_bits": 0}}}},
             "num_bits 0 of type 'int'",

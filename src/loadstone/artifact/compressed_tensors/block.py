@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Any
 
 from loadstone.artifact.compressed_tensors.scheme import FORMATS, MIXED, MXFP8, LayerScheme, QuantArgs
-from loadstone.artifact.patterns import may_not_end
+from loadstone.artifact.patterns import unsound
 from loadstone.errors import ArtifactError
 
 METHOD = "compressed-tensors"
@@ -111,12 +111,21 @@ def read_block(block: dict[str, Any]) -> Block:
     kv_cache = block.get("kv_cache_scheme")
     return Block(
         groups=tuple(group for group in found if group is not None),
-        ignore=_texts(block.get("ignore") or (), "ignore"),
+        ignore=_patterns(block.get("ignore") or (), "ignore"),
         format=_text(top),
         version=_text(block.get("version")),
         status=_text(block.get("quantization_status")),
         kv_cache=_args(kv_cache, "kv_cache_scheme") if kv_cache else None,
     )
+
+
+def _patterns(value: Any, where: str) -> tuple[str, ...]:
+    """Names of modules, class names and sound ``re:`` patterns."""
+    found = _texts(value, where)
+    for target in found:
+        if target.startswith("re:") and (why := unsound(target[3:])):
+            raise _wrong(f"{where}: {ascii(target)[:80]} {why}")
+    return found
 
 
 def _flat(block: dict[str, Any]) -> dict[str, Any]:
@@ -135,15 +144,7 @@ def _group(name: str, entry: Any, top: Any) -> Group | None:
         raise _wrong(f"{where} is the name of a preset, without its settings")
     if not isinstance(entry, dict):
         raise _wrong(f"{where} is not an object")
-    targets = _texts(entry.get("targets"), f"{where}.targets")
-    for target in targets:
-        if target.startswith("re:"):
-            try:
-                re.compile(target[3:])
-            except (re.error, RecursionError, OverflowError):
-                raise _wrong(f"{where}.targets: {ascii(target)[:80]} is not a regular expression") from None
-            if may_not_end(target[3:]):
-                raise _wrong(f"{where}.targets: {ascii(target)[:80]} could take for ever to match")
+    targets = _patterns(entry.get("targets"), f"{where}.targets")
     if entry.get("weights") is None:
         # Attention or KV cache alone.
         return None
