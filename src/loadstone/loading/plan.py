@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from loadstone.artifact.compressed_tensors.block import METHOD, unsupported
 from loadstone.artifact.detect import (
     ADAPTER,
     CONTEXT,
@@ -178,9 +179,12 @@ def _load_path(artifact: Artifact) -> tuple[str, str]:
                 "trained with fake quantization: finalize converts it, this loads the unquantized weights",
             )
         case k if k == OTHER_QUANTIZER:
+            block = artifact.quantization_config
+            other = unsupported(block) if artifact.quant_method == METHOD and isinstance(block, dict) else ""
+            why = f" ({other} is not decoded here)" if other else ""
             return (
                 FROM_PRETRAINED,
-                f"quantized by {artifact.quant_method}: transformers' own quantizer loads it",
+                f"quantized by {artifact.quant_method}: transformers' own quantizer loads it{why}",
             )
         case k if k == PFN:
             return IN_CONTEXT, "an in-context model of loadstone's own, in plain safetensors"

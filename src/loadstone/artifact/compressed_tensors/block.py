@@ -81,18 +81,31 @@ def matches(target: str, module: str) -> bool:
 def unsupported(block: dict[str, Any]) -> str:
     """What a block asks for that is not decoded here (sparsity, rotations, a format); empty where all is."""
     block = _flat(block)
-    sparsity, transforms = block.get("sparsity_config"), block.get("transform_config")
+    if reason := obsolete(block):
+        return reason
+    transforms = block.get("transform_config")
+    if isinstance(transforms, dict) and transforms.get("config_groups"):
+        return "a transform_config (rotated weights)"
+    other = next((name for name in _formats(block) if name not in (*FORMATS, MIXED)), None)
+    return "" if other is None else f"the format {ascii(other)[:80]}"
+
+
+def obsolete(block: dict[str, Any]) -> str:
+    """What a block asks for that compressed-tensors of today does not read either: sparsity, marlin-24, formats that it
+    never knew; empty for others."""
+    block = _flat(block)
+    sparsity = block.get("sparsity_config")
     kind = sparsity.get("format") if isinstance(sparsity, dict) else None
     if kind not in (None, "dense"):
         return f"the sparsity_config {ascii(kind)[:80]}"
-    if isinstance(transforms, dict) and transforms.get("config_groups"):
-        return "a transform_config (rotated weights)"
-    groups = block.get("config_groups")
-    given = [block.get("format"), *(g.get("format") for g in _values(groups) if isinstance(g, dict))]
-    for name in given:
-        if isinstance(name, str) and name not in (*FORMATS, MIXED):
-            return f"the format {ascii(name)[:80]}"
-    return ""
+    other = next((name for name in _formats(block) if name not in (*FORMATS, MIXED, *_ITS_OWN)), None)
+    return "" if other is None else f"the format {ascii(other)[:80]}"
+
+
+def _formats(block: dict[str, Any]) -> list[str]:
+    groups = _values(block.get("config_groups"))
+    given = [block.get("format"), *(g.get("format") for g in groups if isinstance(g, dict))]
+    return [name for name in given if isinstance(name, str)]
 
 
 def read_block(block: dict[str, Any]) -> Block:
@@ -282,5 +295,7 @@ def _wrong(what: str) -> ArtifactError:
 
 
 _WHERE = "config.json: quantization_config (compressed-tensors)"
+# Formats that the package reads, and that are not decoded here.
+_ITS_OWN = ("dense", "mxfp6-pack-quantized")
 _STRATEGIES = ("tensor", "channel", "group", "tensor_group", "block", "token", "attn_head")
 _EMBEDDING = re.compile(r"embed|wte|wpe|tok_")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from loadstone.artifact.compressed_tensors import packed_weights, read_block
-from loadstone.artifact.compressed_tensors.block import METHOD, unsupported
+from loadstone.artifact.compressed_tensors.block import METHOD, obsolete, unsupported
 from loadstone.artifact.compressed_tensors.tensors import stored_shape
 from loadstone.artifact.files import Sink, is_file, read_json
 from loadstone.artifact.formats.safetensors import TensorInfo
@@ -49,6 +49,12 @@ def read_packed(
         return {}
     found: Mapping[str, Packed]
     if method == METHOD:
+        if reason := obsolete(block):
+            raise ArtifactError(
+                f"config.json: quantization_config (compressed-tensors) has {reason}, which no release of the package "
+                "that transformers takes today reads",
+                "Decompress it with the release that wrote it, or quantize the model again",
+            )
         if unsupported(block):
             return {}
         found = packed_weights(read_block(block), tensors, sink, partial(stored_shape, directory))
