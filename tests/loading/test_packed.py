@@ -4,6 +4,7 @@ damaged."""
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from tests import packed
 from tests.helpers import run, stock
 
 import loadstone
-from loadstone.errors import ArtifactError
+from loadstone.errors import ArtifactError, MissingError
 from loadstone.loading.decoded import dense_view
 
 FORMATS: dict[str, Callable[[Path, Path], Path]] = {
@@ -212,3 +213,30 @@ def test_the_commands_name_what_is_decoded(
     run(capsys, "finalize", "-M", first, "-o", second, "--quantize", "intx4-weight-only")
     code, out, _ = run(capsys, "inspect", second)
     assert code == 0 and "FP8 block 128 → int8-weight-only → intx4-weight-only" in out
+
+
+@pytest.mark.parametrize(
+    "name, needs", [("fp8 block", "kernels"), ("gptq", "gptqmodel"), ("mxfp4", "kernels")]
+)
+def test_native_kernels_that_are_not_here(
+    stored: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    needs: str,
+) -> None:
+    with pytest.raises(MissingError, match=f"need {needs}"):
+        loadstone.load(stored(name), native_kernels=True)
+    code, _, err = run(capsys, "eval", "-M", stored(name), "--native-kernels", "--device", "cpu")
+    assert code == 5 and f"pip install {needs}" in err
+    monkeypatch.setattr(sys.modules["loadstone.loading.plan"], "find_spec", lambda name: object())
+    if needs == "kernels" and not torch.cuda.is_available():
+        with pytest.raises(MissingError, match="need a CUDA GPU"):
+            loadstone.plan(stored(name), native_kernels=True)
+    else:
+        assert loadstone.plan(stored(name), native_kernels=True).load_path == "from_pretrained"
+
+
+def test_native_kernels_of_a_plain_model(models: Callable[[str], Path]) -> None:
+    plan = loadstone.plan(models("llama"), native_kernels=True)
+    assert plan.load_path == "native" and "--native-kernels has no effect" in plan.messages[0]

@@ -66,6 +66,14 @@ def evaluate(
         ),
     ] = False,
     trust_remote_code: options.TrustRemoteCode = False,
+    native_kernels: Annotated[
+        bool,
+        typer.Option(
+            "--native-kernels",
+            help="Run FP8, MXFP4, GPTQ and AWQ weights on their format's own kernels instead of decoding them.",
+            rich_help_panel=options.INPUT,
+        ),
+    ] = False,
     follow_links: options.FollowLinks = False,
     data: Annotated[
         str,
@@ -270,6 +278,7 @@ def evaluate(
         checkpoint=checkpoint,
         no_checkpoint=no_checkpoint,
         trust_remote_code=trust_remote_code,
+        native_kernels=native_kernels,
         text_column=text_column,
         split=split,
         limit=limit,

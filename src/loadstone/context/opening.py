@@ -26,6 +26,7 @@ def load(
     trust_remote_code: bool = False,
     base: str | Path | None = None,
     fast: bool = False,
+    native_kernels: bool = False,
 ) -> Any:
     """Load any model in eval mode: an ordinary transformers model or, for an in-context model, a `PFN`.
 
@@ -36,6 +37,7 @@ def load(
     trust_remote_code: run Python code that came with the model.
     base: of an adapter, the model to merge it into, if it is not where the adapter says.
     fast: on a GPU write tokens faster with weight-only recipes, to rounding; such a model is not saved again.
+    native_kernels: run FP8, MXFP4, GPTQ and AWQ weights on their format's own kernels instead of decoding them.
 
     Raises `ArtifactError` (damaged, or cannot be loaded here), `MissingError` (package or GPU) or `UsageError`.
     """
@@ -44,7 +46,7 @@ def load(
 
     options = {
         "device": device, "dtype": dtype, "checkpoint": checkpoint, "no_checkpoint": no_checkpoint,
-        "trust_remote_code": trust_remote_code, "base": base,
+        "trust_remote_code": trust_remote_code, "base": base, "native_kernels": native_kernels,
     }  # fmt: skip
     if isinstance(target, LoadPlan):
         given = [name for name, value in options.items() if value not in ("auto", None, False)]

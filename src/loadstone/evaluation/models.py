@@ -71,6 +71,7 @@ def plan_models(options: Options, device: str, *, referenced: bool = False) -> t
             checkpoint=options.checkpoint if name in options.models else None,
             no_checkpoint=options.no_checkpoint and name in options.models,
             trust_remote_code=options.trust_remote_code,
+            native_kernels=options.native_kernels,
             base=options.base if prefix is None and holds_adapter(name) else None,
         )
         for name, prefix in zip(names, prefixes, strict=True)

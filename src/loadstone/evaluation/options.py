@@ -38,6 +38,7 @@ class Options:
     checkpoint: str | None = None
     no_checkpoint: bool = False
     trust_remote_code: bool = False
+    native_kernels: bool = False
     divergence: bool = False
     worst: int = 5
     fast: bool = True

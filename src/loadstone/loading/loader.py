@@ -27,8 +27,8 @@ def load(target: str | Path | Artifact | LoadPlan, *, fast: bool = False, **opti
     """Load any artifact as an ordinary transformers model in eval mode.
 
     ``target``: a directory, or a plan that `plan` made. ``options`` are `plan`'s: ``device`` (auto, cpu, cuda,
-    cuda:N), ``dtype`` (auto, float32, bfloat16, float16), ``checkpoint``, ``trust_remote_code``. ``fast``: on a GPU
-    write tokens faster with weight-only recipes, to rounding; such a model is not saved again. Raises
+    cuda:N), ``dtype`` (auto, float32, bfloat16, float16), ``checkpoint``, ``trust_remote_code``, ``native_kernels``.
+    ``fast``: on a GPU write tokens faster with weight-only recipes, to rounding; such a model is not saved again. Raises
     `ArtifactError` (damaged, or cannot be loaded here), `MissingError` (package or GPU) or `UsageError` (also for
     options beside a plan, which has its own).
     """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from loadstone.artifact.compressed_tensors.block import METHOD, unsupported
@@ -22,7 +23,7 @@ from loadstone.artifact.detect import (
     detect,
 )
 from loadstone.artifact.training_run import checkpoints
-from loadstone.errors import ArtifactError, UsageError
+from loadstone.errors import ArtifactError, MissingError, UsageError
 from loadstone.loading.bounds import check_config
 from loadstone.loading.devices import check_device
 from loadstone.loading.model_class import has_own_class, remote_code_refused
@@ -53,6 +54,16 @@ QUANTIZER_PACKAGES = {
     "vptq": ("vptq", "vptq"),
 }
 
+# Packed formats that transformers has kernels for: packages that these need, and whether they need a GPU.
+_KERNELS = {
+    "fp8": (("kernels",), True),
+    "mxfp8": (("kernels",), True),
+    "fbgemm_fp8": (("fbgemm_gpu",), True),
+    "mxfp4": (("kernels", "triton"), True),
+    "gptq": (("gptqmodel", "optimum"), False),
+    "awq": (("gptqmodel",), False),
+}
+
 
 @dataclass(frozen=True)
 class LoadPlan:
@@ -76,13 +87,17 @@ def plan(
     no_checkpoint: bool = False,
     trust_remote_code: bool = False,
     base: str | Path | None = None,
+    native_kernels: bool = False,
 ) -> LoadPlan:
     """Decide how ``target`` must be loaded and say so once on the log.
 
     ``checkpoint`` and ``no_checkpoint`` choose within a training run; an artifact that loads one way only overrides
     them, with one warning that names the flag.
 
-    ``base``: of an adapter, its base model's directory. Raises `UsageError`, `ArtifactError` or `MissingError`.
+    ``base``: of an adapter, its base model's directory. ``native_kernels``: run packed weights (FP8, MXFP4, GPTQ, AWQ)
+    on their format's own kernels, through `from_pretrained`, instead of decoding them.
+
+    Raises `UsageError`, `ArtifactError` or `MissingError`.
     """
     check_device(device)
     if dtype not in DTYPES:
@@ -97,11 +112,35 @@ def plan(
         if not trust_remote_code:
             raise remote_code_refused(artifact)
         load_path, reason = FROM_PRETRAINED, f"{reason}; its model class is code in the directory"
+    if native_kernels and str(artifact.quant_method) in _KERNELS:
+        _check_native_kernels(artifact, device)
+        load_path, reason = FROM_PRETRAINED, f"{artifact.quant_method} on its own kernels, as asked"
+    elif native_kernels:
+        messages.append(
+            f"--native-kernels has no effect: {artifact.root} is {artifact.kind}, without such kernels"
+        )
     messages += artifact.notes
     log.info("%s: %s; load path: %s (%s)", artifact.root, artifact.kind, load_path, reason)
     for message in messages:
         log.warning("%s", message)
     return LoadPlan(artifact, load_path, reason, device, dtype, trust_remote_code, tuple(messages))
+
+
+def _check_native_kernels(artifact: Artifact, device: str) -> None:
+    """Raise `MissingError` for packages or a GPU that the kernels of a packed format need and that are not here."""
+    method = str(artifact.quant_method)
+    packages, on_gpu = _KERNELS[method]
+    lacking = [name for name in packages if find_spec(name) is None]
+    if lacking:
+        names = " ".join(name.replace("_", "-") for name in lacking)
+        raise MissingError(
+            f"the kernels of {method} need {', '.join(lacking)}", f"pip install {names}, or leave it out"
+        )
+    if on_gpu:
+        import torch
+
+        if device == "cpu" or not torch.cuda.is_available():
+            raise MissingError(f"the kernels of {method} need a CUDA GPU", "Leave --native-kernels out")
 
 
 def _choose(

@@ -50,7 +50,7 @@ def load_pretrained(plan: LoadPlan, device_map: Any) -> PreTrainedModel:
                 output_loading_info=True,
             )
         except ImportError as error:
-            if artifact.kind != OTHER_QUANTIZER:
+            if artifact.kind != OTHER_QUANTIZER and not artifact.packed:
                 raise remote_code_failed(artifact, error) from None
             reason = " ".join(str(error).split())
             raise MissingError(
@@ -69,6 +69,11 @@ def load_pretrained(plan: LoadPlan, device_map: Any) -> PreTrainedModel:
                 ) from None
             raise remote_code_failed(artifact, error) from None
         check_complete(artifact, model, info)
+    if artifact.packed and not getattr(model, "is_quantized", False) and not artifact.needs_remote_code:
+        raise MissingError(
+            f"transformers has no kernel for {artifact.quant_method} here, and decoded it",
+            "Leave --native-kernels out",
+        )
     return model
 
 
