@@ -19,6 +19,7 @@ from loadstone.quantization import parse_recipe, read_recipe, to_torchao
 from .test_finalize import ON_CPU, snapshot
 
 FLOAT8 = "float8-weight-only"
+INT8 = ("int8-weight-only", "int8-dynamic-act-int8-weight")
 EXPERTS = [f"model.layers.{n}.mlp.experts.{p}" for n in (0, 1) for p in ("gate_up_proj", "down_proj")]
 
 
@@ -62,10 +63,13 @@ def moe(
     return path
 
 
-def test_float8_experts_are_torchaos_own(moe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("recipe", [FLOAT8, *INT8])
+def test_experts_are_torchaos_own(
+    moe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: str
+) -> None:
     from torchao.quantization import FqnToConfig, quantize_
 
-    plan = make_plan(loadstone.detect(moe), parse_recipe(FLOAT8))
+    plan = make_plan(loadstone.detect(moe), parse_recipe(recipe))
     experts = [s for s in plan.steps if s.scheme and ".experts." in s.name]
     assert experts and not [s.name for s in plan.steps if ".experts." in s.name and not s.scheme]
     write_plan(plan, tmp_path / "out")
@@ -74,7 +78,11 @@ def test_float8_experts_are_torchaos_own(moe: Path, tmp_path: Path, monkeypatch:
     assert torch.equal(logits(ours), logits(stock(tmp_path / "out")))
     eager = stock(tmp_path / "out", experts_implementation="eager")
     whole = loadstone.load(moe, device="cpu")
-    config = to_torchao(parse_recipe(FLOAT8).scheme)
+    if recipe in INT8:
+        # Without a grouped product: config.json says so.
+        assert ours.config._experts_implementation == "eager"
+        whole.config._experts_implementation = "eager"
+    config = to_torchao(parse_recipe(recipe).scheme)
     quantize_(whole.model, config)
     quantize_(whole, FqnToConfig({s.name: config for s in experts}), filter_fn=None)
     assert torch.equal(logits(ours), logits(whole))
@@ -90,7 +98,7 @@ def test_float8_experts_are_torchaos_own(moe: Path, tmp_path: Path, monkeypatch:
     assert snapshot(tmp_path / "blocks") == snapshot(tmp_path / "out")
 
 
-@pytest.mark.parametrize("recipe", [r for r in ON_CPU if r != FLOAT8])
+@pytest.mark.parametrize("recipe", [r for r in ON_CPU if r not in (FLOAT8, *INT8)])
 def test_what_torchao_cannot_multiply_is_left_with_its_reason(
     make_model: Callable[..., Path], recipe: str
 ) -> None:
@@ -110,10 +118,9 @@ def test_what_torchao_cannot_multiply_is_left_with_its_reason(
         logits(model)
 
 
-def test_one_scale_for_all_experts_is_left(make_model: Callable[..., Path]) -> None:
-    plan = make_plan(
-        loadstone.detect(make_model("qwen3-moe")), parse_recipe("float8-weight-only:granularity=tensor")
-    )
+@pytest.mark.parametrize("recipe", [FLOAT8, *INT8])
+def test_one_scale_for_all_experts_is_left(make_model: Callable[..., Path], recipe: str) -> None:
+    plan = make_plan(loadstone.detect(make_model("qwen3-moe")), parse_recipe(f"{recipe}:granularity=tensor"))
     assert {s.reason for s in plan.steps if ".experts." in s.name} == {
         "fused experts: one scale for the whole tensor would need all of them at once"
     }
@@ -138,8 +145,9 @@ def test_rules_name_experts(make_model: Callable[..., Path], tmp_path: Path) -> 
     assert type(ours.get_parameter(EXPERTS[3])).__name__ == "Parameter"
 
 
+@pytest.mark.parametrize("recipe", [FLOAT8, *INT8])
 def test_the_command_reports_and_evaluates(
-    make_model: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    make_model: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], recipe: str
 ) -> None:
     def run(*args: object) -> str:
         with pytest.raises(SystemExit) as stop:
@@ -152,10 +160,10 @@ def test_the_command_reports_and_evaluates(
     start = ["finalize", "-M", source, "-o", tmp_path / "out", "--quantize"]
     out = json.loads(run(*start, "intx4-weight-only", "--dry-run", "--json"))
     assert out["experts_left"]["tensors"] == 24
-    out = json.loads(run(*start, FLOAT8, "--json"))
+    out = json.loads(run(*start, recipe, "--json"))
     assert out["experts_left"]["tensors"] == 0
     modules = {m["module"]: m["recipe"] for m in out["modules"]}
-    assert {modules[name] for name in EXPERTS} == {FLOAT8}
+    assert {modules[name] for name in EXPERTS} == {recipe}
     text = tmp_path / "t.txt"
     text.write_text("Once upon a time there was a stone that knew the way. " * 20)
     run("eval", "-M", tmp_path / "out", "--data", text, "--separator", 1, "--json", tmp_path / "found.json")

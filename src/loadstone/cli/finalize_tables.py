@@ -177,6 +177,6 @@ def _print_groups(plan: FinalizePlan) -> None:
         share = experts["bytes"] / plan.bytes_after
         render.console().print(
             f"Not quantized: {experts['tensors']} expert weights, {render.size(experts['bytes'])}, {share:.0%} of the "
-            "output. transformers fuses them into 3-D tensors, which torchao multiplies in float8 only: a recipe "
-            "file can give them float8-weight-only."
+            "output. transformers fuses them into 3-D tensors, which torchao multiplies in float8 and int8 only: a "
+            "recipe file can give them such a scheme; --layout compressed-tensors takes any."
         )

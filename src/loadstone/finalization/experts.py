@@ -38,15 +38,15 @@ def round_experts(
     for name, steps in wanted.items():
         parameter = layer.get_parameter(name).detach()
         for step in filter(_calibrated, steps):
-            assert step.encoding is not None and isinstance(step.scheme, Intx)
+            assert step.encoding is not None and step.scheme is not None
             inputs = statistics.get((name, step.first_row // parameter.shape[-2]))
             if inputs is None or inputs.count < FEWEST:
                 continue
             weight = _matrix(parameter, step).to(torch_dtype(step.encoding.dtype))
             assert inputs.moment is not None
-            if step.scheme.algorithm == "gptq":
+            if step.scheme.algorithm == "gptq" and isinstance(step.scheme, Intx):
                 tensor = gptq(weight, inputs.moment, step.scheme)
-            elif step.scheme.algorithm == "awq":
+            elif step.scheme.algorithm == "awq" and isinstance(step.scheme, Intx):
                 tensor = least_squares_weight(weight, step.scheme, inputs.moment.diagonal())
             else:
                 tensor = quantize_weight(weight, step.scheme)

@@ -52,7 +52,11 @@ def dense_view(artifact: Artifact, dtype: str = "auto") -> Artifact:
         size = prod(weight.shape) * torch_dtype(stored).itemsize
         tensors[name] = TensorInfo(name, stored, tuple(weight.shape), file, position, position + size)
         position += size
-    config = {key: value for key, value in artifact.config.items() if key != "quantization_config"}
+    # Experts that torchao multiplies one by one are plain here.
+    dropped = (
+        ("quantization_config", "experts_implementation") if artifact.is_torchao else ("quantization_config",)
+    )
+    config = {key: value for key, value in artifact.config.items() if key not in dropped}
     if isinstance(inner := config.get("text_config"), dict):
         config["text_config"] = {key: value for key, value in inner.items() if key != "quantization_config"}
     source: Any = DecodedSource(artifact.source, weights, tensors)

@@ -147,6 +147,9 @@ def _decide_fused(
             None, f"{FUSED_EXPERTS}: stored (in, out), and torchao multiplies (out, in)", fused=True
         )
     scheme = recipe.scheme
+    if scheme.calibrated and scheme.input_scale and experts_misfit is None:
+        # torchao's 3-D tensors have no scale of inputs.
+        scheme = scheme.rounded_by(scheme.algorithms[0])
     problem = experts_misfit(scheme, weight) if experts_misfit else scheme.experts_misfit()
     return Decision(
         None if problem else scheme,

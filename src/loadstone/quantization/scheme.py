@@ -23,8 +23,11 @@ class Scheme:
     # Whether torchao looks up rows in such a tensor, as an embedding does.
     embeds: ClassVar[bool] = False
     # Why fused experts, 3-D weights, are left unquantized (torchao 0.18); empty where they can be quantized.
-    # transformers multiplies them by `grouped_mm`, which of torchao's tensors Float8Tensor alone implements.
+    # transformers multiplies them by `grouped_mm`, which of torchao's tensors Float8Tensor alone implements, or one by
+    # one, for which a 3-D tensor has to give the matrix of an expert: Int8Tensor does.
     experts_problem: ClassVar[str] = "torchao has no fused weights of this scheme"
+    # Whether torchao has no grouped product for them: transformers then has to multiply expert by expert.
+    experts_one_by_one: ClassVar[bool] = False
     # Both sides of a weight must be a multiple of this.
     side_multiple: ClassVar[int] = 1
     # Why no serving engine has a kernel for it, and the nearest recipe that they have one for.

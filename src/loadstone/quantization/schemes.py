@@ -20,6 +20,9 @@ Mapping = Literal["symmetric", "asymmetric"]
 Granularity = Literal["row", "tensor"]
 
 
+_ONE_SCALE = "one scale for the whole tensor would need all of them at once"
+
+
 def _group_misfit(group_size: int, in_features: int) -> str:
     if group_size and in_features % group_size:
         return f"{in_features} input features are not a multiple of the group size {group_size}"
@@ -107,7 +110,11 @@ class _Int8(Scheme):
     granularity: Granularity = "row"
 
     input_scale = True
-    experts_problem = "torchao's int8 tensors have no grouped product"
+    experts_problem = ""
+    experts_one_by_one = True
+
+    def experts_misfit(self) -> str:
+        return _ONE_SCALE if self.granularity == "tensor" else ""
 
     def stored_bits(self, in_features: int, out_features: int, scale_bits: int = 16) -> float:
         return 8 + _scale_bits(self.granularity, 32 + 8, in_features, out_features)
@@ -178,8 +185,7 @@ class _Float8(Scheme):
         return 8 + _scale_bits(self.granularity, 32, in_features, out_features)
 
     def experts_misfit(self) -> str:
-        row = self.granularity == "row"
-        return "" if row else "one scale for the whole tensor would need all of them at once"
+        return "" if self.granularity == "row" else _ONE_SCALE
 
 
 @dataclass(frozen=True)

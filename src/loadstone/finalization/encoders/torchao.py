@@ -170,7 +170,11 @@ class TorchaoEncoder:
         decisions: Mapping[str, Decision],
         stored: Mapping[str, Encoding | TensorInfo],
     ) -> dict[str, Any]:
-        return {"quantization_config": quantization_block(recipe, skip, decisions)}
+        found: dict[str, Any] = {"quantization_config": quantization_block(recipe, skip, decisions)}
+        if any(d.fused and d.scheme and d.scheme.experts_one_by_one for d in decisions.values()):
+            # Or transformers would ask for a grouped product, which these tensors do not have.
+            found["experts_implementation"] = "eager"
+        return found
 
     def runs(
         self, stored: Mapping[str, Encoding | TensorInfo], config: Mapping[str, Any]
