@@ -30,8 +30,8 @@ def load(target: str | Path | Artifact | LoadPlan, *, fast: bool = False, **opti
     cuda:N), ``dtype`` (auto, float32, bfloat16, float16), ``checkpoint``, ``trust_remote_code``, ``native_kernels``.
     ``fast``: on a GPU write tokens faster with weight-only recipes, to rounding; such a model is not saved again.
 
-    Raises `ArtifactError` (damaged, or cannot be loaded here), `MissingError` (package or GPU) or `UsageError` (also for
-    options beside a plan, which has its own).
+    Raises `ArtifactError` (damaged, or cannot be loaded here), `MissingError` (package or GPU) or `UsageError` (also
+    for options beside a plan, which has its own).
     """
     import torch
 
