@@ -100,6 +100,7 @@ fuzz: $(READY)
 # cores). CRASH='--sample 100 --seed 7'
 crash: $(READY)
 	$(PY) -m tests.attacks.crash $(CRASH)
+	$(PY) -m pytest -m slow tests/attacks/test_concurrency.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import shutil
 from pathlib import Path
 
 import pytest
@@ -68,4 +69,14 @@ def test_the_work_of_another_finalize_is_kept(tmp_path: Path) -> None:
 def test_one_writer_at_a_time(tmp_path: Path) -> None:
     with locked(tmp_path / "out"), pytest.raises(UsageError, match="another process is writing"):
         save(tmp_path / "out", 1.0)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_disk_with_too_little_space_is_found_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = shutil.disk_usage
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: real(path)._replace(free=10**6))
+    with pytest.raises(MissingError, match=r"has 0\.00 GB free and the output needs"):
+        save(tmp_path / "new" / "out", 1.0)
     assert not any(tmp_path.iterdir())
