@@ -77,6 +77,74 @@ def test_a_source_that_is_not_sound(
     assert [p.name for p in tmp_path.iterdir() if not p.name.endswith(".lock")] == ["source"]
 
 
+def _head_of_trl(tensors: Tensors) -> None:
+    tensors["v_head.summary.weight"] = torch.rand(1, 64)
+
+
+def _more_tokens(tensors: Tensors) -> None:
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        tensors[name] = torch.cat([tensors[name]] * 2)
+
+
+@pytest.mark.parametrize(
+    ("edit", "config", "generation", "says"),
+    [
+        (_head_of_trl, {}, None, "Remove TRL's value head"),
+        (_more_tokens, {}, None, "with added tokens, set vocab_size to"),
+        (dict, {"quantization_config": {"quant_method": "bitsandbytes"}}, None, "remove quantization_config"),
+        (dict, {}, {"max_new_tokens": "x"}, r"generation_config\.json: transformers refuses it"),
+    ],
+    ids=["value head", "tokens", "merged", "generation"],
+)
+def test_advice(
+    edit: Callable[[Tensors], Any],
+    config: dict[str, Any],
+    generation: dict[str, Any] | None,
+    says: str,
+    make_model: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    source = _edited(make_model("llama-untied"), tmp_path / "source", edit, **config)
+    if generation is not None:
+        (source / "generation_config.json").write_text(json.dumps(generation))
+    with pytest.raises(ArtifactError, match=says):
+        loadstone.finalize(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("half", ["mlp", "proj"])
+def test_weights_of_another_dtype_than_the_model(
+    half: str, make_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """What is quantized in a dtype that nothing else has could not be loaded: those weights stay plain."""
+
+    def cast(tensors: Tensors) -> None:
+        tensors |= {k: v.bfloat16() if half in k else v.float() for k, v in tensors.items()}
+
+    source = _edited(make_model("llama-untied"), tmp_path / "source", cast, dtype="float32")
+    if half == "proj":
+        with pytest.raises(ArtifactError, match=r"stored in BF16, unlike the rest(?s:.)*Pass --dtype"):
+            loadstone.finalize(source, tmp_path / "out", recipe=W8)
+        out = loadstone.finalize(source, tmp_path / "out", recipe=W8, dtype="float32").out
+    else:
+        done = loadstone.finalize(source, tmp_path / "out", recipe=W8)
+        assert "stored in BF16 beside F32" in done.plan.unquantized
+        out = done.out
+    ids = torch.arange(3, 20)[None]
+    with torch.inference_mode():
+        stock = transformers.AutoModelForCausalLM.from_pretrained(out).eval()
+        assert torch.equal(stock(ids).logits, loadstone.load(out)(ids).logits)
+
+
+def test_float64_is_not_quantized(make_model: Callable[..., Path], tmp_path: Path) -> None:
+    def cast(tensors: Tensors) -> None:
+        tensors |= {k: v.double() for k, v in tensors.items()}
+
+    source = _edited(make_model("llama-untied"), tmp_path / "source", cast)
+    with pytest.raises(ArtifactError, match=r"stored in F64, which torchao(?s:.)*Pass --dtype"):
+        loadstone.finalize(source, tmp_path / "out", recipe=W8)
+
+
 def test_an_export_of_a_source_that_misses_a_tensor(make_model: Callable[..., Path], tmp_path: Path) -> None:
     source = _edited(make_model("llama-untied"), tmp_path / "source", _without(UP))
     with pytest.raises(ArtifactError, match="is missing"):

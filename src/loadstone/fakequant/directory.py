@@ -25,7 +25,7 @@ from loadstone.fakequant.rules import RuleSet
 from loadstone.fakequant.state import QuantizerState
 from loadstone.finalization.plan import FinalizePlan, stored_tensors
 from loadstone.finalization.run import source_facts, write_artifact
-from loadstone.loading.model_class import has_own_class
+from loadstone.loading.model_class import generation_config, has_own_class
 from loadstone.ranks import Ranks
 from loadstone.writing.index import SHARD_BYTES
 from loadstone.writing.publish import check_output
@@ -61,6 +61,7 @@ def plan_directory(
         model = meta_model(artifact, trust_remote_code)
         places = destinations(model, list(infos))
         check_stored(model, infos, places, artifact.weights.index or artifact.weights.files[0])
+        generation_config(artifact, model)
         refuse_learned((place.pattern for place in places.values() if place), artifact.root)
         stored_as = {d.parameter: k for k, d in places.items() if d}
         tied = model.all_tied_weights_keys

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
@@ -173,7 +173,7 @@ def make_plan(
     encoder = encoder or TorchaoEncoder(device)
     decisions = encoder.decide(model, recipe, skip) if recipe else {}
     if not encoder.keeps_names:
-        decisions = _left_plain(mapped, decisions, sources, dtype)
+        decisions = _left_plain(mapped, decisions, sources, dtype, artifact.config)
     present = {place.parameter for key in sources if (place := where[key])}
     pairs = _untied(model, decisions, present)
     untied = {target: source for target, source in pairs.items() if target not in present}
@@ -265,9 +265,13 @@ def _most_common_reason(steps: list[Step]) -> str:
 def refuse_quantized(artifact: Artifact) -> None:
     """Raise `ArtifactError` for a source that is quantized in a format that is not decoded here."""
     if artifact.kind == OTHER_QUANTIZER:
+        plain = all(info.dtype in FLOAT_DTYPES for info in artifact.tensors.values())
         raise ArtifactError(
-            f"'{artifact.root}' is already quantized ({artifact.evidence[-1]})",
-            "Finalize the unquantized checkpoint it was made from",
+            f"'{artifact.root}' is already quantized ({artifact.evidence[-1]})"
+            + (", and all its tensors are plain" if plain else ""),
+            "If they were merged or decoded, remove quantization_config from config.json"
+            if plain
+            else "Finalize the unquantized checkpoint it was made from",
         )
 
 
@@ -369,7 +373,11 @@ def _quantize_step(
 
 
 def _left_plain(
-    mapped: ModelMap, decisions: dict[str, Decision], sources: dict[str, TensorInfo], dtype: str
+    mapped: ModelMap,
+    decisions: dict[str, Decision],
+    sources: dict[str, TensorInfo],
+    dtype: str,
+    config: dict[str, Any],
 ) -> dict[str, Decision]:
     """The decisions with those taken back that torchao's tensors cannot carry through a load: weights whose parts would
     be renamed, and weights of another dtype than most (a router in float32)."""
@@ -381,22 +389,36 @@ def _left_plain(
         if loaded[part_name(name, "qdata")] != part_name(name, "qdata")
     }
     if dtype == "auto":
-        dtypes = {
-            place.parameter: sources[key].dtype
+        kept = set(chosen) - reasons.keys()
+        parts = {
+            key: place.parameter
             for key, place in mapped.places.items()
-            if place and key in sources
+            if place and key in sources and place.parameter in kept
         }
-        sizes: Counter[str] = Counter()
-        for key, place in mapped.places.items():
-            if place and key in sources and place.parameter in chosen:
-                sizes[sources[key].dtype] += sources[key].nbytes
-        most = sizes.most_common(1)[0][0] if sizes else ""
-        reasons |= {
-            name: f"stored in {dtypes[name]} beside {most}"
-            for name in chosen
-            if name not in reasons and dtypes.get(name, most) != most
-        }
+        usual = _usual_dtype(parts.keys(), sources, config)
+        for key, name in parts.items():
+            if (found := sources[key].dtype) != usual:
+                why = (
+                    "which torchao's tensors do not take"
+                    if found == "F64"
+                    else "unlike the rest of the model"
+                )
+                reasons[name] = f"stored in {found}{f' beside {usual}' if usual else f', {why} (--dtype)'}"
     return decisions | {n: replace(decisions[n], scheme=None, reason=reason) for n, reason in reasons.items()}
+
+
+def _usual_dtype(chosen: Collection[str], sources: dict[str, TensorInfo], config: dict[str, Any]) -> str:
+    """The dtype of most of the ``chosen`` bytes that is that of other tensors or of the config too; empty for none."""
+    sizes: Counter[str] = Counter()
+    for key in chosen:
+        sizes[sources[key].dtype] += sources[key].nbytes
+    declared = str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch.")
+    for dtype, _ in sizes.most_common():
+        # Weights of another dtype stay plain.
+        plain = {info.dtype for key, info in sources.items() if key not in chosen or info.dtype != dtype}
+        if dtype != "F64" and dtype in plain | {SAFETENSORS_DTYPES.get(declared)}:
+            return dtype
+    return ""
 
 
 def _dotted(steps: list[Step], mapped: ModelMap) -> list[Step]:

@@ -65,17 +65,21 @@ def check_stored(
     expected = model.state_dict()
     unknown = [key for key, place in places.items() if place is None]
     for key in sorted(set(unknown) - ignored_keys(model, unknown)):
+        # TRL saves its value head beside the language model, which does not use it.
+        remedy = "Remove TRL's value head from the file" if key.startswith("v_head.") else CHECK_CONFIG
         raise ArtifactError(
-            f"{stored[key].file}: tensor '{key}' {UNEXPECTED} ({type(model).__name__})", CHECK_CONFIG
+            f"{stored[key].file}: tensor '{key}' {UNEXPECTED} ({type(model).__name__})", remedy
         )
     for key, place in places.items():
         if place is None or place.converted:
             continue
         info, shape = stored[key], tuple(expected[place.parameter].shape)
         if info.shape != shape:
+            tokens = getattr(model.config.get_text_config(), "vocab_size", None)
+            rows = info.shape[0] if info.shape[1:] == shape[1:] and shape[:1] == (tokens,) else 0
             raise ArtifactError(
                 f"{info.file}: tensor '{key}' has shape {list(info.shape)}, config.json asks for {list(shape)}",
-                CHECK_CONFIG,
+                f"{CHECK_CONFIG}; with added tokens, set vocab_size to {rows}" if rows else CHECK_CONFIG,
             )
     given = {place.parameter for place in places.values() if place is not None and not place.converted}
     given |= _converted(model, expected, stored, places)

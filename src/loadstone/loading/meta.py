@@ -12,7 +12,7 @@ from loadstone.artifact import Artifact, TensorInfo
 from loadstone.loading.complete import Destination as Destination
 from loadstone.loading.complete import check_stored
 from loadstone.loading.experts import learn_experts
-from loadstone.loading.model_class import construction, load_config, model_class_of
+from loadstone.loading.model_class import construction, generation_config, load_config, model_class_of
 from loadstone.quantization.model_facts import ModelFacts, facts_of
 
 if TYPE_CHECKING:
@@ -94,6 +94,7 @@ def model_map(
     model = meta_model(artifact, trust_remote_code)
     places = destinations(model, list(stored))
     check_stored(model, stored, places, artifact.weights.index or artifact.weights.files[0])
+    generation_config(artifact, model)
     named = partial(names_when_quantized, model)
     return ModelMap(facts_of(model), places, named, partial(saved_rows, model), model.base_model_prefix)
 

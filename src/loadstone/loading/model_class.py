@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loadstone.artifact import Artifact
-from loadstone.artifact.files import check_folder
+from loadstone.artifact.files import check_folder, translated
 from loadstone.errors import ArtifactError, LoadstoneError, MissingError
 from loadstone.loading.bounds import bounded, check_config
 from loadstone.loading.offline import offline
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
 
 # transformers builds models under settings of the whole process (default dtype, how weights are initialised and tied).
 BUILDING = threading.RLock()
@@ -118,6 +119,20 @@ def _remedy(artifact: Artifact) -> str:
             "auto_map, and a newer one needs a newer transformers"
         )
     return "Restore config.json from the source"
+
+
+def generation_config(artifact: Artifact, model: PreTrainedModel) -> Any:
+    """The generation config beside the weights or in the training run; None for a model that generates nothing."""
+    from transformers import GenerationConfig
+
+    file = "generation_config.json"
+    folder = next((f for f in artifact.sidecar_dirs if (f / file).is_file()), None)
+    if folder is None or not model.can_generate():
+        return None
+    with translated(f"{folder}/{file}: transformers refuses it", "Restore it from the source, or remove it"):
+        # Models that generate in another way have a class of their own (diffusion).
+        kind = getattr(model, "generation_config_class", GenerationConfig)
+        return kind.from_pretrained(folder, local_files_only=True)
 
 
 def untied(config: dict[str, Any]) -> dict[str, Any]:

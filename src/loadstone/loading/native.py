@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loadstone.artifact import Artifact
-from loadstone.artifact.files import translated
 from loadstone.artifact.source import values_checked
 from loadstone.errors import ArtifactError
 from loadstone.loading.complete import CHECK_CONFIG, COPY_AGAIN, MISSING, UNEXPECTED
@@ -27,6 +26,7 @@ from loadstone.loading.lazy import lazy_state_dict
 from loadstone.loading.meta import meta_model
 from loadstone.loading.model_class import (
     construction,
+    generation_config,
     load_config,
     model_class_of,
     quiet_transformers,
@@ -91,11 +91,6 @@ def _source(
     return (None,)
 
 
-def beside(artifact: Artifact, name: str) -> Path | None:
-    """The directory that holds a sidecar file: the weights' own, else the training run's."""
-    return next((folder for folder in artifact.sidecar_dirs if (folder / name).is_file()), None)
-
-
 def check_complete(artifact: Artifact, model: PreTrainedModel, info: dict[str, Any]) -> None:
     """Raise `ArtifactError` for what `from_pretrained` only reports in its loading info, or not at all."""
     where = artifact.weights.index or artifact.weights.files[0]
@@ -125,16 +120,10 @@ def check_complete(artifact: Artifact, model: PreTrainedModel, info: dict[str, A
 
 def _finish(artifact: Artifact, model: PreTrainedModel) -> None:
     """What `from_pretrained` reads from the directory besides weights: generation config, quantizer."""
-    from transformers import GenerationConfig
-
     forget_experts(model)
     model.config.name_or_path = model.name_or_path = str(artifact.path)
-    if model.can_generate() and (folder := beside(artifact, "generation_config.json")):
-        problem = f"{folder}/generation_config.json: transformers refuses it"
-        with translated(problem, "Restore it from the source, or remove it"):
-            # Models that generate in another way have a class of their own (diffusion).
-            kind = getattr(model, "generation_config_class", GenerationConfig)
-            model.generation_config = kind.from_pretrained(folder, local_files_only=True)
+    if (generation := generation_config(artifact, model)) is not None:
+        model.generation_config = generation
     if artifact.is_torchao:
         from loadstone.loading.quantizer import attach_quantizer
 

@@ -84,6 +84,8 @@ def instead(reason: str, decisions: dict[str, Decision]) -> str:
         return "Finalize it without --quantize, or store rounded values (loadstone export-fakequant)"
     if BY_RULE in reason:
         return "Name its modules by rules in a recipe file (--recipe), or finalize it without --quantize"
+    if "(--dtype)" in reason:
+        return "Pass --dtype float32 or another, or finalize it without --quantize"
     if any(decision.misfit for decision in decisions.values()):
         return "Choose another group size or recipe, or finalize it without --quantize"
     return "Finalize it without --quantize"
