@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tests import packed
 from tests.helpers import run, stock
 
 import loadstone
+from loadstone.errors import ArtifactError
 from loadstone.fakequant import export_fakequant
 from loadstone.finalization import units
 from loadstone.finalization.run import write_plan
@@ -180,3 +182,49 @@ def test_eval_is_that_of_stocks_dequantized_model(
         assert code == 0, err
         losses.append(json.loads(report.read_text())["models"][0]["loss"])
     assert losses[0] == losses[1] == losses[2]
+
+
+@pytest.mark.parametrize("where", ["manifest", "cache"])
+def test_swapped_blocks_are_noticed_where_a_digest_is_recorded(fp8: Path, tmp_path: Path, where: str) -> None:
+    """Values that are all sound in the wrong place: nothing but a digest tells."""
+    from loadstone.artifact.hashing import sha256_file
+
+    source = Path(shutil.copytree(fp8, tmp_path / "source"))
+    file = source / "model.safetensors"
+    digest = sha256_file(file)
+
+    def swap(tensors: packed.Tensors) -> None:
+        scale = tensors["model.layers.0.self_attn.q_proj.weight_scale_inv"]
+        scale.copy_(scale.flip(0, 1))
+
+    packed.change(source, swap)
+    if where == "manifest":
+        (source / "loadstone.json").write_text(
+            json.dumps({"format_version": 1, "files": {file.name: digest}})
+        )
+    else:
+        (tmp_path / "blobs").mkdir()
+        file.rename(tmp_path / "blobs" / digest)
+        file.symlink_to(Path("..") / "blobs" / digest)
+    with loadstone.following_links(), pytest.raises(ArtifactError, match="differs from the sha256"):
+        loadstone.finalize(source, tmp_path / "out", recipe=W4, layout="compressed-tensors")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_layer_for_multi_token_prediction_is_decoded_and_kept(tmp_path: Path) -> None:
+    """DeepSeek-V3's, which transformers does not load: servers look for it."""
+    source = packed.fp8(packed.save_model("deepseek-v3", tmp_path / "plain"), tmp_path / "packed")
+
+    def add(tensors: packed.Tensors) -> None:
+        for name in [name for name in tensors if name.startswith("model.layers.1.")]:
+            tensors[name.replace("layers.1.", "layers.61.")] = tensors[name].clone()
+
+    packed.change(source, add)
+    loadstone.finalize(source, tmp_path / "out", verify=True)
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    names = [name for name in found if name.startswith("model.layers.61.")]
+    assert len(names) > 20 and not any(name.endswith("scale_inv") for name in names)
+    assert all(torch.equal(found[name], found[name.replace("layers.61.", "layers.1.")]) for name in names)
+    loadstone.finalize(source, tmp_path / "w4", recipe=W4, layout="compressed-tensors", verify=True)
+    ours = loadstone.load(tmp_path / "w4", device="cpu")
+    assert ours.config.num_hidden_layers == 2

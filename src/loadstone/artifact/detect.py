@@ -51,6 +51,7 @@ from loadstone.artifact.kinds import (
     classify,
     quantization_block,
 )
+from loadstone.artifact.manifest import MANIFEST, recorded_digests
 from loadstone.artifact.merged import MergedSource
 from loadstone.artifact.packed import Packed, modelopt_block, read_packed
 from loadstone.artifact.source import SafetensorsSource, Source, open_source
@@ -162,13 +163,17 @@ class Artifact:
             )
         return _sidecar_dirs(self.path, self.root)
 
-    def fingerprint(self) -> str:
-        """sha256 over config.json, every weight file and a fake-quant export's quantizers, by name and content."""
+    def fingerprint(self, *, check: bool = False) -> str:
+        """sha256 over config.json, every weight file and a fake-quant export's quantizers, by name and content.
+
+        ``check``: raise `ArtifactError` for a weight file whose content is not what is recorded of it.
+        """
         import hashlib
         import os
         from concurrent.futures import ThreadPoolExecutor
 
         total = hashlib.sha256()
+        recorded = recorded_digests(self.path, self.weight_files) if check else {}
         names = dict.fromkeys((*self.weights.files, *self.weight_files))
         paths = [self.config_dir / CONFIG, *(self.path / name for name in names)]
         # Quantizers of inputs change what is computed with the same weights.
@@ -177,6 +182,11 @@ class Artifact:
         with ThreadPoolExecutor(min(max((os.cpu_count() or 1) // 2, 1), 8)) as pool:
             for path, digest in zip(paths, pool.map(sha256_file, paths), strict=True):
                 name = path.relative_to(self.path) if path.is_relative_to(self.path) else path.name
+                if recorded.get(str(name), digest) != digest:
+                    raise ArtifactError(
+                        f"{name}: content differs from the sha256 that is recorded of it",
+                        f"Copy or download the file again, or remove {MANIFEST} if it was changed on purpose",
+                    )
                 total.update(f"{name}\0{digest}\n".encode())
         return total.hexdigest()
 

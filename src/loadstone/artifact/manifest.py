@@ -5,6 +5,8 @@ Provenance only, never needed to load.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -40,6 +42,22 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
     if not is_file(directory / MANIFEST):
         return None
     return read_json(check_inside(directory, MANIFEST))
+
+
+def recorded_digests(directory: Path, names: Iterable[str]) -> dict[str, str]:
+    """The sha256 of those of the files ``names`` that loadstone.json records, or whose name in a Hugging Face cache is
+    it."""
+    found: dict[str, str] = {}
+    for name in names:
+        target = (directory / name).resolve()
+        if target.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", target.name):
+            found[name] = target.name
+    try:
+        files = (read_manifest(directory) or {}).get("files")
+    except ArtifactError:
+        files = None
+    recorded = files if isinstance(files, dict) else {}
+    return found | {name: str(recorded[name]) for name in names if name in recorded}
 
 
 def verify_files(directory: Path) -> list[str]:

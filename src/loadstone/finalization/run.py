@@ -167,7 +167,7 @@ def _write_all_files(
 ) -> dict[str, str]:
     # Hashing the source takes long and must not delay noting finished shards, so it has its own thread.
     with ThreadPoolExecutor(1) as hasher:
-        source_hash = hasher.submit(plan.source.fingerprint) if ranks.rank == 0 else None
+        source_hash = hasher.submit(plan.source.fingerprint, check=True) if ranks.rank == 0 else None
         left = []
         for number in range(ranks.rank, len(plan.shards), ranks.size):
             if finished(work, plan.file_name(number)) is None:
