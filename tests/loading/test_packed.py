@@ -4,6 +4,7 @@ damaged."""
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -240,3 +241,18 @@ def test_native_kernels_that_are_not_here(
 def test_native_kernels_of_a_plain_model(models: Callable[[str], Path]) -> None:
     plan = loadstone.plan(models("llama"), native_kernels=True)
     assert plan.load_path == "native" and "--native-kernels has no effect" in plan.messages[0]
+
+
+@pytest.mark.parametrize("value", [0.0, 0.5])
+def test_biases_that_autogptq_adds(stored: Callable[..., Path], tmp_path: Path, value: float) -> None:
+    """Of zeros where the model has none; others are an error."""
+    directory = Path(shutil.copytree(stored("gptq"), tmp_path / "model"))
+    packed.change(directory, lambda tensors: tensors.update({f"{UP}.bias": torch.full((384,), value).half()}))
+    if value:
+        with pytest.raises(ArtifactError, match=r"up_proj\.bias' is not part of this model"):
+            loadstone.load(directory, device="cpu")
+        return
+    ours, theirs = loadstone.load(directory, device="cpu"), loadstone.load(stored("gptq"), device="cpu")
+    assert_equal(ours.state_dict(), theirs.state_dict())
+    loadstone.finalize(directory, tmp_path / "out")
+    assert f"{UP}.bias" not in loadstone.detect(tmp_path / "out").tensors

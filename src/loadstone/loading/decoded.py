@@ -21,7 +21,7 @@ from loadstone.artifact.source import Source
 from loadstone.artifact.torchao.flatten import SAFETENSORS_DTYPES, torch_dtype
 from loadstone.artifact.values import Limits, check_tensor, limits_of, packed_limits
 from loadstone.errors import ArtifactError, LoadstoneError
-from loadstone.loading.packed import LazyPacked, decode
+from loadstone.loading.packed import LazyPacked, decode, empty_biases
 from loadstone.loading.rebuild import LazyQuantized, rebuild
 from loadstone.quantization.quantize import dense
 from loadstone.quantization.schemes import recipe_for
@@ -42,6 +42,7 @@ def dense_view(artifact: Artifact, dtype: str = "auto") -> Artifact:
     stored = _model_dtype(artifact) if dtype == "auto" else SAFETENSORS_DTYPES[dtype]
     weights: dict[str, Packed | FlatTensor] = {**artifact.packed, **artifact.quantized}
     parts = {part.name for weight in weights.values() for part in weight.parts.values()}
+    parts |= empty_biases(artifact)
     tensors: dict[str, TensorInfo] = {}
     for name, info in artifact.tensors.items():
         if name not in parts and not (artifact.packed and is_side_tensor(name)):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from loadstone.artifact import Artifact
 from loadstone.artifact.compressed_tensors.tensors import is_side_tensor
 from loadstone.artifact.unchanged import check_unchanged
-from loadstone.loading.packed import LazyPacked
+from loadstone.loading.packed import LazyPacked, empty_biases
 from loadstone.loading.rebuild import LazyQuantized
 
 if TYPE_CHECKING:
@@ -61,5 +61,6 @@ def lazy_state_dict(artifact: Artifact, dtype: torch.dtype | None) -> Iterator[d
             }
         if artifact.packed:
             # Scales of inputs and of the KV cache are for kernels: the model has no such parameters.
-            stored = {name: part for name, part in stored.items() if not is_side_tensor(name)}
+            left_out = empty_biases(artifact)
+            stored = {n: part for n, part in stored.items() if not is_side_tensor(n) and n not in left_out}
         yield state | stored

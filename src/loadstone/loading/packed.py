@@ -10,9 +10,12 @@ from collections.abc import Callable
 from math import prod
 from typing import TYPE_CHECKING, Any
 
+from loadstone.artifact import Artifact
+from loadstone.artifact.compressed_tensors.scheme import AWQ, GPTQ
 from loadstone.artifact.packed import Packed
 from loadstone.artifact.torchao.flatten import torch_dtype
 from loadstone.errors import ArtifactError
+from loadstone.loading.meta import destinations, meta_model
 from loadstone.quantization.decoding import decode_block
 
 if TYPE_CHECKING:
@@ -21,7 +24,21 @@ if TYPE_CHECKING:
 # Weights that are decoded at once: bounds what is in memory beside the result.
 _BLOCK = 1 << 22
 
+# Quantizers whose layers always store a bias, of zeros where the model has none.
+_STORE_BIASES = (AWQ, GPTQ, f"{GPTQ}_v2")
+
 Read = Callable[[str, int, int], "torch.Tensor"]
+
+
+def empty_biases(artifact: Artifact) -> frozenset[str]:
+    """Stored biases of zeros that the model has no parameter for: AutoGPTQ gives its layers such ones."""
+    names = [f"{w.module}.bias" for w in artifact.packed.values() if w.scheme.format in _STORE_BIASES]
+    found = [artifact.tensors[name] for name in names if name in artifact.tensors]
+    zeros = [info.name for info in found if not artifact.source.read(info).any()]
+    if not zeros:
+        return frozenset()
+    places = destinations(meta_model(artifact), zeros)
+    return frozenset(name for name in zeros if places[name] is None)
 
 
 class LazyPacked:
