@@ -9,6 +9,7 @@ the simple regret (best value found, above the true minimum) and the time of a s
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import time
 import warnings
@@ -34,11 +35,16 @@ PROBLEMS = {"Branin": (Branin(), 0.397887), "Hartmann-6": (Hartmann(dim=6), -3.3
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--trials", type=int, default=24)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--trials", type=positive, default=24)
+    parser.add_argument("--seeds", type=positive, default=3)
     parser.add_argument("--base", default="builtin:tiny-pfn")
     parser.add_argument("--out", type=Path, default=Path("docs/bayesopt.png"))
     args = parser.parse_args()
+    # What the end needs is tried before the work.
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    if importlib.util.find_spec("matplotlib") is None:
+        parser.error("the picture needs matplotlib: pip install matplotlib")
+    reported = sorted({n for n in (8, 16, args.trials) if n <= args.trials})
     warnings.filterwarnings("ignore")
     base = load_base(args.base)
 
@@ -66,9 +72,16 @@ def main() -> None:
             regrets[problem][name] = torch.stack(runs)
             medians = torch.stack(runs).median(0).values
             row = {"problem": problem, "method": name, "seconds_a_step": round(seconds, 3)}
-            row |= {f"regret_at_{n}": float(f"{medians[n - 1]:.3g}") for n in (8, 16, args.trials)}
+            row |= {f"regret_at_{n}": float(f"{medians[n - 1]:.3g}") for n in reported}
             print(json.dumps(row), flush=True)
     draw(regrets, args.out)
+
+
+def positive(text: str) -> int:
+    """A count from the command line."""
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return number
 
 
 def by_gp(x: Tensor, y: Tensor, seed: int) -> Tensor:
@@ -110,7 +123,6 @@ def draw(regrets: dict[str, dict[str, Tensor]], out: Path) -> None:
             axis.fill_between(trials, low, high, alpha=0.15, color=line.get_color(), linewidth=0)
         axis.set(title=problem, yscale="log", xlabel="evaluations after the start", ylabel="simple regret")
     axes[0].legend()
-    out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=110)
 
 

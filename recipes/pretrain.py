@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from loadstone.text.corpus import read_corpus
-from loadstone.text.tokens import tokenize
+from loadstone.text.tokenizing import tokenize
 
 LENGTH = 512
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 # Called as on_progress(stage, done, total).
 OnProgress = Callable[[str, int, int], None]
@@ -21,3 +22,12 @@ def reporter(on_progress: OnProgress | None, stage: str, total: int) -> Callable
         on_progress(stage, done, total)
 
     return advance
+
+
+# Opens a progress bar: called as progress(label, total), it yields a callback that is called with counts.
+Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
+
+
+def no_progress(label: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
+    """A progress bar that shows nothing."""
+    return nullcontext(lambda step: None)

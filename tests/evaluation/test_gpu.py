@@ -20,7 +20,8 @@ from loadstone.evaluation.run import run
 from loadstone.evaluation.scoring.batching import choose_batch_size
 from loadstone.evaluation.scoring.losses import BatchMaker, plan_batches, score
 from loadstone.text.corpus import read_corpus
-from loadstone.text.tokens import make_protocol, make_windows, tokenize
+from loadstone.text.tokenizing import tokenize
+from loadstone.text.tokens import make_protocol, make_windows
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 

@@ -64,6 +64,17 @@ def test_slurm_job(environment: dict[str, str]) -> None:
     assert json.loads(Path(environment["RESULT"]).read_text())["models"][1]["delta_loss"] is not None
 
 
+def test_slurm_job_starts_with_srun_or_what_launch_says(environment: dict[str, str], tmp_path: Path) -> None:
+    for name in ("python", "srun", "other"):
+        (tmp_path / name).write_text(f"#!/bin/sh\necho {name} $1\n")
+        (tmp_path / name).chmod(0o755)
+    environment["PATH"] = f"{tmp_path}:{os.environ['PATH']}"
+    assert run("slurm_eval.sbatch", environment).stdout.startswith("srun --kill")
+    assert run("slurm_eval.sbatch", environment, LAUNCH="other").stdout == "other python\n"
+    # Set and empty: no launcher.
+    assert run("slurm_eval.sbatch", environment, LAUNCH="").stdout == "python -m\n"
+
+
 def test_workflow_runs_what_there_is() -> None:
     workflow = yaml.safe_load((RECIPES / "github-actions-gate.yml").read_text())
     steps = workflow["jobs"]["gate"]["steps"]

@@ -13,7 +13,8 @@ from tests.small_models import make_tokenizer
 from loadstone.errors import UsageError
 from loadstone.text.chat import ChatTemplate
 from loadstone.text.corpus import Corpus, read_corpus
-from loadstone.text.tokens import make_protocol, make_windows, tokenize
+from loadstone.text.tokenizing import tokenize
+from loadstone.text.tokens import make_protocol, make_windows
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{% if m.role not in ['system', 'user', 'assistant', 'critic'] %}"

@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import copy
+import json
+import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -7,15 +11,9 @@ import pytest
 
 from loadstone.errors import UsageError
 from loadstone.text.corpus import Corpus, read_corpus
-from loadstone.text.tokens import (
-    PROTOCOLS,
-    TokenStream,
-    Windows,
-    make_protocol,
-    make_windows,
-    resampling_units,
-    tokenize,
-)
+from loadstone.text.stream import Tokens, TokenStream
+from loadstone.text.tokenizing import _encoder, count_words, tokenize
+from loadstone.text.tokens import PROTOCOLS, Windows, make_protocol, make_windows, resampling_units
 
 
 def scored_positions(stream: TokenStream, windows: Windows) -> np.ndarray:
@@ -78,7 +76,7 @@ def test_stream_layout(tokenizer: Any, bos_tokenizer: Any) -> None:
     assert len(separators) == 3 and (stream.ids[separators] == tokenizer.eos_token_id).all()
     for i, document in enumerate(corpus.documents):
         assert tokenizer.decode(stream.ids[stream.document == i]) == document
-        assert stream.bytes[i] == len(document.encode())
+        assert stream.tokens.bytes[i] == len(document.encode())
     assert not stream.adds_bos
     with_bos = tokenize(corpus, bos_tokenizer)
     assert with_bos.adds_bos and with_bos.separator == "<begin>"
@@ -124,14 +122,47 @@ def test_protocols_differ_in_what_matters(tokenizer: Any) -> None:
     assert {"data_sha256", "tokens_sha256", "documents", "tokens"} <= set(a.differences(longer))
 
 
+def units_of(edges: np.ndarray) -> np.ndarray:
+    """The unit of each scored token."""
+    return np.repeat(np.arange(len(edges) - 1), np.diff(edges))
+
+
+def test_positions_are_found_from_offsets(tokenizer: Any) -> None:
+    """Every answer of the stream, of documents with and without prompts and one without tokens, against arrays of all
+    positions."""
+    ids = [[5], [6, 7, 8], [], [9, 10]]
+    prompts = [[], [1, 2], [3], []]
+    stream = TokenStream(
+        Tokens(
+            np.array([t for p, d in zip(prompts, ids, strict=True) for t in [*p, *d]], dtype=np.int32),
+            np.array([len(p) for p in prompts]),
+            np.array([len(d) for d in ids]),
+            *np.ones((2, 4), dtype=np.int64),
+        ),
+        separator_id=0, separator="", adds_bos=False, tokenizer_sha256="", corpus=Corpus("x", (), ""),
+    )  # fmt: skip
+    assert stream.ids.tolist() == [0, 5, 0, 1, 2, 6, 7, 8, 0, 3, 0, 9, 10]
+    assert stream.document.tolist() == [-1, 0, -1, -1, -1, 1, 1, 1, -1, -1, -1, 3, 3]
+    assert stream.slot(stream.scored).tolist() == list(range(6)) and stream.count == 6
+    assert stream.slot(np.array([0, 2, 5, 8, 13])).tolist() == [0, 1, 1, 4, 6]
+    assert stream.text(1).tolist() == [6, 7, 8] and stream.text(1, 2).tolist() == [6, 7]
+    assert stream.text(2).tolist() == [] and stream.highest == 10
+    # An empty last document has no token of its own.
+    cut = TokenStream(
+        Tokens(stream.tokens.ids[:1], np.zeros(2, int), np.array([1, 0]), *np.ones((2, 2), dtype=np.int64)),
+        separator_id=0, separator="", adds_bos=False, tokenizer_sha256="", corpus=Corpus("x", (), ""),
+    )  # fmt: skip
+    assert cut.ids.tolist() == [0, 5, 0]
+
+
 def test_resampling_units(tokenizer: Any) -> None:
     many = tokenize(read_corpus(limit=30), tokenizer)
-    units = resampling_units(many, make_protocol(many, dtype="f", longest=128))
+    units = units_of(resampling_units(many, make_protocol(many, dtype="f", longest=128)))
     assert np.array_equal(units, many.document[many.scored])
     few = tokenize(read_corpus(limit=3), tokenizer)
     protocol = make_protocol(few, dtype="f", longest=128)
     assert protocol.resampled == "segments of 512 tokens"
-    units = resampling_units(few, protocol)
+    units = units_of(resampling_units(few, protocol))
     owner = few.document[few.scored]
     assert units[-1] >= 4 and (np.diff(units) >= 0).all() and np.bincount(units).max() == 512
     # No segment spans two documents.
@@ -141,5 +172,71 @@ def test_resampling_units(tokenizer: Any) -> None:
 def test_units_are_bounded(tokenizer: Any) -> None:
     corpus = Corpus("x", tuple("abc" for _ in range(9000)), "0")
     stream = tokenize(corpus, tokenizer)
-    units = resampling_units(stream, make_protocol(stream, dtype="f", longest=128))
+    units = units_of(resampling_units(stream, make_protocol(stream, dtype="f", longest=128)))
     assert units[-1] < 4096 and np.bincount(units).min() > 0
+
+
+def test_words_are_counted_as_a_split_gives_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loadstone.text.tokenizing._COUNTED", 3)
+    spaces = "".join(
+        map(chr, (*range(9, 14), 28, 29, 30, 31, 32, 0x85, 0xA0, 0x1680, 0x2000, 0x2028, 0x3000))
+    )
+    texts = [
+        "a",
+        "a b",
+        " a  b\n\nc ",
+        "   ",
+        "ab cd   ef",
+        "é" + spaces + "x",
+        *(f"a{s}b" for s in spaces),
+        "\x00​a",
+    ]
+    for text in texts:
+        assert count_words(text) == len(re.split(r"\s+", text)), repr(text)
+
+
+@pytest.mark.parametrize("special", [False, True])
+def test_many_documents_at_once_give_what_the_tokenizer_gives(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch, special: bool
+) -> None:
+    """The tokenizers library's own call, in several threads, against the tokenizer's, one document at a time."""
+    monkeypatch.setattr("loadstone.text.tokenizing._BATCH_DOCUMENTS", 3)
+    tokenizer.split_special_tokens = special
+    texts = ["é😀 ", "a" * 5000, f"x {tokenizer.eos_token} y", *read_corpus(limit=20).documents] * 3
+    assert _encoder(tokenizer) is not None
+    found = tokenize(Corpus("x", tuple(texts), "0"), tokenizer)
+    for number, text in enumerate(texts):
+        assert found.text(number).tolist() == tokenizer(text, add_special_tokens=False)["input_ids"]
+    tokenizer.split_special_tokens = False
+
+
+def test_a_tokenizer_with_a_call_of_its_own_is_called(tokenizer: Any) -> None:
+    class Upper(type(tokenizer)):  # type: ignore[misc]
+        def __call__(self, text: Any, *args: Any, **options: Any) -> Any:
+            return super().__call__([t.upper() for t in text], *args, **options)
+
+    own = copy.copy(tokenizer)
+    own.__class__ = Upper
+    assert _encoder(own) is None
+    stream = tokenize(Corpus("x", ("abc",), "0"), own, separator="1")
+    assert tokenizer.decode(stream.text(0)) == "ABC"
+
+
+def test_a_long_text_is_read_again_and_never_held(
+    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    documents = read_corpus(limit=30).documents
+    file = tmp_path / "t.jsonl"
+    file.write_text("".join(json.dumps({"text": d}) + "\n" for d in documents))
+    short = read_corpus(str(file))
+    monkeypatch.setattr("loadstone.text.corpus._HELD_CHARACTERS", 1000)
+    long = read_corpus(str(file))
+    assert isinstance(short.documents, tuple) and not isinstance(long.documents, tuple)
+    assert (long.sha256, long.bytes) == (short.sha256, short.bytes) and tuple(
+        long.documents
+    ) == short.documents
+    assert tokenize(long, tokenizer).sha256 == tokenize(short, tokenizer).sha256
+    with file.open("a") as more:
+        more.write('{"text": "more"}\n')
+    with pytest.raises(UsageError, match="changed while it was read"):
+        tokenize(long, tokenizer)

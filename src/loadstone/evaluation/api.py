@@ -88,7 +88,8 @@ def evaluate(
         ``kl``: also KL divergence and top-1 agreement with the reference, and the ``worst`` documents. ``tasks``: also
         lm-eval tasks, with ``task_path`` a folder of more of them. ``speed``: also prefill and decode speed.
         ``report``: write an HTML page and its pictures to this directory. ``fail_if``: gates such as ``dloss>0.03``;
-        see ``result.failures``. ``progress(label, total)``: opens a progress bar that counts tokens.
+        see ``result.failures``. ``progress(label, total)``: opens a progress bar that
+        counts tokens, or bytes of a long text that is tokenized.
 
     Raises:
         UsageError: options that contradict each other, or do not apply to these models.
@@ -142,7 +143,8 @@ def evaluate(
 
     if report is not None:
         page.check_report(Path(report))
-    from loadstone.evaluation.run import no_progress, run
+    from loadstone.evaluation.run import run
+    from loadstone.progress import no_progress
 
     result = run(options, progress or no_progress)
     if report is not None and result.first:

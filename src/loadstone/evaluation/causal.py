@@ -10,7 +10,7 @@ import torch
 
 from loadstone.errors import LoadstoneError
 from loadstone.loading.language_model import refused
-from loadstone.text.tokens import require_known
+from loadstone.text.tokenizing import require_known
 
 # Two rows of eight tokens that differ in their second half.
 _TOKENS, _SHARED = 8, 4

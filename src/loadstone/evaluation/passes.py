@@ -6,10 +6,10 @@ import logging
 import platform
 from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from loadstone.evaluation.fast.replace import speed_up
@@ -26,15 +26,15 @@ from loadstone.evaluation.scoring.divergence import score_pair
 from loadstone.evaluation.scoring.lengths import batch_regime
 from loadstone.evaluation.scoring.losses import BatchMaker, Timing, Values, check_finite, plan_batches, score
 from loadstone.evaluation.scoring.shared_text import score_shared
-from loadstone.evaluation.scoring.speed import measure_speed
+from loadstone.evaluation.scoring.speed import PROMPT_TOKENS, measure_speed
 from loadstone.evaluation.task import Task
 from loadstone.loading.few_rows import speed_up_decoding
 from loadstone.loading.positions import length_regime
+from loadstone.progress import Progress
 from loadstone.ranks import Ranks
 
 log = logging.getLogger(__name__)
 # ``progress(label, total)`` opens a progress bar; the function it yields is called with the number of tokens done.
-Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ def _run(
 def _plan_batches(context: EvalContext, *models: LoadedModel) -> tuple[BatchMaker, Any, int]:
     task, options = context.task.result(), context.options
     for loaded in models:
-        loaded.vocabulary.require(int(task.stream.ids.max()), task.tokenizer, loaded.name)
+        loaded.vocabulary.require(task.stream.highest, task.tokenizer, loaded.name)
     maker = BatchMaker(task.stream, task.protocol, task.windows, models[0].device)
     length = task.protocol.context_length
     size = options.batch_size or choose_batch_size(
@@ -234,11 +234,12 @@ def run_extras(
     with open_model(model, replace(options, stream=False, fast=False, compile=False)) as loaded:
         if options.speed:
             if context.ranks.rank == 0:
-                ids = torch.from_numpy(task.stream.ids).to(loaded.device)
-                speeds = measure_speed(loaded.model, ids, (1, batch_size))
+                ids = task.stream.ids_at(np.arange(min(task.stream.size, PROMPT_TOKENS)))
+                prompt = torch.from_numpy(ids).to(loaded.device)
+                speeds = measure_speed(loaded.model, prompt, (1, batch_size))
                 if options.fast and loaded.device.type == "cuda" and loaded.model._can_compile_fullgraph:
                     speed_up_decoding(loaded.model)
-                    speeds += measure_speed(loaded.model, ids, (1, batch_size), compiled=True)
+                    speeds += measure_speed(loaded.model, prompt, (1, batch_size), compiled=True)
             context.ranks.wait()
         if options.tasks:
             log.info("%s: running lm-eval tasks", model.name)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ from loadstone.evaluation.models import EvalModel, plan_models
 from loadstone.evaluation.options import DEFAULT_CACHE, Options
 from loadstone.evaluation.passes import (
     EvalContext,
-    Progress,
     run_extras,
     score_alone,
     score_with_reference,
@@ -36,15 +34,11 @@ from loadstone.evaluation.results.store import open_store
 from loadstone.evaluation.results.tables import describe
 from loadstone.evaluation.scoring.losses import Values
 from loadstone.evaluation.task import make_task
+from loadstone.progress import Progress, no_progress
 from loadstone.ranks import joined
 
 log = logging.getLogger(__name__)
 _PATIENCE = 5.0
-
-
-def no_progress(label: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
-    """A progress bar that shows nothing."""
-    return nullcontext(lambda step: None)
 
 
 def run(options: Options, progress: Progress = no_progress) -> Evaluation:
@@ -83,7 +77,7 @@ def run(options: Options, progress: Progress = no_progress) -> Evaluation:
             log.warning("--compile has no effect on models that are streamed layer by layer")
         options = replace(options, stream=streams, compile=compile_mode(models, options, streams, saved))
         # The text is read and tokenized while the first model loads.
-        making = pool.submit(make_task, options, models)
+        making = pool.submit(make_task, options, models, progress if ranks.rank == 0 else no_progress)
         if options.compile is None:
             compiles = making.result().protocol.compiled
             if compiles:

@@ -17,20 +17,20 @@ from loadstone.evaluation.scoring.compiling import compiling_pays
 from loadstone.loading import load_tokenizer
 from loadstone.loading.model_class import load_config
 from loadstone.loading.positions import positions, same_frequencies
+from loadstone.progress import Progress, no_progress
 from loadstone.text.chat import ChatTemplate
 from loadstone.text.corpus import Corpus, read_corpus
+from loadstone.text.stream import TokenStream
+from loadstone.text.token_cache import SMALLEST_TEXT
+from loadstone.text.tokenizing import find_separator, tokenize, tokenizer_hash
 from loadstone.text.tokens import (
     PACKED,
     ROLLING,
     STRIDED,
     Protocol,
-    TokenStream,
     Windows,
-    find_separator,
     make_protocol,
     make_windows,
-    tokenize,
-    tokenizer_hash,
 )
 
 log = logging.getLogger(__name__)
@@ -47,11 +47,11 @@ class Task:
     tokenizer: Any
 
 
-def make_task(options: Options, subjects: tuple[EvalModel, ...]) -> Task:
-    """Read and tokenize the text with the reference's tokenizer. Raises UsageError when another model of
-    the run tokenizes it differently, or cannot take the context.
+def make_task(options: Options, subjects: tuple[EvalModel, ...], progress: Progress = no_progress) -> Task:
+    """Read and tokenize the text with the reference's tokenizer; ``progress`` counts the bytes of a long one.
 
-    ``options.compile`` None: the protocol says whether compiling pays for this text.
+    ``options.compile`` None: the protocol says whether compiling pays for this text. Raises UsageError when another
+    model of the run tokenizes it differently, or cannot take the context.
     """
     first, trust = subjects[0], options.trust_remote_code
     tokenizer = load_tokenizer(first.plan, trust_remote_code=trust)
@@ -82,7 +82,9 @@ def make_task(options: Options, subjects: tuple[EvalModel, ...]) -> Task:
     def stream_of(tokenizer: Any) -> TokenStream:
         chat = _chat(options, tokenizer) if options.chat else None
         corpus = plain or _read(options, chat)
-        return tokenize(corpus, tokenizer, separator=separator, cache=cache, chat=chat)
+        shown = progress if corpus.bytes >= SMALLEST_TEXT else no_progress
+        with shown("tokenizing", corpus.bytes) as step:
+            return tokenize(corpus, tokenizer, separator=separator, cache=cache, chat=chat, progress=step)
 
     stream = stream_of(tokenizer)
     for other in subjects[1:]:

@@ -181,7 +181,7 @@ def _documents(calibrate: str | Path | Sequence[Any] | None, limit: int) -> Sequ
     if isinstance(calibrate, (str, Path)):
         from loadstone.text.corpus import read_corpus
 
-        return read_corpus(str(calibrate), limit=limit).documents
+        return tuple(read_corpus(str(calibrate), limit=limit).documents)
     return calibrate
 
 

@@ -17,7 +17,7 @@ from loadstone.fakequant.options import Options
 from loadstone.fakequant.plan import ExportPlan
 from loadstone.fakequant.state import QuantizerState, check_state, input_specs
 from loadstone.loading.layer_inputs import InputRanges
-from loadstone.text.tokens import require_known
+from loadstone.text.tokenizing import require_known
 
 if TYPE_CHECKING:
     import torch

@@ -168,7 +168,7 @@ def calibration_rows(
     from loadstone.loading.model_class import load_config
     from loadstone.loading.positions import positions
     from loadstone.text.corpus import read_corpus
-    from loadstone.text.tokens import require_known
+    from loadstone.text.tokenizing import require_known
 
     tokenizer = load_tokenizer(plan.source, trust_remote_code=trust_remote_code)
     length = min(_ROW_TOKENS, positions(load_config(plan.source, trust_remote_code)).limit or _ROW_TOKENS)

@@ -7,7 +7,7 @@ import io
 import itertools
 import logging
 import lzma
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -23,25 +23,44 @@ log = logging.getLogger(__name__)
 STORIES, SAMPLE, AUSTEN = "stories", "sample", "austen"
 _SAMPLE_STORIES = 240
 DEFAULT_COLUMN = "text"
+# A longer text is read again where it is needed, and never held.
+_HELD_CHARACTERS = 16 << 20
+# A prompt and the document that follows it.
+Pair = tuple[str, str]
 
 
 @dataclass(frozen=True)
 class Corpus:
     """The documents of a text, in order, none of them blank.
 
-    ``prompts``: what is read before each document and not scored; empty where no document has such a beginning.
-    ``sha256`` is over the documents and prompts themselves (length and UTF-8 bytes of each), never over names or paths.
+    ``documents``: a tuple, or for a long text an iterable that reads it again each time. ``prompts``: likewise, what is
+    read before each document and not scored; empty where no document has such a beginning. ``sha256`` is over the
+    documents and prompts themselves (length and UTF-8 bytes of each), never over names or paths. ``bytes``: UTF-8 bytes
+    of all documents together.
     """
 
     source: str
-    documents: tuple[str, ...]
+    documents: Iterable[str]
     sha256: str
-    prompts: tuple[str, ...] = ()
+    prompts: Iterable[str] = ()
+    bytes: int = 0
 
-    @property
-    def bytes(self) -> int:
-        """UTF-8 bytes of all documents together."""
-        return sum(len(d.encode()) for d in self.documents)
+    def pairs(self) -> Iterator[Pair]:
+        """Each prompt and its document."""
+        if isinstance(self.documents, _Again):
+            return self.documents.read()
+        return zip(self.prompts or itertools.repeat(""), self.documents)  # noqa: B905
+
+
+@dataclass(frozen=True)
+class _Again:
+    """The prompts (``at`` 0) or documents (``at`` 1) of a text, read again each time."""
+
+    read: Callable[[], Iterator[Pair]]
+    at: int
+
+    def __iter__(self) -> Iterator[str]:
+        return (pair[self.at] for pair in self.read())
 
 
 def read_corpus(
@@ -64,38 +83,60 @@ def read_corpus(
     """
     if limit is not None and limit < 1:
         raise UsageError(f"--limit must be at least 1, not {limit}")
-    if chat is None:
-        raw = _texts(data, column or DEFAULT_COLUMN, split)
-    else:
-        choose = lambda names, where: chat.columns(names, column, where)  # noqa: E731
-        raw = (chat.render(row, column, where) for row, where in _rows(data, split, choose))
+
+    def pairs() -> Iterator[Pair]:
+        if chat is None:
+            raw = _texts(data, column or DEFAULT_COLUMN, split)
+        else:
+            choose = lambda names, where: chat.columns(names, column, where)  # noqa: E731
+            raw = (chat.render(row, column, where) for row, where in _rows(data, split, choose))
+        return itertools.islice(((p, d) for p, d in raw if d.strip()), limit)
+
     try:
-        pairs = list(itertools.islice(((p, d) for p, d in raw if d.strip()), limit))
+        return _corpus(data, pairs)
     except OSError as error:
         where = error.filename or data
         raise UsageError(
             f"{where} cannot be read ({error.strerror or error})", "Check its permissions"
         ) from None
-    if not pairs:
+
+
+def _corpus(data: str, read: Callable[[], Iterator[Pair]]) -> Corpus:
+    """A corpus of what ``read`` gives each time, held in memory if it is short."""
+    digest, count, size, room, prompted = hashlib.sha256(), 0, 0, _HELD_CHARACTERS, False
+    held: list[Pair] = []
+    for pair in read():
+        prompt, document = pair
+        size += _add(digest, document, f"document {count} of {data!r}")
+        prompted = prompted or bool(prompt)
+        count += 1
+        room -= len(prompt) + len(document)
+        if room >= 0:
+            held.append(pair)
+        else:
+            held.clear()
+    if not count:
         raise UsageError(f"there is no text in {data!r}", "Every document is empty or blank")
-    prompts = tuple(p for p, _ in pairs) if any(p for p, _ in pairs) else ()
-    documents = tuple(d for _, d in pairs)
-    return Corpus(data, documents, _sha256([*documents, *prompts], data), prompts)
+    if prompted:
+        for number, (prompt, _) in enumerate(held if room >= 0 else read()):
+            _add(digest, prompt, f"the prompt of document {number} of {data!r}")
+    documents: Iterable[str] = tuple(d for _, d in held) if room >= 0 else _Again(read, 1)
+    prompts: Iterable[str] = tuple(p for p, _ in held) if room >= 0 else _Again(read, 0)
+    return Corpus(data, documents, digest.hexdigest(), prompts if prompted else (), size)
 
 
-def _sha256(texts: Sequence[str], data: str) -> str:
-    digest = hashlib.sha256()
-    for number, text in enumerate(texts):
-        try:
-            encoded = text.encode()
-        except UnicodeEncodeError as error:
-            raise UsageError(
-                f"document {number} of {data!r} holds half a character ({text[error.start]!a}) at {error.start}",
-                "An escape sequence was cut in two: mend or remove it",
-            ) from None
-        digest.update(len(encoded).to_bytes(8, "little"))
-        digest.update(encoded)
-    return digest.hexdigest()
+def _add(digest: Any, text: str, where: str) -> int:
+    """Add a text to the hash of a corpus; its UTF-8 bytes. Raises UsageError for half a character."""
+    try:
+        encoded = text.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            f"{where} holds half a character ({text[error.start]!a}) at {error.start}",
+            "An escape sequence was cut in two: mend or remove it",
+        ) from None
+    digest.update(len(encoded).to_bytes(8, "little"))
+    digest.update(encoded)
+    return len(encoded)
 
 
 def _texts(data: str, column: str, split: str | None) -> Iterator[tuple[str, str]]:

@@ -13,7 +13,8 @@ from loadstone.errors import UsageError
 from loadstone.evaluation.results.saved import read_saved
 from loadstone.evaluation.results.store import entry_key, open_store
 from loadstone.text.corpus import read_corpus
-from loadstone.text.tokens import Protocol, make_protocol, tokenize
+from loadstone.text.tokenizing import tokenize
+from loadstone.text.tokens import Protocol, make_protocol
 
 NAN = float("nan")
 

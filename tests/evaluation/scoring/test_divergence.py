@@ -15,7 +15,9 @@ from loadstone.evaluation.results.documents import divergence_record, worst_docu
 from loadstone.evaluation.scoring.divergence import Divergence, score_pair
 from loadstone.evaluation.scoring.losses import BatchMaker, Values, plan_batches, score
 from loadstone.text.corpus import read_corpus
-from loadstone.text.tokens import TokenStream, make_protocol, make_windows, tokenize
+from loadstone.text.stream import TokenStream
+from loadstone.text.tokenizing import tokenize
+from loadstone.text.tokens import make_protocol, make_windows
 
 
 def noisy(model: Any, scale: float = 0.02) -> Any:

@@ -12,7 +12,9 @@ from loadstone.errors import ArtifactError
 from loadstone.evaluation.scoring.head import split_head
 from loadstone.evaluation.scoring.losses import BatchMaker, Timing, Values, plan_batches, score, token_losses
 from loadstone.text.corpus import Corpus, read_corpus
-from loadstone.text.tokens import PROTOCOLS, TokenStream, make_protocol, make_windows, tokenize
+from loadstone.text.stream import TokenStream
+from loadstone.text.tokenizing import tokenize
+from loadstone.text.tokens import PROTOCOLS, make_protocol, make_windows
 
 CPU = torch.device("cpu")
 

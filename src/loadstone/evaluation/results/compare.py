@@ -9,22 +9,27 @@ import numpy as np
 
 from loadstone.errors import UsageError
 from loadstone.evaluation.results.metrics import Estimate
-from loadstone.evaluation.results.statistics import Ratio, bound, ratio
-from loadstone.text.tokens import Protocol, TokenStream, resampling_units
+from loadstone.evaluation.results.statistics import Ratio, bound, ratio, sums_between
+from loadstone.text.stream import TokenStream
+from loadstone.text.tokens import Protocol, resampling_units
 
 
 @dataclass(frozen=True, eq=False)
 class Units:
-    """The units that the bootstrap resamples. ``of_token``: int64 (tokens,); ``tokens``, ``bytes``: float64
-    (units,)."""
+    """The units that the bootstrap resamples. ``edges``: int64 (units + 1,), where each begins among the scored tokens,
+    and their number; ``bytes``: float64 (units,)."""
 
-    of_token: np.ndarray
-    tokens: np.ndarray
+    edges: np.ndarray
     bytes: np.ndarray
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """The tokens of each unit, float64 (units,)."""
+        return np.diff(self.edges).astype(np.float64)
 
     def sums(self, values: np.ndarray) -> np.ndarray:
         """Sum per-token values (tokens,) within each unit, in float64."""
-        return np.bincount(self.of_token, weights=values.astype(np.float64), minlength=len(self.tokens))
+        return sums_between(self.edges, lambda some: values[some])
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,16 +47,15 @@ class Delta:
 
 def make_units(stream: TokenStream, protocol: Protocol) -> Units:
     """The units that the bootstrap resamples, documents or segments of them, with their tokens and bytes."""
-    of_token = resampling_units(stream, protocol)
-    owner = stream.document[stream.scored]
+    edges = resampling_units(stream, protocol)
     # A segment gets the bytes of its document in proportion to its tokens.
-    per_token = stream.bytes / np.maximum(np.bincount(owner, minlength=len(stream.bytes)), 1)
-    count = int(of_token[-1]) + 1
-    return Units(
-        of_token,
-        np.bincount(of_token, minlength=count).astype(np.float64),
-        np.bincount(of_token, weights=per_token[owner], minlength=count),
-    )
+    per_token = stream.tokens.bytes / np.maximum(stream.tokens.texts, 1)
+
+    def bytes_of(some: slice) -> np.ndarray:
+        slots = np.arange(some.start, some.stop)
+        return per_token[np.searchsorted(stream.slots, slots, side="right") - 1]
+
+    return Units(edges, sums_between(edges, bytes_of))
 
 
 def measure(sums: np.ndarray, units: Units, protocol: Protocol) -> dict[str, Estimate]:

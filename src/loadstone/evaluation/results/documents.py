@@ -9,12 +9,13 @@ import numpy as np
 
 from loadstone.evaluation.results.compare import Units
 from loadstone.evaluation.results.metrics import DIVERGENCE, Estimate, to_record
-from loadstone.evaluation.results.statistics import ratio
+from loadstone.evaluation.results.statistics import ratio, sums_between
 from loadstone.text.arrays import Arrays
-from loadstone.text.tokens import TokenStream
+from loadstone.text.stream import TokenStream
 
 _QUANTILES = {"kl_median": 0.5, "kl_p90": 0.9, "kl_p99": 0.99, "kl_p999": 0.999, "kl_max": 1.0}
-_EXCERPT = 160
+# Tokens before the worst one, and characters of them that are shown.
+_BEFORE, _EXCERPT = 40, 160
 # Bytes of a character in UTF-8.
 _LONGEST_CHARACTER = 4
 
@@ -42,20 +43,19 @@ def worst_documents(values: Arrays, stream: TokenStream, tokenizer: Any, count: 
     """The documents with the highest mean KL, worst first, each with the text around its worst token."""
     found = []
     for document, mean in rank_documents(values["kl"], stream, count):
-        mine = np.flatnonzero(stream.document[stream.scored] == document)
-        worst = int(mine[values["kl"][mine].argmax()])
-        position = stream.scored[worst]
-        before = stream.ids[max(stream.scored[mine[0]], position - 40) : position]
+        mine = slice(*stream.slots[document : document + 2])
+        worst = int(values["kl"][mine].argmax())
         apart = values["nll"][mine] - values["nll_reference"][mine]
+        ids = stream.text(document, worst + 1)
         found.append(
             {
                 "document": document,
                 "kl": mean,
                 "delta_loss": float(apart.mean(dtype=np.float64)),
-                "tokens": len(mine),
-                "worst_token_kl": float(values["kl"][worst]),
-                "worst_token": tokenizer.decode([int(stream.ids[position])]),
-                "before": tokenizer.decode(before.tolist())[-_EXCERPT:],
+                "tokens": len(apart),
+                "worst_token_kl": float(values["kl"][mine][worst]),
+                "worst_token": tokenizer.decode([int(ids[-1])]),
+                "before": tokenizer.decode(ids[-1 - _BEFORE : -1].tolist())[-_EXCERPT:],
             }
         )
     return found
@@ -63,9 +63,8 @@ def worst_documents(values: Arrays, stream: TokenStream, tokenizer: Any, count: 
 
 def rank_documents(values: np.ndarray, stream: TokenStream, count: int) -> list[tuple[int, float]]:
     """The ``count`` documents with the highest mean of per-token ``values`` (tokens,), highest first: (index, mean)."""
-    owner = stream.document[stream.scored]
-    tokens = np.bincount(owner, minlength=len(stream.bytes))
-    mean = np.bincount(owner, weights=values, minlength=len(tokens)) / np.maximum(tokens, 1)
+    tokens = stream.tokens.texts
+    mean = sums_between(stream.slots, lambda some: values[some]) / np.maximum(tokens, 1)
     order = [int(d) for d in np.argsort(-mean, kind="stable") if tokens[d]]
     return [(d, float(mean[d])) for d in order[:count]]
 
@@ -77,9 +76,9 @@ def document_tokens(
 
     Bytes of one character may be several tokens: these are joined into one `Token` with the sum of their values.
     """
-    owner = stream.document[stream.scored]
-    mine = np.flatnonzero(owner == document)[:limit]
-    ids, each = stream.ids[stream.scored[mine]].tolist(), values[mine].astype(np.float64)
+    ids = stream.text(document, limit).tolist()
+    first = int(stream.slots[document])
+    each = values[first : first + len(ids)].astype(np.float64)
     found: list[Token] = []
     start = 0
     for end in range(1, len(ids) + 1):

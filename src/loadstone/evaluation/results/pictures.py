@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from loadstone.evaluation.result import Evaluation
+from loadstone.evaluation.results.statistics import sums_between
 
 _MOST_POINTS = 20_000
 _LONGEST_NAME = 36
@@ -130,10 +132,11 @@ def _documents(result: Evaluation, names: list[str]) -> Any:
     figure, (axis,) = _figure(1)
     figure.set_size_inches(8, 3.4)
     assert result.task is not None
-    owner = result.task.stream.document[result.task.stream.scored]
-    tokens = np.bincount(owner)
+    stream = result.task.stream
+    tokens = stream.tokens.texts
     for path, nll, base in models:
-        apart = np.bincount(owner, weights=nll.astype(np.float64) - base) / np.maximum(tokens, 1)
+        differences = partial(_differences, nll, base)
+        apart = sums_between(stream.slots, differences) / np.maximum(tokens, 1)
         label, colour = _name_of(result, names, path), _colour_of(result, path)
         axis.plot(np.sort(apart[tokens > 0]), ".", color=colour, label=label, markersize=4)
     axis.axhline(0, color=_MUTED, linewidth=0.8)
@@ -141,6 +144,10 @@ def _documents(result: Evaluation, names: list[str]) -> Any:
     axis.set_ylabel("Δ loss")
     axis.legend(frameon=False, fontsize=8)
     return figure
+
+
+def _differences(nll: np.ndarray, base: np.ndarray, some: slice) -> np.ndarray:
+    return nll[some].astype(np.float64) - base[some]
 
 
 def _tokens(result: Evaluation, names: list[str]) -> Any:

@@ -169,7 +169,7 @@ def _tokens(result: Evaluation, document: int, losses: np.ndarray, base: np.ndar
             if token.value - others[i].value > _MUCH_WORSE:
                 text = f"<u>{text}</u>"
         parts.append(f'<span style="{_colour(token.value)}" title="{title}">{text}</span>')
-    more = int((stream.document == document).sum()) > _SHOWN_TOKENS
+    more = stream.tokens.texts[document] > _SHOWN_TOKENS
     return "".join(parts) + (" …" if more else "")
 
 

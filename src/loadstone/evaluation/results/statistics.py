@@ -8,12 +8,15 @@ drawn together, which takes the difficulty of the text out of the error.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 
 REPLICATES = 2000
+# Per-token values that are widened to float64 at once.
+_BLOCK = 1 << 20
 SEED = 20240229
 
 
@@ -26,6 +29,22 @@ class Ratio:
     lower: float
     upper: float
     units: int
+
+
+def sums_between(edges: np.ndarray, values: Callable[[slice], np.ndarray]) -> np.ndarray:
+    """Sums in float64 of per-token values between neighbouring ``edges``, int64 (n + 1,), ascending: float64 (n,).
+
+    ``values`` gives those of some tokens, of a million at a time rather than of all.
+    """
+    sums = np.empty(len(edges) - 1)
+    at = 0
+    while at < len(sums):
+        end = max(at + 1, int(np.searchsorted(edges, edges[at] + _BLOCK, side="right")) - 1)
+        some = values(slice(int(edges[at]), int(edges[end]))).astype(np.float64)
+        owner = np.repeat(np.arange(end - at), np.diff(edges[at : end + 1]))
+        sums[at:end] = np.bincount(owner, weights=some, minlength=end - at)
+        at = end
+    return sums
 
 
 @lru_cache(maxsize=4)

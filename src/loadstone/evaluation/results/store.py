@@ -19,7 +19,7 @@ from loadstone.text.tokens import Protocol
 log = logging.getLogger(__name__)
 
 # Raise when a change to scoring changes a number: older entries are then no longer found.
-SCORING_VERSION = 2
+SCORING_VERSION = 3
 
 
 @dataclass(frozen=True)

@@ -23,14 +23,8 @@ from loadstone.evaluation.scoring.losses import (
     token_losses,
 )
 
-# Losses as `score` gives them; divergences in float64, for they are small differences of large numbers.
-_DTYPES = {
-    "nll_reference": torch.float32,
-    "nll": torch.float32,
-    "kl": torch.float64,
-    "kl_reverse": torch.float64,
-    "top1": torch.float32,
-}
+# Divergences are computed in float64 and kept in float32.
+_VALUES = ("nll_reference", "nll", "kl", "kl_reverse", "top1")
 
 
 @dataclass(frozen=True)
@@ -92,7 +86,7 @@ def score_pair(
                 )
             device = logits[0].device
             parts.append(diverge(logits[0], logits[1].to(device), batch.targets[part].to(device)))
-        values = {key: torch.cat([p[key] for p in parts]) for key in _DTYPES}
+        values = {key: torch.cat([p[key] for p in parts]) for key in _VALUES}
         if not checked:
             check_finite(values["nll_reference"], names[0])
             check_finite(values["nll"], names[1])
@@ -100,7 +94,8 @@ def score_pair(
         return values
 
     together = min(getattr(m, "together", 1) for m in (reference, model))
-    values, timing = run_batches(compute, _DTYPES, maker, batches, together=together, **options)
+    dtypes = dict.fromkeys(_VALUES, torch.float32)
+    values, timing = run_batches(compute, dtypes, maker, batches, together=together, **options)
     return values, PairTiming(Timing(spent[0], timing.tokens), Timing(spent[1], timing.tokens))
 
 

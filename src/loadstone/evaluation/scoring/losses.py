@@ -13,10 +13,13 @@ import torch
 from loadstone.errors import ArtifactError
 from loadstone.evaluation.scoring.head import SplitModel, chunk_rows, split_head
 from loadstone.evaluation.scoring.lengths import Regime
-from loadstone.text.tokens import Protocol, TokenStream, Windows
+from loadstone.text.stream import TokenStream
+from loadstone.text.tokens import Protocol, Windows
 
 _NARROWEST = 64
 _WIDEST_PADDING = 1.25
+# Losses that are checked at once.
+_CHECKED = 1 << 22
 Progress = Callable[[int], None]
 
 
@@ -57,7 +60,7 @@ def plan_batches(windows: Windows, batch_size: int, regime: Regime | None = None
 
 
 class BatchMaker:
-    """Builds batches from a token stream that is moved to the device once.
+    """Builds batches from a token stream, which stays on the host.
 
     ``rows``: for compiled models every batch is padded to that many rows, and to a width that is a power of two or the
     context length, so that few graphs are compiled. ``widens``: whether the width may be.
@@ -73,44 +76,39 @@ class BatchMaker:
         self._context = protocol.context_length
         self._bos = protocol.separator_id if protocol.bos_each_window else None
         self.device = device
-        self._ids = torch.from_numpy(stream.ids).to(device)
-        self._is_text = stream.document >= 0
-        self._slot = np.cumsum(self._is_text) - 1
-        self.tokens = int(self._is_text.sum())
+        self.stream = stream
+        self.tokens = stream.count
 
     def slots(self, members: np.ndarray) -> np.ndarray:
         """Indices, in the vector over all scored tokens, of the losses of these windows: int64 (n,)."""
-        return self.slots_at(np.concatenate([self._targets(i) for i in members]))
-
-    def slots_at(self, positions: np.ndarray) -> np.ndarray:
-        """The same for positions of the stream that are text: int64, one each."""
-        return self._slot[positions]
-
-    def _targets(self, window: int) -> np.ndarray:
         w = self.windows
-        wanted = np.arange(w.first[window], w.start[window] + w.length[window] + 1)
-        return wanted[self._is_text[wanted]]
+        edges = np.stack([w.first[members], w.start[members] + w.length[members] + 1])
+        return np.concatenate([np.arange(*edge) for edge in self.stream.slot(edges).T])
 
     def __call__(self, members: np.ndarray) -> Batch:
-        start = self.windows.start[members]
-        width = int(self.windows.length[members].max())
+        windows, count = self.windows, len(members)
+        start, length = windows.start[members], windows.length[members]
+        width = int(length.max())
         if self.rows is not None:
             if self.widens:
                 width = min(max(_NARROWEST, 1 << (width - 1).bit_length()), self._context)
-            start = np.pad(start, (0, self.rows - len(members)), mode="edge")
-        targets = [self._targets(i) for i in members]
-        rows = [i * width + wanted - 1 - start[i] for i, wanted in enumerate(targets)]
-        position = np.minimum(start[:, None] + np.arange(width), len(self._is_text) - 1)
-        target = np.concatenate(targets)
-        where = self._to_device(position)
-        ids = self._ids[where]
+            start = np.pad(start, (0, self.rows - count), mode="edge")
+        # The inputs, and the last one's target.
+        ids, is_text = self.stream.read(
+            np.minimum(start[:, None] + np.arange(width + 1), self.stream.size - 1)
+        )
+        column = np.arange(width + 1)
+        scored = (column >= (windows.first[members] - start[:count])[:, None]) & (column <= length[:, None])
+        row, column = np.nonzero(scored & is_text[:count])
+        targets = ids[row, column]
+        inputs = np.ascontiguousarray(ids[:, :-1])
         if self._bos is not None:
-            ids[:, 0] = self._bos
+            inputs[:, 0] = self._bos
         return Batch(
-            ids=ids,
-            rows=self._to_device(np.concatenate(rows)),
-            targets=self._ids[self._to_device(target)],
-            slots=self._to_device(self._slot[target]),
+            ids=self._to_device(inputs),
+            rows=self._to_device(row * width + column - 1),
+            targets=self._to_device(targets),
+            slots=self._to_device(self.slots(members)),
         )
 
     def _to_device(self, array: np.ndarray) -> torch.Tensor:
@@ -160,17 +158,15 @@ def run_batches(
         else torch.full((maker.tokens,), float("nan"), dtype=dtype, device=maker.device)
         for name, dtype in dtypes.items()
     }
-    missing = (
-        np.any([np.isnan(v) for v in have.values()], axis=0) if have else np.ones(maker.tokens, dtype=bool)
-    )
     rank, ranks = share
-    todo = [members for members in batches if missing[maker.slots(members)].any()][rank::ranks]
+    left = [members for members in batches if _lacks(have, maker, members)]
+    todo = left[rank::ranks]
     counted = 0
     begin = saved_at = time.perf_counter()
 
     def on_host() -> Values:
-        # Nothing else waits for the device.
-        return {name: tensor.cpu().numpy().copy() for name, tensor in tensors.items()}
+        # Nothing else waits for the device; on a CPU these are the same arrays, not copies.
+        return {name: tensor.cpu().numpy() for name, tensor in tensors.items()}
 
     try:
         for at in range(0, len(todo), together):
@@ -192,6 +188,14 @@ def run_batches(
             save(on_host())
         raise
     return on_host(), Timing(time.perf_counter() - begin, counted)
+
+
+def _lacks(values: Values, maker: BatchMaker, members: np.ndarray) -> bool:
+    """Whether any value of these windows has not been computed yet."""
+    if not values:
+        return True
+    slots = maker.slots(members)
+    return any(bool(np.isnan(v[slots]).any()) for v in values.values())
 
 
 def score(
@@ -249,7 +253,8 @@ def token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 def check_finite(losses: torch.Tensor | np.ndarray, name: str) -> None:
     """Raise ArtifactError when any loss is NaN or infinite."""
-    bad = int((~torch.isfinite(torch.as_tensor(losses))).sum())
+    parts = torch.as_tensor(losses).split(_CHECKED)
+    bad = sum(int((~torch.isfinite(part)).sum()) for part in parts)
     if bad:
         raise ArtifactError(
             f"'{name}' gives losses that are not finite ({bad} of the {len(losses)} tokens checked)",

@@ -11,9 +11,10 @@ import numpy as np
 import torch
 
 from loadstone.evaluation.scoring.beginnings import Beginnings
-from loadstone.evaluation.scoring.common import common_prefixes, overhead
+from loadstone.evaluation.scoring.common import SHORTEST, common_prefixes, overhead
 from loadstone.evaluation.scoring.losses import BatchMaker, Timing, Values, plan_batches, score
-from loadstone.text.tokens import ROLLING, Protocol, TokenStream, Windows
+from loadstone.text.stream import TokenStream
+from loadstone.text.tokens import ROLLING, Protocol, Windows
 
 log = logging.getLogger(__name__)
 _FEWEST = 4
@@ -48,7 +49,7 @@ def score_shared(
     for length, members in groups:
         start = windows.start[members]
         longest = members[int(np.argmax(windows.length[members]))]
-        own = stream.ids[windows.start[longest] :][: windows.length[longest]]
+        own = stream.ids_at(windows.start[longest] + np.arange(windows.length[longest]))
         cache = beginnings.read(own[:length].tolist(), own[length:].tolist())
         if cache is None:
             break
@@ -64,8 +65,8 @@ def score_shared(
             )  # fmt: skip
             seconds, tokens = seconds + timing.seconds, tokens + timing.tokens
             # Of a prompt in the beginning nothing is scored.
-            places = np.flatnonzero(stream.document[start[0] : start[0] + length] >= 0)
-            theirs = maker.slots_at((start[:, None] + places).reshape(-1)).reshape(len(members), -1)
+            places = np.flatnonzero(stream.is_text(start[0] + np.arange(length)))
+            theirs = stream.slot(start[:, None] + places)
             for losses in values.values() if len(places) else ():
                 losses[theirs] = losses[theirs[0]]
         rest = Windows(start + length - 1, windows.length[members] - (length - 1), start + length)
@@ -99,8 +100,16 @@ def _groups(
     firsts = np.flatnonzero(windows.first == windows.start + 1)
     if len(firsts) < _FEWEST:
         return []
-    ends = windows.start + windows.length
-    # Alike in which tokens are scored, too.
-    marked = 2 * stream.ids + (stream.document >= 0)
-    rows = [marked[windows.start[i] : ends[i]].tolist() for i in firsts]
-    return [(g.length, firsts[list(g.members)]) for g in common_prefixes(rows, overhead(device))]
+    # A document whose beginning no other has is in no group.
+    enough = firsts[windows.length[firsts] > SHORTEST]
+    beginnings = _marked(stream, windows.start[enough][:, None] + np.arange(SHORTEST))
+    _, same, count = np.unique(beginnings, axis=0, return_inverse=True, return_counts=True)
+    alike = enough[count[same.reshape(-1)] > 1]
+    rows = [_marked(stream, windows.start[i] + np.arange(windows.length[i])).tolist() for i in alike]
+    return [(g.length, alike[list(g.members)]) for g in common_prefixes(rows, overhead(device))]
+
+
+def _marked(stream: TokenStream, positions: np.ndarray) -> np.ndarray:
+    """Tokens, and whether they are scored: a common beginning is alike in both."""
+    ids, is_text = stream.read(positions)
+    return 2 * ids + is_text

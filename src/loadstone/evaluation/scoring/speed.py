@@ -11,7 +11,7 @@ import torch
 from loadstone.evaluation.measure import peak_bytes, reset_peak
 from loadstone.loading.positions import positions
 
-_PROMPT, _WRITTEN, _RUNS = 512, 16, 3
+PROMPT_TOKENS, _WRITTEN, _RUNS = 512, 16, 3
 
 
 def measure_speed(
@@ -22,8 +22,8 @@ def measure_speed(
 
     ``compiled``: as `generate` writes with a static cache, for which transformers compiles the model on a GPU.
     """
-    limit = positions(model.config).limit or _PROMPT + _WRITTEN
-    length = max(1, min(_PROMPT, limit - _WRITTEN, len(ids)))
+    limit = positions(model.config).limit or PROMPT_TOKENS + _WRITTEN
+    length = max(1, min(PROMPT_TOKENS, limit - _WRITTEN, len(ids)))
     prompt = ids[:length]
     prompts = [prompt.expand(size, length).contiguous() for size in sorted(set(batch_sizes))]
     return [_measure(model, each, compiled) for each in prompts]
