@@ -58,7 +58,11 @@ def _pairs(factors: dict[str, list[Any]], row: tuple[int, ...]) -> set[frozenset
 
 
 def label(row: dict[str, Any]) -> str:
-    given = [f"{k}={v}" for k, v in row.items() if v is not None and v is not False and v not in ("", "auto")]
+    given = [
+        f"{k}={v}"
+        for k, v in row.items()
+        if v is not None and v is not False and v not in ("", "auto") and (k, v) != ("ranks", 1)
+    ]
     return " ".join(given).replace("=True", "")
 
 

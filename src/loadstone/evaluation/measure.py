@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import resource
 import sys
 from pathlib import Path
@@ -13,6 +14,8 @@ _CLEAR = Path("/proc/self/clear_refs")
 _MEMINFO = Path("/proc/meminfo")
 _GROUPS = Path("/proc/self/cgroup")
 _CGROUPS = Path("/sys/fs/cgroup")
+# mallopt's number for the size from which blocks are mapped, and that size in bytes.
+_MMAP_THRESHOLD, _LARGE = -3, 4 << 20
 
 
 def reset_peak(device: torch.device) -> None:
@@ -49,6 +52,17 @@ def free_bytes(device: torch.device) -> int:
         if line.startswith("MemAvailable:"):
             free = int(line.split()[1]) * 1024
     return max(min([free, *_left_in_groups()]), 0)
+
+
+def return_large_blocks() -> None:
+    """Let the C library give freed blocks of a few megabytes back to the system at once (glibc; elsewhere nothing).
+
+    By itself it puts blocks of up to 32 MB on a heap, whose holes later blocks of the same size often do not fit.
+    """
+    try:
+        ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, _LARGE)
+    except (OSError, AttributeError):
+        return
 
 
 def _left_in_groups() -> list[int]:

@@ -257,5 +257,6 @@ def run_extras(
                 ranks=context.ranks,
                 share=options.fast and not alone,
                 vocabulary=loaded.vocabulary,
+                separator_id=task.stream.separator_id,
             )
     return scores, speeds

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from lm_eval.models.huggingface import HFLM
 
+from loadstone.errors import UsageError
 from loadstone.evaluation.causal import Vocabulary
 from loadstone.evaluation.scoring.beginnings import Beginnings
 from loadstone.evaluation.scoring.common import SHORTEST, common_prefixes, overhead
@@ -33,8 +34,10 @@ class SharingLM(HFLM):  # type: ignore[misc]
         batch_size: int,
         share: bool = True,
         vocabulary: Vocabulary | None = None,
+        separator_id: int | None = None,
     ) -> None:
         self._vocabulary = vocabulary
+        self._separator_id = separator_id
         self._fixed = model.cache if isinstance(model, PrefixedModel) else None
         self._current: Any = self._fixed
         self._last: tuple[list[int], Any] | None = None
@@ -49,10 +52,15 @@ class SharingLM(HFLM):  # type: ignore[misc]
 
     @property
     def prefix_token_id(self) -> int:
-        """The token that stands for an empty context: after a prefix, the prefix's last token."""
-        if self._fixed is None:
-            return int(super().prefix_token_id)
-        return int(self._fixed.tokens[0, -1])
+        """The token that stands for an empty context: after a prefix, the prefix's last token, and the separator of
+        documents where the tokenizer has neither BOS nor EOS."""
+        if self._fixed is not None:
+            return int(self._fixed.tokens[0, -1])
+        found = super().prefix_token_id
+        found = self._separator_id if found is None else found
+        if found is None:
+            raise UsageError("the tokenizer has no BOS or EOS token, which tasks begin with")
+        return int(found)
 
     @property
     def max_length(self) -> int:

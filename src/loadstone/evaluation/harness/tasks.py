@@ -68,12 +68,14 @@ def run_tasks(
     ranks: Ranks = Ranks(),
     share: bool = True,
     vocabulary: Vocabulary | None = None,
+    separator_id: int | None = None,
 ) -> list[TaskScore]:
     """Run lm-eval tasks (``include``: a folder of task YAMLs besides lm-eval's own) on a loaded model.
 
     Each process computes every ``ranks.size``-th piece of the requests; the pieces do not depend on their
     number, so the scores do not either. ``share``: compute common prefixes of the requests of a piece once.
-    ``vocabulary``: the model's, which the tasks' tokens must fit.
+    ``vocabulary``: the model's, which the tasks' tokens must fit. ``separator_id``: what requests begin with where the
+    tokenizer has neither BOS nor EOS.
     A model after a prefix (`head.PrefixedModel`) answers every request after it. Raises as `task_manager` does.
     """
     manager = task_manager(names, include)
@@ -93,7 +95,14 @@ def run_tasks(
         def generate_until(self, requests: Any, disable_tqdm: bool = False) -> Any:
             return divide(super().generate_until, requests, batch_size, ranks)
 
-    adapter = Divided(model, tokenizer, batch_size=batch_size, share=share, vocabulary=vocabulary)
+    adapter = Divided(
+        model,
+        tokenizer,
+        batch_size=batch_size,
+        share=share,
+        vocabulary=vocabulary,
+        separator_id=separator_id,
+    )
     results = lm_eval.simple_evaluate(
         model=adapter,
         tasks=list(names),

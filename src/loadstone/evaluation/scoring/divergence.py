@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from loadstone.errors import UsageError
+from loadstone.evaluation.measure import return_large_blocks
 from loadstone.evaluation.scoring.head import chunk_rows, split_head
 from loadstone.evaluation.scoring.losses import (
     Batch,
@@ -103,10 +104,11 @@ class Divergence:
     """Divergence measures of chunks of logits, computed in buffers that are made once.
 
     Blocks of these sizes, allocated and freed for every chunk, would leave holes that the C library's heap cannot fill:
-    gigabytes in a run over a large vocabulary.
+    gigabytes in a run over a large vocabulary. The logits themselves are such blocks, too.
     """
 
     def __init__(self) -> None:
+        return_large_blocks()
         self._wide = torch.empty(0)
         self._mask = torch.empty(0)
 
