@@ -77,7 +77,7 @@ def open_store(directory: str) -> Store:
     path = Path(directory).expanduser()
     try:
         path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:
         raise UsageError(f"--cache '{directory}': {error.strerror}") from None
     return Store(path)
 
