@@ -94,7 +94,7 @@ zoo: $(READY)
 
 # One seeded change at a time to what each command reads. FUZZ='--cases 5000 --seed 7'
 fuzz: $(READY)
-	$(PY) tests/attacks/fuzz.py $(FUZZ)
+	$(PY) tests/attacks/fuzz.py --walk every $(FUZZ)
 
 # Every command that writes, stopped at each file-system call by a kill, SIGTERM and errors of the disk (an hour on two
 # cores). CRASH='--sample 100 --seed 7'

@@ -381,7 +381,7 @@ def _enter(log: Path, limited: bool, unprivileged: bool) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
     # More by the clock, for a machine that does other work; what waits for ever does not end in any time.
-    signal.alarm(3 * SECONDS)
+    signal.alarm(6 * SECONDS)
     if unprivileged:
         _obey_permissions()
     sys.addaudithook(_guard)
