@@ -95,6 +95,10 @@ READERS = {
             "experts",
         )
     },
+    **{
+        kind: Reader(kind, tuple(line for line in _MODEL if not line.startswith("eval")), model=True)
+        for kind in ("fp8", "nvfp4", "gptq", "awq")
+    },
     "run": Reader("run", (*_MODEL, "inspect @ --checkpoint best", "load-best @")),
     "fitted": Reader(
         "fitted", ("inspect @ --verify", "predict -M @ --data %/table.csv", "eval -M @ --data %/table.csv")

@@ -14,6 +14,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from tests import packed
 from tests.small_models import make_model, make_tokenizer, save
 
 from loadstone.artifact.hashing import sha256_file
@@ -131,7 +132,17 @@ def models(folder: Path) -> None:
         f"{place}.lora_B.weight": torch.randn(32, 2, generator=chance),
     }
     save_file(factors, adapter / "adapter_model.safetensors")
-    for name in ("bin", "distributed", "adapter", "fakequant"):
+    others = folder / "others-source"
+    for name, dtype in (("bf16", torch.bfloat16), ("f16", torch.float16)):
+        packed.save_model("llama", others / name, dtype)
+    for name, write in (
+        ("fp8", packed.fp8),
+        ("nvfp4", packed.nvfp4),
+        ("gptq", packed.gptq),
+        ("awq", packed.awq),
+    ):
+        write(others / ("f16" if name in ("gptq", "awq") else "bf16"), folder / name)
+    for name in ("bin", "distributed", "adapter", "fakequant", "fp8", "nvfp4", "gptq", "awq"):
         manifest(folder / name)
 
 
