@@ -1,6 +1,8 @@
 """NVFP4 with quantized inputs: the ranges that are stored are those that a fake-quant export measures."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -203,3 +205,20 @@ def test_bytes_are_those_of_compressed_tensors(tiny: Path, tmp_path: Path) -> No
         scale = found[f"{weight.module}.input_global_scale"]
         assert float(generate_gparam(-largest, largest)) == pytest.approx(float(scale), rel=1e-6)
         assert scale.dtype == torch.float32 and scale.shape == (1,)
+
+
+def test_two_ranks_give_the_same_bytes(tiny: Path, tmp_path: Path) -> None:
+    """Rank 0 measures, both read what it found."""
+    (tmp_path / "text.txt").write_text(TEXT[0])
+    options = OPTIONS | {"calibrate": str(tmp_path / "text.txt"), "max_shard_size": 12_000}
+    loadstone.finalize(tiny, tmp_path / "one", **options)
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "loadstone",
+        "finalize", "-M", tiny, "-o", tmp_path / "two", "--quantize", RECIPE, "--layout", "compressed-tensors",
+        "--calibrate", tmp_path / "text.txt", "--calibrate-tokens", "512", "--max-shard-size", "12000B",
+    ]  # fmt: skip
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    first, second = stored(tmp_path / "one"), stored(tmp_path / "two")
+    assert first.keys() == second.keys() and len(list((tmp_path / "two").glob("*.safetensors"))) > 2
+    assert all(torch.equal(t.view(torch.uint8), second[n].view(torch.uint8)) for n, t in first.items())

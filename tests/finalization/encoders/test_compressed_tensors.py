@@ -68,6 +68,16 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().view(torch.uint8)
 
 
+@pytest.mark.parametrize("recipe", [*RECIPES, "float8-dynamic-act-float8-weight:granularity=block"])
+def test_every_scheme_verifies_at_its_planned_size(recipe: str, tiny: Path, tmp_path: Path) -> None:
+    source = "builtin:tiny-llama" if recipe.endswith("=block") else tiny
+    options = {"recipe": recipe, "layout": "compressed-tensors"}
+    planned = loadstone.plan_finalize(source, **options)
+    done = loadstone.finalize(source, tmp_path / "out", verify=True, **options)
+    stored = loadstone.detect(tmp_path / "out").tensors
+    assert done.verified == len(stored) and planned.bytes_after == sum(t.nbytes for t in stored.values())
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_it_loads_as_what_torchao_dequantizes_to(recipe: str, tiny: Path, tmp_path: Path) -> None:
     out = written(tiny, recipe, tmp_path / "out")
