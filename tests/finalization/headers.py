@@ -7,11 +7,11 @@ import struct
 from pathlib import Path
 
 
-def write_headers(out: Path, *, fp8: bool = False, layers: int = 61) -> int:
+def write_headers(out: Path, *, fp8: bool = False, layers: int = 61, mtp: bool = True) -> int:
     """The directory of a model of DeepSeek-V3's shape, 1.3 TB by its headers; returns the number of tensors.
 
-    ``fp8``: as it is published, 0.7 TB: float8 in blocks of 128 with their scales, and a layer for multi-token
-    prediction after the others.
+    ``fp8``: as it is published, 0.7 TB: float8 in blocks of 128 with their scales, and with ``mtp`` a layer for
+    multi-token prediction after the others.
     """
     hidden, experts, inner = 7168, 256, 2048
     tensors: dict[str, list[int]] = {
@@ -19,7 +19,7 @@ def write_headers(out: Path, *, fp8: bool = False, layers: int = 61) -> int:
         "lm_head.weight": [129280, hidden],
     }
     tensors["model.norm.weight"] = [hidden]
-    for layer in range(layers + fp8):
+    for layer in range(layers + (fp8 and mtp)):
         # transformers leaves out the 62nd layer, whatever the number of layers is.
         p = f"model.layers.{61 if layer == layers else layer}"
         tensors |= {
