@@ -29,7 +29,7 @@ def test_units_cover_every_element_once(
     monkeypatch.setattr(units, "BLOCK", 1000)
     plan = plan_of(make_model(arch), recipe, max_shard_bytes=30_000)
     for number, shard in enumerate(plan.shards):
-        work = list(units_of(plan, number, "cpu", True))
+        work = list(units_of(plan, number, "cpu", plan.source.source))
         assert sum(u.nbytes for u in work) == sum(s.source_bytes for s in shard)
         for step in shard:
             for n, source in enumerate(step.sources):
@@ -78,7 +78,7 @@ def test_what_is_held_is_bounded(tiny: Path, monkeypatch: pytest.MonkeyPatch, re
     monkeypatch.setattr("loadstone.finalization.stream._MemoryBudget", lambda size: _MemoryBudget(50_000))
     torch.set_num_threads(4)
     try:
-        with closing(stream(plan, units_of(plan, 0, "cpu", True), reader, "cpu", put)) as done:
+        with closing(stream(plan, units_of(plan, 0, "cpu", reader), reader, "cpu", put)) as done:
             order = [unit.step.name for unit in done]
         assert torch.get_num_threads() == 4
     finally:
@@ -104,7 +104,7 @@ def test_a_failing_part_ends_the_stream(tiny: Path, at: int) -> None:
 
 
 def _all(plan, put):
-    return stream(plan, units_of(plan, 0, "cpu", True), plan.source.source, "cpu", put)
+    return stream(plan, units_of(plan, 0, "cpu", plan.source.source), plan.source.source, "cpu", put)
 
 
 @pytest.mark.parametrize("form", ["safetensors", "bin"])

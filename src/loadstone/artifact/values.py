@@ -103,6 +103,27 @@ def check_tensor(tensor: torch.Tensor, info: TensorInfo, limits: Limits | None =
             _check(raw[position : position + _CHUNK].copy(), info, (limits or {}).get(info.name))
 
 
+def surely_finite(tensor: torch.Tensor, *, positive: bool = False) -> bool:
+    """Whether a tensor on the CPU holds finite numbers only (``positive``: above zero); False where that takes a closer
+    look.
+
+    The largest bit patterns tell, in a fraction of the time of comparing values.
+    """
+    import torch
+
+    names = {2: ("int16", "uint16"), 4: ("int32", "uint32"), 8: ("int64", "uint64")}.get(tensor.itemsize)
+    if names is None or not tensor.dtype.is_floating_point or not tensor.is_cpu or not tensor.numel():
+        return False
+    signed = getattr(torch, names[0])
+    infinity = int(torch.tensor(torch.inf, dtype=tensor.dtype).view(signed))
+    bits = tensor.detach().contiguous().reshape(-1).view(signed).numpy()
+    if positive and bits.min() <= 0:
+        return False
+    # Negative numbers have the largest patterns of all when these are read without sign.
+    lowest = infinity + (1 << (8 * tensor.itemsize - 1))
+    return bool(bits.max() < infinity and bits.view(names[1]).max() < lowest)
+
+
 def _check(raw: numpy.ndarray, tensor: TensorInfo, limit: tuple[str, int, int] | None) -> None:
     problem = _problem(raw, tensor, limit)
     if problem:

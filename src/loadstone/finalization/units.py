@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from loadstone.artifact import Source, TensorInfo
 from loadstone.artifact.torchao.flatten import SAFETENSORS_DTYPES, torch_dtype
-from loadstone.artifact.values import POSITIVE, check_tensor
+from loadstone.artifact.values import POSITIVE, check_tensor, surely_finite
 from loadstone.errors import ArtifactError, UsageError
 from loadstone.finalization.plan import FinalizePlan, Step
 from loadstone.writing.shards import file_order
@@ -141,7 +141,7 @@ def encode_unit(
         extremes = low.to(device, target), high.to(device, target)
     for at in range(0, len(values), block):
         rows = values[at : at + block].view(-1, width).to(device)
-        if extremes is None:
+        if extremes is None and not surely_finite(rows):
             _finite_extremes(unit.source, rows)
         for name, part, offset in encoding.encode(rows.to(target), first + at // width, extremes):
             if "scale" in name.rpartition(".")[2]:
@@ -151,7 +151,7 @@ def encode_unit(
 
 def _check_plain(source: TensorInfo, part: torch.Tensor, target: torch.dtype) -> None:
     """Raise `ArtifactError` for a value that is not finite in the dtype that it is stored in."""
-    if not target.is_floating_point or not part.numel():
+    if not target.is_floating_point or not part.numel() or surely_finite(part):
         return
     if target.itemsize == 1:
         return check_tensor(part, source)
@@ -175,6 +175,8 @@ def _check_scale(name: str, part: torch.Tensor, source: TensorInfo) -> None:
         return
     info = TensorInfo(name, dtype, tuple(part.shape), source.file, 0, part.nbytes)
     positive = name.endswith("weight_scale") and dtype in POSITIVE
+    if surely_finite(part, positive=positive):
+        return
     try:
         check_tensor(part.cpu(), info, {name: POSITIVE[dtype]} if positive else None)
     except ArtifactError as error:

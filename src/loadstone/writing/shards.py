@@ -79,7 +79,8 @@ class ShardWriter:
         with self._path.open("rb", buffering=0) as file:
             while position < self._size:
                 with self._change:
-                    while self._prefix == position and not self._closed:
+                    wanted = min(position + _HASHED, self._size)
+                    while self._prefix < wanted and not self._closed:
                         self._change.wait()
                     ready = self._prefix
                 if ready == position:
