@@ -28,12 +28,8 @@ def positions(config: Any) -> Positions:
 
 
 def _has_alibi(text: Any) -> bool:
-    attention = getattr(text, "attn_config", None)
-    return (
-        text.model_type == "bloom"
-        or getattr(text, "alibi", False) is True
-        or getattr(attention, "alibi", False) is True
-    )
+    # MPT keeps a table of its biases.
+    return text.model_type == "bloom" or getattr(text, "alibi", False) is True
 
 
 # What the frequencies for so many tokens depend on: rows with equal keys may share a batch.

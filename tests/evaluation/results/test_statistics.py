@@ -66,6 +66,10 @@ def test_edge_cases() -> None:
     assert one.value == 1.5 and math.isnan(one.stderr) and math.isnan(one.upper)
     same = ratio(np.zeros(10), np.arange(1.0, 11.0))
     assert (same.value, same.stderr, same.lower, same.upper) == (0.0, 0.0, 0.0, 0.0)
+    # Equal up to rounding.
+    alike = ratio(np.full(6, 754.1203125), np.full(6, 127.0))
+    nearly = ratio(np.array([0.1 + 0.2, 0.3, 0.3]), np.full(3, 0.1 * 3))
+    assert all(math.isfinite(bound) for found in (alike, nearly) for bound in (found.lower, found.upper))
     two = ratio(np.array([1.0, 2.0]), np.array([1.0, 1.0]))
     assert two.value == 1.5 and math.isfinite(two.lower)
 

@@ -104,6 +104,29 @@ def test_shared_text_scores_as_if_read_whole(
     assert shared.records[0]["tokens"] == whole.records[0]["tokens"]
 
 
+def test_windows_of_one_text_that_repeats_itself(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They begin alike in the middle of the text, where the token before the first scored one is text too."""
+    from loadstone.evaluation.scoring import common
+
+    monkeypatch.setitem(common._OVERHEAD, "cpu", 50)
+    (tmp_path / "a.txt").write_text("the feelings or views of such a man may be " * 300)
+    options = Options(
+        models=(str(model_dir),),
+        data=str(tmp_path / "a.txt"),
+        protocol="rolling",
+        context_length=48,
+        device="cpu",
+    )
+    with caplog.at_level("INFO", logger="loadstone"):
+        shared = run(options)
+    assert "documents' common prefix" in caplog.text
+    whole = run(Options(**{**vars(options), "fast": False}))
+    (a,), (b,) = (list(o.values.values()) for o in (shared, whole))
+    assert abs(a["nll"] - b["nll"]).max() < 2e-5
+
+
 def _task(folder: Path, name: str, **more: Any) -> None:
     import yaml
 

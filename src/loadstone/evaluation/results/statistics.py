@@ -84,6 +84,9 @@ def bound(numerator: np.ndarray, denominator: np.ndarray, level: float) -> float
         t = (replicates - value) / errors
     # A replicate that drew a single unit has no spread, and no scale.
     t = t[np.isfinite(t)]
+    if not len(t):
+        # Equal units, up to rounding: none of the replicates has a spread.
+        return float(value)
     # The level itself has a sampling error with this many replicates: add it, to stay on the safe side.
     slack = np.sqrt(level * (1 - level) / max(len(t), 1))
     wanted = np.clip(1 - level + (slack if level < 0.5 else -slack), 0, 1)

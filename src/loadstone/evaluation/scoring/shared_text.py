@@ -65,7 +65,7 @@ def score_shared(
             )  # fmt: skip
             seconds, tokens = seconds + timing.seconds, tokens + timing.tokens
             # Of a prompt in the beginning nothing is scored.
-            places = np.flatnonzero(stream.is_text(start[0] + np.arange(length)))
+            places = 1 + np.flatnonzero(stream.is_text(start[0] + np.arange(1, length)))
             theirs = stream.slot(start[:, None] + places)
             for losses in values.values() if len(places) else ():
                 losses[theirs] = losses[theirs[0]]
