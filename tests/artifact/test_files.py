@@ -121,6 +121,8 @@ OPENERS = {
     "artifact/files.py": ("os.open(",),
     "artifact/formats/safetensors.py": ("safe_open(",),
     "artifact/formats/bin.py": ("torch.load(path",),
+    # A directory, to see whether another takes its name.
+    "artifact/unchanged.py": ("os.open(",),
 }
 OWN = ("finalization/", "writing/", "cli/streams.py")  # what loadstone has written itself
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -60,7 +59,6 @@ def test_dry_run_writes_nothing(tiny: Path, tmp_path: Path, capsys: pytest.Captu
         (["--format", "fp8", "-o", "{tmp}/o", "--activations"], 2, "--calibrate FILE"),
         (["--format", "fp8", "-o", "{tmp}/o", "--remote-code", "run"], 2, "strip, copy"),
         (["--format", "fp8", "-o", "{tmp}/o", "-M", "{tmp}"], 3, "is not a model directory"),
-        (["--format", "fp8", "-o", "{tmp}/o", "-M", "{quantized}"], 3, "already quantized"),
         (["--format", "fp8", "-o", "{tmp}/o", "--device", "cuda:77"], 5, "layers.0.mlp.down_proj.weight"),
     ],
 )
@@ -69,12 +67,10 @@ def test_wrong_use(
     code: int,
     says: str,
     tiny: Path,
-    quantize_to: Callable[..., Path],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    quantized = quantize_to(tiny, "int8-weight-only") if "{quantized}" in args else ""
-    given = [a.format(tmp=tmp_path, tiny=tiny, quantized=quantized) for a in args]
+    given = [a.format(tmp=tmp_path, tiny=tiny) for a in args]
     found, stdout, stderr = run(capsys, NAME, *([] if "-M" in given else ["-M", tiny]), *given)
     assert (found, stdout) == (code, "") and says in stderr and stderr.count("error:") == 1
     assert not any(tmp_path.iterdir())

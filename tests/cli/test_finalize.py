@@ -89,10 +89,13 @@ def test_wrong_use(
 def test_already_quantized(
     tiny: Path, quantize_to, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """It is decoded, and the manifest says what it was before."""
     code, _, stderr = run(
         capsys, "finalize", "-M", quantize_to(tiny, W4), "--quantize", W4, "-o", tmp_path / "o"
     )
-    assert code == 3 and "already quantized" in stderr
+    assert code == 0, stderr
+    manifest = json.loads((tmp_path / "o" / "loadstone.json").read_text())
+    assert manifest["source"]["decoded"] == [W4] and manifest["recipe"] == W4
 
 
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:

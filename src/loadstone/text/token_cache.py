@@ -14,6 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
+from loadstone.artifact.files import open_regular
+from loadstone.artifact.hashing import sha256_file
 from loadstone.text.arrays import Arrays, read_arrays, write_arrays
 from loadstone.text.stream import Tokens
 from loadstone.writing.filesystem import open_locked, replacing
@@ -87,8 +89,7 @@ def _read(path: Path) -> Tokens | None:
     if found is None or not ids.is_file():
         return None
     counts, facts = found
-    with ids.open("rb") as file:
-        whole = hashlib.file_digest(file, "sha256").hexdigest() == facts.get("ids")
+    whole = sha256_file(ids) == facts.get("ids")
     if not whole or not _fits(counts, ids.stat().st_size):
         log.warning("%s is damaged: tokenizing again", ids)
         return None
@@ -98,7 +99,7 @@ def _read(path: Path) -> Tokens | None:
 
 
 def _mapped(path: Path, counts: Counts) -> Tokens:
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if path.stat().st_size else None
     ids = np.frombuffer(mapping or b"", dtype="<i4")
     return _with_counts(ids, counts, mapping)
