@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -148,7 +149,9 @@ def _load_without_values(artifact: Artifact, source: Artifact, trust_remote_code
 
     def load(each: Artifact) -> tuple[PreTrainedModel, dict[str, Any]]:
         found = model_class_of(load_config(each, trust_remote_code), each, trust_remote_code)
-        with BUILDING, quiet_transformers(), offline():
+        with BUILDING, quiet_transformers(), offline(), warnings.catch_warnings():
+            # torchao's, of `_default` in configs that name modules, as finalize writes them.
+            warnings.simplefilter("ignore")
             return found.from_pretrained(  # type: ignore[no-any-return]
                 each.path,
                 dtype="auto",
