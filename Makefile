@@ -8,7 +8,7 @@ MODEL  := .cache/models/smollm2-135m
 # Without a GPU the CPU build of torch; it must be there before anything that depends on torch.
 TORCH  ?= torch==2.13.0
 
-.PHONY: setup demo three-way test zoo fuzz crash test-slow test-modelopt test-serving test-vllm test-tabpfn docs bench lint format clean
+.PHONY: setup demo three-way test zoo fuzz crash test-slow test-modelopt test-serving test-vllm test-tabpfn test-clients docs bench lint format clean
 
 setup: $(READY)
 
@@ -80,6 +80,19 @@ $(VENV)-tabpfn/.ready: $(READY)
 
 test-tabpfn: $(VENV)-tabpfn/.ready
 	PYTHONPATH=src $(VENV)-tabpfn/bin/python -m pytest tests/context/tabpfn
+
+# Programs that read artifacts, beside the packages of the main environment; writes the table in docs/serving.md.
+$(VENV)-clients/.ready: $(READY)
+	$(PYTHON) -m venv $(VENV)-clients
+	echo "$(CURDIR)/$(VENV)/lib/$$($(PY) -c 'import sys; print(f"python3.{sys.version_info.minor}")')/site-packages" \
+	  > $$($(VENV)-clients/bin/python -c 'import site; print(site.getsitepackages()[0])')/base.pth
+	$(VENV)-clients/bin/pip install -q 'lm-eval>=0.4.13,<0.5' 'peft>=0.21' 'sentence-transformers>=6' \
+	  'compressed-tensors==0.20.*' 'botorch>=0.18.1,<0.19' fastapi uvicorn openai
+	touch $@
+
+test-clients: $(VENV)-clients/.ready
+	PYTHONPATH=src $(VENV)-clients/bin/python -m pytest -m clients tests/clients --table docs/serving.md
+	PYTHONPATH=src $(VENV)-clients/bin/python -m pytest tests/recipes/test_bayesopt.py
 
 # Run the commands in README.md and docs/, and write their output there.
 docs: $(READY)

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from builders import CONFIG, TORCHAO_BLOCK, dense, edit_header, torchao, write_safetensors
 from hypothesis import HealthCheck, given, settings
@@ -114,3 +115,19 @@ def test_files_that_could_block_or_fill_memory(tmp_path: Path) -> None:
     (tmp_path / "long").write_text(json.dumps({"a": "x" * MAX_CONFIG_BYTES}))
     with pytest.raises(ArtifactError, match="long: 16000009 bytes, over the limit"):
         read_json(tmp_path / "long", MAX_CONFIG_BYTES)
+
+
+def test_buffers_of_integers_are_no_parameters(tmp_path: Path) -> None:
+    from safetensors.numpy import save_file
+
+    tensors = {
+        "embeddings.word_embeddings.weight": np.ones((6, 4), dtype=np.float32),
+        "embeddings.position_ids": np.arange(512)[None],
+        "norm.num_batches_tracked": np.array(3),
+        "attention.bias": np.ones((8, 8), dtype=bool),
+        "attention.mask": np.ones((8, 8), dtype=bool),
+        "layer.qweight": np.ones((2, 4), dtype=np.int32),
+    }
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    assert collect(tmp_path).parameters == 24 + 8

@@ -127,10 +127,7 @@ def _collect(path: str | Path, checkpoint: str | None, base: str | Path | None) 
     else:
         notes = []
     parameters = sum(t.numel for t in flat.values())
-    # Integers are weights that another quantizer packed; masks that are called "bias" (GPT-2) are not.
-    parameters += sum(
-        t.numel for t in _once(artifact, plain) if t.dtype in FLOAT_DTYPES or not t.name.endswith("bias")
-    )
+    parameters += sum(t.numel for t in _once(artifact, plain) if _is_parameter(t))
     stored = _once(artifact, artifact.tensors)
     notes += [*artifact.notes, *_notes(artifact, stored)]
     return Report(
@@ -148,6 +145,12 @@ def _collect(path: str | Path, checkpoint: str | None, base: str | Path | None) 
         manifest=manifest,
         serving=tuple(_serving(artifact)),
     )
+
+
+def _is_parameter(info: TensorInfo) -> bool:
+    """Whether a plain tensor holds weights: floats, or integers that another quantizer packed. Positions and counters
+    (I64), masks and what is called "bias" (GPT-2's masks) are buffers."""
+    return info.dtype in FLOAT_DTYPES or not (info.dtype in ("I64", "BOOL") or info.name.endswith("bias"))
 
 
 def _serving(artifact: Artifact) -> list[ArtifactError]:
