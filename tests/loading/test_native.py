@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.helpers import logits, stock
+from tests.helpers import TOKENS, logits, stock
 
 import loadstone
 from loadstone.errors import ArtifactError, MissingError
@@ -49,7 +49,9 @@ def test_dense_equals_stock(make_model: Callable[..., Path], arch: str, shards: 
 def test_quantized_equals_stock(make_model: Callable, quantize_to: Callable, arch: str, recipe: str) -> None:
     path = quantize_to(make_model(arch), recipe)
     model, reference = loadstone.load(path), stock(path)
-    assert torch.equal(logits(model), logits(reference))
+    # torchao takes no views of merged experts in inference mode (docs/recipes.md).
+    with torch.no_grad():
+        assert torch.equal(model(TOKENS).logits, reference(TOKENS).logits)
     for (name, ours), (_, theirs) in zip(model.named_parameters(), reference.named_parameters(), strict=True):
         assert type(ours) is type(theirs), name
         assert ours.requires_grad == theirs.requires_grad, name
