@@ -287,6 +287,8 @@ def prefix(subject: Subject) -> Finding:
         .from_pretrained(subject.path, dtype=torch.float32)
         .eval()
     )
+    if not all(cache.tokenizer(texts, add_special_tokens=False)["input_ids"]):
+        return Finding("none", "its tokenizer's class makes no tokens of the zoo's words")
     try:
         found = {"logits": _continued(stock, cache, texts[0])}
         for name, rows in (("generation", texts[:1]), ("padded generation", texts)):

@@ -177,3 +177,27 @@ def test_a_model_that_generates_otherwise_is_refused() -> None:
         make_prefix(model, _IDS)
     # eval's own use of a prefix does not generate.
     make_prefix(model, _IDS, generates=False)
+
+
+def test_a_model_without_one_table_of_embeddings_is_refused() -> None:
+    import transformers
+
+    config = transformers.MusicgenDecoderConfig(
+        vocab_size=60, hidden_size=32, num_hidden_layers=2, ffn_dim=64, num_attention_heads=4
+    )
+    with pytest.raises(ArtifactError, match="no single table of token embeddings"):
+        make_prefix(transformers.MusicgenForCausalLM(config).eval(), torch.arange(3, 9).view(1, -1))
+
+
+def test_a_padding_token_within_the_prefix_is_tried() -> None:
+    """Kosmos-2 counts no position for it in one pass, and one after a cached beginning."""
+    from transformers.models.kosmos2.modeling_kosmos2 import Kosmos2TextConfig, Kosmos2TextForCausalLM
+
+    torch.manual_seed(0)
+    config = Kosmos2TextConfig(
+        vocab_size=60, embed_dim=32, layers=2, ffn_dim=64, attention_heads=4, pad_token_id=1, init_std=0.3
+    )
+    model = Kosmos2TextForCausalLM(config).eval()
+    assert make_prefix(model, torch.tensor([[5, 6, 7, 8]])).tokens.shape == (1, 4)
+    with pytest.raises(ArtifactError, match="does not continue"):
+        make_prefix(model, torch.tensor([[5, 1, 7, 8]]))

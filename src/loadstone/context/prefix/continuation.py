@@ -20,7 +20,7 @@ from loadstone.loading.model_class import quiet_transformers
 
 log = logging.getLogger(__name__)
 _REMEDY = "Evaluate this model without a prefix"
-_FAILURES = (RuntimeError, TypeError, AttributeError, ValueError, IndexError)
+_FAILURES = (RuntimeError, TypeError, AttributeError, ValueError, IndexError, ImportError)
 # Tokens that are read first, and that follow: most in one call, the last in another. Tokens that are generated.
 _HEAD, _TAIL, _GENERATED = 12, 5, 3
 # The shorter row of the padded batch.
@@ -77,21 +77,21 @@ def versions() -> dict[str, str]:
 
 @torch.no_grad()
 def check_continues(
-    model: Any, read: Callable[[Tensor], PrefixCache], *, generates: bool = True
+    model: Any, read: Callable[[Tensor], PrefixCache], *, generates: bool = True, token: int | None = None
 ) -> Continuation:
     """Compare tokens after a cached beginning with one uncached pass: logits, and where the model ``generates``, greedy
     tokens, alone and in a padded batch.
 
     ``read`` gives the cache after ids (1, P), in the model's dtype. It is called once for each class, config and dtype
-    of this process, whose answer is kept. Raises ArtifactError where logits or generation differ; where only a padded
-    batch does, the answer says so.
+    of this process, whose answer is kept. ``token``: an id to try within the beginning. Raises ArtifactError where
+    logits or generation differ; where only a padded batch does, the answer says so.
     """
     name, dtype = type(model).__name__, str(model.get_input_embeddings().weight.dtype)
     generates = generates and model.can_generate()
-    key = json.dumps([name, dtype, generates, architecture_of(model.config)], sort_keys=True)
+    key = json.dumps([name, dtype, generates, token, architecture_of(model.config)], sort_keys=True)
     if key not in _FOUND:
         try:
-            _FOUND[key] = _compared(model, read, generates)
+            _FOUND[key] = _compared(model, read, generates, token)
         except ArtifactError as error:
             _FOUND[key] = error
     found = _FOUND[key]
@@ -100,8 +100,12 @@ def check_continues(
     return found
 
 
-def _compared(model: Any, read: Callable[[Tensor], PrefixCache], generates: bool) -> Continuation:
+def _compared(
+    model: Any, read: Callable[[Tensor], PrefixCache], generates: bool, token: int | None
+) -> Continuation:
     ids = _trial_tokens(model)
+    if token is not None:
+        ids[0, 1] = token
     cache = read(ids[:, :_HEAD])
     expected = _one_pass(model, ids)[:, _HEAD:]
     allowed = TOLERANCE

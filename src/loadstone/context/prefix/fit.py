@@ -20,6 +20,7 @@ from loadstone.errors import ArtifactError, LoadstoneError, UsageError
 from loadstone.loading.layers import hidden_parts
 from loadstone.loading.loader import using
 from loadstone.loading.positions import length_regime, positions, same_frequencies
+from loadstone.quantization.weight_use import input_embeddings
 from loadstone.text.chat import render_messages
 
 log = logging.getLogger(__name__)
@@ -93,12 +94,15 @@ def make_prefix(
     UsageError for more tokens than the model has positions, ArtifactError for layers whose state cannot be kept, for
     states that are not finite, and for a model that does not continue as in one pass (`check_continues`).
     """
-    device = model.get_input_embeddings().weight.device
+    device = _token_table(model).device
     dtype = compute_dtype(model)
     kind = check_kind(cache_kind, dtype)
     length = tokens.shape[1]
     require_room(model.config, length)
-    continuation = check(model, generates=generates)
+    # Some models count no position for a padding token, but do for each of a cached beginning.
+    padding = getattr(text_config(model), "pad_token_id", None)
+    token = padding if padding is not None and (tokens == padding).any() else None
+    continuation = check(model, generates=generates, token=token)
     prefix = replace(
         _read(model, tokens.to(device), kind),
         text=text, template=template, tokenizer=tokenizer, padding=continuation.padding,
@@ -109,11 +113,26 @@ def make_prefix(
     return found
 
 
-def check(model: Any, *, generates: bool = True) -> Continuation:
+def _token_table(model: Any) -> Tensor:
+    """The embeddings' table; raises ArtifactError for a model without one (codebooks, several parts that read text)."""
+    embeddings = input_embeddings(model)
+    table = getattr(embeddings, "weight", None)
+    if not isinstance(table, Tensor):
+        raise ArtifactError(
+            f"{type(model).__name__} has no single table of token embeddings: it cannot read a prefix",
+            "Evaluate this model without a prefix",
+        )
+    return table
+
+
+def check(model: Any, *, generates: bool = True, token: int | None = None) -> Continuation:
     """`check_continues` of a model, with prefixes as `make_prefix` reads them."""
     plain = str(compute_dtype(model)).removeprefix("torch.")
     return check_continues(
-        model, lambda ids: PrefixCache(_read(model, ids, plain), share=False), generates=generates
+        model,
+        lambda ids: PrefixCache(_read(model, ids, plain), share=False),
+        generates=generates,
+        token=token,
     )
 
 
