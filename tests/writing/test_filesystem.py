@@ -51,11 +51,34 @@ def test_what_a_killed_process_left_is_written_over(tmp_path: Path) -> None:
     assert (tmp_path / "file").read_text() == "new" and names(tmp_path) == ["file"]
 
 
-def test_a_link_is_written_through_to_its_target(tmp_path: Path) -> None:
+def test_a_link_that_a_user_named_is_written_through_to_its_target(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to("target")
-    with replacing(tmp_path / "link") as file:
+    with replacing(tmp_path / "link", follow=True) as file:
         file.write(b"new")
     assert (tmp_path / "target").read_text() == "new" and names(tmp_path) == ["link", "target"]
+
+
+def test_another_link_is_replaced_and_its_target_stays(tmp_path: Path) -> None:
+    """A link among the entries of a cache, say, to a file or a device elsewhere."""
+    (tmp_path / "precious").write_text("precious")
+    os.mkfifo(tmp_path / "pipe")
+    for target in ("precious", "pipe"):
+        (tmp_path / "link").unlink(missing_ok=True)
+        (tmp_path / "link").symlink_to(target)
+        with replacing(tmp_path / "link") as file:
+            file.write(b"new")
+        assert (tmp_path / "link").read_text() == "new" and not (tmp_path / "link").is_symlink()
+    assert (tmp_path / "precious").read_text() == "precious" and (tmp_path / "pipe").is_fifo()
+
+
+@pytest.mark.parametrize("follow", [True, False])
+def test_what_is_no_file_is_not_replaced(tmp_path: Path, follow: bool) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("pipe")
+    path = tmp_path / ("link" if follow else "pipe")
+    with pytest.raises(FileExistsError, match="is not a file"), replacing(path, follow=follow):
+        pass
+    assert (tmp_path / "pipe").is_fifo() and names(tmp_path) == ["link", "pipe"]
 
 
 @pytest.mark.parametrize("odd", ["link", "directory", "fifo"])

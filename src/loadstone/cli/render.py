@@ -137,7 +137,7 @@ def check_file(option: str, path: Path) -> None:
         if not path.resolve().parent.is_dir():
             raise UsageError(f"{option} {path}: its directory does not exist", "Make it first")
         writable = os.access(path, os.W_OK) if path.exists() else can_write(path)
-        work = unfinished(path)
+        work = unfinished(path.resolve())
         if work.is_symlink() or (work.exists() and not work.is_file()):
             raise UsageError(f"'{work}' is not a file, and {option} {path} needs that name", "Move it away")
     except PermissionError:
@@ -158,7 +158,7 @@ def write_file(path: Path, text: str) -> None:
     if path.exists() and not (path.is_file() and can_write(path)):
         path.write_text(text, encoding="utf-8")
         return
-    with replacing(path) as file:
+    with replacing(path, follow=True) as file:
         file.write(text.encode())
 
 

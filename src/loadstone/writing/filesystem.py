@@ -65,12 +65,17 @@ def uninterrupted() -> Iterator[None]:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
+def replacing(path: Path, *, follow: bool = False) -> Iterator[IO[bytes]]:
     """A file to write, which takes the place of ``path`` when the block ends, and is removed when it raises.
 
+    A link at ``path`` is replaced, or with ``follow``, for paths that a user named, the file that it points to.
     Processes that write the same path do so one after another. Raises `FileExistsError` when something other than a
-    file lies at ``.NAME.partial``; a file there was left by a killed process, and is written over.
+    file or link is to be replaced (a device, a pipe), or lies at ``.NAME.partial``; a file there was left by a killed
+    process, and is written over.
     """
+    path = path.resolve() if follow else path
+    if path.exists() and not path.is_file() and not path.is_symlink():
+        raise FileExistsError(errno.EEXIST, "is not a file", str(path))
     work, descriptor = unfinished(path), -1
     try:
         with uninterrupted(), naming(work):
@@ -81,7 +86,7 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
                 yield file
             sync_file(descriptor, work.parent)
         with uninterrupted():
-            work.replace(path.resolve())
+            work.replace(path)
             os.close(descriptor)
             descriptor = -1
     finally:
@@ -93,7 +98,6 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
 
 def unfinished(path: Path) -> Path:
     """Where `replacing` writes ``path``."""
-    path = path.resolve()
     return path.with_name(f".{path.name}.partial")
 
 
