@@ -111,17 +111,18 @@ def surely_finite(tensor: torch.Tensor, *, positive: bool = False) -> bool:
     """
     import torch
 
-    names = {2: ("int16", "uint16"), 4: ("int32", "uint32"), 8: ("int64", "uint64")}.get(tensor.itemsize)
-    if names is None or not tensor.dtype.is_floating_point or not tensor.is_cpu or not tensor.numel():
+    name = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64"}.get(
+        str(tensor.dtype)[6:]
+    )
+    if name is None or not tensor.is_cpu or not tensor.numel():
         return False
-    signed = getattr(torch, names[0])
-    infinity = int(torch.tensor(torch.inf, dtype=tensor.dtype).view(signed))
-    bits = tensor.detach().contiguous().reshape(-1).view(signed).numpy()
+    unsigned, _, infinity = _PATTERNS[name]
+    bits = tensor.detach().contiguous().reshape(-1).view(getattr(torch, unsigned[1:])).numpy()
     if positive and bits.min() <= 0:
         return False
     # Negative numbers have the largest patterns of all when these are read without sign.
     lowest = infinity + (1 << (8 * tensor.itemsize - 1))
-    return bool(bits.max() < infinity and bits.view(names[1]).max() < lowest)
+    return bool(bits.max() < infinity and bits.view(unsigned).max() < lowest)
 
 
 def _check(raw: numpy.ndarray, tensor: TensorInfo, limit: tuple[str, int, int] | None) -> None:
