@@ -26,4 +26,4 @@ def test_stopped_at_sampled_calls() -> None:
         check=False,
     )
     assert ended.returncode == 0, ended.stdout[-5000:] + ended.stderr[-2000:]
-    assert ended.stdout.count(" trials at ") == 10
+    assert ended.stdout.count(" trials in ") == 10

@@ -118,9 +118,9 @@ def test_two_ranks_and_a_resumed_run_give_the_same_bytes(
     for rank in (1, 0):
         if rank == 1:
             from loadstone.artifact.manifest import versions
-            from loadstone.finalization.journal import open_journal
+            from loadstone.finalization.journal import start_journal
 
-            open_journal(plan, tmp_path / "ranks", versions(), True)
+            start_journal(plan, tmp_path / "ranks", versions())
         write_plan(plan, tmp_path / "ranks", ranks=Ranks(rank, 2))
     assert weights(tmp_path / "ranks") == weights(whole)
     calls = 0

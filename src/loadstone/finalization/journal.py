@@ -15,7 +15,7 @@ from pathlib import Path
 from loadstone.artifact.hashing import sha256_file
 from loadstone.errors import UsageError
 from loadstone.finalization.plan import FinalizePlan
-from loadstone.writing.filesystem import sync_file
+from loadstone.writing.filesystem import everything_in, sync_file
 from loadstone.writing.publish import CALIBRATED, ENTRY, PARTIAL, name_taken, working_path
 
 NOTES = "journal"
@@ -127,7 +127,7 @@ def close_journal(work: Path) -> dict[str, str]:
 
 def hash_files(output: Path, digests: dict[str, str]) -> dict[str, str]:
     """The sha256 of every file of the output by relative name; ``digests``: those that are known already."""
-    names = [str(p.relative_to(output)) for p in sorted(output.rglob("*")) if p.is_file()]
+    names = [str(p.relative_to(output)) for p in everything_in(output) if p.is_file()]
     return {name: digests.get(name) or sha256_file(output / name) for name in names}
 
 

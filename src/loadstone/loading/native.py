@@ -47,7 +47,7 @@ def load_native(plan: LoadPlan, device_map: Any) -> PreTrainedModel:
     artifact = plan.artifact
     config = load_config(artifact, plan.trust_remote_code)
     dtype = stored_dtype(artifact, config) if plan.dtype == "auto" else getattr(torch, plan.dtype)
-    model_class = model_class_of(config, artifact)
+    model_class = model_class_of(config, artifact, plan.trust_remote_code)
     quantized_dtype = None if plan.dtype == "auto" else dtype
     if experts_alone((*artifact.packed, *artifact.tensors)):
         # Which tells transformers how to merge them, where it does not know.

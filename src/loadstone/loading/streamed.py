@@ -45,7 +45,7 @@ class StreamedModel:
         config = load_config(artifact, plan.trust_remote_code)
         dtype = stored_dtype(artifact, config) if plan.dtype == "auto" else getattr(torch, plan.dtype)
         self.device = device
-        model_class = model_class_of(config, artifact)
+        model_class = model_class_of(config, artifact, plan.trust_remote_code)
         with construction(artifact, model_class):
             self.model = skeleton(model_class, config, dtype).eval()
         learn_experts(self.model, state)

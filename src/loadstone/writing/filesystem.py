@@ -138,9 +138,23 @@ def _lock(descriptor: int, folder: Path, wait: bool) -> None:
         _warn_once(folder, "has no file locks: make sure that no other process writes the same output")
 
 
+def everything_in(folder: Path) -> list[Path]:
+    """Every file and directory below ``folder``, sorted; raises OSError, which `Path.rglob` takes for an empty one."""
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    found = [
+        Path(root) / name
+        for root, folders, files in os.walk(folder, onerror=refuse)
+        for name in (*folders, *files)
+    ]
+    return sorted(found)
+
+
 def sync_tree(folder: Path) -> None:
     """Have the disk take every file below ``folder`` and the directories' entries."""
-    for path in folder.rglob("*"):
+    for path in everything_in(folder):
         if path.is_dir():
             sync_directory(path)
         elif path.is_file():
