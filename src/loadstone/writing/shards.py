@@ -46,6 +46,8 @@ class ShardWriter:
             self._begins[tensor.name] = self._size
             self._size += tensor.nbytes
         self._closed, self._change = False, threading.Condition()
+        # Where `digest` waits for the prefix to come.
+        self._wanted = 0
         self._path = path
         self._file = os.open(path, os.O_CREAT | os.O_RDWR | os.O_TRUNC, 0o644)
         self._put(struct.pack("<Q", len(raw)) + raw, 0)
@@ -66,7 +68,8 @@ class ShardWriter:
             self._behind[begin] = begin + len(raw)
             while self._prefix in self._behind:
                 self._prefix = self._behind.pop(self._prefix)
-            self._change.notify_all()
+            if self._prefix >= self._wanted:
+                self._change.notify_all()
 
     def _put(self, raw: bytes | memoryview, position: int) -> None:
         while raw:
@@ -79,8 +82,8 @@ class ShardWriter:
         with self._path.open("rb", buffering=0) as file:
             while position < self._size:
                 with self._change:
-                    wanted = min(position + _HASHED, self._size)
-                    while self._prefix < wanted and not self._closed:
+                    self._wanted = min(position + _HASHED, self._size)
+                    while self._prefix < self._wanted and not self._closed:
                         self._change.wait()
                     ready = self._prefix
                 if ready == position:
