@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import shutil
 import subprocess
@@ -50,32 +49,32 @@ def at_once(works: Iterable[Callable[[], Any]]) -> list[Any]:
 
 @pytest.mark.parametrize("count", many(3, large=50))
 def test_inspects(tiny: Path, count: int) -> None:
-    command = [sys.executable, "-m", "loadstone", "inspect", str(tiny), "--json"]
-    environment = os.environ | {"PYTHONPATH": str(Path(loadstone.__file__).parents[1])}
-    running = [subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) for _ in range(count)]
+    running = [started("inspect", str(tiny), "--json") for _ in range(count)]
     printed = {process.communicate()[0] for process in running}
     assert len(printed) == 1 and {process.returncode for process in running} == {0}
 
 
+def started(*arguments: str, folder: Path | None = None) -> subprocess.Popen[bytes]:
+    """A command in a process of its own: one that is forked from this would share its threads' locks."""
+    environment = os.environ | {"PYTHONPATH": str(Path(loadstone.__file__).parents[1])}
+    command = [sys.executable, "-m", "loadstone", *arguments]
+    return subprocess.Popen(
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
 @pytest.mark.parametrize("count", many(2, large=8))
-def test_evals_on_one_cache(tiny: Path, tmp_path: Path, count: int, capfd: pytest.CaptureFixture) -> None:
+def test_evals_on_one_cache(tiny: Path, tmp_path: Path, count: int) -> None:
     """Each computes, or takes what another has finished; the losses are the same, and one entry is left."""
     (tmp_path / "text.txt").write_text("One text for all of them. " * 40)
 
-    def evaluate(number: int) -> None:
-        from loadstone.cli.app import main
-
-        os.chdir(tmp_path)
-        options = f"--data text.txt --separator 1 --cache cache --json {number}.json"
-        main(["eval", "-M", str(tiny), *options.split()])
-
-    fork = multiprocessing.get_context("fork")
-    running = [fork.Process(target=evaluate, args=(number,)) for number in range(count)]
-    for process in running:
-        process.start()
-    for process in running:
-        process.join()
-    assert {process.exitcode for process in running} == {0}, capfd.readouterr().err
+    options = ["--data", "text.txt", "--separator", "1", "--cache", "cache", "--json"]
+    running = [
+        started("eval", "-M", str(tiny), *options, f"{number}.json", folder=tmp_path)
+        for number in range(count)
+    ]
+    said = [process.communicate()[1] for process in running]
+    assert {process.returncode for process in running} == {0}, said
     results = [json.loads((tmp_path / f"{number}.json").read_text()) for number in range(count)]
     assert len({result["models"][0]["loss"] for result in results}) == 1
     left = [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
