@@ -562,9 +562,15 @@ def test_damage_is_found(wide: Any, tmp_path: Path) -> None:
         contexts.load(tmp_path / "context", device="cpu")
 
 
-def test_what_cannot_be_held_is_named(fitted: Callable[..., Any], tmp_path: Path) -> None:
+def test_what_cannot_be_held_is_named(
+    fitted: Callable[..., Any], checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
     with pytest.raises(UsageError, match="not a TabPFN estimator"):
         contexts.save(object(), tmp_path / "x")
+    constant = estimator(checkpoint(task="regression"), "regression")
+    constant.fit(np.random.default_rng(0).normal(size=(20, 3)), np.full(20, 3.5))
+    with pytest.raises(UsageError, match=r"every target is 3\.5"):
+        contexts.save(constant, tmp_path / "constant")
     with pytest.raises(UsageError, match="not fitted"):
         from tabpfn import TabPFNClassifier
 

@@ -67,6 +67,11 @@ def save(
         raise UsageError(
             f"a {type(estimator).__qualname__} is not a TabPFN estimator", "Save it with its own package"
         )
+    if getattr(estimator, "is_constant_target_", False):
+        raise UsageError(
+            f"every target is {estimator.constant_value_}: TabPFN answers with it, and its model read nothing",
+            "Fit it on targets that differ",
+        )
     if not hasattr(estimator, "executor_"):
         raise UsageError("the estimator is not fitted", "Call fit first")
     state = base_state(estimator)
