@@ -34,7 +34,8 @@ def experts_alone(names: Iterable[str]) -> list[str]:
 
 def learn_experts(model: PreTrainedModel, names: Iterable[str]) -> None:
     """Register with transformers how the experts among ``names`` are merged into those of ``model``, where it does not
-    know that. It holds for all models of this type from then on, and changes nothing for other checkpoints."""
+    know that. It holds for all models of this type from then on: other checkpoints load as before, and what this
+    process saves of another such model by transformers has its experts one by one."""
     from transformers.conversion_mapping import (
         get_checkpoint_conversion_mapping,
         get_model_conversion_mapping,
