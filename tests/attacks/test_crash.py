@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.skipif(bool(why_not()), reason=why_not() or "processes can be watched here")
 @pytest.mark.timeout(900)
 def test_stopped_at_sampled_calls() -> None:
-    command = [sys.executable, "-m", "tests.attacks.crash", "--sample", "5"]
+    command = [sys.executable, "-m", "tests.attacks.crash", "--sample", "3"]
     ended = subprocess.run(
         command,
         cwd=ROOT,

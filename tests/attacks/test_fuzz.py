@@ -18,7 +18,7 @@ def fuzz(*options: str) -> None:
 
 @pytest.mark.timeout(1200)
 def test_seeded_changes() -> None:
-    fuzz("--cases", "150")
+    fuzz("--cases", "50")
 
 
 @pytest.mark.slow
