@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +22,6 @@ from loadstone.quantization.model_facts import ExpertLayout, facts_of
 from loadstone.quantization.quantize import quantize_weight
 
 from .test_finalize import snapshot
-
-
-@pytest.fixture(autouse=True)
-def conversions_as_before() -> Iterator[None]:
-    """What is registered for a model type holds for what other tests save of that type, too."""
-    from transformers import conversion_mapping
-
-    conversion_mapping.get_checkpoint_conversion_mapping("gpt_oss")
-    known = conversion_mapping._checkpoint_conversion_mapping_cache
-    before = dict(known)
-    yield
-    known.clear()
-    known.update(before)
-
 
 _SIZES = {
     "vocab_size": 256, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
