@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -151,16 +150,3 @@ def write_tokenizer(directory: Path) -> None:
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
     fast.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     fast.save_pretrained(directory)
-
-
-@pytest.fixture(autouse=True)
-def conversions_as_before() -> Iterator[None]:
-    """What a load registers with transformers for a model type would hold for what other tests save of it."""
-
-    name, cache = "transformers.conversion_mapping", "_checkpoint_conversion_mapping_cache"
-    found = getattr(sys.modules.get(name), cache, None)
-    before = None if found is None else dict(found)
-    yield
-    if name in sys.modules:
-        # None: transformers makes it anew.
-        setattr(sys.modules[name], cache, before)

@@ -148,6 +148,12 @@ def test_a_plain_save_of_what_was_loaded_is_stocks_own(
     ours = loadstone.load(tmp_path / "out")
     ours.save_pretrained(tmp_path / "saved")
     assert torch.equal(logits(stock(tmp_path / "saved")), logits(ours))
+    # And so is a save of any other model of the type in this process.
+    other = type(ours)(ours.config)
+    other.save_pretrained(tmp_path / "other")
+    assert (
+        loadstone.detect(tmp_path / "other").tensors.keys() == loadstone.detect(source(family)).tensors.keys()
+    )
     for change in ({}, {"recipe": "int8-weight-only"}):
         with pytest.raises(ArtifactError, match="experts are stored one by one"):
             loadstone.finalize(tmp_path / "out", tmp_path / "again", **change)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from loadstone.artifact import TensorInfo
 from loadstone.errors import ArtifactError
+from loadstone.loading.experts import conversions_of
 
 if TYPE_CHECKING:
     import torch
@@ -136,11 +137,14 @@ def _converted(
 
 def converters_of(model: PreTrainedModel) -> dict[str, Any]:
     """transformers' converters for a model, by each pattern of keys that they merge."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter
 
-    mapping = get_model_conversion_mapping(model, None, None)
-    return {p: each for each in mapping if isinstance(each, WeightConverter) for p in each.source_patterns}
+    return {
+        p: each
+        for each in conversions_of(model)
+        if isinstance(each, WeightConverter)
+        for p in each.source_patterns
+    }
 
 
 def convert(

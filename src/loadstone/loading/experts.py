@@ -1,18 +1,21 @@
 """Experts that are stored one by one, for models that transformers loads from one tensor of all experts only.
 
 The serving layout has a matrix for each expert. transformers merges these for most models (`WeightConverter`); for
-those whose own checkpoints hold merged experts (Llama 4, gpt-oss, Qwen3-VL-MoE) it is given such converters here, in
-the layout of the model's own module.
+those whose own checkpoints hold merged experts (Llama 4, gpt-oss, Qwen3-VL-MoE) such converters are made here, in the
+layout of the model's own module.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loadstone.errors import ArtifactError
+from loadstone.loading.model_class import BUILDING
 from loadstone.quantization.model_facts import ExpertLayout, expert_layout
 
 if TYPE_CHECKING:
@@ -32,25 +35,34 @@ def experts_alone(names: Iterable[str]) -> list[str]:
     return list(found.values())
 
 
+def conversions_of(model: PreTrainedModel, names: Iterable[str] = ()) -> list[Any]:
+    """transformers' conversions of a model's checkpoint tensors; with those that merge the experts among ``names``, and
+    those that `learn_experts` added, where transformers has none."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    learned = [each for each in getattr(model, "_weight_conversions", None) or () if _is_ours(each)]
+    # A load fills converters with tensors.
+    mapping = [*get_model_conversion_mapping(model, None, None), *deepcopy(learned)]
+    return [*mapping, *_missing(model, mapping, names)]
+
+
 def learn_experts(model: PreTrainedModel, names: Iterable[str]) -> None:
-    """Register with transformers how the experts among ``names`` are merged into those of ``model``, where it does not
-    know that. It holds for all models of this type from then on: other checkpoints load as before, and what this
-    process saves of another such model by transformers has its experts one by one."""
-    from transformers.conversion_mapping import (
-        get_checkpoint_conversion_mapping,
-        get_model_conversion_mapping,
-        register_checkpoint_conversion_mapping,
-    )
+    """Let a model of this package's own remember how the experts among ``names`` are merged into its experts."""
+    found = conversions_of(model, names)
+    if any(map(_is_ours, found)):
+        model._weight_conversions = found
+
+
+def _missing(model: PreTrainedModel, mapping: list[Any], names: Iterable[str]) -> list[Any]:
     from transformers.core_model_loading import WeightConverter, rename_source_key
 
     alone = experts_alone(names)
     if not alone:
-        return
-    mapping: list[Any] = get_model_conversion_mapping(model, None, None)
+        return []
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     state = model.state_dict()
     if rename_source_key(alone[0], [], converters, model.base_model_prefix, state)[1] is not None:
-        return
+        return []
     layouts = {
         name: layout
         for module in model.modules()
@@ -58,14 +70,38 @@ def learn_experts(model: PreTrainedModel, names: Iterable[str]) -> None:
         if getattr(getattr(module, name, None), "ndim", 0) == 3
         and (layout := expert_layout(module, name)) is not None
     }
-    if layouts.keys() != {"gate_up_proj", "down_proj"}:
+    return _converters(layouts) if layouts.keys() == {"gate_up_proj", "down_proj"} else []
+
+
+@contextmanager
+def registered_experts(model: PreTrainedModel) -> Iterator[None]:
+    """Give what ``model`` has learned to loads of its class by transformers, for the length of the block only: it would
+    hold for what the process saves of other models of the class, too."""
+    from transformers import conversion_mapping
+
+    ours = [each for each in conversions_of(model) if _is_ours(each)]
+    if not ours:
+        yield
         return
     kind = type(model).__name__
-    known = get_checkpoint_conversion_mapping(kind)
-    if known is None:
+    if (known := conversion_mapping.get_checkpoint_conversion_mapping(kind)) is None:
         kind = model.config.model_type
-        known = get_checkpoint_conversion_mapping(kind)
-    register_checkpoint_conversion_mapping(kind, [*(known or ()), *_converters(layouts)], overwrite=True)
+        known = conversion_mapping.get_checkpoint_conversion_mapping(kind)
+    users = kind in conversion_mapping.USER_REGISTERED_MAPPINGS
+    with BUILDING:
+        conversion_mapping.register_checkpoint_conversion_mapping(
+            kind, [*(known or ()), *ours], overwrite=True
+        )
+        try:
+            yield
+        finally:
+            # transformers has no call that takes a mapping back.
+            if known is None:
+                del conversion_mapping._checkpoint_conversion_mapping_cache[kind]
+            else:
+                conversion_mapping._checkpoint_conversion_mapping_cache[kind] = known
+            if not users:
+                conversion_mapping.USER_REGISTERED_MAPPINGS.discard(kind)
 
 
 def refuse_learned(patterns: Iterable[str | None], path: Path) -> None:

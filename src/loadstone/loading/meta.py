@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from loadstone.artifact import Artifact, TensorInfo
 from loadstone.loading.complete import Destination as Destination
 from loadstone.loading.complete import check_stored
-from loadstone.loading.experts import learn_experts
+from loadstone.loading.experts import conversions_of, learn_experts
 from loadstone.loading.model_class import construction, generation_config, load_config, model_class_of
 from loadstone.quantization.model_facts import ModelFacts, facts_of
 
@@ -101,10 +101,9 @@ def model_map(
 
 def destinations(model: PreTrainedModel, keys: list[str]) -> dict[str, Destination | None]:
     """For each checkpoint key the parameter it loads into, by transformers' own renaming; None when it has none."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-    mapping: list[Any] = get_model_conversion_mapping(model, None, None)
+    mapping = conversions_of(model, keys)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     state = model.state_dict()
@@ -130,10 +129,9 @@ def names_when_quantized(model: PreTrainedModel, stored: list[str]) -> dict[str,
 
     The parts of a quantized weight (``x._weight_qdata``) are renamed before they are put together.
     """
-    from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-    mapping: list[Any] = get_model_conversion_mapping(model, None, None)
+    mapping = conversions_of(model, stored)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     state = model.state_dict()

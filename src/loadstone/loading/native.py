@@ -11,6 +11,7 @@ import atexit
 import logging
 import shutil
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from loadstone.artifact.source import values_checked
 from loadstone.errors import ArtifactError
 from loadstone.loading.complete import CHECK_CONFIG, COPY_AGAIN, MISSING, UNEXPECTED
 from loadstone.loading.devices import CPU, DISK
-from loadstone.loading.experts import experts_alone, forget_experts
+from loadstone.loading.experts import experts_alone, forget_experts, registered_experts
 from loadstone.loading.infinite import infinite_buffers
 from loadstone.loading.kernels import check_kernels
 from loadstone.loading.lazy import lazy_state_dict
@@ -49,9 +50,8 @@ def load_native(plan: LoadPlan, device_map: Any) -> PreTrainedModel:
     dtype = stored_dtype(artifact, config) if plan.dtype == "auto" else getattr(torch, plan.dtype)
     model_class = model_class_of(config, artifact, plan.trust_remote_code)
     quantized_dtype = None if plan.dtype == "auto" else dtype
-    if experts_alone((*artifact.packed, *artifact.tensors)):
-        # Which tells transformers how to merge them, where it does not know.
-        meta_model(artifact, plan.trust_remote_code)
+    alone = experts_alone((*artifact.packed, *artifact.tensors))
+    learned = registered_experts(meta_model(artifact, plan.trust_remote_code)) if alone else nullcontext()
     check_kernels(artifact, device_map)
     options: dict[str, Any] = {"dtype": dtype, "device_map": device_map}
     infinite = infinite_buffers(artifact, plan.trust_remote_code)
@@ -60,6 +60,7 @@ def load_native(plan: LoadPlan, device_map: Any) -> PreTrainedModel:
             lazy_state_dict(artifact, quantized_dtype) as state,
             quiet_transformers(),
             construction(artifact, model_class),
+            learned,
         ):
             model, info = model_class.from_pretrained(
                 *_source(artifact, config, state, options),

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from loadstone.artifact.source import values_checked
 from loadstone.errors import ArtifactError
-from loadstone.loading.experts import learn_experts
+from loadstone.loading.experts import conversions_of, learn_experts
 from loadstone.loading.layers import layer_stack
 from loadstone.loading.lazy import lazy_state_dict
 from loadstone.loading.loader import import_libraries
@@ -142,7 +142,6 @@ def streamed(plan: LoadPlan, device: torch.device) -> Iterator[StreamedModel]:
 
 
 def _load_options(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> Any:
-    from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.modeling_utils import LoadStateDictConfig
 
     return LoadStateDictConfig(
@@ -150,5 +149,5 @@ def _load_options(model: PreTrainedModel, device: torch.device, dtype: torch.dty
         device_map={"": str(device)},
         dtype=dtype,
         dtype_plan=model._get_dtype_plan(dtype),
-        weight_mapping=get_model_conversion_mapping(model, None, None),
+        weight_mapping=conversions_of(model),
     )
