@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+
+import pytest
 
 SRC = Path(__file__).resolve().parents[1] / "src"
 # A room imports from itself and from those before it.
@@ -183,6 +186,17 @@ def _module_names_in_strings(root: ast.AST) -> Iterator[str]:
 def test_modules_are_short() -> None:
     lengths = {m: len(path.read_text(encoding="utf-8").splitlines()) for m, path in modules().items()}
     assert {m: n for m, n in lengths.items() if n > MAX_LINES} == {}
+
+
+def test_the_top_level_holds_these_alone() -> None:
+    listed = subprocess.run(["git", "ls-files"], cwd=SRC.parent, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    names = {line.partition("/")[0] for line in listed.stdout.splitlines()}
+    assert {name for name in names if not name.startswith(".")} == {
+        "pyproject.toml", "src", "tests", "recipes", "docs", "Makefile", "README.md", "LICENSE",
+    }  # fmt: skip
+    assert {name for name in names if name.startswith(".")} <= {".ci", ".gitignore"}
 
 
 def test_the_docs_show_this_order() -> None:

@@ -14,13 +14,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from loadstone.loading.repack import unpack_int4_tiles
 from loadstone.quantization.weight_use import weights_used_otherwise
 
 log = logging.getLogger(__name__)
 # The weight is read again for each row: for more of them torchao's own product is as fast.
 MOST_ROWS = 4
 _TOLERANCE = 1 / 64
-_EYE_ROWS = 1024
 
 
 class FewRowsLinear(nn.Module):
@@ -98,7 +98,8 @@ def _stored(weight: Any) -> tuple[torch.Tensor, ...] | None:
                 return None
             outputs, inputs = weight.shape
             scale, zero = weight.scale_and_zero[: inputs // group, :outputs].permute(2, 1, 0).contiguous()
-            return pack_nibbles(_integers(weight), group), scale, zero
+            values = unpack_int4_tiles(weight.qdata)[:outputs, :inputs] - 8
+            return pack_nibbles(values, group), scale, zero
     return None
 
 
@@ -113,24 +114,6 @@ def pack_nibbles(values: torch.Tensor, group: int) -> torch.Tensor:
     words = sum(parts[:, :, i] << 4 * i for i in range(8))
     assert isinstance(words, torch.Tensor)
     return (words - ((words >> 31) << 32)).to(torch.int32).flatten(1).contiguous()
-
-
-def _integers(weight: Any) -> torch.Tensor:
-    """The integers (out, in), -8 to 7, of a tile-packed weight: the products of its kernel with rows of the identity
-    where every scale is 1 and every zero 0."""
-    outputs, inputs = weight.shape
-    plain = torch.zeros_like(weight.scale_and_zero)
-    plain[..., 0] = 1
-    group = weight.block_size[-1]
-    padded = plain.shape[0] * group
-    result = torch.empty(outputs, inputs, dtype=torch.int8, device=weight.device)
-    for at in range(0, inputs, _EYE_ROWS):
-        end = min(at + _EYE_ROWS, inputs)
-        eye = torch.zeros(end - at, padded, dtype=torch.bfloat16, device=weight.device)
-        eye[:, at:end].fill_diagonal_(1)
-        columns = torch.ops.aten._weight_int4pack_mm(eye, weight.qdata, group, plain)
-        result[:, at:end] = columns[:, :outputs].t().to(torch.int8)
-    return result
 
 
 def _agrees(module: nn.Linear, replacement: FewRowsLinear) -> bool:

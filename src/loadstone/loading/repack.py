@@ -43,7 +43,8 @@ def unpack_int4_tiles(tiles: torch.Tensor) -> torch.Tensor:
     import torch
 
     n_tiles, k_tiles, lanes, pairs = tiles.shape
-    shifts = torch.arange(0, 32, 4, dtype=torch.int32)
+    device = tiles.device
+    shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=device)
     nibbles = (tiles.unsqueeze(-1) >> shifts) & 0xF
     lane = torch.arange(lanes)
     row = (lane // 4)[:, None, None]
@@ -51,6 +52,6 @@ def unpack_int4_tiles(tiles: torch.Tensor) -> torch.Tensor:
     column = 2 * (lane % 4)[:, None, None] + 32 * torch.arange(pairs)[None, :, None] + offset
     width = 32 * pairs
     place = (row * width + column).reshape(-1)
-    block = torch.empty(n_tiles, k_tiles, 8 * width, dtype=torch.int32)
-    block[:, :, place] = nibbles.reshape(n_tiles, k_tiles, -1).to(torch.int32)
+    block = torch.empty(n_tiles, k_tiles, 8 * width, dtype=torch.int32, device=device)
+    block[:, :, place.to(device)] = nibbles.reshape(n_tiles, k_tiles, -1).to(torch.int32)
     return block.reshape(n_tiles, k_tiles, 8, width).permute(0, 2, 1, 3).reshape(n_tiles * 8, k_tiles * width)

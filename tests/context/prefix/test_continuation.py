@@ -135,7 +135,7 @@ def test_what_was_compared_is_recorded(tmp_path: Path, monkeypatch: pytest.Monke
     assert facts["padding"] is True
     assert facts["transformers"] == continuation.versions()["transformers"]
     calls = []
-    monkeypatch.setattr(store, "check", lambda model, **_: calls.append(1) or found)
+    monkeypatch.setattr(store, "check", lambda *_: calls.append(1) or found)
     found = continuation.Continuation.from_json(facts)
     assert found is not None
     store.load_prefix(tmp_path / "a", model)

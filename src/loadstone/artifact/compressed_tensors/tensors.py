@@ -11,6 +11,7 @@ from pathlib import Path
 from loadstone.artifact.compressed_tensors.block import Block
 from loadstone.artifact.compressed_tensors.layout import row_tile, rows_needed, scale_grid, words
 from loadstone.artifact.compressed_tensors.scheme import MXFP4, MXFP8, NVFP4, PACK, LayerScheme
+from loadstone.artifact.compressed_tensors.weight import QuantizedWeight
 from loadstone.artifact.files import Sink, open_regular, refuse
 from loadstone.artifact.formats.safetensors import FLOAT_DTYPES, TensorInfo
 from loadstone.errors import ArtifactError
@@ -26,11 +27,10 @@ _UNUSED = (
 
 
 @dataclass(frozen=True)
-class PackedWeight:
-    """One quantized weight: ``name`` of the parameter it stands for (``P.weight``), its scheme and stored tensors.
-
-    ``parts``: by suffix (``weight_packed``, ``weight_scale``, …). ``padded``: see `Block.padded_packing`.
-    ``columns``: what the value of ``weight_shape`` says, where headers do not tell (see `columns_known`).
+class PackedWeight(QuantizedWeight):
+    """A weight of this layout. ``parts``: by suffix (``weight_packed``, ``weight_scale``, …). ``padded``: see
+    `Block.padded_packing`. ``columns``: what the value of ``weight_shape`` says, where headers do not tell (see
+    `columns_known`).
     """
 
     name: str
@@ -38,15 +38,6 @@ class PackedWeight:
     parts: dict[str, TensorInfo] = field(repr=False)
     padded: bool = False
     columns: int | None = None
-
-    @property
-    def type(self) -> str:
-        """The scheme's name."""
-        return str(self.scheme)
-
-    @property
-    def module(self) -> str:
-        return self.name.removesuffix(".weight")
 
     @property
     def values(self) -> TensorInfo:
@@ -87,24 +78,6 @@ class PackedWeight:
         """The floating dtype of its scales, in safetensors' spelling; BF16 for formats with scales of their own."""
         stored = self.parts["weight_scale"].dtype
         return stored if stored in FLOAT_DTYPES else "BF16"
-
-    @property
-    def numel(self) -> int:
-        return prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes stored, scales and zero points included."""
-        return sum(part.nbytes for part in self.parts.values())
-
-    @property
-    def nominal_bits(self) -> int:
-        """Bits per weight of the number format alone."""
-        return self.scheme.weights.bits
-
-    @property
-    def quantizes_activations(self) -> bool:
-        return self.scheme.inputs is not None
 
     @property
     def row_tile(self) -> int:

@@ -99,10 +99,7 @@ def make_prefix(
     kind = check_kind(cache_kind, dtype)
     length = tokens.shape[1]
     require_room(model.config, length)
-    # Some models count no position for a padding token, but do for each of a cached beginning.
-    padding = getattr(text_config(model), "pad_token_id", None)
-    token = padding if padding is not None and (tokens == padding).any() else None
-    continuation = check(model, generates=generates, token=token)
+    continuation = check(model, tokens, generates=generates)
     prefix = replace(
         _read(model, tokens.to(device), kind),
         text=text, template=template, tokenizer=tokenizer, padding=continuation.padding,
@@ -125,8 +122,11 @@ def _token_table(model: Any) -> Tensor:
     return table
 
 
-def check(model: Any, *, generates: bool = True, token: int | None = None) -> Continuation:
-    """`check_continues` of a model, with prefixes as `make_prefix` reads them."""
+def check(model: Any, tokens: Tensor, *, generates: bool = True) -> Continuation:
+    """`check_continues` of a model that reads ``tokens``, with prefixes as `make_prefix` reads them."""
+    # Some models count no position for a padding token, but do for each of a cached beginning.
+    padding = getattr(text_config(model), "pad_token_id", None)
+    token = padding if padding is not None and (tokens == padding).any() else None
     plain = str(compute_dtype(model)).removeprefix("torch.")
     return check_continues(
         model,

@@ -137,7 +137,7 @@ def describe(prefix: Prefix, source: Artifact | None) -> dict[str, Any]:
         },
         "layers": [_layer_facts(layer) for layer in prefix.layers],
         # Of this process: nothing is compared again.
-        "continuation": check(model).to_json(),
+        "continuation": check(model, prefix.tokens).to_json(),
         "numerics": {
             "dtype": _name(prefix.dtype),
             "device": prefix.tokens.device.type,
@@ -213,8 +213,9 @@ def bind_prefix(
             f"the base model '{name}' computes in {_name(compute_dtype(model))}, the prefix was made in {dtype}",
             "Load the base in that dtype",
         )
-    continuation = Continuation.from_json(file.facts.get("continuation")) or check(model)
-    cache = PrefixCache(replace(_read(file, model, tokenizer), padding=continuation.padding))
+    prefix = _read(file, model, tokenizer)
+    continuation = Continuation.from_json(file.facts.get("continuation")) or check(model, prefix.tokens)
+    cache = PrefixCache(replace(prefix, padding=continuation.padding))
     if share:
         share_attention(cache)
     _check_probe(cache, file)
