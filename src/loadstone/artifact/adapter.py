@@ -12,11 +12,11 @@ from typing import Any
 from loadstone.artifact.files import MAX_CONFIG_BYTES, Sink, check_inside, is_file, read_json
 from loadstone.artifact.formats.safetensors import FLOAT_DTYPES, TensorInfo
 from loadstone.artifact.formats.weights import WeightFiles
+from loadstone.artifact.kinds import ADAPTER_CONFIG
 from loadstone.artifact.patterns import unsound
 from loadstone.artifact.source import Source, open_source
 from loadstone.errors import ArtifactError
 
-ADAPTER_CONFIG = "adapter_config.json"
 _FILES = (("safetensors", "adapter_model.safetensors"), ("bin", "adapter_model.bin"))
 _PREFIX = "base_model.model."
 PEFT_MERGES = "Merge it with peft (merge_and_unload, save_pretrained), then name that directory"
@@ -106,16 +106,6 @@ class Adapter:
 
 def _count(number: int, what: str) -> str:
     return f"{number} {what}{'' if number == 1 else 's'}"
-
-
-def is_adapter(directory: Path) -> bool:
-    """Whether a directory holds an adapter of PEFT's."""
-    return is_file(directory / ADAPTER_CONFIG)
-
-
-def holds_adapter(path: str | Path) -> bool:
-    """Whether a directory is an adapter, or a training run with checkpoints of adapters."""
-    return is_adapter(Path(path)) or next(Path(path).glob(f"*/{ADAPTER_CONFIG}"), None) is not None
 
 
 def read_adapter_config(directory: Path) -> dict[str, Any]:

@@ -5,15 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from loadstone.artifact.adapter import (
-    ADAPTER_CONFIG,
-    Adapter,
-    is_adapter,
-    read_adapter,
-    read_adapter_config,
-)
 from loadstone.artifact.builtin import PREFIX, builtin_path
 from loadstone.artifact.context_file import CONTEXT_JSON, CONTEXT_TENSORS, is_context, read_context
 from loadstone.artifact.files import (
@@ -37,6 +30,7 @@ from loadstone.artifact.hashing import sha256_file
 from loadstone.artifact.hints import MODEL_FILES, file_hint, hub_cache, is_hub_name, nearest, no_config_hint
 from loadstone.artifact.kinds import (
     ADAPTER,
+    ADAPTER_CONFIG,
     COMPRESSED_TENSORS,
     CONTEXT,
     DENSE,
@@ -49,16 +43,19 @@ from loadstone.artifact.kinds import (
     TORCHAO_UNMARKED,
     UNKNOWN,
     classify,
+    is_adapter,
     quantization_block,
 )
 from loadstone.artifact.manifest import MANIFEST, recorded_digests
-from loadstone.artifact.merged import MergedSource
 from loadstone.artifact.packed import Packed, modelopt_block, read_packed
 from loadstone.artifact.source import SafetensorsSource, Source, open_source
 from loadstone.artifact.torchao.checks import FlatTensor
 from loadstone.artifact.training_run import choose_checkpoint, is_checkpoint_name
 from loadstone.artifact.unchanged import Stamp, read_at_once, stamp_of
 from loadstone.errors import ArtifactError, UsageError
+
+if TYPE_CHECKING:
+    from loadstone.artifact.adapter import Adapter
 
 CONFIG = "config.json"
 # A fake-quant export's, beside its weights.
@@ -263,6 +260,10 @@ def _adapter(
     directory: Path, root: Path, base: str | Path | None, chosen: tuple[str, ...], sink: Sink
 ) -> Artifact:
     """An adapter: its base's facts, with the adapter's changes merged into the tensors as they are read."""
+    # Imported where there is one: `inspect` of any other directory answers sooner.
+    from loadstone.artifact.adapter import read_adapter, read_adapter_config
+    from loadstone.artifact.merged import MergedSource
+
     if find_weights(directory) is not None:
         raise ArtifactError(
             f"'{directory}' holds full weights and an adapter: it does not say whether they are merged",

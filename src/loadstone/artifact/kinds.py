@@ -28,6 +28,7 @@ FAKEQUANT = "fakequant"
 CONTEXT = "context"
 PFN = "pfn"
 UNKNOWN = "unknown"
+ADAPTER_CONFIG = "adapter_config.json"
 
 # Key in config.json (or loadstone.json) under which a QAT run records its fake-quantization recipe.
 QAT_KEY = "loadstone_qat"
@@ -167,3 +168,13 @@ def _check_leftovers(directory: Path, tensors: dict[str, TensorInfo], sink: Sink
             what += ", and config.json has no quantization_config"
             sink(ArtifactError(f"{tensor.file}: {what}", remedy))
             return
+
+
+def is_adapter(directory: Path) -> bool:
+    """Whether a directory holds an adapter of PEFT's."""
+    return is_file(directory / ADAPTER_CONFIG)
+
+
+def holds_adapter(path: str | Path) -> bool:
+    """Whether a directory is an adapter, or a training run with checkpoints of adapters."""
+    return is_adapter(Path(path)) or next(Path(path).glob(f"*/{ADAPTER_CONFIG}"), None) is not None

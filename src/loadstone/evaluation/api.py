@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from loadstone.artifact.adapter import holds_adapter
 from loadstone.artifact.context_file import PREFIX, context_kind
+from loadstone.artifact.kinds import holds_adapter
 from loadstone.errors import UsageError
 from loadstone.evaluation.options import DEFAULT_DATA, Options
 from loadstone.evaluation.result import Evaluation

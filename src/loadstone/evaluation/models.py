@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 
 from loadstone.artifact import Artifact
-from loadstone.artifact.adapter import holds_adapter
 from loadstone.artifact.context_file import PREFIX, ContextFile, is_context, read_context, require_kind
 from loadstone.artifact.detect import FAKEQUANT, PFN
+from loadstone.artifact.kinds import holds_adapter
 from loadstone.errors import UsageError
 from loadstone.evaluation.options import Options
 from loadstone.evaluation.served_inputs import inputs_rounded

@@ -9,8 +9,8 @@ import shutil
 from pathlib import Path
 
 from loadstone.artifact import Artifact
-from loadstone.artifact.adapter import ADAPTER_CONFIG
 from loadstone.artifact.files import check_inside, following_links, is_file, read_json, read_text
+from loadstone.artifact.kinds import ADAPTER_CONFIG
 from loadstone.errors import ArtifactError
 
 # Not carried over from a model directory, by what they are; everything else is.

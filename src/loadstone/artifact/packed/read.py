@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,28 +13,15 @@ from loadstone.artifact.compressed_tensors.tensors import stored_shape
 from loadstone.artifact.files import Sink, is_file, read_json
 from loadstone.artifact.formats.safetensors import TensorInfo
 from loadstone.artifact.hints import MODELOPT_REMEDY
-from loadstone.artifact.packed.fp8 import fp8_weights
-from loadstone.artifact.packed.integers import integer_weights, unsupported_integers
-from loadstone.artifact.packed.mxfp4 import mxfp4_weights
-from loadstone.artifact.packed.weight import Packed, StoredWeight
+from loadstone.artifact.packed.weight import Packed
 from loadstone.errors import ArtifactError
 
 MODELOPT, MODELOPT_FILE = "modelopt", "hf_quant_config.json"
 # ModelOpt's names of number formats whose weights are value x scale.
 _MODELOPT_ALGORITHMS = ("FP8", "NVFP4")
 
-Reader = Callable[[dict[str, Any], dict[str, TensorInfo], Sink], Mapping[str, StoredWeight]]
-_READERS: dict[str, Reader] = {
-    "fp8": fp8_weights,
-    "mxfp8": fp8_weights,
-    "fbgemm_fp8": fp8_weights,
-    MODELOPT: fp8_weights,
-    "mxfp4": mxfp4_weights,
-    "gptq": integer_weights,
-    "awq": integer_weights,
-}
 # What a `quantization_config` may name, and is decoded here.
-METHODS = (METHOD, *_READERS)
+METHODS = (METHOD, "fp8", "mxfp8", "fbgemm_fp8", MODELOPT, "mxfp4", "gptq", "awq")
 
 
 def read_packed(
@@ -58,14 +45,25 @@ def read_packed(
         if unsupported(block):
             return {}
         found = packed_weights(read_block(block), tensors, sink, partial(stored_shape, directory))
-    else:
-        if method in ("gptq", "awq") and unsupported_integers(block):
+    # The readers of a format are imported where it is named: most directories name none.
+    elif method in ("gptq", "awq"):
+        from loadstone.artifact.packed.integers import integer_weights, unsupported_integers
+
+        if unsupported_integers(block):
             return {}
+        found = integer_weights(block, tensors, sink)
+    elif method == "mxfp4":
+        from loadstone.artifact.packed.mxfp4 import mxfp4_weights
+
+        found = mxfp4_weights(block, tensors, sink)
+    else:
+        from loadstone.artifact.packed.fp8 import fp8_weights
+
         if method == MODELOPT:
             _check_modelopt(block, tensors)
             # Blocks of ModelOpt's do not name a size: scales belong to a tensor or to rows.
             block = block | {"weight_block_size": None}
-        found = _READERS[method](block, tensors, sink)
+        found = fp8_weights(block, tensors, sink)
     if not found:
         raise ArtifactError(
             f"config.json says {method}, and no tensor is quantized",
