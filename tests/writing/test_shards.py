@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -38,14 +40,34 @@ def test_tensors_in_one_call(tmp_path: Path, reference: bytes) -> None:
 def test_tensors_in_any_order_and_by_rows(tmp_path: Path, reference: bytes) -> None:
     infos = [TensorInfo(n, dtype_name(t.dtype), tuple(t.shape), "", 0, t.nbytes) for n, t in TENSORS.items()]
     writer = ShardWriter(tmp_path / "file", infos, {"format": "pt"})
+    with ThreadPoolExecutor(1) as pool:
+        # Hashed while it is written, the last bytes first.
+        digest = pool.submit(writer.digest)
+        try:
+            write_backwards(writer)
+            writer.flush()
+            assert digest.result(timeout=20) == hashlib.sha256(reference).hexdigest()
+        finally:
+            writer.close()  # A thread that still waits for bytes ends here.
+    assert (tmp_path / "file").read_bytes() == reference
+
+
+def write_backwards(writer: ShardWriter) -> None:
     for name, tensor in reversed(TENSORS.items()):
         if name == "b":
             writer.write(name, tensor[1:], tensor[:1].nbytes)
             tensor = tensor[:1]
         writer.write(name, tensor)
-    writer.flush()
-    writer.close()
-    assert (tmp_path / "file").read_bytes() == reference
+
+
+def test_a_file_that_is_not_complete_has_no_digest(tmp_path: Path) -> None:
+    writer = ShardWriter(tmp_path / "file", [TensorInfo("a", "I8", (4,), "", 0, 4)], {})
+    with ThreadPoolExecutor(1) as pool:
+        digest = pool.submit(writer.digest)
+        writer.write("a", torch.ones(2, dtype=torch.int8))
+        writer.close()
+        with pytest.raises(ValueError, match="before it was complete"):
+            digest.result(timeout=20)
 
 
 def test_a_file_closes_when_the_next_tensor_would_overfill_it() -> None:
