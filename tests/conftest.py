@@ -79,6 +79,21 @@ def tiny(make_model: Callable[..., Path]) -> Path:
 
 
 @pytest.fixture(scope="session")
+def experts_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Small random mixtures by the name of a family: one for each layout of experts."""
+    from tests.mixtures import save_mixture
+
+    made: dict[str, Path] = {}
+
+    def get(family: str) -> Path:
+        if family not in made:
+            made[family] = save_mixture(family, tmp_path_factory.mktemp(family) / "model")
+        return made[family]
+
+    return get
+
+
+@pytest.fixture(scope="session")
 def gemma3(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny multimodal Gemma3 (three vision layers, two language layers) with a tokenizer; read only."""
     import torch

@@ -49,6 +49,20 @@ def test_each_format_is_folded_and_the_rest_is_as_it_was(text: str, tiny: Path, 
     assert len(done.plan.folded) == 14
 
 
+def test_experts_are_folded_along_their_inputs(experts_model: Callable[[str], Path], tmp_path: Path) -> None:
+    """Llama 4's and gpt-oss' are stored (in, out); only gpt-oss' module says so itself."""
+    spec = parse_format("mxfp8").weight
+    for family in ("llama4", "gpt-oss", "qwen3-moe"):
+        source = experts_model(family)
+        export_fakequant(source, tmp_path / family, format="mxfp8")
+        before, after = loadstone.load(source).state_dict(), loadstone.load(tmp_path / family).state_dict()
+        for name in [n for n, p in before.items() if p.dim() == 3 and "experts" in n]:
+            turned = family != "qwen3-moe"
+            laid = before[name].mT.contiguous() if turned else before[name]
+            folded = fold(name, laid, spec)
+            assert torch.equal(after[name], folded.mT if turned else folded), name
+
+
 def test_export_loads_in_transformers_and_loadstone(tiny: Path, tmp_path: Path) -> None:
     export_fakequant(tiny, tmp_path / "out", format="nvfp4")
     artifact = loadstone.detect(tmp_path / "out")

@@ -11,10 +11,14 @@ from loadstone.artifact.formats.safetensors import FLOAT_DTYPES
 from loadstone.errors import ArtifactError
 from loadstone.fakequant.rules import Role
 from loadstone.fakequant.state import INPUT
+from loadstone.finalization.division import stored_layout
 from loadstone.loading.layer_inputs import sees_experts
+from loadstone.quantization.model_facts import expert_layout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from loadstone.loading.complete import Destination
 
 _VECTOR = Role(False, "not a matrix", matrix=False)
 _LINEAR = Role(True, inputs=True)
@@ -48,17 +52,16 @@ def roles_in(model: PreTrainedModel, infos: dict[str, TensorInfo], ties: dict[st
         if place is None or len(info.shape) not in (2, 3) or info.dtype not in FLOAT_DTYPES:
             roles[key] = _VECTOR
             continue
-        owner_name, _, leaf = place.parameter.rpartition(".")
-        roles[key] = _role(model, model.get_submodule(owner_name), owner_name, leaf, info, head)
+        roles[key] = _role(model, place, info, head)
     return roles
 
 
-def _role(
-    model: PreTrainedModel, owner: Any, owner_name: str, leaf: str, info: TensorInfo, head: Any
-) -> Role:
+def _role(model: PreTrainedModel, place: Destination, info: TensorInfo, head: Any) -> Role:
     import torch
     from transformers.pytorch_utils import Conv1D
 
+    owner_name, _, leaf = place.parameter.rpartition(".")
+    owner: Any = model.get_submodule(owner_name)
     if owner is head:
         return _HEAD
     if isinstance(owner, Conv1D) and leaf == "weight":
@@ -75,7 +78,10 @@ def _role(
     parameter = getattr(owner, leaf)
     if parameter.dim() == 3 and "expert" in f"{owner_name} {type(owner).__name__}".lower():
         # Two stored dimensions: an expert of its own, merged with the others on load.
-        transposed = bool(getattr(owner, "is_transposed", False)) and len(info.shape) == 3
+        layout = stored_layout(
+            expert_layout(owner, leaf), place.operations, info.shape, tuple(parameter.shape)
+        )
+        transposed = layout is not None and layout.transposed and len(info.shape) == 3
         # transformers' own scheme for experts, whose inputs can be changed on their way (inputs.py).
         known = sees_experts(owner, leaf)
         return Role(True, transposed=transposed, shared=f"{owner_name}.{leaf}_{INPUT}" if known else "")

@@ -8,8 +8,9 @@ from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from loadstone.artifact import Artifact, TensorInfo
+from loadstone.loading.experts import learned_place
 from loadstone.loading.meta import Destination, ModelMap
-from loadstone.quantization.model_facts import ExpertLayout
+from loadstone.quantization.model_facts import ExpertLayout, expert_matrix
 
 if TYPE_CHECKING:
     import torch
@@ -54,17 +55,11 @@ class ExpertsApart:
         if rows is None:
             found: torch.Tensor = self.stored.read(info, start, stop, pinned=pinned)
             return found
-        whole, transposed = rows.whole, rows.layout.transposed
-        each, size = whole.shape[2 if transposed else 1], prod(whole.shape[1:])
+        whole, size = rows.whole, prod(rows.whole.shape[1:])
+        each = whole.shape[2 if rows.layout.transposed else 1]
         expert, first = divmod(rows.first, each)
         stored = self.stored.read(whole, expert * size, (expert + 1) * size).view(whole.shape[1:])
-        matrix = stored.t() if transposed else stored
-        if rows.layout.interleaved:
-            # Gate and up take turns.
-            matrix = matrix[first // rows.height :: each // rows.height]
-        else:
-            matrix = matrix[first : first + rows.height]
-        values = matrix.reshape(-1)
+        values = expert_matrix(stored, first, rows.height, rows.layout).reshape(-1)
         return values.view(info.shape) if stop is None else values[start:stop]
 
 
@@ -120,10 +115,12 @@ def _rows_before(part: TensorInfo, info: TensorInfo) -> int:
 
 def _first_row(info: TensorInfo, place: Destination, mapped: ModelMap) -> int:
     """The first row of one expert's matrix among those of all experts."""
-    if place.place is None:
+    found = place.place or learned_place(info.name, place.pattern)
+    if found is None:
         return 0
-    expert, number = place.place
-    return expert * mapped.facts.shapes[place.parameter][-2] + number * info.shape[0]
+    weight = next(weight for weight in mapped.facts.weights if weight.name == place.parameter)
+    transposed = weight.experts is not None and weight.experts.transposed
+    return found[0] * weight.shape[2 if transposed else 1] + found[1] * info.shape[0]
 
 
 def divided(info: TensorInfo, saved: Mapping[str, int]) -> list[TensorInfo]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,8 @@ from loadstone.finalization.gptq import gptq
 from loadstone.finalization.layers import PLAIN, Call, run_layer
 from loadstone.finalization.plan import Step
 from loadstone.finalization.smooth import Inputs
-from loadstone.loading.layer_inputs import sees_experts
+from loadstone.loading.layer_inputs import sees_experts, takes_batches
+from loadstone.quantization.model_facts import expert_layout, expert_matrix
 from loadstone.quantization.quantize import quantize_weight
 from loadstone.quantization.rounding import least_squares_weight
 from loadstone.quantization.schemes import Intx
@@ -36,13 +38,13 @@ def round_experts(
     statistics = _statistics(layer, list(wanted), hidden, call, device) if wanted else {}
     parts: dict[str, torch.Tensor] = {}
     for name, steps in wanted.items():
-        parameter = layer.get_parameter(name).detach()
         for step in filter(_calibrated, steps):
             assert step.encoding is not None and step.scheme is not None
-            inputs = statistics.get((name, step.first_row // parameter.shape[-2]))
+            expert, matrix = _matrix(layer, name, step)
+            inputs = statistics.get((name, expert))
             if inputs is None or inputs.count < FEWEST:
                 continue
-            weight = _matrix(parameter, step).to(torch_dtype(step.encoding.dtype))
+            weight = matrix.to(torch_dtype(step.encoding.dtype))
             assert inputs.moment is not None
             if step.scheme.algorithm == "gptq" and isinstance(step.scheme, Intx):
                 tensor = gptq(weight, inputs.moment, step.scheme)
@@ -63,19 +65,18 @@ def use_experts(layer: nn.Module, experts: dict[str, list[Step]], file: Path, de
     with safe_open(file, framework="pt") as stored:
         names = set(stored.keys())
         for name, steps in experts.items():
-            parameter = layer.get_parameter(name)
             for step in filter(_calibrated, steps):
                 assert step.encoding is not None
+                _, matrix = _matrix(layer, name, step)
                 if step.outputs[0].name in names:
                     parts = {o.name: stored.get_tensor(o.name).to(device) for o in step.outputs}
                 else:
                     lacking.append(step.name)
                     plain = plainly(step)
-                    weight = _matrix(parameter.detach(), step).to(torch_dtype(step.encoding.dtype))
+                    weight = matrix.to(torch_dtype(step.encoding.dtype))
                     assert plain.scheme is not None and plain.encoding is not None
                     parts = plain.encoding.store(quantize_weight(weight, plain.scheme))
-                value = step.encoding.dequantize(parts)
-                _matrix(parameter.data, step).copy_(value)
+                matrix.copy_(step.encoding.dequantize(parts))
     return lacking
 
 
@@ -92,10 +93,14 @@ def _calibrated(step: Step) -> bool:
     return step.scheme is not None and step.scheme.calibrated
 
 
-def _matrix(parameter: torch.Tensor, step: Step) -> torch.Tensor:
-    """The rows of a merged parameter that a step is about."""
-    rows = parameter.reshape(-1, parameter.shape[-1])
-    return rows[step.first_row : step.first_row + step.source.shape[0]]
+def _matrix(layer: nn.Module, name: str, step: Step) -> tuple[int, torch.Tensor]:
+    """The expert that a step is about, and its matrix (out, in) within the merged parameter."""
+    owner, _, last = name.rpartition(".")
+    layout = expert_layout(layer.get_submodule(owner), last)
+    assert layout is not None
+    whole = layer.get_parameter(name).data
+    expert, first = divmod(step.first_row, whole.shape[2 if layout.transposed else 1])
+    return expert, expert_matrix(whole[expert], first, step.source.shape[0], layout)
 
 
 def _statistics(
@@ -112,13 +117,8 @@ def _statistics(
 
     def watch(owner: str, weights: list[str]) -> Any:
         def hook(module: Any, args: tuple[torch.Tensor, ...]) -> None:
-            x, chosen = args[0].reshape(-1, args[0].shape[-1]), args[1]
-            chosen = chosen.reshape(len(x), -1)
-            first = "gate_up_proj" if module.has_gate else "up_proj"
-            for expert in chosen.unique().tolist():
-                if expert >= module.num_experts:
-                    continue
-                rows = x[(chosen == expert).any(1)]
+            first = "gate_up_proj" if hasattr(module, "gate_up_proj") else "up_proj"
+            for expert, rows in _routed(module, *args):
                 if first in weights:
                     add((f"{owner}.{first}", expert), rows)
                 if "down_proj" in weights:
@@ -130,7 +130,7 @@ def _statistics(
     for owner in dict.fromkeys(name.rpartition(".")[0] for name in names):
         module = layer.get_submodule(owner)
         weights = [name.rpartition(".")[2] for name in names if name.rpartition(".")[0] == owner]
-        if not all(sees_experts(module, weight) for weight in weights) or module.has_bias:
+        if not all(sees_experts(module, weight) for weight in weights):
             raise ArtifactError(
                 f"the inputs of '{names[0]}' cannot be seen in {type(module).__name__}", PLAIN
             )
@@ -142,10 +142,29 @@ def _statistics(
     return found
 
 
+def _routed(module: Any, x: torch.Tensor, chosen: Any = None, *_: Any) -> Iterator[tuple[int, torch.Tensor]]:
+    """Each expert that has work with its inputs (tokens, in), from the arguments of the experts' forward."""
+    if takes_batches(module):
+        for expert, batch in enumerate(x.view(module.num_experts, -1, x.shape[-1])):
+            if len(rows := batch[batch.any(1)]):
+                yield expert, rows
+        return
+    x = x.reshape(-1, x.shape[-1])
+    chosen = chosen.reshape(len(x), -1)
+    for expert in chosen.unique().tolist():
+        if expert < module.num_experts:
+            yield expert, x[(chosen == expert).any(1)]
+
+
 def _between(module: Any, first: str, rows: torch.Tensor, expert: int) -> torch.Tensor:
     """What an expert multiplies by its last matrix for the inputs ``rows``."""
-    import torch
-
-    product = torch.nn.functional.linear(rows, getattr(module, first)[expert])
+    weight, bias = getattr(module, first)[expert], getattr(module, f"{first}_bias", None)
+    layout = expert_layout(module, first)
+    product = rows @ (weight if layout and layout.transposed else weight.t())
+    if bias is not None:
+        product = product + bias[expert]
+    if takes_batches(module):
+        gate, up = product.chunk(2, -1)
+        return up * module.act_fn(gate)
     between: torch.Tensor = module._apply_gate(product) if module.has_gate else module.act_fn(product)
     return between

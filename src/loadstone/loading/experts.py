@@ -117,6 +117,13 @@ def refuse_learned(patterns: Iterable[str | None], path: Path) -> None:
         )
 
 
+def learned_place(name: str, pattern: str | None) -> tuple[int, int] | None:
+    """The expert of a tensor that a converter made here merges, and 1 for up, else 0; None for other tensors."""
+    if pattern not in _OURS:
+        return None
+    return int(name.split(".")[-3]), int(pattern == _OURS[1])
+
+
 def forget_experts(model: PreTrainedModel) -> None:
     """Let a save of ``model`` write merged experts, which any transformers loads."""
     conversions = getattr(model, "_weight_conversions", None)

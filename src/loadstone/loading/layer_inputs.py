@@ -44,7 +44,13 @@ def change_inputs(model: Any, changes: Mapping[str, Change]) -> Callable[[], Non
 
 def sees_experts(module: Any, weight: str) -> bool:
     """Whether the input of a 3-D ``weight`` of fused experts can be seen."""
-    return weight in EXPERT_WEIGHTS and hasattr(module, "_apply_gate")
+    return weight in EXPERT_WEIGHTS and (hasattr(module, "_apply_gate") or takes_batches(module))
+
+
+def takes_batches(module: Any) -> bool:
+    """Whether a module of experts takes the tokens of each expert one batch after the other: Llama 4's, which sends
+    every token to every expert, times its score, and that is zero for all but the chosen ones."""
+    return type(module).__name__ == "Llama4TextExperts"
 
 
 def _hook_input(module: Any, change: Change) -> Any:
@@ -53,6 +59,9 @@ def _hook_input(module: Any, change: Change) -> Any:
 
 def _change_between(experts: Any, change: Change, undo: ExitStack) -> None:
     """Change what fused experts multiply by their last weight: the gated product, or the activation's output."""
+    if takes_batches(experts):
+        _change_batches(experts, change, undo)
+        return
     if not experts.has_gate:
         undo.callback(experts.act_fn.register_forward_hook(lambda m, args, out: change(out)).remove)
         return
@@ -64,6 +73,23 @@ def _change_between(experts: Any, change: Change, undo: ExitStack) -> None:
         # The others compute the gate in place or in a kernel.
         experts.config._experts_implementation = "grouped_mm"
         undo.callback(setattr, experts.config, "_experts_implementation", before)
+
+
+def _change_batches(experts: Any, change: Change, undo: ExitStack) -> None:
+    """The same for Llama 4's experts, which compute it within their forward: as there, with the change."""
+    import torch
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        batches = x.view(experts.num_experts, -1, experts.hidden_size)
+        gate, up = torch.bmm(batches, experts.gate_up_proj).chunk(2, -1)
+        between = change(up * experts.act_fn(gate))
+        return torch.bmm(between, experts.down_proj).view(-1, experts.hidden_size)
+
+    # accelerate's own forward brings the weights and calls what was there before it.
+    name = "_old_forward" if hasattr(experts, "_hf_hook") else "forward"
+    before = vars(experts).get(name)
+    setattr(experts, name, forward)
+    undo.callback(delattr, experts, name) if before is None else undo.callback(setattr, experts, name, before)
 
 
 class InputRanges:

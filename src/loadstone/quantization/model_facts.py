@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
-from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple
+from functools import cache, cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from loadstone.quantization.weight_use import (
     input_embeddings,
@@ -134,11 +134,27 @@ def expert_layout(module: torch.nn.Module, name: str) -> ExpertLayout | None:
     (_, a, b), (_, c, d) = first.shape, last.shape
     if not (a == d and b == 2 * c) and not (b == c and a == 2 * d):
         return None
+    owner: Any = type(module)
+    source = _source_of(owner)
+    return ExpertLayout(a == d, gated and "::2" in source) if source else None
+
+
+@cache
+def _source_of(module_class: type) -> str:
+    """The Python code of a class; empty where there is none. Finding it takes tens of milliseconds."""
     try:
-        source = inspect.getsource(type(module))
+        return inspect.getsource(module_class)
     except (OSError, TypeError):
-        return None
-    return ExpertLayout(a == d, gated and "::2" in source)
+        return ""
+
+
+def expert_matrix(stored: torch.Tensor, first: int, height: int, layout: ExpertLayout) -> torch.Tensor:
+    """``height`` rows from ``first`` on, a view (height, in), of what one expert's part of a tensor in some ``layout``
+    is as (out, in) with gate above up."""
+    upright = stored.t() if layout.transposed else stored
+    if layout.interleaved:
+        return upright[first // height :: len(upright) // height]
+    return upright[first : first + height]
 
 
 def _kind(module: torch.nn.Module, name: str, parameter: torch.nn.Parameter) -> str:
