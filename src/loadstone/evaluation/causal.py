@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
-from loadstone.errors import LoadstoneError
-from loadstone.loading.language_model import refused
+from loadstone.loading.language_model import on_token_ids, refused
 from loadstone.text.tokenizing import require_known
 
 # Two rows of eight tokens that differ in their second half.
@@ -48,15 +48,8 @@ class Probe:
 
     def logits(self, logits_of: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         """The model's logits (2, 8, V). Raises UsageError when the model gives none for token ids."""
-        try:
-            with torch.no_grad():
-                logits = logits_of(self.ids)
-        except (LoadstoneError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:  # of many kinds: inputs that are missing, shapes that do not fit
-            reason = " ".join(str(error).split())[:160] or "no reason given"
-            why = f"does not take token ids alone ({type(error).__name__}: {reason})"
-            raise refused(self.name, self.kind, why) from None
+        with on_token_ids(partial(refused, self.name, self.kind)), torch.no_grad():
+            logits = logits_of(self.ids)
         if not isinstance(logits, torch.Tensor) or logits.dim() != 3 or logits.shape[:2] != self.ids.shape:
             shape = list(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
             raise refused(self.name, self.kind, f"gives no logits for each token (but {shape})")

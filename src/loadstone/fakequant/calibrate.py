@@ -16,6 +16,7 @@ from loadstone.fakequant.offload import return_memory
 from loadstone.fakequant.options import Options
 from loadstone.fakequant.plan import ExportPlan
 from loadstone.fakequant.state import QuantizerState, check_state, input_specs
+from loadstone.loading.language_model import on_token_ids
 from loadstone.loading.layer_inputs import InputRanges
 from loadstone.text.tokenizing import require_known
 
@@ -42,9 +43,9 @@ def calibrate(
     """Run ``model`` on ``batches`` (int64 (1, length) each) and keep the largest magnitude each quantizer
     sees.
 
-    Nothing is quantized meanwhile, weights included. Works under accelerate's offload. Raises
-    `ArtifactError` for a layer that no text reached and for a range that is not finite. The model is as
-    before afterwards.
+    Nothing is quantized meanwhile, weights included. Works under accelerate's offload. The model is as before
+    afterwards. Raises `UsageError` for a model that does not take token ids alone, `ArtifactError` for a layer that no
+    text reached and for a range that is not finite.
     """
     import torch
 
@@ -64,6 +65,7 @@ def calibrate(
             stack.callback(model.train)
         # Not inference mode: tensors that accelerate brings in during a pass would stay marked after it.
         stack.enter_context(torch.no_grad())
+        stack.enter_context(on_token_ids(partial(_refused, type(model).__name__)))
         for batch in batches:
             model(
                 input_ids=batch.to(model.get_input_embeddings().weight.device if _resident(model) else "cpu")
@@ -74,6 +76,11 @@ def calibrate(
     state = QuantizerState(specs, {f"{name}.amax": amax.cpu() for name, amax in seen.items()})
     check_state(state)
     return state
+
+
+def _refused(name: str, why: str) -> UsageError:
+    what = f"no text can be given to {name}: it {why}"
+    return UsageError(what, "Leave --calibrate out, and quantize weights alone or inputs by a dynamic format")
 
 
 def _offloaded_layers(model: Any) -> list[Any]:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from loadstone.errors import ArtifactError
+from loadstone.loading.language_model import on_token_ids
 
 if TYPE_CHECKING:
     import torch
@@ -16,13 +17,14 @@ PLAIN = "Use a rounding that needs no text: affine, mse or hqq"
 
 
 def layer_calls(
-    base: Any, layers: nn.ModuleList, rows: torch.Tensor, device: str
+    base: Any, layers: nn.ModuleList, rows: torch.Tensor, device: str, remedy: str = PLAIN
 ) -> tuple[list[torch.Tensor], list[Call]]:
     """The inputs of the first layer for each of the ``rows`` of token ids, and the arguments of each layer's call
     (masks, positions).
 
     Each layer's forward is replaced by one that records its call and returns its input, so no layer needs weights.
-    Raises `ArtifactError` for a model that does not run its layers one after the other.
+    Raises `ArtifactError`, with ``remedy``, for a model that does not take token ids alone or does not run its layers
+    one after the other.
     """
     calls: list[Call] = []
     entered: list[torch.Tensor] = []
@@ -39,14 +41,16 @@ def layer_calls(
 
     for number, layer in enumerate(layers):
         layer.forward = record(number)  # type: ignore[method-assign]
+    name = type(base).__name__
     try:
-        for row in rows:
-            base(input_ids=row[None].to(device), use_cache=False)
+        with on_token_ids(lambda why: ArtifactError(f"no text can be given to {name}: it {why}", remedy)):
+            for row in rows:
+                base(input_ids=row[None].to(device), use_cache=False)
     finally:
         for layer in layers:
             del layer.forward
     if len(calls) != len(layers):
-        raise ArtifactError(f"{type(base).__name__} does not run its layers one after the other", PLAIN)
+        raise ArtifactError(f"{name} does not run its layers one after the other", remedy)
     return entered, calls
 
 

@@ -63,7 +63,7 @@ def measure_inputs(
             raise UsageError(
                 f"'{outside}' is not in a decoder layer ({prefix}): its inputs cannot be measured", _REMEDY
             )
-        hidden, calls = layer_calls(model.model.base_model, model.stack, rows, device)
+        hidden, calls = layer_calls(model.model.base_model, model.stack, rows, device, _REMEDY)
         for number in range(len(model)):
             start, layer = f"{prefix}.{number}.", model.layer(number)
             changes = {n.removeprefix(start): partial(ranges.record, n) for n in names if n.startswith(start)}

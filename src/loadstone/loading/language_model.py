@@ -1,9 +1,12 @@
-"""Whether a model's class predicts next tokens, from its config alone."""
+"""Whether a model's class predicts next tokens, from its config alone, and whether a model takes token ids."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
 from loadstone.artifact import Artifact
-from loadstone.errors import UsageError
+from loadstone.errors import LoadstoneError, UsageError
 from loadstone.loading.model_class import load_config, model_class_of
 
 EVAL = "eval on text"
@@ -33,7 +36,7 @@ def require_language_model(
     if not cls.can_generate():
         why = "does not predict next tokens"
         if causal is not None and cls is MODEL_MAPPING.get(type(config), None):
-            why = f"has no head ({causal.__name__} is the class with one)"
+            why = "stores no output head"
         raise refused(name, cls.__name__, why, by)
 
 
@@ -41,5 +44,19 @@ def refused(name: str, kind: str, why: str, by: str = EVAL) -> UsageError:
     """The error for a model that does not predict next tokens."""
     return UsageError(
         f"'{name}' is a {kind}, which {why}: {by} needs a causal language model",
-        "Measure it on its own task, with transformers or lm-eval",
+        "Load it with loadstone.load, and measure it on its own task" if by == EVAL else "Name one with -M",
     )
+
+
+@contextmanager
+def on_token_ids(refusal: Callable[[str], LoadstoneError]) -> Iterator[None]:
+    """Within the block a model runs on token ids alone; raises ``refusal`` of the reason where it does not."""
+    import torch
+
+    try:
+        yield
+    except (LoadstoneError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # of many kinds: inputs that are missing, shapes that do not fit
+        reason = " ".join(str(error).split())[:160] or "no reason given"
+        raise refusal(f"does not take token ids alone ({type(error).__name__}: {reason})") from None

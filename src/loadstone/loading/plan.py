@@ -112,6 +112,8 @@ def plan(
         if not trust_remote_code:
             raise remote_code_refused(artifact)
         load_path, reason = FROM_PRETRAINED, f"{reason}; its model class is code in the directory"
+    elif load_path in (NATIVE, NATIVE_QUANTIZED, NATIVE_UNPACKED) and artifact.kind != ADAPTER:
+        _check_unnamed_class(artifact)
     if native_kernels and str(artifact.quant_method) in _KERNELS:
         _check_native_kernels(artifact, device)
         load_path, reason = FROM_PRETRAINED, f"{artifact.quant_method} on its own kernels, as asked"
@@ -124,6 +126,26 @@ def plan(
     for message in messages:
         log.warning("%s", message)
     return LoadPlan(artifact, load_path, reason, device, dtype, trust_remote_code, tuple(messages))
+
+
+def _check_unnamed_class(artifact: Artifact) -> None:
+    """Raise `ArtifactError` where config.json names no class, and the one that is then taken does not fit the
+    weights."""
+    if artifact.config.get("architectures"):
+        return
+    # Only the model can tell. It imports torch, for configs that save_pretrained did not write.
+    from loadstone.loading.decoded import dense_view
+    from loadstone.loading.meta import model_map
+
+    view = dense_view(artifact)
+    try:
+        model_map(view, view.tensors)
+    except ArtifactError as error:
+        raise ArtifactError(
+            f"{artifact.config_dir}/config.json names no architectures, and the class that transformers has for "
+            f"'{artifact.config.get('model_type')}' does not fit the weights ({error.message})",
+            'Add the class that the weights were saved from: "architectures": ["NAME"]',
+        ) from None
 
 
 def _check_native_kernels(artifact: Artifact, device: str) -> None:

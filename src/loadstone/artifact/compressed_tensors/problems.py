@@ -65,7 +65,10 @@ def _not_ignored(
         if name.endswith(".weight") and len(info.shape) == 2 and not _LOOKED_UP.search(name.split(".")[-2])
     ]
     tied = [inner.get("tie_word_embeddings") for inner in (config, config.get("text_config")) if inner]
-    if "lm_head" not in weights and "lm_head.weight" not in plain and True in tied:
+    stored = {name.split(".")[0] for name in (*weights, *plain)}
+    # BERT's kind keeps its head under "cls", base models and classifiers have none that could be tied.
+    writes = any(name.endswith(_WRITERS) for name in config.get("architectures") or _WRITERS)
+    if writes and not stored & {"lm_head", "cls"} and True in tied:
         modules.append("lm_head")
     found = [m for m in modules if not block.ignores(m) and block.scheme_of(m) is not None]
     if not found:
@@ -173,5 +176,7 @@ def _number(directory: Path, info: TensorInfo) -> float:
 
 
 # Last part of the name of a module whose rows are looked up: an embedding, no Linear.
-_LOOKED_UP = re.compile(r"embed|wte|wpe|tok_|bias|norm|conv")
+_LOOKED_UP = re.compile(r"embed|wte|wpe|tok_|bias|norm|conv|(_|^)emb$|^shared$")
+# How the classes with an output head `lm_head` end.
+_WRITERS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 _AGAIN = "Make the artifact again"
