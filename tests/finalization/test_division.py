@@ -15,7 +15,6 @@ from tests.mixtures import FAMILIES, SIZES
 
 import loadstone
 from loadstone.artifact.servers import MERGED_ONLY, runs_of
-from loadstone.errors import ArtifactError
 from loadstone.loading.meta import meta_model
 from loadstone.quantization import parse_recipe
 from loadstone.quantization.model_facts import ExpertLayout, facts_of
@@ -89,9 +88,6 @@ def test_a_plain_save_of_what_was_loaded_is_stocks_own(
         loadstone.detect(tmp_path / "other").tensors.keys()
         == loadstone.detect(experts_model(family)).tensors.keys()
     )
-    for change in ({}, {"recipe": "int8-weight-only"}):
-        with pytest.raises(ArtifactError, match="experts are stored one by one"):
-            loadstone.finalize(tmp_path / "out", tmp_path / "again", **change)
     loadstone.finalize(
         tmp_path / "out", tmp_path / "again", recipe="float8-weight-only", layout="compressed-tensors"
     )

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from tests import packed
 from tests.helpers import run, stock
+from tests.mixtures import save_mixture
 
 import loadstone
 from loadstone.errors import ArtifactError
@@ -23,6 +24,16 @@ from loadstone.ranks import Ranks
 from .test_finalize import weights
 
 W4, W8 = "intx4-weight-only", "int8-weight-only"
+
+
+def served(family: str, out: Path, recipe: str) -> Path:
+    """A mixture in the layout of serving engines."""
+    source = save_mixture(
+        family, out / "plain", hidden_size=128, intermediate_size=64, tie_word_embeddings=False
+    )
+    return loadstone.finalize(source, out / "packed", recipe=recipe, layout="compressed-tensors").out
+
+
 SOURCES: dict[str, Callable[[Path], Path]] = {
     "fp8 block": lambda out: packed.fp8(packed.save_model("qwen3-moe", out / "plain"), out / "packed"),
     "fp8 rows": lambda out: packed.fp8_rows(packed.save_model("llama", out / "plain"), out / "packed"),
@@ -32,6 +43,9 @@ SOURCES: dict[str, Callable[[Path], Path]] = {
     ),
     "awq": lambda out: packed.awq(packed.save_model("llama", out / "plain"), out / "packed"),
     "mxfp4": lambda out: packed.mxfp4(out / "packed"),
+    # Experts one by one, of models that transformers loads from one tensor of all experts only.
+    "gpt-oss W4A16": lambda out: served("gpt-oss", out, W4),
+    "llama4 FP8": lambda out: served("llama4", out, "float8-dynamic-act-float8-weight"),
     "torchao": lambda out: (
         loadstone.finalize(
             packed.save_model("llama", out / "plain"), out / "packed", recipe=f"{W4}:mapping=asymmetric"

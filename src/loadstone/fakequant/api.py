@@ -172,9 +172,13 @@ def _artifact(source: str | Path | Artifact, checkpoint: str | None, base: str |
 def _placed(artifact: Artifact, options: Options) -> Artifact:
     from loadstone.loading.adapters import placed
     from loadstone.loading.loader import import_libraries
+    from loadstone.loading.merged_experts import merged_experts
 
     import_libraries()
-    return placed(artifact, options.trust_remote_code)
+    artifact = placed(artifact, options.trust_remote_code)
+    if artifact.needs_remote_code and not options.trust_remote_code:
+        return artifact
+    return merged_experts(artifact, options.trust_remote_code)
 
 
 def _documents(calibrate: str | Path | Sequence[Any] | None, limit: int) -> Sequence[Any] | None:

@@ -53,7 +53,6 @@ def plan_directory(
         infinite: frozenset[str] = frozenset()
     else:
         from loadstone.loading.complete import check_stored
-        from loadstone.loading.experts import refuse_learned
         from loadstone.loading.infinite import infinite_buffers
         from loadstone.loading.meta import destinations, meta_model
 
@@ -62,7 +61,6 @@ def plan_directory(
         places = destinations(model, list(infos))
         check_stored(model, infos, places, artifact.weights.index or artifact.weights.files[0])
         generation_config(artifact, model)
-        refuse_learned((place.pattern for place in places.values() if place), artifact.root)
         stored_as = {d.parameter: k for k, d in places.items() if d}
         tied = model.all_tied_weights_keys
         ties = {stored_as.get(t, t): stored_as.get(s, s) for t, s in tied.items()}

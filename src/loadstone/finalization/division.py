@@ -8,7 +8,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from loadstone.artifact import Artifact, TensorInfo
-from loadstone.loading.experts import learned_place
+from loadstone.loading.experts import learned_place, stored_layout
 from loadstone.loading.meta import Destination, ModelMap
 from loadstone.quantization.model_facts import ExpertLayout, expert_matrix
 
@@ -85,27 +85,6 @@ def separated(info: TensorInfo, artifact: Artifact, place: Destination, mapped: 
         first = _rows_before(part, upright)
         found.append(Matrix(part, first, ExpertRows(info, first, part.shape[0], layout)))
     return found
-
-
-def stored_layout(
-    layout: ExpertLayout | None, operations: tuple[Any, ...], stored: tuple[int, ...], shape: tuple[int, ...]
-) -> ExpertLayout | None:
-    """The layout of a stored tensor that transformers' ``operations`` turn into the model's ``layout`` (``shape``).
-
-    None where they do more than turn matrices round or put rows in another order.
-    """
-    for operation in operations:
-        kind = type(operation).__name__
-        if layout is None or len(stored) != 3:
-            return None
-        if kind == "Transpose" and {operation.dim0, operation.dim1} == {1, 2}:
-            if not operation.check_dims or stored != shape:
-                layout = layout._replace(transposed=not layout.transposed)
-        elif kind == "Interleave" and operation.dim == 1 and not operation.inverse and not layout.interleaved:
-            layout = layout._replace(interleaved=True)
-        else:
-            return None
-    return layout
 
 
 def _rows_before(part: TensorInfo, info: TensorInfo) -> int:

@@ -20,7 +20,6 @@ from loadstone.artifact.torchao.flatten import SAFETENSORS_DTYPES
 from loadstone.artifact.torchao.tensors import part_name
 from loadstone.errors import ArtifactError
 from loadstone.finalization.division import ExpertRows, ExpertsApart, separated
-from loadstone.loading.decoded import DecodedSource
 from loadstone.quantization import MixedRecipe, Recipe, Scheme
 from loadstone.writing.index import SHARD_BYTES, in_shards, shard_name, weights_name
 
@@ -84,10 +83,10 @@ class Step:
         """`source_bytes` as they are stored: fewer where the sources are decoded."""
         if not self.packed:
             return self.source_bytes
-        return sum(
-            weight.nbytes * info.numel // weight.numel
-            for weight, info in zip(self.packed, self.sources, strict=True)
-        )
+        # A source may be a part of a weight, or be put together from several.
+        stored = sum(weight.nbytes for weight in self.packed)
+        values = sum(weight.numel for weight in self.packed)
+        return stored * sum(info.numel for info in self.sources) // values
 
     @property
     def nbytes(self) -> int:
@@ -161,24 +160,28 @@ def make_plan(
     fit the model.
     """
     from loadstone.finalization.encoders.torchao import TorchaoEncoder
-    from loadstone.loading.experts import refuse_learned
+    from loadstone.loading.experts import learned_place
     from loadstone.loading.infinite import infinite_buffers
+    from loadstone.loading.merged_experts import merged_experts
     from loadstone.loading.meta import model_map
     from loadstone.quantization.rules import instead
 
     found = stored_tensors(artifact)
     mapped = model_map(artifact, found, trust_remote_code)
+    encoder = encoder or TorchaoEncoder(device)
+    learned = (learned_place(key, place.pattern) for key, place in mapped.places.items() if place)
+    if (recipe is None or not encoder.keeps_names) and any(at is not None for at in learned):
+        artifact = merged_experts(artifact, trust_remote_code)
+        found = stored_tensors(artifact)
+        mapped = model_map(artifact, found, trust_remote_code)
     model, where = mapped.facts, mapped.places
     sources = source_tensors(artifact, found, model)
-    encoder = encoder or TorchaoEncoder(device)
     decisions = encoder.decide(model, recipe, skip) if recipe else {}
     if not encoder.keeps_names:
         decisions = _left_plain(mapped, decisions, sources, dtype, artifact.config)
     present = {place.parameter for key in sources if (place := where[key])}
     pairs = _untied(model, decisions, present)
     untied = {target: source for target, source in pairs.items() if target not in present}
-    if recipe is None or not encoder.keeps_names:
-        refuse_learned((place.pattern for key in sources if (place := where[key])), artifact.root)
     fused = _fused(model, sources, where)
     steps: list[Step] = []
     apart: dict[str, ExpertRows] = {}
@@ -216,7 +219,7 @@ def make_plan(
         steps.append(Step((info,), key, (output,), reason=reason))
         if place is not None and untied:
             steps += _untied_steps(info, place.parameter, stored, decisions, untied, encoder)
-    if isinstance(artifact.source, DecodedSource):
+    if artifact.decoded:
         steps = [_decoding(step, artifact.source) for step in steps]
     if recipe and not any(step.action == QUANTIZE for step in steps):
         raise ArtifactError(
@@ -244,12 +247,13 @@ def make_plan(
     return replace(plan, header=header, kind=encoder.kind, runs=encoder.runs(stored_as, config))
 
 
-def _decoding(step: Step, reader: DecodedSource) -> Step:
-    """The step with the quantized weights that its sources are decoded from, if they are."""
-    found = [reader.weight_of(info)[0] for info in step.sources]
-    packed = tuple(weight for weight in found if weight is not None)
-    if len(packed) < len(found):
+def _decoding(step: Step, reader: Any) -> Step:
+    """The step with the quantized weights that its sources are decoded from, if they are. ``reader``: a
+    `DecodedSource`, or one whose experts are put together."""
+    found = [reader.weights_of(info) for info in step.sources]
+    if not all(found):
         return step
+    packed = tuple(weight for weights in found for weight in weights)
     kinds = " and ".join(dict.fromkeys(reader.kind_of(weight) for weight in packed))
     return replace(
         step, packed=packed, reason=f"{step.reason}, from {kinds}" if step.reason else f"from {kinds}"

@@ -128,6 +128,11 @@ class DecodedSource:
         whole = self._in_order[bisect_right(self._in_order, info.begin, key=lambda each: each.begin) - 1]
         return self.weights[whole.name], (info.begin - whole.begin) // torch_dtype(whole.dtype).itemsize
 
+    def weights_of(self, info: TensorInfo) -> tuple[Packed | FlatTensor, ...]:
+        """The quantized weight that ``info`` is decoded from; none for a plain tensor."""
+        weight, _ = self.weight_of(info)
+        return () if weight is None else (weight,)
+
     @cached_property
     def _in_order(self) -> list[TensorInfo]:
         return sorted((self.tensors[name] for name in self.weights), key=lambda each: each.begin)

@@ -11,10 +11,8 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loadstone.errors import ArtifactError
 from loadstone.loading.model_class import BUILDING
 from loadstone.quantization.model_facts import ExpertLayout, expert_layout
 
@@ -104,17 +102,25 @@ def registered_experts(model: PreTrainedModel) -> Iterator[None]:
                 conversion_mapping.USER_REGISTERED_MAPPINGS.discard(kind)
 
 
-def refuse_learned(patterns: Iterable[str | None], path: Path) -> None:
-    """Raise `ArtifactError` where plain experts of a checkpoint would be stored as no other library reads them.
+def stored_layout(
+    layout: ExpertLayout | None, operations: tuple[Any, ...], stored: tuple[int, ...], shape: tuple[int, ...]
+) -> ExpertLayout | None:
+    """The layout of a stored tensor that transformers' ``operations`` turn into the model's ``layout`` (``shape``).
 
-    ``patterns``: of the conversions of its tensors.
+    None where they do more than turn matrices round or put rows in another order.
     """
-    if any(pattern in _OURS for pattern in patterns):
-        raise ArtifactError(
-            f"'{path}': its experts are stored one by one, and transformers loads those of this model from one tensor "
-            "only: they cannot be stored plain",
-            "Quantize it with --layout compressed-tensors, or finalize the model it was made from",
-        )
+    for operation in operations:
+        kind = type(operation).__name__
+        if layout is None or len(stored) != 3:
+            return None
+        if kind == "Transpose" and {operation.dim0, operation.dim1} == {1, 2}:
+            if not operation.check_dims or stored != shape:
+                layout = layout._replace(transposed=not layout.transposed)
+        elif kind == "Interleave" and operation.dim == 1 and not operation.inverse and not layout.interleaved:
+            layout = layout._replace(interleaved=True)
+        else:
+            return None
+    return layout
 
 
 def learned_place(name: str, pattern: str | None) -> tuple[int, int] | None:
