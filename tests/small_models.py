@@ -62,6 +62,7 @@ def make_model(seed: int = 0, *, family: str = "llama", **changes: Any) -> Any:
         config_class, model_class = {
             "llama": ("LlamaConfig", "LlamaForCausalLM"),
             "gemma2": ("Gemma2Config", "Gemma2ForCausalLM"),
+            "gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM"),
             "granite": ("GraniteConfig", "GraniteForCausalLM"),
             "qwen3_moe": ("Qwen3MoeConfig", "Qwen3MoeForCausalLM"),
         }[family]

@@ -5,33 +5,53 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process's place among ``size``; rank 0 makes the directory and publishes it."""
+    """This process's place among ``size`` that divide the work; rank 0 makes the directory and publishes it.
+
+    Where a copy of a model is divided among ``members`` processes, ``rank`` and ``size`` count the copies, and
+    ``member`` is the place within this one.
+    """
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
+    member: int = 0
+    members: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this process is the one that reports and writes."""
+        return self.rank == 0 and self.member == 0
+
+    @property
+    def alone(self) -> bool:
+        return self.size * self.members == 1
+
+    def in_copies(self, members: int) -> Ranks:
+        """The same processes, each ``members`` of which hold a copy of a model together."""
+        rank, member = divmod(self.rank, members)
+        return replace(self, rank=rank, size=self.size // members, member=member, members=members)
 
     def wait(self) -> None:
         """Return when every rank has come here."""
-        if self.size > 1:
+        if not self.alone:
             import torch.distributed as dist
 
             dist.barrier()
 
     def gather(self, value: Any) -> list[Any]:
-        """Every rank's value, in the order of ranks, on every rank."""
-        if self.size == 1:
+        """Every process's value, in the order of ranks, on every process."""
+        if self.alone:
             return [value]
         import torch.distributed as dist
 
-        values: list[Any] = [None] * self.size
+        values: list[Any] = [None] * (self.size * self.members)
         dist.all_gather_object(values, value)
         return values
 

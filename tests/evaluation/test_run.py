@@ -85,7 +85,7 @@ def test_cache_is_keyed_by_content(
     moved = tmp_path / "moved"
     subprocess.run(["cp", "-r", str(worse_dir), str(moved)], check=True)
 
-    def no_load(plan: Any) -> Any:
+    def no_load(plan: Any, mesh: Any) -> Any:
         raise AssertionError("loaded though its scores are in the cache")
 
     with monkeypatch.context() as patch:
@@ -251,7 +251,7 @@ def test_files_that_are_no_result(model_dir: Path, tmp_path: Path, content: str)
 
 
 def test_wrong_options_show_before_anything_loads(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_load(plan: Any) -> Any:
+    def no_load(plan: Any, mesh: Any) -> Any:
         raise AssertionError("loaded a model for nothing")
 
     monkeypatch.setattr("loadstone.evaluation.loaded.load", no_load)

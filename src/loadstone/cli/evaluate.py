@@ -187,6 +187,14 @@ def evaluate(
             rich_help_panel=options.RUN,
         ),
     ] = False,
+    parallel: Annotated[
+        str | None,
+        typer.Option(
+            metavar="tensor[=N]",
+            help="Under torchrun: divide each copy of a model among N ranks (default: all).",
+            rich_help_panel=options.RUN,
+        ),
+    ] = None,
     cache: Annotated[
         str | None,
         typer.Option(
@@ -294,6 +302,7 @@ def evaluate(
         compile=compile_layers,
         stream=stream,
         activations=activations,
+        parallel=parallel,
         cache=cache,
         resume=resume,
         kl=kl,

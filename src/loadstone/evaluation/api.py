@@ -44,6 +44,7 @@ def evaluate(
     compile: bool | None = None,
     stream: bool | None = None,
     activations: bool = False,
+    parallel: str | None = None,
     cache: StrPath | None = None,
     resume: bool = False,
     kl: bool = False,
@@ -82,7 +83,8 @@ def evaluate(
         faster kernels that give the same bits, and read common prefixes once. ``compile``: compile the decoder layers;
         None: on a GPU, where a long text saves more time than compiling takes. ``stream``: hold one layer in memory at
         a time; None: if the models do not fit. ``activations``: round inputs of layers as vLLM does, where the scheme
-        of a compressed-tensors artifact has quantized inputs. ``cache``: a directory of finished scores, found by
+        of a compressed-tensors artifact has quantized inputs. ``parallel``: ``tensor=N`` divides each copy of a model
+        among N ranks of a ``torchrun`` job. ``cache``: a directory of finished scores, found by
         content; ``resume``: continue an interrupted run from it.
     Results
         ``kl``: also KL divergence and top-1 agreement with the reference, and the ``worst`` documents. ``tasks``: also
@@ -123,6 +125,7 @@ def evaluate(
         compile=compile,
         stream=stream,
         activations=activations,
+        parallel=parallel,
         cache=_path(cache),
         resume=resume,
         tasks=tuple(tasks),

@@ -63,7 +63,7 @@ def open_model(model: EvalModel, options: Options) -> Iterator[LoadedModel]:
             module: Any = StreamedLm(source, model.name, fast=options.fast and not changes, inputs=changes)
             fast, vocabulary = module.fast, module.vocabulary
         else:
-            module = load(model.plan)
+            module = load(model.plan, mesh=model.mesh)
             parameters = _count(module)
             forget_lengths(module)
             hooked = _apply_quantizers(module, model)
@@ -78,7 +78,7 @@ def open_model(model: EvalModel, options: Options) -> Iterator[LoadedModel]:
                 cache = bind_prefix(model.prefix, module, None, name, share=options.fast)
             # The fast path replaces modules, and the hooks of quantizers would be lost with them.
             fast = FastPath()
-            if options.fast and not hooked:
+            if options.fast and not hooked and model.mesh is None:
                 fast = speed_up(module, pack=not options.compile)
             if options.compile:
                 compile_layers(module)
@@ -131,6 +131,8 @@ def choose_streaming(models: Sequence[EvalModel], options: Options) -> bool:
 
     Raises UsageError when streaming was asked for and is not possible.
     """
+    if models[0].mesh is not None:
+        return False
     if any(m.prefix is not None for m in models):
         if options.stream:
             raise UsageError("--stream has no meaning after a prefix", "Leave it out")
@@ -143,15 +145,28 @@ def choose_streaming(models: Sequence[EvalModel], options: Options) -> bool:
         )
     if options.stream is not None or cannot:
         return bool(options.stream)
-    plans = [m.plan for m in models]
-    several = plans[0].device == "auto" and torch.cuda.is_available()
+    if fits(models, options):
+        return False
+    log.info(
+        "%s not fit in memory: streaming layer by layer",
+        "model and reference do" if options.measures_divergence else "a model does",
+    )
+    return True
+
+
+def fits(models: Sequence[EvalModel], options: Options, share: float = 1.0) -> bool:
+    """Whether the models that are held at once, or a ``share`` of each, fit in memory."""
+    first = models[0].plan
+    several = first.device == "auto" and torch.cuda.is_available()
     devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())] if several else []
-    devices = devices or [input_device(plans[0])]
-    alone = any(must_stream([p], devices) for p in plans)
-    pairs = options.measures_divergence and any(must_stream([plans[0], p], devices) for p in plans[1:])
-    if alone or pairs:
-        log.info(
-            "%s not fit in memory: streaming layer by layer",
-            "a model does" if alone else "model and reference do",
-        )
-    return alone or pairs
+    devices = devices or [input_device(first)]
+    return not any(
+        must_stream([m.plan for m in together], devices, share) for together in held_together(models, options)
+    )
+
+
+def held_together(models: Sequence[EvalModel], options: Options) -> list[tuple[EvalModel, ...]]:
+    """The models that are in memory at once: one alone, or each beside the reference."""
+    if options.measures_divergence and len(models) > 1:
+        return [(models[0], model) for model in models[1:]]
+    return [(model,) for model in models]

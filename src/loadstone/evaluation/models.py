@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -28,7 +29,8 @@ class EvalModel:
 
     ``name``: as the user gave it. ``reference``: the others are compared with it. ``given``: named among the models,
     not as the baseline only. ``prefix``: the language-model prefix when one was named; ``plan`` is then its base's.
-    ``inputs``: how its layers round their inputs (``--activations``); empty where they do not."""
+    ``inputs``: how its layers round their inputs (``--activations``); empty where they do not. ``mesh``: the ranks that
+    hold its parts; None where each holds it whole."""
 
     name: str
     plan: LoadPlan
@@ -36,6 +38,7 @@ class EvalModel:
     given: bool
     prefix: ContextFile | None = None
     inputs: str = ""
+    mesh: Any = None
 
     @property
     def has_quantizers(self) -> bool:

@@ -45,6 +45,7 @@ class Options:
     compile: bool | None = None
     stream: bool | None = None
     activations: bool = False
+    parallel: str | None = None
     cache: str | None = None
     resume: bool = False
     save_every: float = 30.0

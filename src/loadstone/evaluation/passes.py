@@ -113,13 +113,14 @@ def _run(
     store, ranks = context.store, context.ranks
     known, save = None, None
     if store is not None and key is not None:
-        save = lambda values: store.save_partial(key, ranks.rank, values)  # noqa: E731
+        if not ranks.member:
+            save = lambda values: store.save_partial(key, ranks.rank, values)  # noqa: E731
         if context.options.resume:
             # All ranks must divide the same remainder, even if their disks differ.
             known = merge_partials(ranks.gather(store.partial(key)))
     # Nobody starts writing before everybody has read.
     ranks.wait()
-    with context.progress(name if ranks.rank == 0 else "", maker.tokens) as step:
+    with context.progress(name if ranks.first else "", maker.tokens) as step:
         try:
             values, timing = compute(
                 values=known,
@@ -188,6 +189,9 @@ def _key(context: EvalContext, *models: EvalModel) -> str | None:
     for model in models:
         if model.name not in context.fingerprints:
             context.fingerprints[model.name] = model.fingerprint()
+    if context.ranks.members > 1:
+        # Parts of a sum are added in another order.
+        mode["tensor"] = context.ranks.members
     if any(model.inputs for model in models):
         mode["inputs"] = [model.inputs for model in models]
     prints = [context.fingerprints[m.name] for m in models]
@@ -213,7 +217,7 @@ def _cached(context: EvalContext, key: str | None, name: str) -> tuple[Values, d
 
 
 def _store(context: EvalContext, key: str | None, values: Values, costs: dict[str, Cost]) -> None:
-    if context.store is not None and key is not None and context.ranks.rank == 0:
+    if context.store is not None and key is not None and context.ranks.first:
         context.store.finish(key, values, {role: asdict(cost) for role, cost in costs.items()})
 
 

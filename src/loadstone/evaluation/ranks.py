@@ -13,14 +13,15 @@ def device_of(ranks: Ranks, asked: str) -> str:
     """The device for this process: one GPU each, if GPUs were asked for and are there."""
     import torch
 
-    if ranks.size == 1 or asked not in ("auto", "cuda") or not torch.cuda.is_available():
+    if ranks.alone or asked not in ("auto", "cuda") or not torch.cuda.is_available():
         return asked
     return f"cuda:{ranks.local_rank % torch.cuda.device_count()}"
 
 
 def merge(ranks: Ranks, values: Values, known: Values | None) -> Values:
-    """The values of all processes: each token was computed by one of them, or was ``known`` to all at the start."""
-    if ranks.size == 1:
+    """The values of all processes: each token was computed by one of them (or by the members of one copy, alike), or
+    was ``known`` to all at the start."""
+    if ranks.alone:
         return values
     import torch
     import torch.distributed as dist
@@ -30,6 +31,8 @@ def merge(ranks: Ranks, values: Values, known: Values | None) -> Values:
         fresh = ~np.isnan(mine)
         if known is not None:
             fresh &= np.isnan(known[name])
+        if ranks.member:
+            fresh[:] = False
         # Adding zeros is exact: one process's bits come through unchanged.
         tensor = torch.from_numpy(np.where(fresh, mine, 0))
         owners = torch.from_numpy(fresh.astype(np.int32))
@@ -44,12 +47,12 @@ def merge(ranks: Ranks, values: Values, known: Values | None) -> Values:
 
 def merge_timing(ranks: Ranks, timing: Timing) -> Timing:
     """The tokens of all processes and the time of the slowest."""
-    if ranks.size == 1:
+    if ranks.alone:
         return timing
     import torch
     import torch.distributed as dist
 
-    seconds, tokens = torch.tensor([timing.seconds]), torch.tensor([timing.tokens])
+    seconds, tokens = torch.tensor([timing.seconds]), torch.tensor([0 if ranks.member else timing.tokens])
     dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
     dist.all_reduce(tokens)
     return Timing(float(seconds), int(tokens))

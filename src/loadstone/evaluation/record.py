@@ -54,6 +54,7 @@ def make_record(
         "dtype": model.plan.dtype,
         "inputs": model.inputs or None,
         "batch_size": cost.batch_size,
+        "ranks_per_copy": 1 if model.mesh is None else model.mesh.size(),
         "dequantized_linears": cost.dequantized_linears,
         "repacked_linears": cost.repacked_linears,
         "cached": cost.cached,

@@ -16,6 +16,7 @@ from loadstone.evaluation.harness.tasks import TaskScore, task_manager, task_rec
 from loadstone.evaluation.loaded import LoadedModel, choose_streaming, input_device, open_model
 from loadstone.evaluation.models import EvalModel, plan_models
 from loadstone.evaluation.options import DEFAULT_CACHE, Options
+from loadstone.evaluation.parallel import divide_models
 from loadstone.evaluation.passes import (
     EvalContext,
     run_extras,
@@ -72,12 +73,13 @@ def run(options: Options, progress: Progress = no_progress) -> Evaluation:
     store = open_store(options.cache or DEFAULT_CACHE) if options.cache or options.resume else None
     with joined() as ranks, ThreadPoolExecutor(1) as pool:
         models = plan_models(options, device_of(ranks, options.device), referenced=saved is not None)
+        models, ranks = divide_models(models, options, ranks)
         streams = choose_streaming(models, options)
         if streams and options.compile:
             log.warning("--compile has no effect on models that are streamed layer by layer")
         options = replace(options, stream=streams, compile=compile_mode(models, options, streams, saved))
         # The text is read and tokenized while the first model loads.
-        making = pool.submit(make_task, options, models, progress if ranks.rank == 0 else no_progress)
+        making = pool.submit(make_task, options, models, progress if ranks.first else no_progress)
         if options.compile is None:
             compiles = making.result().protocol.compiled
             if compiles:
@@ -102,7 +104,7 @@ def compile_mode(
     models: tuple[EvalModel, ...], options: Options, streams: bool, saved: Saved | None
 ) -> bool | None:
     """Whether to compile, where that is known before the text is; None to decide by the text's length."""
-    if streams:
+    if streams or models[0].mesh is not None:
         return False
     if options.compile is not None:
         return options.compile
@@ -192,7 +194,7 @@ def _report(
         verdicts=tuple(verdicts),
         description=describe(task.protocol),
         note=f"± one standard error, by bootstrap over {task.protocol.resampled}",
-        first=context.ranks.rank == 0,
+        first=context.ranks.first,
         task=task,
         values=values,
     )

@@ -52,7 +52,7 @@ def lazy_state_dict(artifact: Artifact, dtype: torch.dtype | None) -> Iterator[d
             parts = {data_name: stored.pop(info.name) for data_name, info in flat.parts.items()}
             state[name] = LazyQuantized(flat, parts, dtype)
         for name, weight in artifact.packed.items():
-            state[name] = LazyPacked(weight, {s: stored.pop(p.name) for s, p in weight.parts.items()})
+            state[name] = LazyPacked(weight, {s: stored.pop(p.name) for s, p in weight.parts.items()}, dtype)
         if artifact.is_torchao:
             # transformers casts no integers of a quantized checkpoint, not even beside layers kept in float32.
             stored = {

@@ -23,12 +23,16 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def load(target: str | Path | Artifact | LoadPlan, *, fast: bool = False, **options: Any) -> PreTrainedModel:
+def load(
+    target: str | Path | Artifact | LoadPlan, *, fast: bool = False, mesh: Any = None, **options: Any
+) -> PreTrainedModel:
     """Load any artifact as an ordinary transformers model in eval mode.
 
     ``target``: a directory, or a plan that `plan` made. ``options`` are `plan`'s: ``device`` (auto, cpu, cuda,
     cuda:N), ``dtype`` (auto, float32, bfloat16, float16), ``checkpoint``, ``trust_remote_code``, ``native_kernels``.
     ``fast``: on a GPU write tokens faster with weight-only recipes, to rounding; such a model is not saved again.
+    ``mesh``: a one-dimensional `DeviceMesh` of ranks that each load their part, by transformers' tensor-parallel plan;
+    ``device`` is then this rank's.
 
     Raises `ArtifactError` (damaged, or cannot be loaded here), `MissingError` (package or GPU) or `UsageError` (also
     for options beside a plan, which has its own).
@@ -53,10 +57,13 @@ def load(target: str | Path | Artifact | LoadPlan, *, fast: bool = False, **opti
     device_map = resolve_device(chosen.device, chosen.artifact, chosen.dtype)
     for folder in dict.fromkeys((chosen.artifact.path, *chosen.artifact.sidecar_dirs)):
         check_folder(folder)
-    loader = load_pretrained if chosen.load_path == FROM_PRETRAINED else load_native
     # torchao's tensors cannot be made from inference tensors, so a caller's inference mode ends here.
     with torch.inference_mode(False), offline():
-        model = loader(chosen, device_map).eval()
+        if chosen.load_path == FROM_PRETRAINED:
+            model = load_pretrained(chosen, device_map)
+        else:
+            model = load_native(chosen, device_map, mesh)
+    model.eval()
     check_unchanged(chosen.artifact.path, chosen.artifact.stamp)
     if fast:
         from loadstone.loading.few_rows import speed_up_decoding

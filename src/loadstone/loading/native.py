@@ -34,6 +34,7 @@ from loadstone.loading.model_class import (
     stored_dtype,
 )
 from loadstone.loading.plan import LoadPlan
+from loadstone.loading.tensor_parallel import divided
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -41,8 +42,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def load_native(plan: LoadPlan, device_map: Any) -> PreTrainedModel:
-    """Load a dense or torchao artifact; ``device_map`` is what `from_pretrained` takes (None: CPU)."""
+def load_native(plan: LoadPlan, device_map: Any, mesh: Any = None) -> PreTrainedModel:
+    """Load a dense or torchao artifact; ``device_map`` is what `from_pretrained` takes (None: CPU). ``mesh``: of the
+    ranks that load it in parts."""
     import torch
 
     artifact = plan.artifact
@@ -61,6 +63,7 @@ def load_native(plan: LoadPlan, device_map: Any) -> PreTrainedModel:
             quiet_transformers(),
             construction(artifact, model_class),
             learned,
+            divided(model_class, mesh) if mesh is not None else nullcontext(),
         ):
             model, info = model_class.from_pretrained(
                 *_source(artifact, config, state, options),

@@ -7,6 +7,7 @@ What comes out is a plain tensor of the model's dtype, so experts merge and laye
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from loadstone.artifact.packed import Packed
 from loadstone.artifact.torchao.flatten import torch_dtype
 from loadstone.errors import ArtifactError
 from loadstone.loading.meta import destinations, meta_model
+from loadstone.loading.part import LazyPart
 from loadstone.quantization.decoding import decode_block
 
 if TYPE_CHECKING:
@@ -42,27 +44,40 @@ def empty_biases(artifact: Artifact) -> frozenset[str]:
 
 
 class LazyPacked:
-    """A packed weight before it is read. ``parts`` maps suffixes to safetensors slices."""
+    """A packed weight before it is read. ``parts`` maps suffixes to safetensors slices; ``dtype``: of parts of it."""
 
-    def __init__(self, weight: Packed, parts: dict[str, Any]) -> None:
+    def __init__(self, weight: Packed, parts: dict[str, Any], dtype: torch.dtype | None = None) -> None:
         self.weight = weight
         self.parts = parts
+        self.dtype = dtype
 
-    def __getitem__(self, index: Any) -> Any:
-        # A part is asked for where a weight is divided among GPUs.
-        return self if index is Ellipsis else self.to()[index]
+    def __getitem__(self, index: Any) -> LazyPacked | LazyPart:
+        # A part is asked for where a weight is divided among ranks.
+        return self if index is Ellipsis else LazyPart(partial(self._part, index), self.dtype)
+
+    def _part(self, index: tuple[slice, ...], device: Any, dtype: torch.dtype | None) -> torch.Tensor:
+        """The part of the weight at ``index``, a slice for each dimension; of a matrix its rows alone are decoded."""
+        rows, tile = self.weight.shape[0], self.weight.row_tile
+        if len(self.weight.shape) > 2:
+            return self.to(device, dtype)[index]
+        start, stop, _ = index[0].indices(rows)
+        first, last = start // tile * tile, min(-(-stop // tile) * tile, rows)
+        found = self._rows(first, last, device, dtype)
+        return found[start - first : stop - first][(slice(None), *index[1:])]
 
     def to(self, device: Any = None, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The weight in ``dtype`` (None: of its scales), decoded on ``device``."""
+        shape = self.weight.shape
+        return self._rows(0, prod(shape[:-1]), device, dtype).view(shape)
+
+    def _rows(self, first: int, last: int, device: Any, dtype: torch.dtype | None) -> torch.Tensor:
 
         def read(suffix: str, start: int, stop: int) -> torch.Tensor:
             part = self.parts[suffix]
             found = part[start:stop] if self.weight.parts[suffix].shape else part[...]
             return found if device is None else found.to(device)
 
-        shape = self.weight.shape
-        rows = decode(self.weight, read, 0, prod(shape[:-1]), dtype or torch_dtype(self.weight.dtype))
-        return rows.view(shape)
+        return decode(self.weight, read, first, last, dtype or torch_dtype(self.weight.dtype))
 
     def get_dtype(self) -> str:
         """What a safetensors slice answers: the model sees the weight in its own floating dtype."""

@@ -287,9 +287,10 @@ def can_stream(plan: LoadPlan) -> bool:
     )
 
 
-def must_stream(plans: Sequence[LoadPlan], devices: Sequence[torch.device]) -> bool:
-    """Whether these models, held at once, take more than four fifths of the free memory of all the devices."""
+def must_stream(plans: Sequence[LoadPlan], devices: Sequence[torch.device], share: float = 1.0) -> bool:
+    """Whether these models, or a ``share`` of each, held at once, take more than four fifths of the free memory of all
+    the devices."""
     # Processes of one machine share its memory; a GPU is one process's.
     sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if devices[0].type == "cpu" else 1
-    need = sharing * sum(weight_bytes(plan.artifact, plan.dtype) for plan in plans)
+    need = share * sharing * sum(weight_bytes(plan.artifact, plan.dtype) for plan in plans)
     return need > _WEIGHTS_SHARE * sum(map(free_bytes, devices))
