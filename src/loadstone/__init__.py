@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from loadstone.finalization import plan_finalize as plan_finalize
     from loadstone.loading import load_tokenizer as load_tokenizer
     from loadstone.loading import plan as plan
+    from loadstone.loading.greedy import greedy_decoding as greedy_decoding
 
 __all__ = [
     "__version__",
@@ -39,6 +40,7 @@ __all__ = [
     "finalize",
     "fit",
     "following_links",
+    "greedy_decoding",
     "load",
     "load_context",
     "load_tokenizer",
@@ -55,6 +57,7 @@ _HOMES = {
     "finalize": "loadstone.finalization",
     "fit": "loadstone.context",
     "following_links": "loadstone.artifact.files",
+    "greedy_decoding": "loadstone.loading.greedy",
     "load": "loadstone.context",
     "load_context": "loadstone.context",
     "load_tokenizer": "loadstone.loading",

@@ -1,12 +1,13 @@
 """On a GPU: tokens per second of one sequence with weight-only recipes, beside bf16; and the kernels alone.
 
-    python tests/bench/gpu_decode.py [--kernels] [--layers 16] [--recipes a,b] [--folder DIR]
+    python tests/bench/gpu_decode.py [--kernels] [--layers 16] [--recipes a,b] [--folder DIR] [--profile]
 
 ``--kernels``: products of one row with single weights, each replayed in a CUDA graph: microseconds and the share of
 cuBLAS's bf16 time, for the block sizes that were tried. Otherwise a Llama-3-8B-shaped checkpoint of 16 layers is made,
-finalized by each recipe and loaded, and `generate` writes with a static cache, compiled, as transformers does by
-itself: stock modules, and with ``loadstone.load(…, fast=True)``. Tokens per second are the median of five differences
-between writing 64 and 128 tokens.
+finalized by each recipe and loaded, and `generate` writes with a static cache: stock modules and loop, which
+compile the model; our loop (`loadstone.greedy_decoding`); and our loop with ``loadstone.load(…, fast=True)``.
+Tokens per second are the median of five differences between writing 64 and 128 tokens; the warm-up is the first call.
+``--profile`` adds the kernels that a token of the last way spends its time in.
 """
 
 from __future__ import annotations
@@ -92,22 +93,47 @@ def kernels() -> None:
             )
 
 
-def rate(model: Any, ids: Any) -> float:
-    """Tokens per second of greedy decoding with a static cache, which transformers compiles."""
+def rate(model: Any, ids: Any, **options: Any) -> tuple[float, float]:
+    """Tokens per second of greedy decoding with a static cache, and seconds of the first call."""
     import torch
 
     def seconds(tokens: int) -> float:
         torch.cuda.synchronize()
         start = time.perf_counter()
         model.generate(
-            ids, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, cache_implementation="static"
+            ids,
+            max_new_tokens=tokens,
+            min_new_tokens=tokens,
+            do_sample=False,
+            cache_implementation="static",
+            **options,
         )
         torch.cuda.synchronize()
         return time.perf_counter() - start
 
-    seconds(128)
+    warm = seconds(128)
     seconds(64)
-    return statistics.median(64 / (seconds(128) - seconds(64)) for _ in range(5))
+    return statistics.median(64 / (seconds(128) - seconds(64)) for _ in range(5)), warm
+
+
+def profile(model: Any, ids: Any) -> None:
+    """Microseconds a token of each kernel, the longest first."""
+    import torch
+    from torch.profiler import ProfilerActivity
+
+    import loadstone
+
+    tokens = 64
+    with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as found:
+        rate_options = {"max_new_tokens": tokens, "do_sample": False, "cache_implementation": "static"}
+        model.generate(ids, custom_generate=loadstone.greedy_decoding, **rate_options)
+        torch.cuda.synchronize()
+    kernels = sorted(found.key_averages(), key=lambda k: -k.self_device_time_total)
+    total = sum(k.self_device_time_total for k in kernels)
+    print(f"  a token's kernels: {total / tokens:.0f} us in {sum(k.count for k in kernels) / tokens:.0f}")
+    for kernel in kernels[:14]:
+        time_, count = kernel.self_device_time_total / tokens, kernel.count / tokens
+        print(f"  {time_:8.1f} us {count:6.1f} of {time_ / count:5.1f} us  {kernel.key[:90]}", flush=True)
 
 
 def main() -> None:
@@ -116,6 +142,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--recipes", default=",".join(RECIPES))
     parser.add_argument("--folder", type=Path, default=None)
+    parser.add_argument("--profile", action="store_true")
     options = parser.parse_args()
     if options.kernels:
         kernels()
@@ -130,30 +157,40 @@ def main() -> None:
         source = Path(name) / "source"
         make(source, options.layers)
         ids = torch.randint(0, 1000, (1, 32), device="cuda")
-        base = 0.0
+        base: tuple[float, float] | None = None
         print(
-            "| recipe | stock, tokens/s | fast, tokens/s | fast over bf16 | first logits agree to |",
+            "| recipe | stock | our loop | our loop, fast | over bf16's stock | over bf16 in our loop | "
+            "first logits agree to | warm-ups, s |",
             flush=True,
         )
-        print("|---|---|---|---|---|", flush=True)
+        print("|---|---|---|---|---|---|---|---|", flush=True)
         for recipe in ("", *options.recipes.split(",")):
             path = source
             if recipe:
                 path = Path(name) / "out"
                 loadstone.finalize(source, path, recipe=recipe, device="cuda")
             found, logits = [], []
-            for fast in (False, True) if recipe else (False,):
+            ours = {"custom_generate": loadstone.greedy_decoding}
+            for fast, loop in (
+                ((False, {}), (False, ours), (True, ours)) if recipe else ((False, {}), (False, ours))
+            ):
                 torch.compiler.reset()
                 model = loadstone.load(path, device="cuda", fast=fast)
                 with torch.no_grad():
                     logits.append(model(ids[:, :1]).logits.float())
-                found.append(rate(model, ids))
+                found.append(rate(model, ids, **loop))
+                if options.profile and loop and (fast or not recipe):
+                    profile(model, ids)
                 del model
                 torch.cuda.empty_cache()
-            base = base or found[0]
+            base = base or (found[0][0], found[1][0])
             gap = (logits[0] - logits[-1]).abs().max().item() / logits[0].abs().max().item()
+            rates = [f"{tokens:.0f}" for tokens, _ in found] + [""] * (3 - len(found))
+            best = found[-1][0]
+            warm = ", ".join(f"{seconds:.0f}" for _, seconds in found)
             print(
-                f"| {recipe or 'bf16'} | {found[0]:.0f} | {found[-1]:.0f} | {found[-1] / base:.2f} | {gap:.1e} |",
+                f"| {recipe or 'bf16'} | {' | '.join(rates)} | {best / base[0]:.2f} | {best / base[1]:.2f} | "
+                f"{gap:.1e} | {warm} |",
                 flush=True,
             )
             if recipe:

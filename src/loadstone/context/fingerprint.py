@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from loadstone.artifact.context_errors import ArchitectureMismatch, BaseMismatch
-from loadstone.artifact.torchao.flatten import tensor_bytes
+from loadstone.artifact.torchao.flatten import plain_parts, tensor_bytes
 from loadstone.errors import UsageError
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def fingerprint(model: nn.Module) -> Fingerprint:
 
 def fingerprint_of(state: Mapping[str, Tensor]) -> Fingerprint:
     """The fingerprint of named tensors. Several are hashed at once: one core reads half a gigabyte a second."""
-    parts = {part: plain for name, tensor in state.items() for part, plain in _plain_parts(name, tensor)}
+    parts = {part: plain for name, tensor in state.items() for part, plain in plain_parts(name, tensor)}
     for part, plain in parts.items():
         if plain.is_meta:
             raise UsageError(
@@ -73,14 +73,6 @@ def fingerprint_of(state: Mapping[str, Tensor]) -> Fingerprint:
             for part, t in parts.items()
         }
     )
-
-
-def _plain_parts(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    if not hasattr(tensor, "__tensor_flatten__"):
-        yield name, tensor
-        return
-    for part in tensor.__tensor_flatten__()[0]:
-        yield from _plain_parts(f"{name}.{part}", getattr(tensor, part))
 
 
 def tensor_sha256(tensor: Tensor) -> str:

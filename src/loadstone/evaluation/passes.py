@@ -228,7 +228,7 @@ def run_extras(
 
     All ranks divide the tasks. Rank 0 alone measures speed, on one device while the others wait, and of the model as
     anyone loads it: without the fast path and without compiled layers. On a GPU also as fast as it can be loaded: with
-    the kernels of `load(…, fast=True)` and a compiled `generate`.
+    the kernels of `load(…, fast=True)` and `greedy_decoding`.
     """
     options, task = context.options, context.task.result()
     if not options.tasks and not options.speed:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from torch import nn
+
+# Inductor's options for compiled layers. torchao's int8 recipes turn on its exhaustive tuning for the whole process:
+# minutes per layer, no gain.
+INDUCTOR: dict[str, Any] = {
+    "coordinate_descent_tuning": False,
+    "coordinate_descent_check_all_directions": False,
+}
 
 
 class LayerStack(NamedTuple):

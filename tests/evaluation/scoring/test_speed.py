@@ -34,3 +34,20 @@ def test_writes_what_generate_writes(model: Any, monkeypatch: pytest.MonkeyPatch
     monkeypatch.undo()
     expected = model.generate(torch.arange(20, 60)[None], max_new_tokens=17, do_sample=False)[0, 40:]
     assert seen[:17] == expected.tolist()
+
+
+def test_compiled_rows_write_the_same(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`generate` by `greedy_decoding`, which writes what `generate` writes."""
+    written: list[torch.Tensor] = []
+    real = model.generate
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        written.append(real(*args, **kwargs))
+        return written[-1]
+
+    monkeypatch.setattr(model, "generate", spy)
+    (record,) = measure_speed(model, torch.arange(20, 60), (1,), compiled=True)
+    assert record["compiled"] and record["decode_tokens_per_second"] > 0
+    assert torch.equal(
+        max(written, key=lambda ids: ids.shape[1]), real(torch.arange(20, 60)[None], max_new_tokens=16)
+    )

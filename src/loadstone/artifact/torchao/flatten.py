@@ -10,6 +10,8 @@ from loadstone.artifact.torchao.checks import SUBCLASSES, FlatTensor, unknown_cl
 from loadstone.errors import ArtifactError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     import torch
 
 # torch dtype names in safetensors' spelling.
@@ -45,6 +47,15 @@ def describe(tensor: torch.Tensor) -> str:
     from torchao.prototype.safetensors.safetensors_utils import TensorSubclassAttributeJSONEncoder
 
     return json.dumps(tensor, cls=TensorSubclassAttributeJSONEncoder)
+
+
+def plain_parts(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """The plain tensors that a tensor of any class consists of, by name: itself, where it is plain."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        yield name, tensor
+        return
+    for part in tensor.__tensor_flatten__()[0]:
+        yield from plain_parts(f"{name}.{part}", getattr(tensor, part))
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -10,12 +10,10 @@ from typing import Any
 from torch import nn
 
 from loadstone.loading import LoadPlan
-from loadstone.loading.layers import layer_stack
+from loadstone.loading.layers import INDUCTOR, layer_stack
 from loadstone.loading.model_class import load_config, model_class_of
 
 log = logging.getLogger(__name__)
-# torchao's int8 recipes turn on inductor's exhaustive tuning for the whole process: minutes per layer, no gain.
-_INDUCTOR = {"coordinate_descent_tuning": False, "coordinate_descent_check_all_directions": False}
 
 # Compiling takes 4 to 6 seconds of the time that an H100 or H200 takes for this many floating-point operations in
 # eager mode (350 TFLOP/s), and saves 28 % of it (tests/bench/gpu_eval.py). Slower cards save more.
@@ -53,7 +51,7 @@ def compile_layers(model: Any) -> int:
         log.warning("--compile: no stack of decoder layers found; computing without it")
     for layer in layers:
         # Windows have few lengths, and symbolic shapes are slower.
-        layer.compile(dynamic=False, options=_INDUCTOR)
+        layer.compile(dynamic=False, options=INDUCTOR)
     return len(layers)
 
 
