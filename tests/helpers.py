@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import socket
+import sys
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -31,3 +37,37 @@ def stock(path: Path, **options: object) -> torch.nn.Module:
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(path, **options)
+
+
+def on_ranks(size: int, work: Callable[[], None], check: bool = True) -> list[int]:
+    """Call ``work`` in ``size`` processes with the variables that torchrun sets; returns their exit codes.
+
+    The processes are forks of this one, so that nothing is imported again.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def on_rank(rank: int) -> None:
+        os.environ.update(
+            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size),
+            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+        )  # fmt: skip
+        try:
+            work()
+        except BaseException:
+            traceback.print_exc()
+            sys.stderr.flush()
+            os._exit(1)
+        # Not the end of a test session.
+        os._exit(0)
+
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=on_rank, args=(rank,)) for rank in range(size)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    codes = [int(process.exitcode or 0) for process in processes]
+    assert not check or not any(codes), codes
+    return codes

@@ -7,7 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,35 @@ class Ranks:
         values: list[Any] = [None] * (self.size * self.members)
         dist.all_gather_object(values, value)
         return values
+
+    def from_first(self, value: Any) -> Any:
+        """Rank 0's value, on every rank."""
+        if self.alone:
+            return value
+        import torch.distributed as dist
+
+        values = [value]
+        dist.broadcast_object_list(values, src=0)
+        return values[0]
+
+    def combine(
+        self, tensor: torch.Tensor, how: Literal["sum", "max"], to: int | None = None
+    ) -> torch.Tensor:
+        """The sum or the largest of all ranks' tensors of one shape, on the CPU: on every rank, or on rank ``to``
+        alone, where others get anything."""
+        mine = tensor.contiguous().cpu()
+        if self.alone:
+            return mine
+        import torch.distributed as dist
+
+        # The caller's tensor stays as it is.
+        mine = mine.clone() if mine.data_ptr() == tensor.data_ptr() else mine
+        op = dist.ReduceOp.SUM if how == "sum" else dist.ReduceOp.MAX
+        if to is None:
+            dist.all_reduce(mine, op)
+        else:
+            dist.reduce(mine, to, op)
+        return mine
 
 
 @contextmanager

@@ -11,15 +11,18 @@ from tests.helpers import TOKENS, logits, run
 import loadstone
 from loadstone.errors import ArtifactError, MissingError, UsageError
 from loadstone.finalization import calibrate as module
-from loadstone.finalization.calibrate import calibrate, calibrated
+from loadstone.finalization import round_layer
+from loadstone.finalization.calibrate import calibrate, calibrated, calibration_folder
 from loadstone.finalization.gptq import gptq
 from loadstone.finalization.plan import make_plan
 from loadstone.finalization.run import write_plan
-from loadstone.finalization.smooth import Inputs, awq_scale, find_folds, smooth_scale
+from loadstone.finalization.smooth import awq_scale, find_folds, smooth_scale
+from loadstone.finalization.statistics import Inputs
 from loadstone.finalization.verify import verify
 from loadstone.quantization import parse_recipe, read_recipe
 from loadstone.quantization.quantize import dense, quantize_scaled, quantize_weight
 from loadstone.quantization.recipe_file import with_algorithm
+from loadstone.ranks import Ranks
 
 
 def weight(rows: int = 48, columns: int = 256) -> torch.Tensor:
@@ -105,15 +108,6 @@ def outlying(rows: int, columns: int) -> torch.Tensor:
     return torch.randn(rows, columns) * size
 
 
-def test_statistics_add_up() -> None:
-    x = outlying(64, 32)
-    whole, parts = Inputs.of(x, True), Inputs.of(x[:20], True)
-    parts.add(Inputs.of(x[20:], True))
-    for name in ("moment", "total", "largest"):
-        torch.testing.assert_close(getattr(whole, name), getattr(parts, name), rtol=1e-5, atol=1e-2)
-    assert whole.count == parts.count == 64
-
-
 @pytest.mark.parametrize("recipe", ["intx4-weight-only", "int8-weight-only"])
 def test_awq_chooses_torchaos_scale(recipe: str) -> None:
     """From moments, what torchao's observer finds by keeping all inputs."""
@@ -127,7 +121,7 @@ def test_awq_chooses_torchaos_scale(recipe: str) -> None:
     observer(x, None)
     expected = observer.calculate_qparams()
     assert expected.std() > 0.1
-    assert torch.allclose(awq_scale(Inputs.of(x, True), [(w, scheme)]), expected, rtol=1e-4)
+    assert torch.allclose(awq_scale(Inputs.of(x), [(w, scheme)]), expected, rtol=1e-4)
 
 
 def test_smoothquant_is_torchaos() -> None:
@@ -145,7 +139,7 @@ def test_smoothquant_is_torchaos() -> None:
         model(x)
     quantize_(model, SmoothQuantConfig(to_torchao(scheme), "convert"))
     expected = model[0].weight
-    ours = quantize_scaled(w, scheme, smooth_scale(Inputs.of(x, False), [(w, scheme)]))
+    ours = quantize_scaled(w, scheme, smooth_scale(Inputs.of(x), [(w, scheme)]))
     # torchao takes the powers in bfloat16, ours in float32.
     assert torch.allclose(ours.act_pre_scale.float(), expected.act_pre_scale.float(), rtol=0.02)
     error = [(dense(t).float() - w.float()).square().mean() for t in (ours, expected)]
@@ -220,7 +214,7 @@ def test_folds_are_found_and_proven(make_model: Callable[..., Path], arch: str) 
 def test_a_layer_without_folds_is_refused(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "find_folds", lambda *args: [])
+    monkeypatch.setattr(round_layer, "find_folds", lambda *args: [])
     plan = make_plan(loadstone.detect(tiny), parse_recipe("intx4-weight-only:rounding=awq"))
     with pytest.raises(ArtifactError, match="no norm or Linear of LlamaDecoderLayer can take over"):
         calibrate(plan, TOKENS, tmp_path / "out")
@@ -282,8 +276,9 @@ def test_calibrated_artifact_is_like_any_other(
         ]
     assert errors[1] < errors[0] * (1.5 if algorithm == "smoothquant" else 1.02)
     # A second run takes the finished layers over, and other tokens do not.
-    monkeypatch.setattr(module, "_round_layer", lambda *args: pytest.fail("rounded again"))
-    assert calibrate(plan, rows, tmp_path / "out") == ready == calibrated(plan, rows, tmp_path / "out")
+    monkeypatch.setattr(module, "round_layer", lambda *args: pytest.fail("rounded again"))
+    folder = calibration_folder(plan, rows, tmp_path / "out", Ranks())
+    assert calibrate(plan, rows, tmp_path / "out") == ready == calibrated(plan, folder, Ranks())
     with pytest.raises(pytest.fail.Exception):
         calibrate(plan, rows + 1, tmp_path / "out")
 

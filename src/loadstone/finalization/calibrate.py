@@ -1,6 +1,7 @@
 """Calibrated rounding, one decoder layer at a time: memory holds that layer, its inputs and their statistics.
 
-Each layer is calibrated on the outputs of the rounded layers before it. `gptq` and `smooth` hold the algorithms.
+Each layer is calibrated on the outputs of the rounded layers before it. Ranks divide the rows of text, and the Linears
+and experts of each layer (`round_layer`); `gptq` and `smooth` hold the algorithms.
 """
 
 from __future__ import annotations
@@ -9,27 +10,21 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loadstone.artifact.manifest import versions
-from loadstone.artifact.torchao.flatten import torch_dtype
-from loadstone.errors import ArtifactError, UsageError
-from loadstone.finalization.experts import FEWEST, plainly, round_experts, use_experts
-from loadstone.finalization.gptq import gptq
+from loadstone.errors import UsageError
+from loadstone.finalization.experts import FEWEST, Stored, plainly, use_experts
 from loadstone.finalization.journal import calibration_directory, output_in, work_directory
-from loadstone.finalization.layers import PLAIN, Call, layer_calls, run_layer
+from loadstone.finalization.layers import PLAIN, layer_calls
 from loadstone.finalization.plan import FinalizePlan, Step
 from loadstone.finalization.ranges import measure_inputs, measured_parameters, with_ranges
-from loadstone.finalization.smooth import Inputs, awq_scale, find_folds, smooth_scale
-from loadstone.quantization.quantize import quantize_scaled, quantize_weight
-from loadstone.quantization.rounding import least_squares_weight
-from loadstone.quantization.schemes import (
-    Int8DynActIntxWeight,
-    IntxWeightOnly,
-)
+from loadstone.finalization.round_layer import Rows, round_layer
 from loadstone.ranks import Ranks
 from loadstone.writing.publish import check_space
 
@@ -38,10 +33,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
-_INTX = (IntxWeightOnly, Int8DynActIntxWeight)
 # Tokens of one calibration sequence.
 _ROW_TOKENS = 512
-_SCALES = {"awq": awq_scale, "smoothquant": smooth_scale}
 
 
 def calibrate(
@@ -51,12 +44,14 @@ def calibrate(
     *,
     device: str = "cpu",
     trust_remote_code: bool = False,
+    ranks: Ranks | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> FinalizePlan:
     """Round every calibrated weight on ``rows``, token ids (rows, length); returns the plan with its steps ready.
 
-    Results go beside ``out``, a file for each layer; those that a killed run finished for the same tokens, weights and
-    recipe are taken over. ``on_progress(done, total)`` counts layers. Raises `UsageError` when nothing in
+    Results go beside ``out``, files for each layer; those that a killed run finished for the same tokens, weights and
+    recipe are taken over, whatever the number of its ``ranks``, which does not change a bit of the result.
+    ``on_progress(done, total)`` counts layers. Raises `UsageError` when nothing in
     the plan is calibrated, `MissingError` for too little disk space, `ArtifactError` for a model whose layers cannot be
     run one by one or allow no scaling of inputs.
     """
@@ -65,13 +60,14 @@ def calibrate(
     from loadstone.loading import plan as load_plan
     from loadstone.loading.streamed import streamed
 
+    ranks = ranks or Ranks()
     wanted = _wanted(plan)
     if not wanted:
         raise UsageError(
             f"{plan.recipe} rounds nothing by calibration", "Use an intx recipe: intx4-weight-only"
         )
     source = load_plan(plan.source, dtype="float32", trust_remote_code=trust_remote_code)
-    folder = _folder(plan, rows, out)
+    folder = calibration_folder(plan, rows, out, ranks)
     few: list[str] = []
     with streamed(source, torch.device(device)) as model, torch.no_grad():
         prefix = model.stack_name
@@ -80,38 +76,77 @@ def calibrate(
             step.name for name, found in steps.items() if name.startswith(f"{prefix}.") for step in found
         }
         outside = [step for name, step in wanted.items() if name not in calibrated_here]
-        _check_outside(outside, prefix)
+        _check_outside(outside, prefix, ranks)
         if len(outside) == len(wanted):
             raise UsageError(
                 f"no weight that {plan.recipe} quantizes is part of a decoder layer ({prefix})", PLAIN
             )
-        needed = plan.bytes_after + sum(s.nbytes for s in wanted.values())
-        check_space(needed, out, output_in(work_directory(out)), folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        hidden, calls = layer_calls(model.model.base_model, model.stack, rows, device)
+        if ranks.rank == 0:
+            needed = plan.bytes_after + sum(s.nbytes for s in wanted.values())
+            check_space(needed, out, output_in(work_directory(out)), folder)
+            folder.mkdir(parents=True, exist_ok=True)
+        hidden, calls = layer_calls(model.model.base_model, model.stack, rows, device, ranks)
         for number in range(len(model)):
             start, layer = f"{prefix}.{number}.", model.layer(number)
             found = {n.removeprefix(start): s for n, s in steps.items() if n.startswith(start)}
             inside = {n: s[0] for n, s in found.items() if len(s) == 1 and not s[0].first_row}
             experts = {n: s for n, s in found.items() if n not in inside}
+            mine = Rows(hidden, calls[number], rows.numel(), device, ranks)
             if any(step.name in wanted for each in found.values() for step in each):
-                file = folder / f"{number:05d}.safetensors"
-                if not file.is_file():
-                    _round_layer(layer, inside, experts, hidden, calls[number], file, device)
-                _use_rounded(layer, inside, file, device)
-                few += use_experts(layer, experts, file, device)
-            hidden = [run_layer(layer, x, calls[number], device) for x in hidden]
+                files = _finished(folder, number, ranks)
+                if not files:
+                    parts = round_layer(layer, inside, experts, mine)
+                    files = _finish(parts, folder, number, ranks)
+                    del parts
+                with _stored(files) as stored:
+                    _use_rounded(layer, inside, stored, device)
+                    few += use_experts(layer, experts, stored, device)
+            hidden = mine.run(layer)
             del layer
             if on_progress:
                 on_progress(number + 1, len(model))
-    if few:
+    if few and ranks.rank == 0:
         log.warning(
             "%d matrices of experts saw fewer than %d calibration tokens and are rounded without text; the first: '%s'",
             len(few),
             FEWEST,
             few[0],
         )
-    return calibrated(plan, rows, out)
+    return calibrated(plan, folder, ranks)
+
+
+def _finished(folder: Path, number: int, ranks: Ranks) -> list[Path]:
+    """The files of a layer that a run finished, else none. Rank 0 looks: others may see a shared directory late."""
+    note = folder / f"{number:05d}.json"
+    found = json.loads(note.read_text()) if ranks.rank == 0 and note.is_file() else []
+    return [folder / name for name in ranks.from_first(found)]
+
+
+def _finish(parts: dict[str, torch.Tensor], folder: Path, number: int, ranks: Ranks) -> list[Path]:
+    """Write this rank's tensors of a layer, and when all ranks have, the note that names their files."""
+    from safetensors.torch import save_file
+
+    name = f"{number:05d}-{ranks.rank:05d}.safetensors" if parts else ""
+    if parts:
+        partial = folder / f"{name}.{os.getpid()}.partial"
+        save_file(parts, partial)
+        partial.replace(folder / name)
+    names = [each for each in ranks.gather(name) if each]
+    if ranks.rank == 0:
+        partial = folder / f"{number:05d}.json.partial"
+        partial.write_text(json.dumps(names))
+        partial.replace(folder / f"{number:05d}.json")
+    return [folder / each for each in names]
+
+
+@contextmanager
+def _stored(files: list[Path]) -> Iterator[Stored]:
+    """What reads each tensor in ``files``, by its name."""
+    from safetensors import safe_open
+
+    with ExitStack() as stack:
+        opened = [stack.enter_context(safe_open(file, framework="pt")) for file in files]
+        yield {name: partial(file.get_tensor, name) for file in opened for name in file.keys()}  # noqa: SIM118
 
 
 def _steps_by_parameter(plan: FinalizePlan, model: PreTrainedModel) -> dict[str, list[Step]]:
@@ -138,21 +173,21 @@ def calibrate_plan(
     trust_remote_code: bool,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> FinalizePlan:
-    """The plan with its weights rounded, and the ranges of inputs measured, by rank 0 on the first ``tokens`` tokens of
-    ``text``; see `calibrate` and `measure_inputs`."""
-    rows = calibration_rows(plan, text, tokens, trust_remote_code)
-    folder = _folder(plan, rows, out)
-    if ranks.rank == 0:
-        options: dict[str, Any] = {
-            "device": device,
-            "trust_remote_code": trust_remote_code,
-            "on_progress": on_progress,
-        }
-        measure_inputs(plan, rows, folder, **options)
-        if _wanted(plan) or not measured_parameters(plan):
-            calibrate(plan, rows, out, **options)
-    ranks.wait()
-    return with_ranges(calibrated(plan, rows, out), folder)
+    """The plan with its weights rounded, and the ranges of inputs measured, on the first ``tokens`` tokens of ``text``,
+    which rank 0 reads; see `calibrate` and `measure_inputs`."""
+    mine = calibration_rows(plan, text, tokens, trust_remote_code) if ranks.rank == 0 else None
+    rows = ranks.from_first(mine)
+    folder = calibration_folder(plan, rows, out, ranks)
+    options: dict[str, Any] = {
+        "device": device,
+        "trust_remote_code": trust_remote_code,
+        "ranks": ranks,
+        "on_progress": on_progress if ranks.rank == 0 else None,
+    }
+    measure_inputs(plan, rows, folder, **options)
+    if _wanted(plan) or not measured_parameters(plan):
+        plan = calibrate(plan, rows, out, **options)
+    return with_ranges(replace(plan, calibration=folder.name), folder, ranks)
 
 
 def calibration_rows(
@@ -192,15 +227,15 @@ def calibration_rows(
     return rows
 
 
-def calibrated(plan: FinalizePlan, rows: torch.Tensor, out: Path) -> FinalizePlan:
-    """The plan with the results of a finished `calibrate` beside ``out``, on any rank."""
-    from safetensors import safe_open
-
+def calibrated(plan: FinalizePlan, folder: Path, ranks: Ranks) -> FinalizePlan:
+    """The plan with the results of a finished `calibrate` in ``folder``, on every rank."""
     ready: dict[str, str] = {}
-    folder = _folder(plan, rows, out)
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as parts:
-            ready |= dict.fromkeys(parts.keys(), str(file))
+    if ranks.rank == 0:
+        for note in sorted(folder.glob("[0-9]*.json")):
+            for file in json.loads(note.read_text()):
+                with _stored([folder / file]) as stored:
+                    ready |= dict.fromkeys(stored, str(folder / file))
+    ready = ranks.from_first(ready)
     shards = tuple(tuple(_with_result(s, ready) for s in shard) for shard in plan.shards)
     return replace(plan, shards=shards, calibration=folder.name)
 
@@ -213,7 +248,7 @@ def _with_result(step: Step, ready: dict[str, str]) -> Step:
     return replace(step, ready=file)
 
 
-def _check_outside(outside: list[Step], prefix: str) -> None:
+def _check_outside(outside: list[Step], prefix: str, ranks: Ranks) -> None:
     """Warn about weights that are not in a decoder layer; raise `UsageError` for those that need text."""
     for step in outside:
         if step.encoding and step.encoding.scales_inputs:
@@ -221,7 +256,7 @@ def _check_outside(outside: list[Step], prefix: str) -> None:
                 f"'{step.name}' is not in a decoder layer ({prefix}): it cannot be calibrated",
                 "Give it the rule `skip`, or rounding=affine, in a recipe file",
             )
-    if outside:
+    if outside and ranks.rank == 0:
         log.warning(
             "%d weights outside of the decoder layers (%s) are rounded without calibration, the first is '%s'",
             len(outside),
@@ -234,164 +269,23 @@ def _wanted(plan: FinalizePlan) -> dict[str, Step]:
     return {s.name: s for s in plan.steps if s.scheme and s.scheme.calibrated}
 
 
-def _round_layer(
-    layer: torch.nn.Module,
-    inside: dict[str, Step],
-    experts: dict[str, list[Step]],
-    hidden: list[torch.Tensor],
-    call: Call,
-    file: Path,
-    device: str,
-) -> None:
-    """Write a layer's rounded Linears and experts, and its other parameters that a scale was folded into."""
-    from safetensors.torch import save_file
-
-    wanted = {
-        name.removesuffix(".weight"): step
-        for name, step in inside.items()
-        if step.scheme and step.scheme.calibrated
-    }
-    inputs = _input_statistics(layer, wanted, hidden, call, device)
-    for name, step in wanted.items():
-        if name not in inputs:
-            raise ArtifactError(
-                f"the calibration text never reaches '{step.name}'", "Use more text, or skip it"
-            )
-    rounded = {f"{name}.weight" for name in wanted}
-    before = {
-        name: p.detach().clone()
-        for name, p in layer.named_parameters()
-        if name not in rounded and name not in experts
-    }
-    parts = round_experts(layer, experts, hidden, call, device)
-    scales = _fold_scales(layer, wanted, inputs, lambda: run_layer(layer, hidden[0], call, device))
-    for name, step in wanted.items():
-        assert step.encoding is not None and step.scheme is not None
-        weight, algorithm = _weight(layer, name, step), step.scheme.algorithm
-        if algorithm == "gptq":
-            moment = inputs[name].moment
-            assert moment is not None
-            tensor = gptq(weight, moment, step.scheme)  # type: ignore[arg-type]
-        elif step.encoding.scales_inputs:
-            scale = _SCALES[algorithm](inputs[name], [(weight, step.scheme)])
-            tensor = quantize_scaled(weight, step.scheme, scale)
-        elif (
-            algorithm == "awq"
-            and isinstance(step.scheme, _INTX)
-            and (moment := inputs[name].moment) is not None
-        ):
-            # The paper's clipping: each group's range is what changes the outputs least.
-            matters = moment.diagonal() / scales[name].square() if name in scales else moment.diagonal()
-            tensor = least_squares_weight(weight, step.scheme, matters)
-        else:
-            tensor = quantize_weight(weight, step.scheme)
-        parts |= {n: p.cpu().contiguous() for n, p in step.encoding.store(tensor).items()}
-    for name, old in before.items():
-        new = layer.get_parameter(name)
-        if not new.equal(old):
-            output = inside[name].outputs[0]
-            parts[output.name] = new.detach().to("cpu", torch_dtype(output.dtype)).contiguous()
-    partial = file.with_suffix(f".{os.getpid()}.partial")
-    save_file(parts, partial)
-    partial.replace(file)
-
-
-def _weight(layer: torch.nn.Module, name: str, step: Step) -> torch.Tensor:
-    """A Linear's weight in the dtype that it is quantized in."""
-    weight: Any = layer.get_submodule(name).weight
-    assert step.encoding is not None
-    return weight.detach().to(torch_dtype(step.encoding.dtype))
-
-
-def _fold_scales(
-    layer: torch.nn.Module,
-    wanted: dict[str, Step],
-    inputs: dict[str, Inputs],
-    run: Callable[[], torch.Tensor],
-) -> dict[str, torch.Tensor]:
-    """Scale the columns of Linears whose tensors cannot scale their inputs, and fold that; returns scales by Linear."""
-    names = [
-        name
-        for name, step in wanted.items()
-        if step.scheme
-        and step.scheme.algorithm in _SCALES
-        and not (step.encoding and step.encoding.scales_inputs)
-    ]
-    chosen = []
-    for fold in find_folds(layer, names, run, list(wanted)) if names else []:
-        members = [(_weight(layer, name, wanted[name]), wanted[name].scheme) for name in fold.linears]
-        algorithms = {scheme.algorithm for _, scheme in members if scheme}
-        if len(algorithms) == 1:
-            scale = _SCALES[algorithms.pop()](inputs[fold.linears[0]], members, fold.repeat)  # type: ignore[arg-type]
-            chosen.append((fold, scale))
-    if names and not chosen:
-        raise ArtifactError(
-            f"no norm or Linear of {type(layer).__name__} can take over a scale of its inputs, and the tensors of "
-            f"'{wanted[names[0]].scheme}' hold none",
-            "Use --algorithm gptq",
-        )
-    # All scales are chosen on the weights as they came.
-    for fold, scale in chosen:
-        fold.apply(layer, scale)
-    return {name: scale for fold, scale in chosen for name in fold.linears}
-
-
-def _input_statistics(
-    layer: torch.nn.Module,
-    wanted: dict[str, Step],
-    hidden: list[torch.Tensor],
-    call: Call,
-    device: str,
-) -> dict[str, Inputs]:
-    """Statistics of the inputs of each named Linear; Linears that share an input share them."""
-    found: dict[str, Inputs] = {}
-    seen: list[tuple[torch.Tensor, str]] = []
-    moments = any(s.scheme and s.scheme.algorithm != "smoothquant" for s in wanted.values())
-
-    def watch(name: str) -> Callable[..., None]:
-        def hook(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-            x = inputs[0]
-            owner = next((other for tensor, other in seen if tensor is x), None)
-            if owner is not None:
-                found[name] = found[owner]
-                return
-            seen.append((x, name))
-            if name in found:
-                found[name].add(Inputs.of(x, moments))
-            else:
-                found[name] = Inputs.of(x, moments)
-
-        return hook
-
-    handles = [layer.get_submodule(name).register_forward_pre_hook(watch(name)) for name in wanted]
-    for x in hidden:
-        seen.clear()
-        run_layer(layer, x, call, device)
-    for handle in handles:
-        handle.remove()
-    return found
-
-
-def _use_rounded(layer: torch.nn.Module, inside: dict[str, Step], file: Path, device: str) -> None:
+def _use_rounded(layer: torch.nn.Module, inside: dict[str, Step], stored: Stored, device: str) -> None:
     """Load the rounded weights into the layer, so that later layers are calibrated on its real outputs."""
-    from safetensors import safe_open
-
-    with safe_open(file, framework="pt") as parts:
-        stored = set(parts.keys())
-        for name, step in inside.items():
-            if step.outputs[0].name not in stored:
-                continue
-            tensors = {output.name: parts.get_tensor(output.name).to(device) for output in step.outputs}
-            value = step.encoding.dequantize(tensors) if step.encoding else tensors[step.name]
-            parameter = layer.get_parameter(name)
-            parameter.data = value.to(parameter.dtype)
+    for name, step in inside.items():
+        if step.outputs[0].name not in stored:
+            continue
+        tensors = {output.name: stored[output.name]().to(device) for output in step.outputs}
+        value = step.encoding.dequantize(tensors) if step.encoding else tensors[step.name]
+        parameter = layer.get_parameter(name)
+        parameter.data = value.to(parameter.dtype)
 
 
-def _folder(plan: FinalizePlan, rows: torch.Tensor, out: Path) -> Path:
-    """A place for this calibration: other tokens, weights, recipes or versions never share files."""
+def calibration_folder(plan: FinalizePlan, rows: torch.Tensor, out: Path, ranks: Ranks) -> Path:
+    """A place for this calibration: other tokens, weights, recipes or versions never share files. Of several ranks the
+    first names it, since copies of one source differ in times."""
     names = [step.name for step in plan.steps if step.scheme]
     text = json.dumps(
         [plan.kind, str(plan.recipe), names, plan.dtype, plan.source.stamp, list(rows.shape), versions()]
     )
     digest = hashlib.sha256(text.encode() + rows.numpy().tobytes()).hexdigest()
-    return calibration_directory(out) / digest[:16]
+    return calibration_directory(out) / str(ranks.from_first(digest[:16]))

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from loadstone.artifact.torchao.flatten import torch_dtype
 from loadstone.errors import ArtifactError
 from loadstone.finalization.gptq import gptq
-from loadstone.finalization.layers import PLAIN, Call, run_layer
+from loadstone.finalization.layers import PLAIN
 from loadstone.finalization.plan import Step
-from loadstone.finalization.smooth import Inputs
+from loadstone.finalization.statistics import Inputs
 from loadstone.loading.layer_inputs import sees_experts, takes_batches
 from loadstone.quantization.model_facts import expert_layout, expert_matrix
 from loadstone.quantization.quantize import quantize_weight
@@ -22,61 +22,58 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+# Reads a stored tensor, by its name.
+Stored = Mapping[str, Callable[[], "torch.Tensor"]]
 # Tokens that an expert must have seen for its inputs to count: fewer say little about others.
 FEWEST = 128
 
 
-def round_experts(
-    layer: nn.Module, experts: dict[str, list[Step]], hidden: list[torch.Tensor], call: Call, device: str
-) -> dict[str, torch.Tensor]:
-    """The stored tensors of the experts' matrices that are calibrated, by name, but those that saw too few tokens.
-
-    ``experts``: the steps of each merged parameter of ``layer``, one a matrix. GPTQ uses the second moments of each
-    expert's inputs, AWQ their sizes; a scale of inputs has no place here, since one norm serves all experts.
-    """
-    wanted = {name: steps for name, steps in experts.items() if any(map(_calibrated, steps))}
-    statistics = _statistics(layer, list(wanted), hidden, call, device) if wanted else {}
-    parts: dict[str, torch.Tensor] = {}
-    for name, steps in wanted.items():
+def experts_by_inputs(layer: nn.Module, experts: dict[str, list[Step]]) -> dict[tuple[str, int], list[Step]]:
+    """The steps that are calibrated of each merged parameter's name and expert: they share their inputs."""
+    found: dict[tuple[str, int], list[Step]] = {}
+    for name, steps in experts.items():
         for step in filter(_calibrated, steps):
-            assert step.encoding is not None and step.scheme is not None
-            expert, matrix = _matrix(layer, name, step)
-            inputs = statistics.get((name, expert))
-            if inputs is None or inputs.count < FEWEST:
-                continue
-            weight = matrix.to(torch_dtype(step.encoding.dtype))
-            assert inputs.moment is not None
-            if step.scheme.algorithm == "gptq" and isinstance(step.scheme, Intx):
-                tensor = gptq(weight, inputs.moment, step.scheme)
-            elif step.scheme.algorithm == "awq" and isinstance(step.scheme, Intx):
-                tensor = least_squares_weight(weight, step.scheme, inputs.moment.diagonal())
-            else:
-                tensor = quantize_weight(weight, step.scheme)
-            parts |= {key: part.cpu().contiguous() for key, part in step.encoding.store(tensor).items()}
+            found.setdefault((name, _matrix(layer, name, step)[0]), []).append(step)
+    return found
+
+
+def round_expert(layer: nn.Module, name: str, steps: list[Step], inputs: Inputs) -> dict[str, torch.Tensor]:
+    """The stored tensors, by name, of one expert's matrices in a merged parameter; none if it saw too few tokens.
+
+    GPTQ uses the second moments of the expert's inputs, AWQ their sizes; a scale of inputs has no place here, since one
+    norm serves all experts.
+    """
+    parts: dict[str, torch.Tensor] = {}
+    for step in steps if inputs.count >= FEWEST else ():
+        assert step.encoding is not None and step.scheme is not None and inputs.moment is not None
+        weight = _matrix(layer, name, step)[1].to(torch_dtype(step.encoding.dtype))
+        if step.scheme.algorithm == "gptq" and isinstance(step.scheme, Intx):
+            tensor = gptq(weight, inputs.moment, step.scheme)
+        elif step.scheme.algorithm == "awq" and isinstance(step.scheme, Intx):
+            tensor = least_squares_weight(weight, step.scheme, inputs.moment.diagonal())
+        else:
+            tensor = quantize_weight(weight, step.scheme)
+        parts |= {key: part.cpu().contiguous() for key, part in step.encoding.store(tensor).items()}
     return parts
 
 
-def use_experts(layer: nn.Module, experts: dict[str, list[Step]], file: Path, device: str) -> list[str]:
-    """Put the rounded experts of ``file`` into the layer, and plainly rounded ones for those that it lacks; returns
+def use_experts(layer: nn.Module, experts: dict[str, list[Step]], stored: Stored, device: str) -> list[str]:
+    """Put the rounded experts of ``stored`` into the layer, and plainly rounded ones for those that it lacks; returns
     the names of these."""
-    from safetensors import safe_open
-
     lacking: list[str] = []
-    with safe_open(file, framework="pt") as stored:
-        names = set(stored.keys())
-        for name, steps in experts.items():
-            for step in filter(_calibrated, steps):
-                assert step.encoding is not None
-                _, matrix = _matrix(layer, name, step)
-                if step.outputs[0].name in names:
-                    parts = {o.name: stored.get_tensor(o.name).to(device) for o in step.outputs}
-                else:
-                    lacking.append(step.name)
-                    plain = plainly(step)
-                    weight = matrix.to(torch_dtype(step.encoding.dtype))
-                    assert plain.scheme is not None and plain.encoding is not None
-                    parts = plain.encoding.store(quantize_weight(weight, plain.scheme))
-                matrix.copy_(step.encoding.dequantize(parts))
+    for name, steps in experts.items():
+        for step in filter(_calibrated, steps):
+            assert step.encoding is not None
+            _, matrix = _matrix(layer, name, step)
+            if step.outputs[0].name in stored:
+                parts = {o.name: stored[o.name]().to(device) for o in step.outputs}
+            else:
+                lacking.append(step.name)
+                plain = plainly(step)
+                weight = matrix.to(torch_dtype(step.encoding.dtype))
+                assert plain.scheme is not None and plain.encoding is not None
+                parts = plain.encoding.store(quantize_weight(weight, plain.scheme))
+            matrix.copy_(step.encoding.dequantize(parts))
     return lacking
 
 
@@ -103,30 +100,24 @@ def _matrix(layer: nn.Module, name: str, step: Step) -> tuple[int, torch.Tensor]
     return expert, expert_matrix(whole[expert], first, step.source.shape[0], layout)
 
 
-def _statistics(
-    layer: nn.Module, names: list[str], hidden: list[torch.Tensor], call: Call, device: str
-) -> dict[tuple[str, int], Inputs]:
-    """Statistics of what each expert's part of each named parameter is multiplied by, by name and expert."""
-    found: dict[tuple[str, int], Inputs] = {}
-
-    def add(key: tuple[str, int], x: torch.Tensor) -> None:
-        if key in found:
-            found[key].add(Inputs.of(x, True))
-        else:
-            found[key] = Inputs.of(x, True)
+def watch_experts(
+    layer: nn.Module, names: list[str], see: Callable[[tuple[str, int], torch.Tensor], None]
+) -> Callable[[], None]:
+    """Call ``see((name, expert), inputs)`` with what each expert's part of each named parameter is multiplied by;
+    returns what ends that."""
+    undo = ExitStack()
 
     def watch(owner: str, weights: list[str]) -> Any:
         def hook(module: Any, args: tuple[torch.Tensor, ...]) -> None:
             first = "gate_up_proj" if hasattr(module, "gate_up_proj") else "up_proj"
             for expert, rows in _routed(module, *args):
                 if first in weights:
-                    add((f"{owner}.{first}", expert), rows)
+                    see((f"{owner}.{first}", expert), rows)
                 if "down_proj" in weights:
-                    add((f"{owner}.down_proj", expert), _between(module, first, rows, expert))
+                    see((f"{owner}.down_proj", expert), _between(module, first, rows, expert))
 
         return hook
 
-    handles = []
     for owner in dict.fromkeys(name.rpartition(".")[0] for name in names):
         module = layer.get_submodule(owner)
         weights = [name.rpartition(".")[2] for name in names if name.rpartition(".")[0] == owner]
@@ -134,12 +125,8 @@ def _statistics(
             raise ArtifactError(
                 f"the inputs of '{names[0]}' cannot be seen in {type(module).__name__}", PLAIN
             )
-        handles.append(module.register_forward_pre_hook(watch(owner, weights)))
-    for x in hidden:
-        run_layer(layer, x, call, device)
-    for handle in handles:
-        handle.remove()
-    return found
+        undo.callback(module.register_forward_pre_hook(watch(owner, weights)).remove)
+    return undo.close
 
 
 def _routed(module: Any, x: torch.Tensor, chosen: Any = None, *_: Any) -> Iterator[tuple[int, torch.Tensor]]:

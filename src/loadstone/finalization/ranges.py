@@ -17,6 +17,8 @@ from loadstone.errors import ArtifactError, UsageError
 from loadstone.finalization.encoders.compressed_tensors import PackedEncoding
 from loadstone.finalization.layers import layer_calls, run_layer
 from loadstone.finalization.plan import FinalizePlan, Step
+from loadstone.finalization.statistics import largest_of_all
+from loadstone.ranks import Ranks
 
 if TYPE_CHECKING:
     import torch
@@ -37,10 +39,11 @@ def measure_inputs(
     *,
     device: str = "cpu",
     trust_remote_code: bool = False,
+    ranks: Ranks | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Measure the inputs on ``rows``, token ids (rows, length), and write the ranges to ``folder``, where those of a
-    killed run are taken over. ``on_progress(done, total)`` counts layers.
+    """Measure the inputs on ``rows``, token ids (rows, length), divided among ``ranks``, and write the ranges to
+    ``folder``, where those of a killed run are taken over. ``on_progress(done, total)`` counts layers.
 
     Raises `UsageError` for weights outside of the decoder layers, `ArtifactError` for a model whose layers cannot be
     run one by one, and for a layer that no text reached or whose inputs are not finite.
@@ -51,8 +54,8 @@ def measure_inputs(
     from loadstone.loading.layer_inputs import InputRanges, change_inputs
     from loadstone.loading.streamed import streamed
 
-    names = measured_parameters(plan)
-    if not names or (folder / _FILE).is_file():
+    ranks, names = ranks or Ranks(), measured_parameters(plan)
+    if not names or ranks.from_first(ranks.rank == 0 and (folder / _FILE).is_file()):
         return
     ranges = InputRanges()
     source = load_plan(plan.source, dtype="float32", trust_remote_code=trust_remote_code)
@@ -63,7 +66,7 @@ def measure_inputs(
             raise UsageError(
                 f"'{outside}' is not in a decoder layer ({prefix}): its inputs cannot be measured", _REMEDY
             )
-        hidden, calls = layer_calls(model.model.base_model, model.stack, rows, device, _REMEDY)
+        hidden, calls = layer_calls(model.model.base_model, model.stack, rows, device, ranks, _REMEDY)
         for number in range(len(model)):
             start, layer = f"{prefix}.{number}.", model.layer(number)
             changes = {n.removeprefix(start): partial(ranges.record, n) for n in names if n.startswith(start)}
@@ -74,24 +77,26 @@ def measure_inputs(
             hidden = [run_layer(layer, x, calls[number], device) for x in hidden]
             if on_progress:
                 on_progress(number + 1, len(model))
+    ranges.largest = largest_of_all(ranks, ranges.largest)
     ranges.require(names)
     found = {name: float(ranges.largest[name]) for name in names}
     for name, largest in found.items():
-        if largest == float("inf") or largest != largest:
+        if largest == float("inf"):
             raise ArtifactError(
                 f"the inputs of '{name}' are NaN or infinite", "Use another checkpoint or text"
             )
-    folder.mkdir(parents=True, exist_ok=True)
-    partly = folder / f"{_FILE}.tmp"
-    partly.write_text(json.dumps(found))
-    partly.replace(folder / _FILE)
+    if ranks.rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        partly = folder / f"{_FILE}.tmp"
+        partly.write_text(json.dumps(found))
+        partly.replace(folder / _FILE)
 
 
-def with_ranges(plan: FinalizePlan, folder: Path) -> FinalizePlan:
+def with_ranges(plan: FinalizePlan, folder: Path, ranks: Ranks) -> FinalizePlan:
     """The plan with the ranges that `measure_inputs` wrote to ``folder``, on any rank."""
     if not measured_parameters(plan):
         return plan
-    found = json.loads((folder / _FILE).read_text())
+    found = ranks.from_first(json.loads((folder / _FILE).read_text()) if ranks.rank == 0 else None)
 
     def ranged(step: Step) -> Step:
         if not _measures(step) or not isinstance(step.encoding, PackedEncoding):

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from loadstone.finalization.statistics import Inputs
 from loadstone.quantization.quantize import dense, quantize_weight
 from loadstone.quantization.schemes import Scheme
 
@@ -30,31 +31,6 @@ _TOLERANCE = 1e-3
 _PAIRS = (("v_proj", "o_proj"), ("up_proj", "down_proj"))
 
 
-@dataclass
-class Inputs:
-    """Statistics of a Linear's inputs: sum and maximum of magnitudes (in,), second moments (in, in) or None."""
-
-    moment: torch.Tensor | None
-    total: torch.Tensor
-    largest: torch.Tensor
-    count: int
-
-    def add(self, other: Inputs) -> None:
-        """Add the statistics of more inputs."""
-        if self.moment is not None and other.moment is not None:
-            self.moment += other.moment
-        self.total += other.total
-        self.largest = self.largest.maximum(other.largest)
-        self.count += other.count
-
-    @classmethod
-    def of(cls, x: torch.Tensor, moments: bool) -> Inputs:
-        """The statistics of inputs (…, in)."""
-        flat = x.reshape(-1, x.shape[-1]).float()
-        size = flat.abs()
-        return cls(flat.t() @ flat if moments else None, size.sum(0), size.amax(0), len(flat))
-
-
 def awq_scale(
     inputs: Inputs, weights: Sequence[tuple[torch.Tensor, Scheme]], repeat: tuple[int, int, int] | None = None
 ) -> torch.Tensor:
@@ -65,6 +41,7 @@ def awq_scale(
     """
     import torch
 
+    assert inputs.total is not None
     mean = inputs.total / inputs.count
     if repeat:
         mean = _expand(mean.view(repeat).mean(1), repeat)

@@ -1,0 +1,166 @@
+"""What calibration learns of the inputs of Linears and experts, over the rows of all ranks.
+
+Each rank sees its own rows, and sums of floating-point numbers depend on their order. So each feature is scaled by a
+power of two that its largest magnitude allows, and what is added are integers whose sums stay below 2^53: exact in
+float64, so that any number of ranks gives the same bits. It takes one pass over the rows for the largest magnitudes and
+a second one for the sums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Mapping
+from dataclasses import dataclass
+from math import ceil, log2, prod
+from typing import TYPE_CHECKING, Any
+
+from loadstone.errors import ArtifactError
+from loadstone.ranks import Ranks
+
+if TYPE_CHECKING:
+    import torch
+
+# Rows of a second moment that are sent at once; fixed, since they decide which half of the matrix counts.
+_ROWS = 512
+# Bits of a sum of integers that float64 holds exactly, less one for float32 rounding upwards.
+_BITS = 52
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Statistics of a Linear's inputs: largest and summed magnitudes (in,), second moments (in, in), float32, and the
+    number of tokens; without sums where only the largest magnitudes were asked for."""
+
+    largest: torch.Tensor
+    total: torch.Tensor | None = None
+    moment: torch.Tensor | None = None
+    count: int = 0
+
+    @classmethod
+    def of(cls, *parts: torch.Tensor) -> Inputs:
+        """The statistics of inputs (…, in) in several parts."""
+        seen = InputStatistics(sum(x.numel() // x.shape[-1] for x in parts))
+        for x in parts:
+            seen.see("", x)
+        seen.begin_sums(seen.largest)
+        for x in parts:
+            seen.see("", x)
+        return seen.add_up(Ranks(), {"": 0})[""]
+
+
+class _Sums:
+    """Sums over the inputs of one key, as integers in units that follow from ``largest`` and ``tokens``, the most
+    tokens that will be added."""
+
+    def __init__(self, largest: torch.Tensor, tokens: int) -> None:
+        import torch
+
+        bits = (_BITS - ceil(log2(max(tokens, 2)))) // 2
+        # |x| < 2^exponent; an input of zeros alone needs no scale.
+        exponent = torch.frexp(largest).exponent.clamp(min=-100)
+        self.scale = torch.ldexp(torch.ones_like(largest), bits - exponent)
+        size = largest.numel()
+        self.moment = torch.zeros(size, size, dtype=torch.float64, device=largest.device)
+        # The last entry counts tokens.
+        self.total = torch.zeros(size + 1, dtype=torch.float64, device=largest.device)
+
+    def add(self, flat: torch.Tensor) -> None:
+        scaled = flat * self.scale
+        self.moment += (scaled.t() @ scaled).trunc_()
+        self.total[:-1] += scaled.abs().sum(0).trunc_()
+        self.total[-1] += len(flat)
+
+
+class InputStatistics:
+    """Statistics by key, of inputs that `see` is told, over all ranks.
+
+    ``tokens``: the most tokens that a key sees on all ranks together. Call `see` for every input of a first pass, then
+    `begin_sums`, then `see` for a second pass, then `add_up`.
+    """
+
+    def __init__(self, tokens: int) -> None:
+        self.largest: dict[Any, torch.Tensor] = {}
+        self._tokens = tokens
+        self._sums: dict[Any, _Sums] | None = None
+
+    def see(self, key: Hashable, x: torch.Tensor) -> None:
+        """Note inputs (…, in)."""
+        flat = x.reshape(-1, x.shape[-1]).float()
+        if self._sums is not None:
+            if key in self._sums and len(flat):
+                self._sums[key].add(flat)
+        elif len(flat):
+            size = flat.abs().amax(0)
+            self.largest[key] = size.maximum(self.largest[key]) if key in self.largest else size
+
+    def share_largest(self, ranks: Ranks, device: str) -> None:
+        """The largest magnitudes of all ranks' inputs; raises `ArtifactError` for those that are not finite."""
+        found = largest_of_all(ranks, self.largest)
+        for key, size in found.items():
+            if size.isinf().any():
+                name = key if isinstance(key, str) else key[0]
+                raise ArtifactError(
+                    f"the inputs of '{name}' are NaN or infinite", "Use another checkpoint or text"
+                )
+        self.largest = {key: size.to(device) for key, size in found.items()}
+
+    def begin_sums(self, keys: Iterable[Any]) -> None:
+        """The next pass adds up the inputs of ``keys``."""
+        self._sums = {key: _Sums(self.largest[key], self._tokens) for key in keys}
+
+    def add_up(self, ranks: Ranks, owners: Mapping[Any, int]) -> dict[Any, Inputs]:
+        """The statistics of all keys; second moments only of those that this rank owns."""
+        import torch
+
+        found = {key: Inputs(size) for key, size in self.largest.items()}
+        sums, self._sums = self._sums or {}, None
+        if sums:
+            totals = ranks.combine(torch.cat([each.total.cpu() for each in sums.values()]), "sum")
+        sizes = [each.total.numel() for each in sums.values()]
+        for key, total in zip(list(sums), totals.split(sizes) if sums else (), strict=True):
+            each = sums.pop(key)
+            moment = _moment_of_all(ranks, each.moment, owners[key])
+            unit = 1 / each.scale
+            if moment is not None:
+                moment = moment.float().mul_(unit[:, None]).mul_(unit)
+            mean_size = total[:-1].to(unit.device).float() * unit
+            found[key] = Inputs(found[key].largest, mean_size, moment, int(total[-1]))
+        return found
+
+
+def _moment_of_all(ranks: Ranks, moment: torch.Tensor, owner: int) -> torch.Tensor | None:
+    """The sum of all ranks' second moments (in, in) on rank ``owner``, None on others. Half of it is sent."""
+    for start in range(0, len(moment), _ROWS):
+        stop = start + _ROWS
+        if ranks.size > 1:
+            moment[start:stop, start:] = ranks.combine(moment[start:stop, start:], "sum", owner)
+        moment[stop:, start:stop] = moment[start:stop, stop:].t()
+    return moment if ranks.rank == owner else None
+
+
+def largest_of_all(ranks: Ranks, mine: Mapping[Any, torch.Tensor]) -> dict[Any, torch.Tensor]:
+    """The largest of all ranks' values by key, float32 on the CPU, infinite for NaN; ranks may lack keys."""
+    import torch
+
+    shapes: dict[Any, tuple[int, ...]] = {}
+    for each in ranks.gather({key: tuple(value.shape) for key, value in mine.items()}):
+        shapes |= each
+    if not shapes:
+        return {}
+    flat = [
+        mine[key].flatten().float().cpu().nan_to_num(nan=torch.inf, posinf=torch.inf)
+        if key in mine
+        else torch.zeros(prod(shape))
+        for key, shape in shapes.items()
+    ]
+    largest = ranks.combine(torch.cat(flat), "max").split([prod(shape) for shape in shapes.values()])
+    return {key: part.view(shape) for (key, shape), part in zip(shapes.items(), largest, strict=True)}
+
+
+def divide(costs: Mapping[Any, float], ranks: Ranks) -> dict[Any, int]:
+    """A rank for each key, so that all have about the same to do: the dearest first, to whoever has least."""
+    loads = [0.0] * ranks.size
+    owners = {}
+    for key in sorted(costs, key=lambda key: -costs[key]):
+        owners[key] = loads.index(min(loads))
+        loads[owners[key]] += costs[key]
+    return owners
