@@ -117,7 +117,10 @@ def test_files_that_could_block_or_fill_memory(tmp_path: Path) -> None:
         read_json(tmp_path / "long", MAX_CONFIG_BYTES)
 
 
-def test_buffers_of_integers_are_no_parameters(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("block", "packed"), [({}, 0), ({"quantization_config": {"quant_method": "hqq"}}, 8)]
+)
+def test_buffers_of_integers_are_no_parameters(tmp_path: Path, block: dict, packed: int) -> None:
     from safetensors.numpy import save_file
 
     tensors = {
@@ -126,8 +129,10 @@ def test_buffers_of_integers_are_no_parameters(tmp_path: Path) -> None:
         "norm.num_batches_tracked": np.array(3),
         "attention.bias": np.ones((8, 8), dtype=bool),
         "attention.mask": np.ones((8, 8), dtype=bool),
-        "layer.qweight": np.ones((2, 4), dtype=np.int32),
+        "attention.bias_mask": np.ones((8, 8), dtype=np.uint8 if not packed else bool),
+        "attention.relative_position_index": np.ones((4, 4), dtype=np.int32 if not packed else np.int64),
+        "layer.W_q": np.ones((2, 4), dtype=np.int32),
     }
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
-    assert collect(tmp_path).parameters == 24 + 8
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"} | block))
+    assert collect(tmp_path).parameters == 24 + packed

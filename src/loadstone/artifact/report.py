@@ -127,7 +127,7 @@ def _collect(path: str | Path, checkpoint: str | None, base: str | Path | None) 
     else:
         notes = []
     parameters = sum(t.numel for t in flat.values())
-    parameters += sum(t.numel for t in _once(artifact, plain) if _is_parameter(t))
+    parameters += sum(t.numel for t in _once(artifact, plain) if _is_parameter(artifact, t))
     stored = _once(artifact, artifact.tensors)
     notes += [*artifact.notes, *_notes(artifact, stored)]
     return Report(
@@ -147,10 +147,12 @@ def _collect(path: str | Path, checkpoint: str | None, base: str | Path | None) 
     )
 
 
-def _is_parameter(info: TensorInfo) -> bool:
-    """Whether a plain tensor holds weights: floats, or integers that another quantizer packed. Positions and counters
-    (I64), masks and what is called "bias" (GPT-2's masks) are buffers."""
-    return info.dtype in FLOAT_DTYPES or not (info.dtype in ("I64", "BOOL") or info.name.endswith("bias"))
+def _is_parameter(artifact: Artifact, info: TensorInfo) -> bool:
+    """Whether a plain tensor holds weights: floats, or integers that another quantizer packed. All other integers are
+    buffers: positions, counters, masks."""
+    if artifact.quant_method is None or info.dtype in FLOAT_DTYPES:
+        return info.dtype in FLOAT_DTYPES
+    return info.dtype not in ("I64", "BOOL") and not info.name.endswith("bias")
 
 
 def _serving(artifact: Artifact) -> list[ArtifactError]:
