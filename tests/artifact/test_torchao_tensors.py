@@ -11,10 +11,13 @@ import pytest
 from builders import INTX, TORCHAO_BLOCK
 
 from loadstone.artifact.formats.safetensors import TensorInfo
+from loadstone.artifact.servers import NO_GRADIENT, torchao_runs
 from loadstone.artifact.torchao.checks import FlatTensor, check_shapes
 from loadstone.artifact.torchao.config import check_agreement, check_block
+from loadstone.artifact.torchao.flatten import flatten
 from loadstone.artifact.torchao.tensors import described_names, flat_tensors, looks_flattened, part_name
 from loadstone.errors import ArtifactError
+from loadstone.quantization import RECIPES, parse_recipe, to_torchao
 
 NAME = "m.q.weight"
 
@@ -418,3 +421,17 @@ def test_config_and_tensors_must_be_of_one_recipe() -> None:
     assert problems_of(block(per_module), flat) == []
     other = config("FqnToConfig", fqn_to_config={"a": config("Int8WeightOnlyConfig"), "b": None})
     assert len(problems_of(block(other), flat)) == 1
+
+
+@pytest.mark.parametrize("recipe", [name for name, each in RECIPES.items() if "cpu" in each.devices])
+def test_whether_a_product_has_a_gradient(recipe: str) -> None:
+    """What `inspect` says of adapters is what torchao does."""
+    import torch
+    from torchao.quantization import quantize_
+
+    model = torch.nn.Sequential(torch.nn.Linear(128, 128, bias=False)).bfloat16()
+    quantize_(model, to_torchao(parse_recipe(recipe).scheme))
+    flat, _ = flatten("m.weight", model[0].weight)
+    found = model(torch.randn(4, 128, dtype=torch.bfloat16, requires_grad=True))
+    (stock, *_) = torchao_runs([flat.type], flat.quantizes_activations, False, False, False)
+    assert found.requires_grad == (NO_GRADIENT not in stock.how)

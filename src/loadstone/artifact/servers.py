@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 TRANSFORMERS, VLLM, SGLANG, TENSORRT = "transformers", "vLLM", "SGLang", "TensorRT-LLM"
 SERVERS = (TRANSFORMERS, VLLM, SGLANG, TENSORRT)
+# torchao's products with rounded inputs, but those of MX, return tensors that autograd does not know.
+NO_GRADIENT = ", without gradients (no LoRA on it)"
 
 
 # Model types whose experts transformers 5.23 loads from one tensor of all of them only. loadstone merges others too.
@@ -64,11 +66,13 @@ def where_it_runs(
     return tuple(found)
 
 
-def torchao_runs(kinds: Iterable[str], by_module: bool, experts: bool, split: bool) -> tuple[Runs, ...]:
+def torchao_runs(
+    kinds: Iterable[str], inputs: bool, by_module: bool, experts: bool, split: bool
+) -> tuple[Runs, ...]:
     """A line for each server about torchao's layout.
 
-    ``kinds``: tensor classes; ``by_module``: the config names modules; ``experts``: some are quantized; ``split``: of
-    layers that servers merge, some are plain.
+    ``kinds``: tensor classes; ``inputs``: some round their inputs; ``by_module``: the config names modules;
+    ``experts``: some are quantized; ``split``: of layers that servers merge, some are plain.
     """
     kinds = set(kinds)
     reasons = {
@@ -79,8 +83,9 @@ def torchao_runs(kinds: Iterable[str], by_module: bool, experts: bool, split: bo
     }
     why = next((reason for reason, holds in reasons.items() if holds), "")
     name = ", ".join(sorted(kinds))
+    untrained = inputs and kinds != {"MXTensor"}
     return (
-        Runs(TRANSFORMERS, name, True, "torchao's own products"),
+        Runs(TRANSFORMERS, name, True, "torchao's own products" + (NO_GRADIENT if untrained else "")),
         Runs(VLLM, name, not why, why or "by torchao's own products, not on vLLM's kernels"),
         Runs(SGLANG, name, False, "SGLang has removed torchao"),
         Runs(TENSORRT, name, False, "TensorRT-LLM does not read torchao's tensors"),
@@ -106,6 +111,7 @@ def runs_of(artifact: Artifact) -> tuple[Runs, ...]:
     split = any(len({modules[m] for m in members}) > 1 for members in merged_sets(modules))
     return torchao_runs(
         (flat.type for flat in artifact.quantized.values()),
+        any(flat.quantizes_activations for flat in artifact.quantized.values()),
         isinstance(recipe, dict) and chooses_by_module(recipe),
         any(len(flat.shape) == 3 for flat in artifact.quantized.values()),
         split,

@@ -8,7 +8,7 @@ numbers or a failure deep in a kernel. All of this follows from headers alone.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
@@ -74,13 +74,16 @@ class FlatTensor:
 
     @property
     def quantizes_activations(self) -> bool:
-        return any(
-            self.attributes.get(k) is not None for k in ("act_quant_kwargs", "activation_quantization")
-        )
+        return rounds_inputs(self.attributes)
 
     def _two_to_a_byte(self) -> bool:
         fp4 = "float4" in (dtype_name(self.attributes.get("elem_dtype")) or "")
         return self.type == "NVFP4Tensor" or (self.type == "MXTensor" and fp4)
+
+
+def rounds_inputs(attributes: Mapping[str, Any]) -> bool:
+    """Whether a tensor with these attributes quantizes what it is multiplied by."""
+    return any(attributes.get(key) is not None for key in ("act_quant_kwargs", "activation_quantization"))
 
 
 def unknown_class_hint(kind: str) -> str:

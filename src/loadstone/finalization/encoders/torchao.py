@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from loadstone.artifact import FlatTensor, TensorInfo
 from loadstone.artifact.compressed_tensors.merging import merged_sets
 from loadstone.artifact.servers import Runs, torchao_runs
+from loadstone.artifact.torchao.checks import rounds_inputs
 from loadstone.artifact.torchao.config import chooses_by_module
 from loadstone.artifact.torchao.flatten import describe, flatten
 from loadstone.artifact.torchao.tensors import part_name
@@ -181,8 +182,10 @@ class TorchaoEncoder:
     ) -> tuple[Runs, ...]:
         found = {name: each for name, each in stored.items() if isinstance(each, TorchaoEncoding)}
         modules = {name.removesuffix(".weight"): name in found for name in stored if name.endswith(".weight")}
+        written = [json.loads(each.metadata) for each in found.values()]
         return torchao_runs(
-            (json.loads(each.metadata)["_type"] for each in found.values()),
+            (each["_type"] for each in written),
+            any(rounds_inputs(each["_data"]) for each in written),
             chooses_by_module(config["quantization_config"]["quant_type"]["default"]),
             any(len(each.shape) == 3 for each in found.values()),
             any(len({modules[m] for m in members}) > 1 for members in merged_sets(modules)),
