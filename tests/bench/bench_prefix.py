@@ -5,7 +5,8 @@
 The model has random weights (speed does not depend on them). One request is a question of 24 tokens, read and then
 answered greedily for ``--steps`` tokens. ``recomputed``: every request carries the prompt; ``copied``: the prompt's
 keys and values, repeated for each request, in transformers' own cache; ``concatenated``: loadstone's cache with any
-attention; ``shared``: loadstone's cache read in place. Times are medians of ``--runs`` in one process, taken in turns;
+attention; ``shared``: loadstone's cache read in place; ``read``: the first token by `PrefixCache.read`, on a GPU a CUDA
+graph. Times are medians of ``--runs`` in one process, taken in turns;
 memory is the peak above the model: allocated on a GPU, resident on a CPU (one process for each way). ``questions read``
 is the time until all requests have their first token, within the same run. On a CPU the
 recomputed requests are read one after another, ``--sample`` of them, and the time is extrapolated (``~``).
@@ -183,13 +184,16 @@ class Setting:
     def first_token(self) -> dict[str, float]:
         """Seconds to the first token of one request: the whole prompt read, and after the prefix."""
         ways = {name: self.way(name) for name in ("recomputed", "concatenated", "shared")}
+        cache = self.prefix(share=True)
+        ways["read"] = lambda question, _: cache.read(question)[0].argmax(-1)
         question = self.questions[:1]
         taken: dict[str, list[float]] = {name: [] for name in ways}
-        for run in range(self.args.runs + 1):
+        # A graph is captured the second time.
+        for run in range(-2, self.args.runs):
             for name, answer in ways.items():
                 self.attention(name)
                 seconds = self.timed(lambda answer=answer: answer(question, 1))
-                if run:
+                if run >= 0:
                     taken[name].append(seconds)
         return {name: statistics.median(seconds) for name, seconds in taken.items()}
 
@@ -197,7 +201,7 @@ class Setting:
         """Joined attention for the shared way only: the others are what stock models do."""
         from loadstone.context.prefix.attention import NAME
 
-        self.model.set_attn_implementation(NAME if way == "shared" else "sdpa")
+        self.model.set_attn_implementation(NAME if way in ("shared", "read") else "sdpa")
 
     def timed(self, work: Callable[[], Any]) -> float:
         self.wait()

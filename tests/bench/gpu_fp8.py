@@ -1,6 +1,6 @@
 """On GPUs: a slice of DeepSeek-V3 as published (FP8 in blocks of 128) finalized, killed and resumed, on two ranks.
 
-python tests/bench/gpu_fp8.py [--gb 20] [--folder DIR] [--recipe intx4-weight-only:group_size=128]
+python tests/bench/gpu_fp8.py [--gb 20] [--experts 256] [--folder DIR] [--recipe intx4-weight-only:group_size=128]
 
 The slice has DeepSeek-V3's shapes and as many layers as fit; its values are random. Once undisturbed, once killed
 half-way and resumed, once under torchrun on two GPUs (where there are two): seconds, the peak of host memory, and
@@ -24,7 +24,8 @@ from tests.finalization.headers import write_headers
 
 from loadstone.artifact.hashing import sha256_file
 
-PER_LAYER = 11.4e9
+# Bytes of an expert, and of the embeddings and three dense layers.
+EXPERT, REST = 44.1e6, 6e9
 
 
 def fill(source: Path) -> None:
@@ -95,14 +96,14 @@ def digests(out: Path) -> dict[str, str]:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--gb", type=float, default=20)
+    parser.add_argument("--experts", type=int, default=256)
     parser.add_argument("--recipe", default="intx4-weight-only:group_size=128")
     parser.add_argument("--folder", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
-        # Three dense layers and the embeddings take 6 GB; each layer of experts, 11.4.
-        layers = 3 + max(int((options.gb - 6) / (PER_LAYER / 1e9)), 1)
-        write_headers(folder / "source", fp8=True, layers=layers, mtp=False)
+        layers = 3 + max(int((options.gb * 1e9 - REST) / (EXPERT * options.experts)), 1)
+        write_headers(folder / "source", fp8=True, layers=layers, mtp=False, experts=options.experts)
         fill(folder / "source")
         size = sum(file.stat().st_size for file in (folder / "source").glob("*.safetensors"))
         seconds, peak = run(folder / "source", folder / "once", options.recipe)

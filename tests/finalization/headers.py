@@ -7,13 +7,15 @@ import struct
 from pathlib import Path
 
 
-def write_headers(out: Path, *, fp8: bool = False, layers: int = 61, mtp: bool = True) -> int:
+def write_headers(
+    out: Path, *, fp8: bool = False, layers: int = 61, mtp: bool = True, experts: int = 256
+) -> int:
     """The directory of a model of DeepSeek-V3's shape, 1.3 TB by its headers; returns the number of tensors.
 
     ``fp8``: as it is published, 0.7 TB: float8 in blocks of 128 with their scales, and with ``mtp`` a layer for
     multi-token prediction after the others.
     """
-    hidden, experts, inner = 7168, 256, 2048
+    hidden, inner = 7168, 2048
     tensors: dict[str, list[int]] = {
         "model.embed_tokens.weight": [129280, hidden],
         "lm_head.weight": [129280, hidden],
@@ -87,7 +89,10 @@ def write_headers(out: Path, *, fp8: bool = False, layers: int = 61, mtp: bool =
     from transformers import DeepseekV3Config
 
     config = DeepseekV3Config(
-        architectures=["DeepseekV3ForCausalLM"], dtype="bfloat16", num_hidden_layers=layers
+        architectures=["DeepseekV3ForCausalLM"],
+        dtype="bfloat16",
+        num_hidden_layers=layers,
+        n_routed_experts=experts,
     )
     config.save_pretrained(out)
     if fp8:

@@ -17,6 +17,7 @@ from transformers import cache_utils
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
 from loadstone.context.prefix.attention import MARK, NAME
+from loadstone.context.prefix.reading import Reader
 from loadstone.context.prefix.stored_states import Stored, keep
 from loadstone.errors import ArtifactError, UsageError
 from loadstone.loading.positions import same_frequencies
@@ -97,8 +98,7 @@ class SharedLayer(DynamicLayer):
         if self.is_initialized and self.keys.numel():
             keys, values = torch.cat([self.keys, keys], -2), torch.cat([self.values, values], -2)
         if self.owner.keeps:
-            self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
-            self.keys, self.values = keys, values
+            self.hold(keys, values)
         assert self.state.keys is not None and self.state.values is not None
         prefix = self.state.keys.read(keys.dtype), self.state.values.read(values.dtype)
         if self.owner.shares:
@@ -111,6 +111,11 @@ class SharedLayer(DynamicLayer):
             torch.cat([prefix[0].expand(batch, -1, -1, -1), keys], -2),
             torch.cat([prefix[1].expand(batch, -1, -1, -1), values], -2),
         )
+
+    def hold(self, keys: Tensor, values: Tensor) -> None:
+        """Keep these as the request's own tokens, in place of those it had."""
+        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+        self.keys, self.values = keys, values
 
     def _own(self) -> int:
         return self.keys.shape[-2] if self.is_initialized and self.keys.numel() else 0
@@ -244,6 +249,7 @@ class PrefixCache(Cache):
         self.prefix = prefix
         self.keeps = keeps
         self.share = share
+        self._reader: Reader | None = None
         model = prefix.model
         self.most = None if model is None else same_frequencies(model.config, prefix.length)
         layers: list[Any] = []
@@ -264,6 +270,23 @@ class PrefixCache(Cache):
     def fork(self, *, batch: int = 1, keeps: bool = True) -> PrefixCache:
         """A cache for another request, sharing this one's prefix. ``batch`` matters to linear attention only."""
         return PrefixCache(self.prefix, batch=batch, keeps=keeps, share=self.share)
+
+    def read(self, ids: Tensor) -> tuple[Tensor, PrefixCache]:
+        """Logits (B, V) of the token that follows ``ids`` (B, T) after the prefix, int64 and on its device, in the
+        model's dtype; and a fork that holds those tokens, to go on with.
+
+        What a call of the model with a fork gives. On a GPU it comes sooner where there are few tokens and all layers
+        have full attention: from the second request of about that length on it is one CUDA graph, which reads the
+        weights where they were then; requests are padded to a power of two, so sums may round otherwise.
+        """
+        if ids.dim() != 2 or not ids.numel():
+            raise UsageError(
+                f"token ids have the shape {tuple(ids.shape)}", "Give (rows, tokens), at least one of each"
+            )
+        if self.prefix.model is None:
+            raise UsageError("this prefix came without a model", "Load it with loadstone.load_context")
+        self._reader = self._reader or Reader(self)
+        return self._reader(ids)
 
     def require_room(self, tokens: int) -> None:
         """Raise UsageError where prefix and request together are so long that rotary frequencies change."""

@@ -15,6 +15,7 @@ from loadstone.artifact.files import MAX_CONFIG_BYTES, read_text
 from loadstone.context.prefix.attention import NAME, register
 from loadstone.context.prefix.cache import Prefix, PrefixCache, capture, text_config
 from loadstone.context.prefix.continuation import Continuation, check_continues
+from loadstone.context.prefix.reading import last_only
 from loadstone.context.prefix.stored_states import check_kind
 from loadstone.errors import ArtifactError, LoadstoneError, UsageError
 from loadstone.loading.layers import hidden_parts
@@ -212,14 +213,6 @@ def compute_dtype(model: Any) -> torch.dtype:
     """The dtype that activations have: that of the embeddings (quantized weights have dtypes of their own)."""
     dtype = model.get_input_embeddings().weight.dtype
     return dtype if dtype.is_floating_point else model.dtype
-
-
-def last_only(model: Any) -> dict[str, int]:
-    """The argument that leaves out the logits of all tokens but the last, for models that know it."""
-    import inspect
-
-    known = "logits_to_keep" in inspect.signature(model.forward).parameters
-    return {"logits_to_keep": 1} if known else {}
 
 
 def share_attention(cache: PrefixCache) -> bool:

@@ -43,7 +43,8 @@ from loadstone.context.prefix.base import (
 )
 from loadstone.context.prefix.cache import EMPTY, FULL, LINEAR, SLIDING, LayerState, Prefix, PrefixCache
 from loadstone.context.prefix.continuation import Continuation, versions
-from loadstone.context.prefix.fit import check, compute_dtype, last_only, share_attention
+from loadstone.context.prefix.fit import check, compute_dtype, share_attention
+from loadstone.context.prefix.reading import last_only
 from loadstone.context.prefix.stored_states import CACHE_KINDS, Stored, check_kind
 from loadstone.errors import ArtifactError, LoadstoneError, MissingError
 from loadstone.writing.contexts import write_context
