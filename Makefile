@@ -30,7 +30,7 @@ three-way: $(READY)
 	$(PY) recipes/three_way.py --train recipes/data/stories-train.txt.xz --heldout stories -o .cache/three-way $(THREE_WAY)
 
 test: $(READY) $(MODEL)/config.json
-	$(PY) -m pytest
+	$(PY) -m pytest -n logical --maxprocesses 8 --dist loadfile
 
 test-slow: $(READY) $(MODEL)/config.json
 	$(PY) -m pytest -m slow

@@ -117,6 +117,8 @@ def test_a_signal_waits_for_the_end_of_the_block(number: int, code: int) -> None
     script = f"""
 import os, signal
 from loadstone.writing.filesystem import uninterrupted
+# A job in the background inherits that interrupts are ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 with uninterrupted():
     os.kill(os.getpid(), {int(number)})
     print("within", flush=True)

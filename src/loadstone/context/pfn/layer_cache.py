@@ -64,12 +64,6 @@ def parse_cache_dtype(name: str | None, model_dtype: torch.dtype) -> torch.dtype
     return CACHE_DTYPES[name]
 
 
-def layer_bytes(tokens: int, heads: int, rows: int, head_size: int, dtype: torch.dtype) -> int:
-    """Bytes of a stored layer of this shape."""
-    values = 2 * tokens * heads * head_size * rows * dtype.itemsize
-    return values + (2 * tokens * heads * head_size * 4 if dtype == torch.int8 else 0)
-
-
 def _to_int8(x: Tensor) -> tuple[Tensor, Tensor]:
     scale = (x.abs().amax(-2, keepdim=True).float() / 127).clamp(min=torch.finfo(torch.float32).tiny)
     return (x / scale).round().clamp(-127, 127).to(torch.int8), scale

@@ -8,7 +8,7 @@ tokens concatenated, one layer at a time, for the length of that layer's attenti
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -73,9 +73,6 @@ class Prefix:
     def nbytes(self) -> int:
         """Bytes of the shared keys, values and states."""
         return sum(t.nbytes for layer in self.layers for t in layer.tensors().values())
-
-    def with_model(self, model: Any, tokenizer: Any) -> Prefix:
-        return replace(self, model=model, tokenizer=tokenizer)
 
 
 class SharedLayer(DynamicLayer):
@@ -210,14 +207,12 @@ class LinearLayer(LinearAttentionLayer):
         super().__init__(number_of_states=1 + max((int(n.rpartition(".")[2]) for n in names), default=0))
         self.state = state
         self.owner = owner
-        self._batch = 1
         self.reset()
 
     def reset(self) -> None:
         self._start(1)
 
     def _start(self, batch: int) -> None:
-        self._batch = batch
         for name, tensor in self.state.states.items():
             kind, number = name.rsplit(".", 1)
             index = int(number)
