@@ -6,8 +6,10 @@ import multiprocessing
 import os
 import socket
 import sys
+import time
 import traceback
 from collections.abc import Callable
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import pytest
@@ -66,8 +68,18 @@ def on_ranks(size: int, work: Callable[[], None], check: bool = True) -> list[in
     processes = [context.Process(target=on_rank, args=(rank,)) for rank in range(size)]
     for process in processes:
         process.start()
+    while len(wait([process.sentinel for process in processes], timeout=120)) < size:
+        if all(process.exitcode is not None or _is_stopped(process.pid) for process in processes):
+            break
+        time.sleep(0.05)
     for process in processes:
+        process.kill()
         process.join()
     codes = [int(process.exitcode or 0) for process in processes]
     assert not check or not any(codes), codes
     return codes
+
+
+def _is_stopped(pid: int | None) -> bool:
+    """Whether a process was stopped by SIGSTOP."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from itertools import count
+from socket import gethostname
+from threading import Event, Thread
+from time import monotonic
 from typing import TYPE_CHECKING, Any, Literal
+
+from loadstone.errors import MissingError
 
 if TYPE_CHECKING:
     import torch
@@ -40,6 +47,14 @@ class Ranks:
         """The same processes, each ``members`` of which hold a copy of a model together."""
         rank, member = divmod(self.rank, members)
         return replace(self, rank=rank, size=self.size // members, member=member, members=members)
+
+    def device(self, device: str) -> str:
+        """``device``, or where that is a GPU and there are several ranks this rank's own one."""
+        if self.alone or not device.startswith("cuda"):
+            return device
+        import torch
+
+        return f"cuda:{self.local_rank % max(torch.cuda.device_count(), 1)}"
 
     def wait(self) -> None:
         """Return when every rank has come here."""
@@ -91,18 +106,122 @@ class Ranks:
 @contextmanager
 def joined() -> Iterator[Ranks]:
     """Join the job's process group when torchrun's variables are set; gloo, because tensors are exchanged on the CPU
-    only."""
+    only.
+
+    Within the block this process ends, with exit code 5 and a message, when another rank fails or stops answering.
+    Raises `MissingError` where that shows in an exchange.
+    """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         yield Ranks()
         return
     import torch.distributed as dist
 
-    ours = not dist.is_initialized()
-    if ours:
-        dist.init_process_group("gloo", timeout=timedelta(hours=12))
+    ranks = Ranks(int(os.environ["RANK"]), size, int(os.environ.get("LOCAL_RANK", "0")))
+    if dist.is_initialized():
+        yield ranks
+        return
+    watch = _Watch(ranks)
+    # torchrun has a store already; without it rank 0 makes one as it joins.
+    store_first = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     try:
-        yield Ranks(dist.get_rank(), size, int(os.environ.get("LOCAL_RANK", "0")))
+        if store_first:
+            watch.start()
+        # Ranks wait as long as others work; the watch tells which have gone.
+        dist.init_process_group("gloo", timeout=timedelta(days=30))
+        if not store_first:
+            watch.start()
+        yield ranks
+        # Rank 0 may hold the store.
+        dist.barrier()
+    except BaseException as error:
+        lost = isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or "gloo" in str(error))
+        what = "has lost another rank" if lost else f"failed: {str(error) or type(error).__name__}"
+        reason = watch.fail(f"rank {ranks.rank} on {gethostname()} {what}")
+        if lost:
+            raise MissingError(reason or "another rank of this job has stopped", _AGAIN) from error
+        raise
     finally:
-        if ours:
+        watch.stop()
+        if dist.is_initialized():
             dist.destroy_process_group()
+
+
+# Seconds between two signs of life of a rank, without one after which it counts as gone, and until the first one.
+_BEAT, _GONE, _BORN = 3.0, 40.0, 600.0
+_AGAIN = "Run the same command again: what is finished is taken over (by eval with --resume)"
+_sessions = count()
+
+
+class _Watch:
+    """Signs of life in the job's store: this rank gives its own, watches those of the next one, and ends this process
+    when any rank has failed or stopped answering.
+
+    gloo tells of a process that ended once something is exchanged with it, and never of a machine that did.
+    """
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._rank, self._next = ranks.rank, (ranks.rank + 1) % ranks.size
+        self._store: Any = None
+        self._stopped = Event()
+        self._beats, self._heard = 0, b""
+        self._since = self._answered = 0.0
+        self._reason = ""
+
+    def start(self) -> None:
+        """Begin, with a connection of its own to the store: a waiting call of another thread would block it."""
+        import torch.distributed as dist
+
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False)
+        # The launcher's store outlives a restart of its processes.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        self._store = dist.PrefixStore(f"loadstone/{attempt}/{next(_sessions)}", store)
+        self._since = self._answered = monotonic()
+        for work in (self._beat, self._judge):
+            Thread(target=work, daemon=True).start()
+
+    def stop(self) -> None:
+        self._stopped.set()
+
+    def fail(self, reason: str) -> str:
+        """Tell the others why this rank fails; returns why another one did before it, if so."""
+        with suppress(Exception):
+            found = self._store.compare_set("failed", "", reason).decode()
+            return "" if found == reason else str(found)
+        return ""
+
+    def _beat(self) -> None:
+        while not self._stopped.is_set():
+            try:
+                self.round(monotonic())
+            except Exception:
+                # The store has gone, or this process is about to end: `_judge` knows.
+                return
+            self._stopped.wait(_BEAT)
+
+    def round(self, now: float) -> None:
+        """One exchange with the store, at the time ``now`` (seconds)."""
+        self._beats += 1
+        self._store.set(f"alive/{self._rank}", str(self._beats))
+        if self._store.check(["failed"]):
+            self._reason = self._store.get("failed").decode()
+        key = f"alive/{self._next}"
+        heard = self._store.get(key) if self._store.check([key]) else b""
+        if heard != self._heard:
+            self._heard, self._since = heard, now
+        elif now - self._since > (_GONE if heard else _BORN):
+            found = f"rank {self._next} has not answered for {now - self._since:.0f} s"
+            self._reason = self._store.compare_set("failed", "", found).decode()
+        self._answered = now
+
+    def _judge(self) -> None:
+        while not self._stopped.wait(_BEAT / 2):
+            reason = self._reason
+            if not reason and monotonic() - self._answered > _GONE:
+                reason = f"the first node of this job has not answered for {_GONE:.0f} s"
+            # In an exchange that fails, the main thread says so itself.
+            if reason and not self._stopped.wait(_BEAT):
+                print(f"loadstone: error: {reason}. {_AGAIN}", file=sys.stderr, flush=True)
+                # The main thread may wait in an exchange, which nothing interrupts.
+                os._exit(MissingError.exit_code)

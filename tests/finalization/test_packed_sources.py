@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tests import packed
-from tests.helpers import run, stock
+from tests.helpers import on_ranks, run, stock
 from tests.mixtures import save_mixture
 
 import loadstone
@@ -19,7 +19,6 @@ from loadstone.errors import ArtifactError
 from loadstone.fakequant import export_fakequant
 from loadstone.finalization import units
 from loadstone.finalization.run import write_plan
-from loadstone.ranks import Ranks
 
 from .test_finalize import weights
 
@@ -128,14 +127,7 @@ def test_two_ranks_and_a_resumed_run_give_the_same_bytes(
     whole = loadstone.finalize(fp8, tmp_path / "whole", **options).out
     plan = loadstone.plan_finalize(fp8, **options)
     assert len(plan.shards) > 3
-    monkeypatch.setattr(Ranks, "wait", lambda self: None)
-    for rank in (1, 0):
-        if rank == 1:
-            from loadstone.artifact.manifest import versions
-            from loadstone.finalization.journal import start_journal
-
-            start_journal(plan, tmp_path / "ranks", versions())
-        write_plan(plan, tmp_path / "ranks", ranks=Ranks(rank, 2))
+    on_ranks(2, lambda: loadstone.finalize(fp8, tmp_path / "ranks", **options))
     assert weights(tmp_path / "ranks") == weights(whole)
     calls = 0
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -116,6 +117,48 @@ def test_ranks_give_the_bytes_of_one(
     on_ranks(size, lambda: finalize(source, tmp_path / "out", options))
     assert snapshot(tmp_path / "out") == one
     assert sorted(p.name for p in tmp_path.iterdir()) == ["one", "out"]
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_copies_of_the_source_on_other_nodes(
+    make_model: Callable[..., Path], tmp_path: Path, capfd: pytest.CaptureFixture, same: bool
+) -> None:
+    """Two nodes of one rank each have copies of the source, and share the output."""
+    arch, options = CASES["gptq"]
+    for name in ("a", "b"):
+        shutil.copytree(make_model(arch), tmp_path / name)
+    weights = tmp_path / "b" / "model.safetensors"
+    if not same:
+        raw = bytearray(weights.read_bytes())
+        raw[-1] ^= 1
+        weights.write_bytes(raw)
+    os.utime(weights, (1, 1))
+
+    def work() -> None:
+        source = "ab"[int(os.environ["RANK"])]
+        os.environ["LOCAL_RANK"] = "0"
+        finalize(tmp_path / source, tmp_path / "out", options)
+
+    codes = on_ranks(2, work, check=same)
+    assert (tmp_path / "out").exists() == same
+    if same:
+        finalize(tmp_path / "a", tmp_path / "one", options)
+        found, one = snapshot(tmp_path / "out"), snapshot(tmp_path / "one")
+        assert found == one
+    else:
+        assert codes == [1, 1] and "has other weights than that on" in capfd.readouterr().err
+
+
+def test_ranks_with_other_options_are_refused(
+    tiny: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    def work() -> None:
+        dtype = ("bfloat16", "float32")[int(os.environ["RANK"])]
+        loadstone.finalize(tiny, tmp_path / "out", dtype=dtype)
+
+    assert on_ranks(2, work, check=False) == [1, 1]
+    assert "is another than on" in (err := capfd.readouterr().err) and "dtype, layout differ" in err
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 1), pytest.param(1, 3, marks=pytest.mark.slow)])

@@ -6,13 +6,13 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from tests.helpers import on_ranks
 
 import loadstone
 from loadstone.artifact.source import SafetensorsSource
@@ -175,7 +175,7 @@ def test_killed_at_random_moments(tiny: Path, tmp_path: Path, undisturbed: dict[
 def test_killed_while_the_journal_is_removed(tiny: Path, tmp_path: Path, undisturbed: dict[str, str]) -> None:
     out = tmp_path / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("loadstone.finalization.run.close_journal", lambda work: 1 / 0)
+        patch.setattr("loadstone.finalization.run.close_journal", lambda *args: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             write_plan(many_shards(tiny), out)
     shutil.rmtree(work_directory(out) / "journal")
@@ -295,20 +295,14 @@ def test_verify(tiny: Path, tmp_path: Path) -> None:
 
 
 def test_two_ranks_give_the_same_bytes(tiny: Path, tmp_path: Path) -> None:
-    options = ["--quantize", W4, "--max-shard-size", "30kB", "--device", "cpu", "--quiet"]
+    def work() -> None:
+        loadstone.finalize(tiny, tmp_path / "out", recipe=W4, max_shard_size="30kB", device="cpu")
 
-    def run(prefix: list[str], folder: Path) -> dict[str, str]:
-        folder.mkdir()
-        command = [*prefix, "-m", "loadstone", "finalize", "-M", str(tiny), "-o", "out", *options]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run(
-            command, cwd=folder, env=environment, capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, done.stderr
-        return snapshot(folder / "out")
-
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    assert run(torchrun, tmp_path / "two") == run([sys.executable], tmp_path / "one")
+    on_ranks(2, work)
+    found = snapshot(tmp_path / "out")
+    (tmp_path / "out").rename(tmp_path / "two")
+    work()
+    assert snapshot(tmp_path / "out") == found
 
 
 def test_a_write_that_the_disk_failed_is_an_error(

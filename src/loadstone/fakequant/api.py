@@ -70,7 +70,8 @@ def export_fakequant(
     sidecars: directory to take a live model's tokenizer and the like from; by default the one it was loaded from.
     on_progress: called as ``on_progress("write", done, total)`` in bytes.
 
-    Under ``torchrun`` each rank writes its share of the files; ``files`` of the result is empty on all but rank 0.
+    Under ``torchrun`` each rank measures its share of the text and writes its share of the files; ``files`` of the
+    result is empty on all but rank 0.
 
     Raises `UsageError` for options that contradict each other, the model or the disk, `ArtifactError` for a source that
     is damaged or quantized already, `MissingError` where the format cannot be computed here or the disk is full.
@@ -110,7 +111,7 @@ def export_fakequant(
             artifact,
             plan,
             out,
-            state=calibrate_directory(artifact, plan, options) if ranks.rank == 0 else None,
+            state=calibrate_directory(artifact, plan, options, ranks),
             remote_code=remote_code,
             emit_modelopt=options.emit_modelopt,
             device=device,

@@ -117,8 +117,7 @@ def export_directory(
     started = time.monotonic()
     check_output(artifact.root, out, overwrite)
     where = resolve_device(device, plan)
-    if ranks is not None and ranks.size > 1 and where.startswith("cuda"):
-        where = f"cuda:{ranks.local_rank}"
+    where = ranks.device(where) if ranks else where
     copies = find_sidecars(artifact, remote_code=False)
     if remote_code == COPY:
         with following_links(artifact.follow_links):

@@ -71,7 +71,8 @@ def finalize(
     on_progress: called as ``on_progress(stage, done, total)``; the stage is calibrate (in layers), write or verify (in
         source bytes).
 
-    Under ``torchrun`` each rank writes its share of the shards; ``files`` of the result is empty on all but rank 0.
+    Under ``torchrun`` ranks divide the calibration, and each writes its share of the shards; ``files`` of the result is
+    empty on all but rank 0.
 
     Raises `UsageError` for options that contradict each other, the model or the disk, `ArtifactError` for a source that
     is damaged or quantized already, `MissingError` where the recipe cannot run here or the disk is full.
@@ -97,9 +98,7 @@ def finalize(
         base=base,
     )
     with joined() as ranks:
-        where = quantize_device(device)
-        if ranks.size > 1 and where.startswith("cuda"):
-            where = f"cuda:{ranks.local_rank}"
+        where = ranks.device(quantize_device(device))
         if calibrate is not None:
             from loadstone.finalization.calibrate import calibrate_plan
 

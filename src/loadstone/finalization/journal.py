@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 from loadstone.artifact.hashing import sha256_file
@@ -116,18 +117,18 @@ def has_progress(work: Path) -> bool:
     return (work / NOTES).is_dir() and any((work / NOTES).iterdir())
 
 
-def close_journal(work: Path) -> dict[str, str]:
-    """Remove the notes of a complete output; returns the shards' sha256 by file. The key stays until the end."""
-    digests = {
-        p.name.removesuffix(".json"): str(_read(p)["sha256"]) for p in sorted((work / NOTES).iterdir())
-    }
+def close_journal(work: Path, files: Iterable[str]) -> dict[str, str]:
+    """Remove the notes of a complete output; returns the sha256 of its ``files``. The key stays until the end."""
+    # By name: what other nodes wrote to a shared directory may be listed late.
+    digests = {file: str(_read(work / NOTES / f"{file}.json")["sha256"]) for file in sorted(files)}
     shutil.rmtree(work / NOTES)
     return digests
 
 
 def hash_files(output: Path, digests: dict[str, str]) -> dict[str, str]:
     """The sha256 of every file of the output by relative name; ``digests``: those that are known already."""
-    names = [str(p.relative_to(output)) for p in everything_in(output) if p.is_file()]
+    listed = (str(p.relative_to(output)) for p in everything_in(output) if p.is_file())
+    names = dict.fromkeys((*listed, *digests))
     return {name: digests.get(name) or sha256_file(output / name) for name in names}
 
 

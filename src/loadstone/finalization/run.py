@@ -15,11 +15,13 @@ from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
+from socket import gethostname
 from typing import TYPE_CHECKING, Any
 
 from loadstone.artifact import Artifact
 from loadstone.artifact.manifest import FORMAT_VERSION, MANIFEST, versions
 from loadstone.artifact.unchanged import check_unchanged
+from loadstone.errors import ArtifactError, MissingError
 from loadstone.finalization.journal import (
     KEY,
     can_resume,
@@ -27,6 +29,7 @@ from loadstone.finalization.journal import (
     finished,
     has_progress,
     hash_files,
+    job_key,
     note_finished,
     output_in,
     start_journal,
@@ -131,6 +134,7 @@ def write_artifact(
     """
     ranks = ranks or Ranks()
     check_output(plan.source.root, out, overwrite)
+    _check_same(plan, ranks)
     work = work_directory(out)
     with locked(out, overwrite) if ranks.rank == 0 else nullcontext():
         resumes = ranks.rank != 0 or can_resume(plan, out, versions(), resume)
@@ -165,9 +169,12 @@ def _write_all_files(
     ranks: Ranks,
     on_progress: Callable[[int], None] | None,
 ) -> dict[str, str]:
+    # A copy of the source on another node is hashed there, too.
+    is_copy = plan.source.stamp != ranks.from_first(plan.source.stamp)
     # Hashing the source takes long and must not delay noting finished shards, so it has its own thread.
     with ThreadPoolExecutor(1) as hasher:
-        source_hash = hasher.submit(plan.source.fingerprint, check=True) if ranks.rank == 0 else None
+        hashes = ranks.rank == 0 or (is_copy and ranks.local_rank == 0)
+        source_hash = hasher.submit(plan.source.fingerprint, check=True) if hashes else None
         left = []
         for number in range(ranks.rank, len(plan.shards), ranks.size):
             if finished(work, plan.file_name(number)) is None:
@@ -175,16 +182,37 @@ def _write_all_files(
             elif on_progress:
                 on_progress(sum(step.source_bytes for step in plan.shards[number]))
         _write_shards(plan, left, work, device, on_progress)
-        ranks.wait()
-        if source_hash is None:
+        found = ranks.gather((source_hash.result(), gethostname()) if source_hash else None)
+        for other in filter(None, found):
+            if other[0] != found[0][0]:
+                raise ArtifactError(
+                    f"the source on {other[1]} has other weights than that on {found[0][1]}",
+                    "Copy it again, and start with --no-resume",
+                )
+        if ranks.rank:
             return {}
-        digests = close_journal(work)
+        digests = close_journal(work, [plan.file_name(number) for number in range(len(plan.shards))])
         if len(plan.shards) > 1 or plan.indexed:
             files = {
                 o.name: plan.file_name(n) for n, s in enumerate(plan.shards) for t in s for o in t.outputs
             }
             write_index(output_in(work), files, plan.bytes_after)
-        return write_rest(output_in(work), digests, source_hash.result())
+        return write_rest(output_in(work), digests, found[0][0])
+
+
+def _check_same(plan: FinalizePlan, ranks: Ranks) -> None:
+    """Raise `MissingError` for ranks that would do other work than rank 0: each has made the plan by itself."""
+    key = job_key(plan, versions())
+    # Copies of one source differ in times.
+    del key["source"]
+    keys = ranks.gather((key, gethostname()))
+    for other, host in keys:
+        differs = [name for name in key if other[name] != keys[0][0][name]]
+        if differs:
+            raise MissingError(
+                f"the job on {host} is another than on {keys[0][1]} (its {', '.join(differs)} differ)",
+                "Install the same versions and copy the same source on every node",
+            )
 
 
 def _write_shards(
