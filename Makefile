@@ -92,7 +92,7 @@ $(VENV)-clients/.ready: $(READY)
 
 test-clients: $(VENV)-clients/.ready
 	PYTHONPATH=src $(VENV)-clients/bin/python -m pytest -m clients tests/clients --table docs/serving.md
-	PYTHONPATH=src $(VENV)-clients/bin/python -m pytest tests/recipes/test_bayesopt.py
+	PYTHONPATH=src $(VENV)-clients/bin/python -m pytest tests/recipes/test_bayesopt.py tests/evaluation/test_mode_pairs.py
 
 # Run the commands in README.md and docs/, and write their output there.
 docs: $(READY)

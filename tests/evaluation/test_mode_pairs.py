@@ -12,25 +12,28 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 import loadstone
 from loadstone.quantization import RECIPES
 
-ON_CPU = ["", *(name for name, recipe in RECIPES.items() if "cpu" in recipe.devices)]
-FEW: dict[str, list[Any]] = {
-    "recipe": ["", "int8-weight-only", "int8-dynamic-act-int4-weight"],
+# Every recipe that a CPU computes, and every mode.
+MODES: dict[str, list[Any]] = {
+    "recipe": ["", *(name for name, recipe in RECIPES.items() if "cpu" in recipe.devices)],
+    "dtype": ["auto", "bfloat16", "float16"],
     "compile": [False, True],
     "fast": [True, False],
     "kl": [False, True],
     "stream": [None, True],
-    "dtype": ["auto", "bfloat16"],
-}
-ALL = FEW | {
-    "recipe": ON_CPU,
-    "dtype": ["auto", "bfloat16", "float16"],
     "tasks": [False, True],
-    "ranks": [1, 2],
+}
+# Without recipes whose tensors are of the same class as another's.
+SHORT = MODES | {
+    "recipe": [
+        x for x in MODES["recipe"] if "intx-" not in x and not x.startswith(("intx3", "intx2", "mxfp8"))
+    ],
+    "dtype": ["auto", "bfloat16"],
 }
 # How far compiled layers may move a loss, and everything else: they keep more in float32.
 COMPILED = {"auto": 2e-3, "bfloat16": 3e-2, "float16": 3e-3}
@@ -39,37 +42,28 @@ PLAIN = {"auto": 1e-5, "bfloat16": 2e-3, "float16": 2e-4}
 
 def pairwise(factors: dict[str, list[Any]]) -> list[dict[str, Any]]:
     """Few rows in which every two values of different factors meet: always the row with the most that are left."""
-    left = {
-        frozenset(((a, x), (b, y)))
-        for a, b in itertools.combinations(factors, 2)
-        for x, y in itertools.product(range(len(factors[a])), range(len(factors[b])))
+    everything = {
+        row: frozenset(itertools.combinations(zip(factors, row, strict=True), 2))
+        for row in itertools.product(*(range(len(values)) for values in factors.values()))
     }
-    everything = list(itertools.product(*(range(len(values)) for values in factors.values())))
+    left = set().union(*everything.values())
     rows = []
     while left:
-        best = max(everything, key=lambda row: len(_pairs(factors, row) & left))
-        left -= _pairs(factors, best)
+        best = max(everything, key=lambda row: len(everything[row] & left))
+        left -= everything[best]
         rows.append({name: factors[name][at] for name, at in zip(factors, best, strict=True)})
     return rows
 
 
-def _pairs(factors: dict[str, list[Any]], row: tuple[int, ...]) -> set[frozenset[tuple[str, int]]]:
-    return {frozenset(pair) for pair in itertools.combinations(zip(factors, row, strict=True), 2)}
-
-
 def label(row: dict[str, Any]) -> str:
-    given = [
-        f"{k}={v}"
-        for k, v in row.items()
-        if v is not None and v is not False and v not in ("", "auto") and (k, v) != ("ranks", 1)
-    ]
+    given = [f"{k}={v}" for k, v in row.items() if v is not None and v is not False and v not in ("", "auto")]
     return " ".join(given).replace("=True", "")
 
 
 def test_the_rows_hold_every_pair() -> None:
-    rows = pairwise(FEW)
-    for a, b in itertools.combinations(FEW, 2):
-        assert {(r[a], r[b]) for r in rows} == set(itertools.product(FEW[a], FEW[b]))
+    rows = pairwise(SHORT)
+    for a, b in itertools.combinations(SHORT, 2):
+        assert {(r[a], r[b]) for r in rows} == set(itertools.product(SHORT[a], SHORT[b]))
 
 
 @pytest.fixture(scope="module")
@@ -95,66 +89,105 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def check(
+def options_of(
     make_model: Callable[..., Path], quantize_to: Callable[..., Path], data: Path
-) -> Callable[..., None]:
-    """Evaluates a row, and compares its losses with those of the plain path in the same dtype."""
-    plain: dict[tuple[str, str], list[float]] = {}
+) -> Callable[..., dict[str, Any]]:
+    """The arguments of `evaluate` for a row of the table."""
 
-    def run(recipe: str, dtype: str, ranks: int = 1, **modes: Any) -> None:
+    def options(recipe: str, tasks: bool, **modes: Any) -> dict[str, Any]:
         source = make_model("llama-tied")
-        model = quantize_to(source, recipe) if recipe else source
-        common = {
-            "baseline": make_model("llama-untied"),
-            "data": data / "t.jsonl",
+        found = {
+            "models": str(quantize_to(source, recipe) if recipe else source),
+            "baseline": str(make_model("llama-untied")),
+            "data": str(data / "t.jsonl"),
             "context_length": 64,
             "separator": "1",
-            "dtype": dtype,
         }
-        if (recipe, dtype) not in plain:
-            found = loadstone.evaluate(model, **common, fast=False, stream=False)
-            plain[recipe, dtype] = [r["loss"] for r in found.records]
-        if modes.pop("tasks", False):
-            modes |= {"tasks": ["pairs_choice"], "task_path": data / "tasks"}
-        evaluate = _evaluate if ranks == 1 else _evaluate_on_two
-        records = evaluate(model, common | modes)
-        tolerance = COMPILED[dtype] if modes["compile"] else PLAIN[dtype]
-        assert [r["loss"] for r in records] == pytest.approx(plain[recipe, dtype], abs=tolerance)
-        assert ("kl" in records[1]) == modes["kl"]
-        assert bool(records[1].get("tasks")) == ("tasks" in modes)
+        if tasks and importlib.util.find_spec("lm_eval") is not None:
+            found |= {"tasks": ["pairs_choice"], "task_path": str(data / "tasks")}
+        return found | modes
 
-    return run
+    return options
 
 
-def _evaluate(model: Path, options: dict[str, Any]) -> list[dict[str, Any]]:
-    return loadstone.evaluate(model, **options).records
+@pytest.fixture(scope="module")
+def check(options_of: Callable[..., dict[str, Any]]) -> Callable[..., None]:
+    """Compares what a row gave with the losses of the plain path in the same dtype."""
+    found: dict[tuple[str, str], float] = {}
+
+    def plain(model: str, dtype: str, options: dict[str, Any]) -> float:
+        if (model, dtype) not in found:
+            alone = options | {"models": model, "dtype": dtype, "fast": False, "stream": False}
+            found[model, dtype] = _evaluate(alone)[0]["loss"]
+        return found[model, dtype]
+
+    def compare(row: dict[str, Any], records: list[dict[str, Any]]) -> None:
+        options, dtype = options_of(row["recipe"], tasks=False), row["dtype"]
+        expected = [plain(m, dtype, options) for m in (options.pop("baseline"), options["models"])]
+        tolerance = COMPILED[dtype] if row["compile"] else PLAIN[dtype]
+        assert [r["loss"] for r in records] == pytest.approx(expected, abs=tolerance)
+        assert ("kl" in records[1]) == row["kl"]
+        assert bool(records[1].get("tasks")) == ("tasks" in options_of(**row))
+
+    return compare
 
 
-def _evaluate_on_two(model: Path, options: dict[str, Any]) -> list[dict[str, Any]]:
-    words = ["eval", "-M", str(model), "--json", "-"]
-    for name, value in options.items():
-        flag = "--" + name.replace("_", "-")
-        if name == "fast":
-            words.append(flag if value else "--no-fast")
-        elif value is True:
-            words.append(flag)
-        elif value not in (None, False):
-            words += [flag, ",".join(value) if isinstance(value, list) else str(value)]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run([*launcher, "-m", "loadstone", *words], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    models: list[dict[str, Any]] = json.loads(done.stdout)["models"]
-    return models
+def _evaluate(options: dict[str, Any]) -> list[dict[str, Any]]:
+    return loadstone.evaluate(
+        options["models"], **{k: v for k, v in options.items() if k != "models"}
+    ).records
 
 
-@pytest.mark.parametrize("row", pairwise(FEW), ids=label)
-def test_pairs(check: Callable[..., None], row: dict[str, Any]) -> None:
-    check(**row)
+@pytest.mark.parametrize("row", pairwise(SHORT), ids=label)
+def test_pairs(
+    row: dict[str, Any],
+    options_of: Callable[..., dict[str, Any]],
+    check: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Layers are traced as they are for compiling, and computed without kernels of their own, which take long."""
+
+    def trace(module: Any, **options: Any) -> None:
+        module._compiled_call_impl = torch.compile(module._call_impl, backend="eager", dynamic=False)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", trace)
+    check(row, _evaluate(options_of(**row)))
+
+
+CHILD = """
+import json, os, sys
+import loadstone
+found = []
+for options in json.load(open(sys.argv[1])):
+    try:
+        found.append(loadstone.evaluate(options.pop("models"), **options).records)
+    except Exception as error:
+        found.append(f"{type(error).__name__}: {error}")
+if os.environ["RANK"] == "0":
+    json.dump(found, open(sys.argv[2], "w"))
+"""
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("row", pairwise(ALL), ids=label)
-def test_all_pairs(check: Callable[..., None], row: dict[str, Any]) -> None:
-    if row["tasks"] and importlib.util.find_spec("lm_eval") is None:
-        pytest.skip("no lm_eval: `make test-clients` has it")
-    check(**row)
+@pytest.mark.timeout(1800)
+def test_pairs_on_two_ranks(
+    options_of: Callable[..., dict[str, Any]], check: Callable[..., None], tmp_path: Path
+) -> None:
+    """All rows again, compiled, in one job of two processes."""
+    (tmp_path / "child.py").write_text(CHILD)
+    rows = pairwise(MODES)
+    (tmp_path / "rows.json").write_text(json.dumps([options_of(**row) for row in rows]))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    words = [str(tmp_path / name) for name in ("child.py", "rows.json", "out.json")]
+    subprocess.run([*launcher, *words], check=True)
+    wrong = []
+    for row, records in zip(rows, json.loads((tmp_path / "out.json").read_text()), strict=True):
+        try:
+            if row["recipe"].startswith("mx") and row["dtype"] == "float16":
+                assert records.startswith("UsageError: --dtype float16"), records
+            else:
+                assert isinstance(records, list), records
+                check(row, records)
+        except AssertionError as error:
+            wrong.append(f"{label(row)}: {error}")
+    assert not wrong, "\n".join(wrong)

@@ -232,3 +232,9 @@ def test_cuda_that_is_not_there(tiny: Path) -> None:
 def test_unknown_dtype(tiny: Path) -> None:
     with pytest.raises(UsageError, match="float32"):
         loadstone.plan(tiny, dtype="int3")
+
+
+def test_mx_tensors_in_float16(tiny: Path, quantize_to) -> None:
+    path = quantize_to(tiny, "mxfp8-dynamic-act-mxfp8-weight")
+    with pytest.raises(UsageError, match=r"--dtype float16: .* MX tensors.*Use --dtype bfloat16"):
+        loadstone.load(path, dtype="float16")

@@ -106,6 +106,11 @@ def plan(
         raise UsageError(f"--checkpoint {checkpoint} and --no-checkpoint exclude each other", "Give one")
     messages: list[str] = []
     artifact = _choose(target, checkpoint, no_checkpoint, messages, base)
+    if dtype == "float16" and any(flat.type == "MXTensor" for flat in artifact.quantized.values()):
+        raise UsageError(
+            f"--dtype float16: '{artifact.root}' holds MX tensors, which torchao multiplies in bfloat16 and float32",
+            "Use --dtype bfloat16",
+        )
     check_config(artifact, trust_remote_code)
     load_path, reason = _load_path(artifact)
     if artifact.needs_remote_code and (trust_remote_code or not has_own_class(artifact)):
