@@ -11,6 +11,7 @@ from math import gcd
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from loadstone.artifact.compressed_tensors import PackedWeight
+from loadstone.artifact.compressed_tensors.block import METHOD
 from loadstone.artifact.compressed_tensors.merging import largest_division, merged_sets
 from loadstone.artifact.compressed_tensors.scheme import FLOAT, INT, MXFP4, MXFP8, NVFP4, PACK, LayerScheme
 
@@ -120,6 +121,9 @@ def runs_of(artifact: Artifact) -> tuple[Runs, ...]:
 
 def compressed_weights(artifact: Artifact) -> dict[str, PackedWeight]:
     """The packed weights of the compressed-tensors layout; empty for other formats."""
+    if artifact.quant_method != METHOD:
+        # auto-round's own format holds such weights too, and has other readers.
+        return {}
     return {name: weight for name, weight in artifact.packed.items() if isinstance(weight, PackedWeight)}
 
 

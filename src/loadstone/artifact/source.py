@@ -76,10 +76,10 @@ def values_checked(
     ``infinite``: tensors that may hold any value. Raises `ArtifactError` at the end of the block, as `check_values`
     does.
     """
-    from loadstone.artifact.values import limits_of, packed_limits
+    from loadstone.artifact.values import Limit, limits_of, packed_limits
 
     limits = limits_of(source.quantized.values()) | packed_limits(packed)
-    limits |= dict.fromkeys(infinite, ("uint8", 0, 255))
+    limits |= dict.fromkeys(infinite, Limit("uint8", 0, 255))
     with ThreadPoolExecutor(1) as pool:
         scan = pool.submit(source.check_values, limits)
         yield

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from loadstone.artifact.files import naming, open_regular
 from loadstone.errors import ArtifactError
@@ -19,7 +19,18 @@ if TYPE_CHECKING:
     from loadstone.artifact.packed import Packed
     from loadstone.artifact.torchao.checks import FlatTensor
 
-Limits = dict[str, tuple[str, int, int]]
+
+class Limit(NamedTuple):
+    """The smallest and the largest bit pattern of a tensor's elements, read as ``view``; ``either_sign``: without their
+    sign."""
+
+    view: str
+    low: int
+    high: int
+    either_sign: bool = False
+
+
+Limits = dict[str, Limit]
 
 _CHUNK = 4 << 20
 
@@ -35,8 +46,12 @@ _PATTERNS = {
 }
 
 
-# Bit patterns of the finite values above zero: (view dtype, smallest, largest).
-POSITIVE = {"BF16": ("uint16", 1, 0x7F7F), "F16": ("uint16", 1, 0x7BFF), "F32": ("uint32", 1, 0x7F7FFFFF)}
+# The finite values above zero.
+POSITIVE = {
+    "BF16": Limit("uint16", 1, 0x7F7F),
+    "F16": Limit("uint16", 1, 0x7BFF),
+    "F32": Limit("uint32", 1, 0x7F7FFFFF),
+}
 _POSITIVE_SCALES = ("IntxUnpackedToInt8Tensor", "Int8Tensor", "Float8Tensor")
 
 
@@ -49,20 +64,25 @@ def limits_of(quantized: Iterable[FlatTensor]) -> Limits:
             limits[scale.name] = POSITIVE[scale.dtype]
         if tensor.type == "IntxUnpackedToInt8Tensor":
             bits = int(tensor.attributes["target_dtype"]["_data"].removeprefix("int"))
-            limits[tensor.parts["qdata"].name] = ("int8", -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+            limits[tensor.parts["qdata"].name] = Limit("int8", -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
     return limits
 
 
 def packed_limits(packed: Iterable[Packed]) -> Limits:
-    """What the scales of packed weights may hold: numbers above zero, and powers of two that are numbers."""
+    """What the scales of packed weights may hold: numbers above zero, and powers of two that are numbers.
+
+    auto-round gives integers scales below zero where the largest value of a group is above it.
+    """
     limits: Limits = {}
     for weight in packed:
         for suffix in ("weight_scale", "weight_scale_2"):
             scale = weight.parts.get(suffix)
             if scale is not None and scale.dtype in POSITIVE:
-                limits[scale.name] = POSITIVE[scale.dtype]
+                limits[scale.name] = POSITIVE[scale.dtype]._replace(
+                    either_sign=weight.scheme.weights.type == "int"
+                )
             elif scale is not None and scale.dtype == "U8":
-                limits[scale.name] = ("uint8", 0, 254)
+                limits[scale.name] = Limit("uint8", 0, 254)
     return limits
 
 
@@ -125,7 +145,7 @@ def surely_finite(tensor: torch.Tensor, *, positive: bool = False) -> bool:
     return bool(bits.max() < infinity and bits.view(unsigned).max() < lowest)
 
 
-def _check(raw: numpy.ndarray, tensor: TensorInfo, limit: tuple[str, int, int] | None) -> None:
+def _check(raw: numpy.ndarray, tensor: TensorInfo, limit: Limit | None) -> None:
     problem = _problem(raw, tensor, limit)
     if problem:
         raise ArtifactError(
@@ -134,11 +154,13 @@ def _check(raw: numpy.ndarray, tensor: TensorInfo, limit: tuple[str, int, int] |
         )
 
 
-def _problem(raw: numpy.ndarray, tensor: TensorInfo, limit: tuple[str, int, int] | None) -> str:
+def _problem(raw: numpy.ndarray, tensor: TensorInfo, limit: Limit | None) -> str:
     # numpy and not torch: one thread beside the load, which keeps torch's threads for itself.
     if limit is not None:
-        name, low, high = limit
+        name, low, high, either_sign = limit
         values = raw.view(name)
+        if either_sign:
+            values = values & values.dtype.type((1 << (8 * values.itemsize - 1)) - 1)
         outside = values.min() < low or values.max() > high
         if outside and name in ("int8", "uint8"):
             return f"values outside {low} to {high}"
@@ -150,7 +172,7 @@ def _problem(raw: numpy.ndarray, tensor: TensorInfo, limit: tuple[str, int, int]
     return (
         "NaN or infinity"
         if bits.max() == value
-        else "a scale that is not above zero"
+        else "a scale that is " + ("zero" if limit.either_sign else "not above zero")
         if limit is not None
         else ""
     )

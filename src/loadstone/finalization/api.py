@@ -9,10 +9,13 @@ from functools import partial
 from pathlib import Path
 
 from loadstone.artifact import Artifact
-from loadstone.errors import UsageError
+from loadstone.artifact.detect import OTHER_QUANTIZER
+from loadstone.artifact.formats.safetensors import FLOAT_DTYPES
+from loadstone.artifact.packed import not_decoded
+from loadstone.errors import ArtifactError, UsageError
 from loadstone.finalization.encoders import COMPRESSED_TENSORS, TORCHAO, encoder_for
 from loadstone.finalization.journal import discard_calibration
-from loadstone.finalization.plan import FinalizePlan, make_plan, refuse_quantized, weight_dtype
+from loadstone.finalization.plan import FinalizePlan, make_plan, weight_dtype
 from loadstone.finalization.run import Finalized, write_plan
 from loadstone.progress import CALIBRATE, VERIFY, WRITE, OnProgress, reporter
 from loadstone.quantization.recipe_file import MixedRecipe, read_recipe, recipes_in, with_algorithm
@@ -175,7 +178,7 @@ def plan_finalize(
             check_output(artifact.root, Path(out), overwrite)
         import_libraries()
         return plan_move(artifact, max_shard_bytes=max_shard_bytes, trust_remote_code=trust_remote_code)
-    refuse_quantized(artifact)
+    _refuse_quantized(artifact)
     if artifact.packed or artifact.is_torchao:
         artifact = dense_view(artifact, dtype)
         log.warning(
@@ -225,6 +228,21 @@ def parse_size(size: int | str) -> int:
     if nbytes <= 0:
         raise UsageError(f"the shard size '{text}' is not a size", "Examples: 500MB, 5GB, 2GiB")
     return nbytes
+
+
+def _refuse_quantized(artifact: Artifact) -> None:
+    """Raise `ArtifactError` for a source that is quantized in a format that is not decoded here."""
+    if artifact.kind == OTHER_QUANTIZER:
+        plain = all(info.dtype in FLOAT_DTYPES for info in artifact.tensors.values())
+        other = not_decoded(artifact.quantization_config)
+        raise ArtifactError(
+            f"'{artifact.root}' is already quantized ({artifact.evidence[-1]})"
+            + (f" with {other}, which is not decoded here" if other else "")
+            + (", and all its tensors are plain" if plain else ""),
+            "If they were merged or decoded, remove quantization_config from config.json"
+            if plain
+            else "Finalize the unquantized checkpoint it was made from",
+        )
 
 
 def _recipe(recipe: str | Path | Recipe | MixedRecipe | None) -> Recipe | MixedRecipe | None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from loadstone.artifact import Artifact, FlatTensor, TensorInfo
 from loadstone.artifact.compressed_tensors.merging import merged_sets
-from loadstone.artifact.detect import DENSE, OTHER_QUANTIZER, QAT_KEY
+from loadstone.artifact.detect import DENSE, QAT_KEY
 from loadstone.artifact.formats.safetensors import DTYPE_BITS, FLOAT_DTYPES
 from loadstone.artifact.packed import Packed
 from loadstone.artifact.servers import Runs
@@ -264,19 +264,6 @@ def _most_common_reason(steps: list[Step]) -> str:
     """Why most matrices stay as they are, for a message; empty when no step says why."""
     reasons = Counter(step.reason for step in steps if step.reason and len(step.source.shape) > 1)
     return f" ({reasons.most_common(1)[0][0]})" if reasons else ""
-
-
-def refuse_quantized(artifact: Artifact) -> None:
-    """Raise `ArtifactError` for a source that is quantized in a format that is not decoded here."""
-    if artifact.kind == OTHER_QUANTIZER:
-        plain = all(info.dtype in FLOAT_DTYPES for info in artifact.tensors.values())
-        raise ArtifactError(
-            f"'{artifact.root}' is already quantized ({artifact.evidence[-1]})"
-            + (", and all its tensors are plain" if plain else ""),
-            "If they were merged or decoded, remove quantization_config from config.json"
-            if plain
-            else "Finalize the unquantized checkpoint it was made from",
-        )
 
 
 def stored_tensors(artifact: Artifact) -> dict[str, TensorInfo]:

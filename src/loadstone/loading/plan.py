@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from loadstone.artifact.compressed_tensors.block import METHOD, unsupported
 from loadstone.artifact.detect import (
     ADAPTER,
     CONTEXT,
@@ -22,6 +21,7 @@ from loadstone.artifact.detect import (
     Artifact,
     detect,
 )
+from loadstone.artifact.packed import not_decoded
 from loadstone.artifact.training_run import checkpoints
 from loadstone.errors import ArtifactError, MissingError, UsageError
 from loadstone.loading.bounds import check_config
@@ -62,6 +62,7 @@ _KERNELS = {
     "mxfp4": (("kernels", "triton"), True),
     "gptq": (("gptqmodel", "optimum"), False),
     "awq": (("gptqmodel",), False),
+    "auto-round": (("auto_round",), False),
 }
 
 
@@ -245,8 +246,7 @@ def _load_path(artifact: Artifact) -> tuple[str, str]:
                 "trained with fake quantization: finalize converts it, this loads the unquantized weights",
             )
         case k if k == OTHER_QUANTIZER:
-            block = artifact.quantization_config
-            other = unsupported(block) if artifact.quant_method == METHOD and isinstance(block, dict) else ""
+            other = not_decoded(artifact.quantization_config)
             why = f" ({other} is not decoded here)" if other else ""
             return (
                 FROM_PRETRAINED,

@@ -1,6 +1,6 @@
-"""Weights that other quantizers stored: FP8, MXFP4, GPTQ, AWQ and ModelOpt, from config blocks and headers."""
+"""Weights that other quantizers stored (FP8, MXFP4, GPTQ, AWQ, …), from config blocks and headers."""
 
-from loadstone.artifact.packed.read import METHODS, MODELOPT, modelopt_block, read_packed
+from loadstone.artifact.packed.read import METHODS, MODELOPT, modelopt_block, not_decoded, read_packed
 from loadstone.artifact.packed.weight import Packed, StoredWeight
 
-__all__ = ["METHODS", "MODELOPT", "Packed", "StoredWeight", "modelopt_block", "read_packed"]
+__all__ = ["METHODS", "MODELOPT", "Packed", "StoredWeight", "modelopt_block", "not_decoded", "read_packed"]

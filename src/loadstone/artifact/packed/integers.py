@@ -6,6 +6,7 @@ Both store the transposed matrix, so that a word holds values of one column (GPT
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from loadstone.artifact.compressed_tensors.scheme import AWQ, GPTQ, LayerScheme, QuantArgs
@@ -40,9 +41,13 @@ def unsupported_integers(block: dict[str, Any]) -> str:
 
 
 def integer_weights(
-    block: dict[str, Any], tensors: dict[str, TensorInfo], sink: Sink
+    settings: Callable[[str, int], dict[str, Any]], tensors: dict[str, TensorInfo], sink: Sink
 ) -> dict[str, StoredWeight]:
-    """Every weight that is stored as integers. Problems go to ``sink``, naming the tensor."""
+    """Every weight that is stored as integers. Problems go to ``sink``, naming the tensor.
+
+    ``settings``: what a config block says of a module, given the bits that its tensors hold, and 0 where they do not
+    tell.
+    """
     found: dict[str, StoredWeight] = {}
     for name in tensors:
         if not name.endswith(".qweight"):
@@ -54,6 +59,7 @@ def integer_weights(
                 for stored, known in _GPTQ_PARTS.items()
                 if f"{module}.{stored}" in tensors
             }
+            block = settings(module, _stored_bits(parts))
             make = _awq if block.get("quant_method") == "awq" else _gptq
             found[f"{module}.weight"] = make(f"{module}.weight", parts, block)
         except ArtifactError as error:
@@ -61,9 +67,18 @@ def integer_weights(
     return found
 
 
+def _stored_bits(parts: dict[str, TensorInfo]) -> int:
+    """Bits of each value, by the zero points of a group, one for each output."""
+    scale, zeros = parts.get("weight_scale"), parts.get("weight_zero_point")
+    shapes = [each.shape for each in (scale, zeros) if each is not None and len(each.shape) == 2]
+    return shapes[1][1] * 32 // shapes[0][1] if len(shapes) == 2 and shapes[0][1] else 0
+
+
 def _gptq(name: str, parts: dict[str, TensorInfo], block: dict[str, Any]) -> StoredWeight:
     values = _matrix(parts["weight_packed"])
     bits = int(block["bits"])
+    if bits not in GPTQ_BITS:
+        raise misfit(parts["weight_packed"], f"has {bits} bits a value by its zero points")
     columns, rows = values.shape[0] * 32 // bits, values.shape[1]
     symmetric, first = bool(block.get("sym", True)), _version(block) == FIRST_VERSION
     groups = _check_scales(parts, rows, columns, bits)
@@ -84,7 +99,9 @@ def _gptq(name: str, parts: dict[str, TensorInfo], block: dict[str, Any]) -> Sto
 
 def _awq(name: str, parts: dict[str, TensorInfo], block: dict[str, Any]) -> StoredWeight:
     values = _matrix(parts["weight_packed"])
-    bits = AWQ_BITS[0]
+    bits = int(block.get("bits", AWQ_BITS[0]))
+    if bits not in AWQ_BITS:
+        raise misfit(values, f"has {bits} bits a value by its zero points")
     columns, rows = values.shape[0], values.shape[1] * 32 // bits
     groups = _check_scales(parts, rows, columns, bits)
     size = _group_size(block, columns, groups)

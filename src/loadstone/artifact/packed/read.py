@@ -21,7 +21,24 @@ MODELOPT, MODELOPT_FILE = "modelopt", "hf_quant_config.json"
 _MODELOPT_ALGORITHMS = ("FP8", "NVFP4")
 
 # What a `quantization_config` may name, and is decoded here.
-METHODS = (METHOD, "fp8", "mxfp8", "fbgemm_fp8", MODELOPT, "mxfp4", "gptq", "awq")
+METHODS = (METHOD, "fp8", "mxfp8", "fbgemm_fp8", MODELOPT, "mxfp4", "gptq", "awq", "auto-round")
+
+
+def not_decoded(block: Any) -> str:
+    """What a ``quantization_config`` of one of the `METHODS` asks for that is not decoded here; empty where all is."""
+    method = block.get("quant_method") if isinstance(block, dict) else None
+    if method == METHOD:
+        return unsupported(block)
+    # The readers of a format are imported where it is named: most directories name none.
+    if method in ("gptq", "awq"):
+        from loadstone.artifact.packed.integers import unsupported_integers
+
+        return unsupported_integers(block)
+    if method == "auto-round":
+        from loadstone.artifact.packed.auto_round import unsupported_auto_round
+
+        return unsupported_auto_round(block)
+    return ""
 
 
 def read_packed(
@@ -35,23 +52,25 @@ def read_packed(
     if method not in METHODS or not isinstance(block, dict):
         return {}
     found: Mapping[str, Packed]
+    if method == METHOD and (reason := obsolete(block)):
+        raise ArtifactError(
+            f"config.json: quantization_config (compressed-tensors) has {reason}, which no release of the package "
+            "that transformers takes today reads",
+            "Decompress it with the release that wrote it, or quantize the model again",
+        )
+    if not_decoded(block):
+        return {}
     if method == METHOD:
-        if reason := obsolete(block):
-            raise ArtifactError(
-                f"config.json: quantization_config (compressed-tensors) has {reason}, which no release of the package "
-                "that transformers takes today reads",
-                "Decompress it with the release that wrote it, or quantize the model again",
-            )
-        if unsupported(block):
-            return {}
         found = packed_weights(read_block(block), tensors, sink, partial(stored_shape, directory))
-    # The readers of a format are imported where it is named: most directories name none.
     elif method in ("gptq", "awq"):
-        from loadstone.artifact.packed.integers import integer_weights, unsupported_integers
+        from loadstone.artifact.packed.integers import integer_weights
 
-        if unsupported_integers(block):
-            return {}
-        found = integer_weights(block, tensors, sink)
+        settings = dict(block)
+        found = integer_weights(lambda module, bits: settings, tensors, sink)
+    elif method == "auto-round":
+        from loadstone.artifact.packed.auto_round import auto_round_weights
+
+        found = auto_round_weights(block, tensors, sink)
     elif method == "mxfp4":
         from loadstone.artifact.packed.mxfp4 import mxfp4_weights
 
