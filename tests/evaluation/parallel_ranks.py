@@ -52,6 +52,9 @@ if __name__ == "__main__":
         for mine, theirs in zip(found, other, strict=True):
             for a, b in zip(mine.get("models", ()), theirs.get("models", ()), strict=True):
                 assert a["unit_losses"] == b["unit_losses"]
+    for result, *others in zip(found, *every, strict=True):
+        if "error" in result:
+            result["error"] = sorted({other.get("error", "") for other in others})
     if dist.get_rank() == 0:
         results.write_text(json.dumps(found))
     dist.destroy_process_group()

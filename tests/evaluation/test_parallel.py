@@ -16,6 +16,7 @@ from tests.small_models import make_model, save
 
 import loadstone
 from loadstone.errors import UsageError
+from loadstone.evaluation import parallel
 from loadstone.evaluation.models import EvalModel, plan_models
 from loadstone.evaluation.options import Options
 from loadstone.evaluation.parallel import divide_models
@@ -76,23 +77,39 @@ def assert_close(call: dict[str, Any], divided: dict[str, Any], ranks: int) -> N
 def test_two_ranks_give_the_losses_of_one(
     family_dirs: dict[str, Path], model_dir: Path, worse_dir: Path, tokenizer: Any, tmp_path: Path
 ) -> None:
+    broken = save(make_model(), tokenizer, tmp_path / "broken")
+    damage(broken)
+    int8 = tmp_path / "int8"
+    loadstone.finalize(family_dirs["llama"], int8, recipe="int8-weight-only")
     fp8 = packed.fp8(family_dirs["llama"], tmp_path / "fp8", (16, 16))
     tokenizer.save_pretrained(fp8)
     cache = str(tmp_path / "cache")
     families = [{"models": [str(family_dirs[name])], "parallel": "tensor", **TEXT} for name in FAMILIES]
     pair = {"models": [str(model_dir), str(worse_dir)], "kl": True, "parallel": "tensor=2", **TEXT}
-    decoded = {"models": [str(fp8)], "parallel": "tensor", **TEXT}
+    quantized = [{"models": [str(each)], "parallel": "tensor", **TEXT} for each in (fp8, int8)]
+    refused = {"models": [str(broken)], "parallel": "tensor", **TEXT}
     kept = families[0] | {"cache": cache, "resume": True}
-    calls = [*families, pair, decoded, kept | {"interrupt": True}, kept, kept]
-    *compared, interrupted, resumed, cached = torchrun(2, calls, tmp_path)
+    calls = [*families, pair, *quantized, refused, kept | {"interrupt": True}, kept, kept]
+    *compared, failed, interrupted, resumed, cached = torchrun(2, calls, tmp_path)
     for call, divided in zip(calls, compared, strict=False):
         assert_close(call, divided, 2)
-    assert interrupted == {"error": "interrupted"}
+    found, told = sorted(failed["error"], key=lambda error: "another rank" in error)
+    assert "'lm_head.weight' holds NaN" in found and "cannot be loaded by another rank" in told
+    assert interrupted == {"error": ["interrupted"]}
     assert resumed["models"][0]["unit_losses"] == compared[0]["models"][0]["unit_losses"]
     assert [r["models"][0]["cached"] for r in (resumed, cached)] == [False, True]
     # One process adds in another order, and does not take these scores for its own.
     options = {key: value for key, value in kept.items() if key != "parallel"}
     assert loadstone.evaluate(**options).records[0]["cached"] is False
+
+
+def damage(directory: Path) -> None:
+    """Put a NaN into the head, which one rank alone looks at."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(directory / "model.safetensors")
+    tensors["lm_head.weight"][-1, -1] = float("nan")
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
 
 
 @pytest.mark.slow
@@ -132,6 +149,41 @@ def test_one_rank_each_is_what_torchrun_does_anyway(model_dir: Path) -> None:
     options = Options((str(model_dir),), device="cpu", parallel="tensor=1")
     models, ranks = divide_models(_planned(options), options, Ranks(1, 4))
     assert ranks == Ranks(1, 4) and models[0].mesh is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "one_fits", "largest_share", "chosen"),
+    [
+        ({}, False, 0.6, 2),
+        ({}, False, 0.3, 4),
+        ({}, False, 0.1, 1),
+        ({}, True, 1.0, 1),
+        ({"speed": True}, False, 0.6, 1),
+    ],
+)
+def test_the_fewest_ranks_that_hold_a_copy_are_chosen(
+    family_dirs: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    flags: dict[str, Any],
+    one_fits: bool,
+    largest_share: float,
+    chosen: int,
+) -> None:
+    def fits(models: Any, options: Options, share: float = 1.0) -> bool:
+        return one_fits if share == 1 else share <= largest_share
+
+    monkeypatch.setattr(parallel, "fits", fits)
+    monkeypatch.setattr(parallel, "input_device", lambda plan: torch.device("cuda"))
+    monkeypatch.setattr(parallel, "_mesh", lambda ranks, size, device: f"mesh of {size}")
+    monkeypatch.setattr(Ranks, "gather", lambda self, value: [value])
+    options = Options((str(family_dirs["llama"]),), device="cpu", **flags)
+    with caplog.at_level("INFO", "loadstone"):
+        models, ranks = divide_models(_planned(options), options, Ranks(3, 4))
+    assert models[0].mesh == (f"mesh of {chosen}" if chosen > 1 else None)
+    assert (ranks.size, ranks.members) == (4 // chosen, chosen)
+    said = "divided as by --parallel tensor" if chosen > 1 else "is not divided among ranks: "
+    assert one_fits or said in caplog.text
 
 
 def test_ranks_in_copies() -> None:

@@ -24,7 +24,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -69,17 +69,23 @@ def open_source(directory: Path, weights: WeightFiles, sink: Sink) -> Source:
 
 @contextmanager
 def values_checked(
-    source: Source, packed: Iterable[Packed] = (), infinite: Iterable[str] = ()
+    source: Source,
+    packed: Iterable[Packed] = (),
+    infinite: Iterable[str] = (),
+    share: tuple[int, int] = (0, 1),
 ) -> Iterator[None]:
     """Check a source's values on another core during the block, which reads the same bytes.
 
-    ``infinite``: tensors that may hold any value. Raises `ArtifactError` at the end of the block, as `check_values`
-    does.
+    ``infinite``: tensors that may hold any value. ``share``: (rank, ranks) that divide the tensors of safetensors files
+    among them. Raises `ArtifactError` at the end of the block, as `check_values` does.
     """
     from loadstone.artifact.values import Limit, limits_of, packed_limits
 
     limits = limits_of(source.quantized.values()) | packed_limits(packed)
     limits |= dict.fromkeys(infinite, Limit("uint8", 0, 255))
+    if isinstance(source, SafetensorsSource) and share[1] > 1:
+        tensors = sorted(source.tensors.values(), key=lambda tensor: tensor.nbytes)[share[0] :: share[1]]
+        source = replace(source, table=replace(source.table, tensors={t.name: t for t in tensors}))
     with ThreadPoolExecutor(1) as pool:
         scan = pool.submit(source.check_values, limits)
         yield
@@ -311,7 +317,10 @@ class _Unread:
     info: TensorInfo
 
     def __getitem__(self, index: Any) -> torch.Tensor:
-        return self.source.read(self.info)
+        return self.source.read(self.info)[index]
+
+    def get_shape(self) -> list[int]:
+        return list(self.info.shape)
 
 
 def _bin_source(directory: Path, weights: WeightFiles, sink: Sink) -> BinSource:

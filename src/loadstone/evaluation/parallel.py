@@ -87,6 +87,8 @@ def _check(models: Sequence[EvalModel], options: Options, ranks: Ranks, size: in
                 "Start one rank for each",
             )
     shares = {model.name: divided_share(model.plan, size) for model in models}
+    for name, share in shares.items():
+        log.info("%s: each of %d ranks holds %.0f %% of it", name, size, 100 * share)
     free = free_bytes(device)
     for together in held_together(models, options):
         need = sum(shares[m.name] * weight_bytes(m.plan.artifact, m.plan.dtype) for m in together)

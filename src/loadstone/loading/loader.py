@@ -52,6 +52,7 @@ def load(
     from loadstone.loading.adapters import placed
     from loadstone.loading.native import load_native
     from loadstone.loading.pretrained import load_pretrained
+    from loadstone.loading.tensor_parallel import failing_together
 
     chosen = replace(chosen, artifact=placed(chosen.artifact, chosen.trust_remote_code))
     device_map = resolve_device(chosen.device, chosen.artifact, chosen.dtype)
@@ -61,8 +62,11 @@ def load(
     with torch.inference_mode(False), offline():
         if chosen.load_path == FROM_PRETRAINED:
             model = load_pretrained(chosen, device_map)
+        elif mesh is None:
+            model = load_native(chosen, device_map)
         else:
-            model = load_native(chosen, device_map, mesh)
+            with failing_together(mesh, chosen.artifact):
+                model = load_native(chosen, device_map, mesh)
     model.eval()
     check_unchanged(chosen.artifact.path, chosen.artifact.stamp)
     if fast:

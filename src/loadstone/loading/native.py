@@ -57,7 +57,8 @@ def load_native(plan: LoadPlan, device_map: Any, mesh: Any = None) -> PreTrained
     check_kernels(artifact, device_map)
     options: dict[str, Any] = {"dtype": dtype, "device_map": device_map}
     infinite = infinite_buffers(artifact, plan.trust_remote_code)
-    with values_checked(artifact.source, artifact.packed.values(), infinite):
+    share = (0, 1) if mesh is None else (mesh.get_local_rank(), mesh.size())
+    with values_checked(artifact.source, artifact.packed.values(), infinite, share):
         with (
             lazy_state_dict(artifact, quantized_dtype) as state,
             quiet_transformers(),

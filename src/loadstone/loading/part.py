@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 class LazyPart:
     """What ``value[index]`` gives where a tensor is divided among ranks: ``read(device, dtype)`` reads the part."""
 
-    def __init__(self, read: Callable[[Any, Any], torch.Tensor], dtype: torch.dtype | None) -> None:
+    def __init__(self, read: Callable[[Any, Any], torch.Tensor], dtype: torch.dtype | None = None) -> None:
         self._read = read
         self._dtype = dtype
 

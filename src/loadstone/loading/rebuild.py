@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from loadstone.artifact import FlatTensor
 from loadstone.errors import ArtifactError
+from loadstone.loading.part import LazyPart
 from loadstone.loading.repack import int4_tiles_to_cpu
 
 if TYPE_CHECKING:
@@ -24,8 +25,9 @@ class LazyQuantized:
         self.parts = parts
         self.dtype = dtype
 
-    def __getitem__(self, index: Any) -> LazyQuantized:
-        return self
+    def __getitem__(self, index: Any) -> LazyQuantized | LazyPart:
+        # A part is asked for where a weight is divided among ranks.
+        return self if index is Ellipsis else LazyPart(lambda device, dtype: self.to(device, dtype)[index])
 
     def to(self, device: Any = None, dtype: Any = None) -> torch.Tensor:
         """The torchao tensor on ``device``. ``dtype`` is transformers' wish for plain tensors and is not used."""
@@ -33,6 +35,9 @@ class LazyQuantized:
         if device is not None:
             parts = {name: part.to(device) for name, part in parts.items()}
         return rebuild(self.flat, parts, self.dtype)
+
+    def get_shape(self) -> list[int]:
+        return list(self.flat.shape)
 
     def get_dtype(self) -> str:
         """What a safetensors slice answers: the model sees a quantized weight as its own floating dtype."""

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from loadstone.errors import UsageError
+from loadstone.artifact import Artifact, FlatTensor
+from loadstone.errors import ArtifactError, UsageError
 from loadstone.loading.meta import meta_model
 from loadstone.loading.plan import NATIVE, NATIVE_QUANTIZED, NATIVE_UNPACKED, LoadPlan
 
@@ -17,6 +18,20 @@ if TYPE_CHECKING:
 
 # Styles of a whole result on every rank: their rows need not divide evenly.
 _GATHERED = ("embedding_rowwise", "embedding_colwise", "colwise_gather_output", "colwise_rep")
+# Models whose plan in transformers 5.23 gives other numbers (Gemma3n and HRM: a statistic over a divided dimension), or
+# fails when it runs. Every other causal language model of that version gives those of one rank.
+_BROKEN = (
+    "doge",
+    "dots3_note",
+    "dots3_note_text",
+    "gemma3n",
+    "gemma3n_text",
+    "gemma4",
+    "hrm_text",
+    "inkling_text",
+)
+# torchao's tensors that can be cut along both sides.
+_DIVISIBLE = ("Float8Tensor", "Int8Tensor", "IntxUnpackedToInt8Tensor")
 
 
 @contextmanager
@@ -26,6 +41,7 @@ def divided(model_class: Any, mesh: Any) -> Iterator[None]:
     `from_pretrained` itself divides a model among all ranks of a job only. Its loader reads the part of a parameter
     that is a DTensor, so the plan is applied between construction and load.
     """
+    _let_parts_be_viewed()
     load = model_class._load_pretrained_model
 
     def load_part(model: PreTrainedModel, *args: Any, **options: Any) -> Any:
@@ -37,6 +53,40 @@ def divided(model_class: Any, mesh: Any) -> Iterator[None]:
         yield
     finally:
         del model_class._load_pretrained_model
+
+
+@contextmanager
+def failing_together(mesh: Any, artifact: Artifact) -> Iterator[None]:
+    """A load that fails on one rank of the ``mesh`` raises `ArtifactError` on the others, which would wait for it."""
+    import torch
+    import torch.distributed as dist
+
+    failed = torch.zeros(1, device=mesh.device_type)
+    try:
+        yield
+    except Exception:
+        dist.all_reduce(failed + 1, group=mesh.get_group())
+        raise
+    dist.all_reduce(failed, group=mesh.get_group())
+    if failed:
+        raise ArtifactError(f"'{artifact.root}' cannot be loaded by another rank", "See what that rank says")
+
+
+def _let_parts_be_viewed() -> None:
+    """DTensor takes a part by `view_as` itself, which of torchao's tensors Float8Tensor alone answers."""
+    import torch
+    from torch.utils._python_dispatch import return_and_correct_aliasing
+    from torchao.quantization import Int8Tensor, IntxUnpackedToInt8Tensor
+
+    def view(function: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        tensor, shape = args
+        if tuple(shape) != tuple(tensor.shape):
+            raise NotImplementedError(f"{type(tensor).__name__} has no other shape than its own")
+        alike = tensor._apply_fn_to_data(lambda part: part.view(part.shape))
+        return return_and_correct_aliasing(function, args, kwargs, alike)
+
+    for kind in (Int8Tensor, IntxUnpackedToInt8Tensor):
+        kind.implements(torch.ops.aten.view.default)(view)
 
 
 def _apply_plan(model: PreTrainedModel, mesh: Any) -> None:
@@ -62,6 +112,20 @@ def tensor_plan(model: PreTrainedModel) -> dict[str, str]:
     return plan
 
 
+def _indivisible(tensor: FlatTensor) -> str:
+    """Why torchao's product of a part of a quantized weight is not that part of the product; empty where it is."""
+    attributes = tensor.attributes
+    if (
+        attributes.get("act_quant_kwargs")
+        or attributes.get("activation_quantization")
+        or "act_pre_scale" in tensor.parts
+    ):
+        return f"'{tensor.name}' rounds or scales its inputs, which no rank sees whole"
+    if tensor.type not in _DIVISIBLE or len(tensor.shape) != 2:
+        return f"torchao does not cut '{tensor.name}' ({tensor.type}, {len(tensor.shape)} dimensions)"
+    return ""
+
+
 def _rule(parameter: str, plan: Mapping[str, str]) -> str | None:
     """The entry of a plan that a parameter is divided by."""
     from transformers.distributed.tensor_parallel import replace_layer_number_by_wildcard
@@ -78,19 +142,25 @@ def divided_share(plan: LoadPlan, ranks: int) -> float:
     name = f"'{plan.artifact.root}'"
     if plan.load_path not in (NATIVE, NATIVE_QUANTIZED, NATIVE_UNPACKED):
         raise UsageError(f"{name} cannot be divided among ranks: {plan.reason}", "Leave --parallel out")
-    if plan.artifact.quantized:
-        raise UsageError(
-            f"{name} cannot be divided among ranks: its tensors are torchao's",
-            "Leave --parallel out",
-        )
+    if reason := next(filter(None, map(_indivisible, plan.artifact.quantized.values())), ""):
+        raise UsageError(f"{name} cannot be divided among ranks: {reason}", "Leave --parallel out")
     model = meta_model(plan.artifact, plan.trust_remote_code)
     rules = tensor_plan(model)
-    if not rules:
+    kind = type(model).__name__
+    if not rules or model.config.model_type in _BROKEN:
         raise UsageError(
-            f"transformers has no tensor-parallel plan for {type(model).__name__} ({name})",
+            f"{name}: transformers has no tensor-parallel plan {'that works ' if rules else ''}for {kind}",
             "Leave --parallel out: a model that does not fit is then streamed layer by layer",
         )
     _check_heads(model, rules, ranks, name)
+    for tensor in plan.artifact.quantized.values():
+        group = (tensor.attributes.get("block_size") or [1])[-1]
+        rowwise = "rowwise" in rules.get(_rule(tensor.name, rules) or "", "")
+        if rowwise and group < tensor.shape[-1] and tensor.shape[-1] // ranks % group:
+            raise UsageError(
+                f"{name}: the groups of {group} columns of '{tensor.name}' do not divide among {ranks} ranks",
+                "Use fewer: --parallel tensor=N",
+            )
     held = whole = 0
     for parameter, tensor in model.named_parameters():
         rule = _rule(parameter, rules)
@@ -122,14 +192,15 @@ def _part(parameter: str, shape: tuple[int, ...], style: str, ranks: int, name: 
 
 
 def _check_heads(model: PreTrainedModel, rules: Mapping[str, str], ranks: int, name: str) -> None:
-    config = model.config.get_text_config()
     if not any("attn" in rule or "attention" in rule for rule in rules):
         return
+    config = model.config.get_text_config()
+    layers = getattr(config, "per_layer_config", None) or [config]
     for field in ("num_attention_heads", "num_key_value_heads"):
-        heads = getattr(config, field, None)
-        for count in heads if isinstance(heads, list | tuple) else [heads]:
-            if isinstance(count, int) and count % ranks:
+        for layer in layers:
+            heads = getattr(layer, field, None)
+            if isinstance(heads, int) and heads % ranks:
                 raise UsageError(
-                    f"{name}: its {field} ({count}) do not divide among {ranks} ranks",
+                    f"{name}: its {field} ({heads}) do not divide among {ranks} ranks",
                     "Use fewer: --parallel tensor=N",
                 )
