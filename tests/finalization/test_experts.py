@@ -87,6 +87,9 @@ def test_experts_are_torchaos_own(
     quantize_(whole, FqnToConfig({s.name: config for s in experts}), filter_fn=None)
     assert torch.equal(logits(ours), logits(whole))
     assert torch.equal(logits(eager), logits(stock(tmp_path / "out", experts_implementation="eager")))
+    expected = logits(ours)
+    with torch.inference_mode():
+        assert torch.equal(ours(TOKENS).logits, expected) and len(ours.state_dict()) > len(experts)
     for step in experts:
         a, b = ours.get_parameter(step.name), whole.get_parameter(step.name)
         assert type(a) is type(b) and a.block_size == b.block_size and a.dim() == 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from loadstone.artifact import FlatTensor
@@ -68,8 +69,31 @@ def rebuild(
             parts[name] = parts[name].to(dtype)
     attributes.update(parts)
     try:
-        return object_from_dict(description)
+        found: torch.Tensor = object_from_dict(description)
+        _allow_views(type(found))
+        return found
     except Exception as error:
         raise ArtifactError(
             f"tensor '{flat.name}': torchao cannot rebuild it ({error})", "Finalize again"
         ) from None
+
+
+@cache
+def _allow_views(kind: Any) -> None:
+    """Let views of a class of torchao's tensors be taken under `torch.inference_mode` (an expert of a 3-D weight, the
+    `detach` of a state dict).
+
+    torchao 0.18 makes a view as a new tensor, which is an inference tensor there, and torch refuses one whose base is
+    not ("Cannot set version_counter for inference tensor").
+    """
+    import torch
+
+    own = kind.__torch_dispatch__.__func__
+
+    def dispatch(cls: Any, function: Any, types: Any, args: Any, kwargs: Any = None) -> Any:
+        if torch.is_inference_mode_enabled() and getattr(function, "is_view", False):
+            with torch.inference_mode(False), torch.no_grad():
+                return own(cls, function, types, args, kwargs)
+        return own(cls, function, types, args, kwargs)
+
+    kind.__torch_dispatch__ = classmethod(dispatch)
