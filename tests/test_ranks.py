@@ -99,3 +99,19 @@ def test_ranks_that_end_at_different_times() -> None:
             raise MissingError("each by itself")
 
     on_ranks(3, work)
+
+
+def test_a_script_calls_again_and_again_under_a_launcher() -> None:
+    """The launcher's store outlives each group, with the addresses of its ranks."""
+    from torch.distributed import TCPStore
+
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+    def work() -> None:
+        os.environ.update(MASTER_PORT=str(store.port), TORCHELASTIC_USE_AGENT_STORE="True")
+        for number in range(20):
+            with joined() as ranks:
+                assert ranks.gather(number) == [number] * 2
+            time.sleep(0.02 * (number + ranks.rank) % 0.05)
+
+    on_ranks(2, work)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import cache
 from itertools import count
 from socket import gethostname
 from threading import Event, Thread
@@ -121,14 +122,16 @@ def joined() -> Iterator[Ranks]:
     if dist.is_initialized():
         yield ranks
         return
-    watch = _Watch(ranks)
+    session = next(_sessions)
+    watch = _Watch(ranks, session)
     # torchrun has a store already; without it rank 0 makes one as it joins.
     store_first = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     try:
         if store_first:
             watch.start()
-        # Ranks wait as long as others work; the watch tells which have gone.
-        dist.init_process_group("gloo", timeout=timedelta(days=30))
+        # A group that joins under the keys of an earlier one may meet addresses that are gone, and wait for them.
+        store = dist.PrefixStore(f"loadstone/group/{session}", _store())
+        dist.init_process_group("gloo", store=store, rank=ranks.rank, world_size=size, timeout=_PATIENCE)
         if not store_first:
             watch.start()
         yield ranks
@@ -147,6 +150,20 @@ def joined() -> Iterator[Ranks]:
             dist.destroy_process_group()
 
 
+# Ranks wait as long as others work; the watch tells which have gone.
+_PATIENCE = timedelta(days=30)
+
+
+@cache
+def _store() -> Any:
+    """The job's store, which without a launcher rank 0 holds: for all of a process's calls."""
+    from torch.distributed.rendezvous import rendezvous
+
+    store, *_ = next(rendezvous("env://"))
+    store.set_timeout(_PATIENCE)
+    return store
+
+
 # Seconds between two signs of life of a rank, without one after which it counts as gone, and until the first one.
 _BEAT, _GONE, _BORN = 3.0, 40.0, 600.0
 _AGAIN = "Run the same command again: what is finished is taken over (by eval with --resume)"
@@ -160,7 +177,8 @@ class _Watch:
     gloo tells of a process that ended once something is exchanged with it, and never of a machine that did.
     """
 
-    def __init__(self, ranks: Ranks) -> None:
+    def __init__(self, ranks: Ranks, session: int) -> None:
+        self._session = session
         self._rank, self._next = ranks.rank, (ranks.rank + 1) % ranks.size
         self._store: Any = None
         self._stopped = Event()
@@ -176,7 +194,7 @@ class _Watch:
         store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False)
         # The launcher's store outlives a restart of its processes.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        self._store = dist.PrefixStore(f"loadstone/{attempt}/{next(_sessions)}", store)
+        self._store = dist.PrefixStore(f"loadstone/{attempt}/{self._session}", store)
         self._since = self._answered = monotonic()
         for work in (self._beat, self._judge):
             Thread(target=work, daemon=True).start()
