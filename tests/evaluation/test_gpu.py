@@ -167,6 +167,42 @@ def test_two_processes_on_one_gpu_give_the_result_of_one(
         assert records[1][name] == pytest.approx(records[0][name], rel=1e-9, abs=1e-12), name
 
 
+def divided(directory: Path, ranks: int, file: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    command = [
+        *launcher,
+        "-m",
+        "loadstone",
+        "eval",
+        "-M",
+        str(directory),
+        "--limit",
+        "6",
+        "--json",
+        str(file),
+    ]
+    return subprocess.run([*command, *flags], capture_output=True, text=True)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize(("dtype", "apart"), [("float32", 1e-5), ("bfloat16", 5e-3)])
+def test_a_model_divided_among_two_gpus_gives_the_loss_of_one(
+    model_dir: Path, tmp_path: Path, dtype: str, apart: float
+) -> None:
+    alone = run(Options((str(model_dir),), limit=6, device="cuda", dtype=dtype)).records[0]
+    done = divided(model_dir, 2, tmp_path / "two.json", "--parallel", "tensor", "--dtype", dtype)
+    assert done.returncode == 0, done.stderr
+    (record,) = json.loads((tmp_path / "two.json").read_text())["models"]
+    assert record["ranks_per_copy"] == 2 and record["device"] == "cuda:0"
+    assert record["loss"] == pytest.approx(alone["loss"], abs=apart)
+
+
+def test_more_ranks_than_gpus_are_refused(model_dir: Path, tmp_path: Path) -> None:
+    count = torch.cuda.device_count()
+    done = divided(model_dir, 2 * count, tmp_path / "none.json", "--parallel", "tensor=2")
+    assert done.returncode and f"{2 * count} ranks of this machine have {count} GPUs" in done.stderr
+
+
 def test_compiled_layers_agree(model_dir: Path) -> None:
     options = Options((str(model_dir),), limit=20, device="cuda", dtype="float32")
     eager, compiled = (run(replace(options, compile=on)) for on in (False, True))

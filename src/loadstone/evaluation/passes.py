@@ -247,7 +247,7 @@ def run_extras(
             context.ranks.wait()
         if options.tasks:
             log.info("%s: running lm-eval tasks", model.name)
-            if options.fast and not model.has_quantizers:
+            if options.fast and not model.has_quantizers and model.mesh is None:
                 speed_up(loaded.model)
             # Requests of other lengths would change each other's frequencies.
             alone = length_regime(loaded.model.config) is not None

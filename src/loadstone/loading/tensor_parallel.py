@@ -147,9 +147,11 @@ def divided_share(plan: LoadPlan, ranks: int) -> float:
     model = meta_model(plan.artifact, plan.trust_remote_code)
     rules = tensor_plan(model)
     kind = type(model).__name__
-    if not rules or model.config.model_type in _BROKEN:
+    # A plan of the head alone divides no layer.
+    layers = any("*" in rule for rule in rules)
+    if not layers or model.config.model_type in _BROKEN:
         raise UsageError(
-            f"{name}: transformers has no tensor-parallel plan {'that works ' if rules else ''}for {kind}",
+            f"{name}: transformers has no tensor-parallel plan {'that works ' if layers else ''}for {kind}",
             "Leave --parallel out: a model that does not fit is then streamed layer by layer",
         )
     _check_heads(model, rules, ranks, name)

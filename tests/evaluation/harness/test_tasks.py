@@ -113,19 +113,32 @@ def test_two_processes_give_the_task_scores_of_one(
     model_dir: Path, worse_dir: Path, task_path: Path, tmp_path: Path
 ) -> None:
     arguments = ["-M", str(model_dir), "-M", str(worse_dir), "--limit", "30", "--batch-size", "2"]
-    arguments += ["--tasks", "local_choice,local_text", "--task-path", str(task_path), "--speed"]
+    arguments += ["--tasks", "local_choice,local_text", "--task-path", str(task_path)]
     records = []
-    for processes in (1, 2):
+    for processes, flag in ((1, "--speed"), (2, "--speed"), (2, "--parallel=tensor")):
         file = tmp_path / f"{processes}.json"
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-        command = [*launcher, str(processes), "-m", "loadstone", "eval", *arguments, "--json", str(file)]
+        command = [
+            *launcher,
+            str(processes),
+            "-m",
+            "loadstone",
+            "eval",
+            *arguments,
+            flag,
+            "--json",
+            str(file),
+        ]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, capture_output=True, text=True, env=environment)
         assert done.returncode == 0, done.stderr
         records.append(json.loads(file.read_text())["models"])
-    for one, two in zip(*records, strict=True):
+    for one, two, divided in zip(*records, strict=True):
         assert len(one["tasks"]) == 4 and one["tasks"] == two["tasks"]
         assert [s["batch_size"] for s in two["speed"]] == [1, 2]
+        for whole, part in zip(one["tasks"], divided["tasks"], strict=True):
+            assert part["examples"] == whole["examples"]
+            assert part["value"] == pytest.approx(whole["value"], rel=1e-4)
 
 
 def test_pieces_do_not_depend_on_the_number_of_processes() -> None:
