@@ -55,6 +55,8 @@ def on_ranks(size: int, work: Callable[[], None], check: bool = True) -> list[in
             RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size),
             MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
         )  # fmt: skip
+        # torch replaces the thread pool that a fork lacks, which two threads may not do at once.
+        torch.set_num_threads(1)
         try:
             work()
         except BaseException:

@@ -89,7 +89,7 @@ def test_gptq_lowers_the_error_of_the_product(recipe: str) -> None:
     torch.manual_seed(1)
     w = weight(48, 288)
     inputs = torch.randn(512, 288) @ torch.randn(288, 288) * torch.rand(288)
-    found = gptq(w, inputs.t() @ inputs, plain)
+    (found,) = gptq([w], inputs.t() @ inputs, plain)
 
     def error(tensor: torch.Tensor) -> float:
         return float((inputs @ (tensor.dequantize().float() - w.float()).t()).square().sum())
@@ -364,7 +364,7 @@ def test_experts_are_rounded_on_what_the_router_sends_them(
             enough = len(inputs) >= fewest
             few += not enough
             tensor = (
-                gptq(weight, hessian, scheme)
+                gptq([weight], hessian, scheme)[0]
                 if enough
                 else quantize_weight(weight, scheme.rounded_by("affine"))
             )

@@ -72,7 +72,7 @@ def test_each_matrix_is_rounded_on_its_own_inputs(
         for (weight, x), (rounded, _) in zip(multiplied(module, expert, seen), stored, strict=True):
             moment = x.float().t() @ x.float()
             if algorithm == "gptq":
-                wanted = gptq(weight.bfloat16(), moment, scheme)  # type: ignore[arg-type]
+                wanted = gptq([weight.bfloat16()], moment, scheme)[0]  # type: ignore[arg-type]
             else:
                 wanted = least_squares_weight(weight.bfloat16(), scheme, moment.diagonal())  # type: ignore[arg-type]
             difference = (wanted.dequantize().float() - rounded).norm() / rounded.norm()

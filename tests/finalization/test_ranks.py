@@ -66,6 +66,16 @@ def test_statistics_do_not_depend_on_the_order() -> None:
     assert torch.equal(found.moment, found.moment.t())
 
 
+def test_inputs_that_are_too_large_for_sums_are_noticed() -> None:
+    x = outlying(64, 40)
+    for times, fits in ((30.0, True), (1e6, False)):
+        seen = InputStatistics(128)
+        seen.see("a", x)
+        seen.begin_sums(["a"])
+        seen.see("a", x * times)
+        assert seen.fits(["a"]) == fits and not seen.fits(["a", "b"])
+
+
 def test_work_is_divided_evenly() -> None:
     owners = divide({"q": 4, "down": 14, "up": 8, "o": 2}, Ranks(0, 2))
     assert owners == {"down": 0, "up": 1, "q": 1, "o": 1}
@@ -83,7 +93,7 @@ def test_statistics_of_ranks_that_saw_other_keys(tmp_path: Path) -> None:
             for key, x in mine.items():
                 seen.see(key, x)
             seen.share_largest(ranks, "cpu")
-            seen.begin_sums(seen.largest)
+            seen.begin_sums(seen.largest, exactly=True)
             for key, x in mine.items():
                 seen.see(key, x)
             found = seen.add_up(ranks, {"a": 2, "b": 1})
@@ -117,6 +127,14 @@ def test_ranks_give_the_bytes_of_one(
     on_ranks(size, lambda: finalize(source, tmp_path / "out", options))
     assert snapshot(tmp_path / "out") == one
     assert sorted(p.name for p in tmp_path.iterdir()) == ["one", "out"]
+
+
+@pytest.mark.slow
+def test_ranks_that_sum_again_give_the_bytes_of_one(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("loadstone.finalization.statistics._ROOM", 0.5)
+    test_ranks_give_the_bytes_of_one(lambda arch: tiny, tmp_path, "awq", 2)
 
 
 @pytest.mark.parametrize("same", [True, False])

@@ -91,7 +91,7 @@ def calibrate(
             found = {n.removeprefix(start): s for n, s in steps.items() if n.startswith(start)}
             inside = {n: s[0] for n, s in found.items() if len(s) == 1 and not s[0].first_row}
             experts = {n: s for n, s in found.items() if n not in inside}
-            mine = Rows(hidden, calls[number], rows.numel(), device, ranks)
+            mine = Rows(hidden, calls[number], (rows.shape[0], rows.shape[1]), device, ranks)
             if any(step.name in wanted for each in found.values() for step in each):
                 files = _finished(folder, number, ranks)
                 if not files:

@@ -43,17 +43,25 @@ def round_expert(layer: nn.Module, name: str, steps: list[Step], inputs: Inputs)
     GPTQ uses the second moments of the expert's inputs, AWQ their sizes; a scale of inputs has no place here, since one
     norm serves all experts.
     """
+    if inputs.count < FEWEST:
+        return {}
+    assert inputs.moment is not None
+    together: dict[Any, list[Step]] = {}
+    for step in steps:
+        assert step.encoding is not None
+        together.setdefault((step.scheme, step.encoding.dtype), []).append(step)
     parts: dict[str, torch.Tensor] = {}
-    for step in steps if inputs.count >= FEWEST else ():
-        assert step.encoding is not None and step.scheme is not None and inputs.moment is not None
-        weight = _matrix(layer, name, step)[1].to(torch_dtype(step.encoding.dtype))
-        if step.scheme.algorithm == "gptq" and isinstance(step.scheme, Intx):
-            tensor = gptq(weight, inputs.moment, step.scheme)
-        elif step.scheme.algorithm == "awq" and isinstance(step.scheme, Intx):
-            tensor = least_squares_weight(weight, step.scheme, inputs.moment.diagonal())
+    for (scheme, dtype), members in together.items():
+        weights = [_matrix(layer, name, step)[1].to(torch_dtype(dtype)) for step in members]
+        if scheme.algorithm == "gptq" and isinstance(scheme, Intx):
+            tensors = gptq(weights, inputs.moment, scheme)
+        elif scheme.algorithm == "awq" and isinstance(scheme, Intx):
+            tensors = [least_squares_weight(each, scheme, inputs.moment.diagonal()) for each in weights]
         else:
-            tensor = quantize_weight(weight, step.scheme)
-        parts |= {key: part.cpu().contiguous() for key, part in step.encoding.store(tensor).items()}
+            tensors = [quantize_weight(each, scheme) for each in weights]
+        for step, tensor in zip(members, tensors, strict=True):
+            assert step.encoding is not None
+            parts |= {key: part.cpu().contiguous() for key, part in step.encoding.store(tensor).items()}
     return parts
 
 

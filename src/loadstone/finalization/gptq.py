@@ -6,6 +6,7 @@ class that plain rounding gives, so it loads everywhere alike.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -21,15 +22,20 @@ _DAMP = 0.01
 _COLUMNS = 128
 
 
-def gptq(weight: torch.Tensor, hessian: torch.Tensor, scheme: Intx) -> torch.Tensor:
-    """Quantize ``weight`` (out, in) to torchao's tensor so that its product with inputs of second moment ``hessian``
-    (in, in) changes least."""
+def gptq(weights: Sequence[torch.Tensor], hessian: torch.Tensor, scheme: Intx) -> list[torch.Tensor]:
+    """Quantize ``weights`` (out, in), of one dtype, to torchao's tensors so that their products with inputs of second
+    moment ``hessian`` (in, in) change least.
+
+    Rows do not depend on each other: weights that share their inputs take one pass over the columns.
+    """
     import torch
 
     from loadstone.quantization.rounding import intx_tensor, least_squares_scales
 
     low, high = -(2 ** (scheme.bits - 1)), 2 ** (scheme.bits - 1) - 1
-    rest = weight.float().clone()
+    # A copy.
+    weight = torch.cat(list(weights))
+    rest = weight.float()
     group = scheme.group_size or weight.shape[1]
     diagonal = hessian.diagonal().clone()
     inverse = _inverse_factor(hessian)
@@ -63,7 +69,9 @@ def gptq(weight: torch.Tensor, hessian: torch.Tensor, scheme: Intx) -> torch.Ten
             rest[:, column:end] -= error[:, None] * inverse[column, column:end]
             errors[:, column - start] = error
         rest[:, end:] -= errors @ inverse[start:end, end:]
-    return intx_tensor(values, torch.cat(scales, 1), torch.cat(zeros, 1), scheme)
+    rows = [len(each) for each in weights]
+    parts = [part.split(rows) for part in (values, torch.cat(scales, 1), torch.cat(zeros, 1))]
+    return [intx_tensor(value, scale, zero, scheme) for value, scale, zero in zip(*parts, strict=True)]
 
 
 def _inverse_factor(hessian: torch.Tensor) -> torch.Tensor:

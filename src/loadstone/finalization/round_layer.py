@@ -30,13 +30,18 @@ _SCALES = {"awq": awq_scale, "smoothquant": smooth_scale}
 @dataclass(frozen=True)
 class Rows:
     """This rank's share of the calibration rows at a layer: ``hidden``, (1, length, width) each on the CPU, and the
-    layer's other arguments. ``tokens``: those of all ranks."""
+    layer's other arguments. ``shape``: rows of all ranks and tokens of each."""
 
     hidden: list[torch.Tensor]
     call: Call
-    tokens: int
+    shape: tuple[int, int]
     device: str
     ranks: Ranks
+
+    @property
+    def first(self) -> int:
+        """How many of this rank's rows are among the first eighth of all."""
+        return len(range(self.ranks.rank, -(-self.shape[0] // 8), self.ranks.size))
 
     def run(self, layer: torch.nn.Module) -> list[torch.Tensor]:
         """The outputs of ``layer``, on the CPU."""
@@ -67,11 +72,26 @@ def round_layer(
     untouched = {*(f"{name}.weight" for name in wanted), *experts}
     before = {n: p.detach().clone() for n, p in layer.named_parameters() if n not in untouched}
     scales = _fold_scales(layer, wanted, inputs, source, owners, rows)
+    together: dict[Any, list[str]] = {}
     for name, step in wanted.items():
         if owners[source[name]] == rank:
-            assert step.encoding is not None
-            tensor = _rounded(layer, name, step, inputs[source[name]], scales.get(name))
-            parts |= {n: p.cpu().contiguous() for n, p in step.encoding.store(tensor).items()}
+            assert step.encoding is not None and step.scheme is not None
+            alone = "" if step.scheme.algorithm == "gptq" else name
+            alike = (source[name], step.scheme, step.encoding.dtype, alone)
+            together.setdefault(alike, []).append(name)
+    for (first, scheme, *_), names in together.items():
+        weights = [_weight(layer, name, wanted[name]) for name in names]
+        if scheme.algorithm == "gptq":
+            moment = inputs[first].moment
+            assert moment is not None
+            tensors = gptq(weights, moment, scheme)
+        else:
+            step, scale = wanted[names[0]], scales.get(names[0])
+            tensors = [_rounded(weights[0], step, inputs[first], scale)]
+        for name, tensor in zip(names, tensors, strict=True):
+            encoding = wanted[name].encoding
+            assert encoding is not None
+            parts |= {n: p.cpu().contiguous() for n, p in encoding.store(tensor).items()}
     for name, old in before.items():
         new = layer.get_parameter(name)
         if rank == 0 and not new.equal(old):
@@ -90,7 +110,7 @@ def _statistics(
     share its statistics, under the name of the first); and the rank that rounds what has a key."""
     seen: list[tuple[torch.Tensor, str]] = []
     source: dict[str, str] = {}
-    statistics = InputStatistics(rows.tokens)
+    statistics = InputStatistics(rows.shape[0] * rows.shape[1])
 
     def watch(name: str) -> Callable[..., None]:
         def hook(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
@@ -102,33 +122,36 @@ def _statistics(
 
         return hook
 
-    def look() -> None:
-        for x in rows.hidden:
+    def look(count: int | None = None) -> dict[Any, list[Step]]:
+        """Run some or all rows; returns the steps of each key that any rank has seen so far."""
+        for x in rows.hidden[:count]:
             seen.clear()
             run_layer(layer, x, rows.call, rows.device)
         seen.clear()
+        statistics.share_largest(rows.ranks, rows.device)
+        for each in rows.ranks.gather(dict(source)):
+            source.update(each)
+        steps: dict[Any, list[Step]] = {key: shares[key] for key in shares if key in statistics.largest}
+        for name in filter(source.__contains__, wanted):
+            steps.setdefault(source[name], []).append(wanted[name])
+        return steps
 
     handles = [layer.get_submodule(name).register_forward_pre_hook(watch(name)) for name in wanted]
     unwatch = watch_experts(layer, list(dict.fromkeys(name for name, _ in shares)), statistics.see)
-    look()
-    statistics.share_largest(rows.ranks, rows.device)
-    for each in rows.ranks.gather(source):
-        source |= each
+    if any(map(_needs_sums, (*wanted.values(), *(step for steps in shares.values() for step in steps)))):
+        statistics.begin_sums(_summed(look(rows.first)))
+    steps = look()
+    if not statistics.fits(_summed(steps)):
+        statistics.begin_sums(_summed(steps), exactly=True)
+        look()
+    for handle in handles:
+        handle.remove()
+    unwatch()
     for name, step in wanted.items():
         if name not in source:
             raise ArtifactError(
                 f"the calibration text never reaches '{step.name}'", "Use more text, or skip it"
             )
-    steps: dict[Any, list[Step]] = {key: shares[key] for key in shares if key in statistics.largest}
-    for name, step in wanted.items():
-        steps.setdefault(source[name], []).append(step)
-    summed = [key for key, found in steps.items() if any(_needs_sums(step) for step in found)]
-    if summed:
-        statistics.begin_sums(summed)
-        look()
-    for handle in handles:
-        handle.remove()
-    unwatch()
     # Of GPTQ: a factor of the second moment, and a product with it for each row of the weights.
     width = {key: statistics.largest[key].numel() for key in steps}
     costs = {
@@ -143,6 +166,11 @@ def _needs_sums(step: Step) -> bool:
     return step.scheme is not None and step.scheme.algorithm != "smoothquant"
 
 
+def _summed(steps: dict[Any, list[Step]]) -> list[Any]:
+    """The keys whose sums are needed."""
+    return [key for key, found in steps.items() if any(map(_needs_sums, found))]
+
+
 def _weight(layer: torch.nn.Module, name: str, step: Step) -> torch.Tensor:
     """A Linear's weight in the dtype that it is quantized in."""
     weight: Any = layer.get_submodule(name).weight
@@ -150,15 +178,10 @@ def _weight(layer: torch.nn.Module, name: str, step: Step) -> torch.Tensor:
     return weight.detach().to(torch_dtype(step.encoding.dtype))
 
 
-def _rounded(
-    layer: torch.nn.Module, name: str, step: Step, inputs: Inputs, scale: torch.Tensor | None
-) -> torch.Tensor:
-    """A Linear's quantized weight. ``scale``: what was folded into its columns."""
+def _rounded(weight: torch.Tensor, step: Step, inputs: Inputs, scale: torch.Tensor | None) -> torch.Tensor:
+    """A Linear's quantized ``weight``, by awq or smoothquant. ``scale``: what was folded into its columns."""
     assert step.encoding is not None and step.scheme is not None
-    weight, algorithm = _weight(layer, name, step), step.scheme.algorithm
-    if algorithm == "gptq":
-        assert inputs.moment is not None
-        return gptq(weight, inputs.moment, step.scheme)  # type: ignore[arg-type]
+    algorithm = step.scheme.algorithm
     if step.encoding.scales_inputs:
         own = _SCALES[algorithm](inputs, [(weight, step.scheme)])
         return quantize_scaled(weight, step.scheme, own)

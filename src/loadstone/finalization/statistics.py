@@ -2,8 +2,8 @@
 
 Each rank sees its own rows, and sums of floating-point numbers depend on their order. So each feature is scaled by a
 power of two that its largest magnitude allows, and what is added are integers whose sums stay below 2^53: exact in
-float64, so that any number of ranks gives the same bits. It takes one pass over the rows for the largest magnitudes and
-a second one for the sums.
+float64, so that any number of ranks gives the same bits. The first rows tell magnitudes, with room for larger ones;
+where that does not suffice, the sums are made again.
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 # Rows of a second moment that are sent at once; fixed, since they decide which half of the matrix counts.
 _ROWS = 512
+# How many times as large as in the first rows a feature may be, and its share of the largest feature that is taken for
+# one that they do not have.
+_ROOM, _FLOOR = 32.0, 2.0**-10
 # Bits of a sum of integers that float64 holds exactly, less one for float32 rounding upwards.
 _BITS = 52
 
@@ -41,27 +44,27 @@ class Inputs:
         seen = InputStatistics(sum(x.numel() // x.shape[-1] for x in parts))
         for x in parts:
             seen.see("", x)
-        seen.begin_sums(seen.largest)
+        seen.begin_sums(seen.largest, exactly=True)
         for x in parts:
             seen.see("", x)
         return seen.add_up(Ranks(), {"": 0})[""]
 
 
 class _Sums:
-    """Sums over the inputs of one key, as integers in units that follow from ``largest`` and ``tokens``, the most
-    tokens that will be added."""
+    """Sums over the inputs of one key, of magnitudes up to ``bound`` (in,), as integers in units that follow from it
+    and ``tokens``, the most tokens that will be added."""
 
-    def __init__(self, largest: torch.Tensor, tokens: int) -> None:
+    def __init__(self, bound: torch.Tensor, tokens: int) -> None:
         import torch
 
         bits = (_BITS - ceil(log2(max(tokens, 2)))) // 2
         # |x| < 2^exponent; an input of zeros alone needs no scale.
-        exponent = torch.frexp(largest).exponent.clamp(min=-100)
-        self.scale = torch.ldexp(torch.ones_like(largest), bits - exponent)
-        size = largest.numel()
-        self.moment = torch.zeros(size, size, dtype=torch.float64, device=largest.device)
+        exponent = torch.frexp(bound).exponent.clamp(min=-100)
+        self.scale = torch.ldexp(torch.ones_like(bound), bits - exponent)
+        self.bound, size = bound, bound.numel()
+        self.moment = torch.zeros(size, size, dtype=torch.float64, device=bound.device)
         # The last entry counts tokens.
-        self.total = torch.zeros(size + 1, dtype=torch.float64, device=largest.device)
+        self.total = torch.zeros(size + 1, dtype=torch.float64, device=bound.device)
 
     def add(self, flat: torch.Tensor) -> None:
         scaled = flat * self.scale
@@ -73,24 +76,25 @@ class _Sums:
 class InputStatistics:
     """Statistics by key, of inputs that `see` is told, over all ranks.
 
-    ``tokens``: the most tokens that a key sees on all ranks together. Call `see` for every input of a first pass, then
-    `begin_sums`, then `see` for a second pass, then `add_up`.
+    ``tokens``: the most tokens that a key sees on all ranks together. Call `see` for inputs of some rows, then
+    `share_largest` and `begin_sums`; then for those of all rows, `share_largest`, and while not `fits` again from
+    `begin_sums` on; then `add_up`.
     """
 
     def __init__(self, tokens: int) -> None:
         self.largest: dict[Any, torch.Tensor] = {}
         self._tokens = tokens
-        self._sums: dict[Any, _Sums] | None = None
+        self._sums: dict[Any, _Sums] = {}
 
     def see(self, key: Hashable, x: torch.Tensor) -> None:
         """Note inputs (…, in)."""
         flat = x.reshape(-1, x.shape[-1]).float()
-        if self._sums is not None:
-            if key in self._sums and len(flat):
-                self._sums[key].add(flat)
-        elif len(flat):
-            size = flat.abs().amax(0)
-            self.largest[key] = size.maximum(self.largest[key]) if key in self.largest else size
+        if not len(flat):
+            return
+        size = flat.abs().amax(0)
+        self.largest[key] = size.maximum(self.largest[key]) if key in self.largest else size
+        if key in self._sums:
+            self._sums[key].add(flat)
 
     def share_largest(self, ranks: Ranks, device: str) -> None:
         """The largest magnitudes of all ranks' inputs; raises `ArtifactError` for those that are not finite."""
@@ -103,16 +107,28 @@ class InputStatistics:
                 )
         self.largest = {key: size.to(device) for key, size in found.items()}
 
-    def begin_sums(self, keys: Iterable[Any]) -> None:
-        """The next pass adds up the inputs of ``keys``."""
-        self._sums = {key: _Sums(self.largest[key], self._tokens) for key in keys}
+    def begin_sums(self, keys: Iterable[Any], exactly: bool = False) -> None:
+        """From now on add up the inputs of ``keys``, which are no larger than those so far, or (``exactly`` is false)
+        not much."""
+        # The earlier ones first, for their memory.
+        self._sums = {}
+        for key in keys:
+            size = self.largest[key]
+            bound = size if exactly else size.maximum(size.max() * _FLOOR) * _ROOM
+            self._sums[key] = _Sums(bound, self._tokens)
+
+    def fits(self, keys: Iterable[Any]) -> bool:
+        """Whether the sums are those of all ``keys``, and no input was too large for them."""
+        return all(
+            key in self._sums and bool((self.largest[key] <= self._sums[key].bound).all()) for key in keys
+        )
 
     def add_up(self, ranks: Ranks, owners: Mapping[Any, int]) -> dict[Any, Inputs]:
         """The statistics of all keys; second moments only of those that this rank owns."""
         import torch
 
         found = {key: Inputs(size) for key, size in self.largest.items()}
-        sums, self._sums = self._sums or {}, None
+        sums, self._sums = self._sums, {}
         if sums:
             totals = ranks.combine(torch.cat([each.total.cpu() for each in sums.values()]), "sum")
         sizes = [each.total.numel() for each in sums.values()]
