@@ -1,13 +1,15 @@
 """On a GPU: tokens per second of one sequence with weight-only recipes, beside bf16; and the kernels alone.
 
     python tests/bench/gpu_decode.py [--kernels] [--layers 16] [--recipes a,b] [--folder DIR] [--profile]
+        [--no-stock]
 
 ``--kernels``: products of one row with single weights, each replayed in a CUDA graph: microseconds and the share of
 cuBLAS's bf16 time, for the block sizes that were tried. Otherwise a Llama-3-8B-shaped checkpoint of 16 layers is made,
 finalized by each recipe and loaded, and `generate` writes with a static cache: stock modules and loop, which
 compile the model; our loop (`loadstone.greedy_decoding`); and our loop with ``loadstone.load(…, fast=True)``.
 Tokens per second are the median of five differences between writing 64 and 128 tokens; the warm-up is the first call.
-``--profile`` adds the kernels that a token of the last way spends its time in.
+``--profile`` adds the kernels that a token of the last way spends its time in; ``--no-stock`` leaves the stock loop out
+for recipes.
 """
 
 from __future__ import annotations
@@ -143,6 +145,7 @@ def main() -> None:
     parser.add_argument("--recipes", default=",".join(RECIPES))
     parser.add_argument("--folder", type=Path, default=None)
     parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--stock", action=argparse.BooleanOptionalAction, default=True)
     options = parser.parse_args()
     if options.kernels:
         kernels()
@@ -171,9 +174,8 @@ def main() -> None:
                 loadstone.finalize(source, path, recipe=recipe, device="cuda")
             found, logits = [], []
             ours = {"custom_generate": loadstone.greedy_decoding}
-            for fast, loop in (
-                ((False, {}), (False, ours), (True, ours)) if recipe else ((False, {}), (False, ours))
-            ):
+            ways: list[tuple[bool, dict[str, Any]]] = [(False, {}), (False, ours), (True, ours)]
+            for fast, loop in ways[not options.stock :] if recipe else ways[:2]:
                 torch.compiler.reset()
                 model = loadstone.load(path, device="cuda", fast=fast)
                 with torch.no_grad():
@@ -185,7 +187,8 @@ def main() -> None:
                 torch.cuda.empty_cache()
             base = base or (found[0][0], found[1][0])
             gap = (logits[0] - logits[-1]).abs().max().item() / logits[0].abs().max().item()
-            rates = [f"{tokens:.0f}" for tokens, _ in found] + [""] * (3 - len(found))
+            rates = [f"{tokens:.0f}" for tokens, _ in found]
+            rates = [*rates, ""] if not recipe else [""] * (3 - len(found)) + rates
             best = found[-1][0]
             warm = ", ".join(f"{seconds:.0f}" for _, seconds in found)
             print(

@@ -1,6 +1,7 @@
 """Tokens per second of an evaluation on one GPU: stock loops beside ours, for bf16 and every recipe.
 
-python tests/bench/gpu_eval.py [--layers 22] [--batch 8] [--context 2048] [--recipes a,b] [--whole-compile a,b]
+    python tests/bench/gpu_eval.py [--layers 22] [--batch 8] [--context 2048] [--recipes a,b] [--loops a,b]
+    [--whole-compile a,b]
 
 The model is a random Llama of TinyLlama's shape (1.1 billion parameters): speed does not depend on what the
 weights say. Stock: the model's own forward with full logits and cross entropy, eager and (for the recipes
@@ -120,6 +121,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--context", type=int, default=2048)
     parser.add_argument("--recipes", default=",".join(RECIPES))
+    parser.add_argument("--loops", default=",".join(LOOPS))
     parser.add_argument("--whole-compile", default="bf16,int8-dynamic-act-int4-weight")
     args = parser.parse_args()
     if not torch.cuda.is_available():
@@ -135,7 +137,7 @@ def main() -> None:
     recipes = ["bf16", *(r for r in args.recipes.split(",") if r not in ("", "bf16"))]
     whole = [r for r in args.whole_compile.split(",") if r]
     for recipe, loop in [
-        *((r, loop) for r in recipes for loop in LOOPS),
+        *((r, loop) for r in recipes for loop in args.loops.split(",")),
         *((r, "stock compiled") for r in whole),
     ]:
         torch._dynamo.reset()

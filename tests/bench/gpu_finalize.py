@@ -1,9 +1,11 @@
 """On a GPU: finalize of a synthetic Llama-3-8B-shaped checkpoint beside stock load-quantize-save.
 
-python tests/bench/gpu_finalize.py [--layers 32] [--recipes a,b] [--folder DIR] [--make DIR]
+python tests/bench/gpu_finalize.py [--layers 32] [--recipes a,b] [--folder DIR] [--make DIR] [--no-limit]
 
 The checkpoint (random bf16, 16 GB with 32 layers) is made on the GPU and written to local disk. Each run is a process
-of its own, and reads the source from the page cache. Host memory is anonymous and shared memory above what the
+of its own, which waits after its imports until it is alone, and reads the source from the page cache. "1 GB" has shards
+of that size in place of 5 GB. W4A16 is the serving layout (groups of 128); stock has no writer of it, and its figure is
+of the same integers as `intx4-weight-only:group_size=128`. Host memory is anonymous and shared memory above what the
 imports took; the limit is reading the source and writing as many bytes as the output has, synced. At the end our
 tensors are held to stock's. ``--make DIR`` only makes the checkpoint there.
 """
@@ -20,7 +22,9 @@ import tempfile
 import time
 from pathlib import Path
 
-RECIPES = ("int4-weight-only", "int8-dynamic-act-int4-weight")
+SERVED = "W4A16"
+RECIPES = ("int4-weight-only", "int8-dynamic-act-int4-weight", "float8-weight-only", SERVED)
+WAYS = ("loadstone", "loadstone, 1 GB", "stock")
 HIDDEN, INNER, KV, VOCAB = 4096, 14336, 1024, 128_256
 
 CHILD = """
@@ -33,7 +37,6 @@ from transformers.models.llama.modeling_llama import LlamaForCausalLM
 transformers.utils.logging.disable_progress_bar()
 from pathlib import Path
 import loadstone
-from loadstone.finalization.plan import make_plan
 from loadstone.finalization.run import write_plan
 from loadstone.quantization import parse_recipe, to_torchao
 
@@ -47,11 +50,21 @@ def watch():
 
 who, source, out, recipe = sys.argv[1:]
 torch.zeros(1, device="cuda")
-base, peak, stop = held(), [0], threading.Event()
+stop = threading.Event()
+layout = "compressed-tensors" if recipe == "W4A16" else "torchao"
+recipe = recipe.replace("W4A16", "intx4-weight-only:group_size=128")
+# Modules that are imported on first use.
+loadstone.plan_finalize("builtin:tiny-llama", recipe="int8-weight-only")
+print("ready", flush=True)
+if not sys.stdin.readline():
+    sys.exit("not wanted")
+base, peak = held(), [0]
 threading.Thread(target=watch, daemon=True).start()
 start = time.perf_counter()
-if who == "loadstone":
-    write_plan(make_plan(loadstone.detect(source), parse_recipe(recipe), device="cuda:0"), Path(out), device="cuda:0")
+if who.startswith("loadstone"):
+    size = "1GB" if who.endswith("1 GB") else "5GB"
+    plan = loadstone.plan_finalize(source, recipe=recipe, layout=layout, device="cuda:0", max_shard_size=size)
+    write_plan(plan, Path(out), device="cuda:0")
 else:
     config = TorchAoConfig(to_torchao(parse_recipe(recipe).scheme))
     model = AutoModelForCausalLM.from_pretrained(source, quantization_config=config, device_map={"": "cuda:0"})
@@ -115,14 +128,22 @@ def make(out: Path, layers: int) -> int:
     return total
 
 
-def run(who: str, source: Path, out: Path, recipe: str) -> tuple[list[float] | None, str]:
-    """Seconds, peak GPU MiB and peak host MiB; None and the reason when the run failed."""
+def begin(who: str, source: Path, out: Path, recipe: str) -> subprocess.Popen[str]:
+    """A process that imports what it needs and then waits."""
     command = [sys.executable, "-c", CHILD, who, str(source), str(out), recipe]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        print(done.stderr, file=sys.stderr)
-        return None, " ".join((done.stderr.strip().splitlines() or ["no message"])[-1].split())[:160]
-    return json.loads(done.stdout.splitlines()[-1]), ""
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[list[float] | None, str]:
+    """Seconds, peak GPU MiB and peak host MiB; None and the reason when the run failed."""
+    assert process.stdout is not None
+    process.stdout.readline()
+    out, problem = process.communicate("\n")
+    if process.returncode:
+        print(problem, file=sys.stderr)
+        return None, " ".join((problem.strip().splitlines() or ["no message"])[-1].split())[:160]
+    return json.loads(out.splitlines()[-1]), ""
 
 
 def size(directory: Path) -> int:
@@ -174,6 +195,7 @@ def main() -> None:
     parser.add_argument("--recipes", default=",".join(RECIPES))
     parser.add_argument("--folder", type=Path, default=None)
     parser.add_argument("--make", type=Path, default=None)
+    parser.add_argument("--limit", action=argparse.BooleanOptionalAction, default=True)
     options = parser.parse_args()
     if options.make:
         print(f"{make(options.make, options.layers) / 1e9:.2f} GB in {options.make}")
@@ -181,8 +203,21 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="loadstone-gpu-", dir=options.folder) as name:
         folder = Path(name)
         source = folder / "source"
+        recipes = options.recipes.split(",")
+        runs = [(recipe, who) for recipe in recipes for who in WAYS]
+        outs = {run: folder / f"{number}" for number, run in enumerate(runs)}
+        # All import at once, and wait.
+        waiting = {(recipe, who): begin(who, source, outs[recipe, who], recipe) for recipe, who in runs}
         start = time.perf_counter()
         total = make(source, options.layers)
+        import torch
+        import torchao
+        import transformers
+
+        print(
+            f"{torch.cuda.get_device_name()}, torch {torch.__version__}, transformers {transformers.__version__}, "
+            f"torchao {torchao.__version__}"
+        )
         print(
             f"source: {options.layers} layers, {total / 1e9:.2f} GB, made in {time.perf_counter() - start:.0f} s; "
             f"largest tensor {VOCAB * HIDDEN * 2 / 2**20:.0f} MiB\n"
@@ -190,24 +225,26 @@ def main() -> None:
         print(
             "| recipe | who | s | of the limit | GB out | GPU MiB | host MiB |\n|---|---|---|---|---|---|---|"
         )
-        for recipe in options.recipes.split(","):
-            limit = 0.0
-            for who in ("loadstone", "stock"):
-                out = folder / who
-                found, problem = run(who, source, out, recipe)
-                if found is None:
-                    print(f"| {recipe} | {who} | failed: {problem} | | | | |", flush=True)
-                    continue
-                limit = limit or limit_seconds(source, size(out), folder)
-                print(
-                    f"| {recipe} | {who} | {found[0]:.1f} | {limit / found[0]:.0%} | {size(out) / 1e9:.2f} | "
-                    f"{found[1]:.0f} | {found[2]:.0f} |",
-                    flush=True,
-                )
-            if (folder / "loadstone").exists() and (folder / "stock").exists():
-                print(f"{recipe}: {equal(folder / 'loadstone', folder / 'stock')}", flush=True)
-            for who in ("loadstone", "stock"):
-                shutil.rmtree(folder / who, ignore_errors=True)
+        limit = 0.0
+        for recipe, who in runs:
+            out = outs[recipe, who]
+            found, problem = finish(waiting[recipe, who])
+            if found is None:
+                print(f"| {recipe} | {who} | failed: {problem} | | | | |", flush=True)
+                continue
+            if options.limit and who == WAYS[0]:
+                limit = limit_seconds(source, size(out), folder)
+            print(
+                f"| {recipe} | {who} | {found[0]:.1f} | {limit / found[0]:.0%} | {size(out) / 1e9:.2f} | "
+                f"{found[1]:.0f} | {found[2]:.0f} |",
+                flush=True,
+            )
+            if who == WAYS[-1]:
+                first = outs[recipe, WAYS[0]]
+                if first.exists() and out.exists() and recipe != SERVED:
+                    print(f"{recipe}: {equal(first, out)}", flush=True)
+                for way in WAYS:
+                    shutil.rmtree(outs[recipe, way], ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ def fill(source: Path) -> None:
 
 
 def run(
-    source: Path, out: Path, recipe: str, *, ranks: int = 1, kill_after: float = 0.0
+    source: Path, out: Path, recipe: str, *options: str, ranks: int = 1, kill_after: float = 0.0
 ) -> tuple[float, float]:
     """Seconds and the host's peak in GB of one command; ``kill_after`` seconds it is killed."""
     start = [sys.executable]
@@ -75,7 +75,7 @@ def run(
         recipe,
         "--quiet",
     ]
-    command += ["--layout", "compressed-tensors", "--max-shard-size", "1GB"]
+    command += ["--layout", "compressed-tensors", "--max-shard-size", "1GB", *options]
     began = time.perf_counter()
     process = subprocess.Popen([str(part) for part in command])
     if kill_after:
@@ -107,7 +107,12 @@ def main() -> None:
         fill(folder / "source")
         size = sum(file.stat().st_size for file in (folder / "source").glob("*.safetensors"))
         seconds, peak = run(folder / "source", folder / "once", options.recipe)
-        print(f"{layers} layers, {size / 1e9:.1f} GB: {seconds:.1f} s, host peak {peak:.1f} GB", flush=True)
+        start, _ = run(folder / "source", folder / "none", options.recipe, "--dry-run")
+        print(
+            f"{layers} layers, {size / 1e9:.1f} GB: {seconds:.1f} s, of which imports and the plan take {start:.1f} s "
+            f"(a dry run), host peak {peak:.1f} GB",
+            flush=True,
+        )
         wanted = digests(folder / "once")
         run(folder / "source", folder / "killed", options.recipe, kill_after=seconds / 2)
         again, _ = run(folder / "source", folder / "killed", options.recipe)

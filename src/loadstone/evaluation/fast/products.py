@@ -199,3 +199,28 @@ class Int8LinearVnni(Int8DynamicLinear):
     def multiply(self, rows: torch.Tensor) -> torch.Tensor:
         unsigned = rows.view(torch.uint8) ^ 128
         return torch._int_mm(unsigned, self.weight.t()).sub_(self.correction)
+
+
+class Float8DynamicLinear(nn.Module):
+    """Float8 activations times float8 weights by torchao's own product, with the rounded input given to it: the bits of
+    its Linear. Modules with the same input can share the rounding, which takes longer than the product."""
+
+    def __init__(self, weight: Any, bias: torch.Tensor | None, rounding: Rounding) -> None:
+        super().__init__()
+        self.weight, self.bias = weight, bias
+        self.rounding = rounding
+        stored = weight.detach()
+        self._rounded_only = type(stored)(
+            stored.qdata,
+            stored.scale,
+            block_size=stored.block_size,
+            mm_config=stored.mm_config,
+            kernel_preference=stored.kernel_preference,
+            dtype=stored.dtype,
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        # The compiler shares and fuses the rounding itself.
+        if torch.compiler.is_compiling():
+            return F.linear(x, self.weight, self.bias)
+        return F.linear(self.rounding(x), self._rounded_only, self.bias)

@@ -27,6 +27,7 @@ from loadstone.evaluation.fast.products import (
     DequantizedLinear,
     DequantizedLinearBfloat16,
     DequantizedLinearBiasLast,
+    Float8DynamicLinear,
     Int8DynamicLinear,
     Int8LinearCuda,
     Int8LinearFloat32,
@@ -38,7 +39,13 @@ from loadstone.evaluation.fast.products import (
     Product,
     Rounding,
 )
-from loadstone.evaluation.fast.rounding import SharedRounding, int8_round_trip, int8_rows, mx_round_trip
+from loadstone.evaluation.fast.rounding import (
+    SharedRounding,
+    float8_rounding,
+    int8_round_trip,
+    int8_rows,
+    mx_round_trip,
+)
 from loadstone.evaluation.measure import free_bytes
 from loadstone.quantization.weight_use import weights_used_otherwise
 
@@ -163,7 +170,8 @@ def _share_rounding(model: Any) -> None:
     for parent in model.modules():
         shared: dict[Rounding, SharedRounding] = {}
         for module in parent.children():
-            if isinstance(module, DequantizedLinear | Int8DynamicLinear) and module.rounding is not None:
+            rounds = isinstance(module, DequantizedLinear | Int8DynamicLinear | Float8DynamicLinear)
+            if rounds and module.rounding is not None:
                 module.rounding = shared.setdefault(module.rounding, SharedRounding(module.rounding))
 
 
@@ -196,7 +204,7 @@ def _rounds_activations(module: nn.Module) -> bool:
     if isinstance(module, DequantizedLinear):
         return module.rounding is not None
     # A quantized Linear that was not replaced may do anything.
-    return isinstance(module, Int8DynamicLinear) or (
+    return isinstance(module, Int8DynamicLinear | Float8DynamicLinear) or (
         type(module) is nn.Linear and _is_quantized(module.weight)
     )
 
@@ -226,6 +234,12 @@ def _replacement(module: nn.Linear) -> nn.Module | None:
             return _microscaled(weight, module.bias)
         case "Float8Tensor" if weight.act_quant_kwargs is None:
             return DequantizedLinearBiasLast(weight.dequantize(), module.bias)
+        case "Float8Tensor" if weight.device.type == "cuda":
+            how = weight.act_quant_kwargs
+            parts = (how.float8_dtype, how.granularity, how.mm_config, how.hp_value_lb, how.hp_value_ub)
+            return Float8DynamicLinear(
+                module.weight, module.bias, float8_rounding(*parts, how.kernel_preference)
+            )
         case "Int8Tensor" if weight.act_pre_scale is None:
             return _int8(weight, module.bias)
         case "Int4TilePackedTo4dTensor" if weight.act_pre_scale is None and weight.dim() == 2:

@@ -53,6 +53,15 @@ def mx_round_trip(
     return rounding
 
 
+@lru_cache
+def float8_rounding(*how: Any) -> Callable[[torch.Tensor], Any]:
+    """A function that rounds x (..., in) to torchao's Float8Tensor, ``how``: the arguments of its ``from_hp``; the same
+    one for the same arguments."""
+    from torchao.quantization import Float8Tensor
+
+    return lambda x: Float8Tensor.from_hp(x, *how)
+
+
 class SharedRounding:
     """A rounding that is computed once for modules that get the same input, such as q, k and v, or gate and up.
 
