@@ -3,8 +3,8 @@
 python tests/bench/gpu_finalize.py [--layers 32] [--recipes a,b] [--folder DIR] [--make DIR] [--no-limit]
 
 The checkpoint (random bf16, 16 GB with 32 layers) is made on the GPU and written to local disk. Each run is a process
-of its own, which waits after its imports until it is alone, and reads the source from the page cache. "1 GB" has shards
-of that size in place of 5 GB. W4A16 is the serving layout (groups of 128); stock has no writer of it, and its figure is
+of its own, which waits after its imports until it is alone, and reads the source from the page cache. "5 GB" has shards
+of that size in place of 2 GB. W4A16 is the serving layout (groups of 128); stock has no writer of it, and its figure is
 of the same integers as `intx4-weight-only:group_size=128`. Host memory is anonymous and shared memory above what the
 imports took; the limit is reading the source and writing as many bytes as the output has, synced. At the end our
 tensors are held to stock's. ``--make DIR`` only makes the checkpoint there.
@@ -24,7 +24,7 @@ from pathlib import Path
 
 SERVED = "W4A16"
 RECIPES = ("int4-weight-only", "int8-dynamic-act-int4-weight", "float8-weight-only", SERVED)
-WAYS = ("loadstone", "loadstone, 1 GB", "stock")
+WAYS = ("loadstone", "loadstone, 5 GB", "stock")
 HIDDEN, INNER, KV, VOCAB = 4096, 14336, 1024, 128_256
 
 CHILD = """
@@ -62,7 +62,7 @@ base, peak = held(), [0]
 threading.Thread(target=watch, daemon=True).start()
 start = time.perf_counter()
 if who.startswith("loadstone"):
-    size = "1GB" if who.endswith("1 GB") else "5GB"
+    size = "5GB" if who.endswith("5 GB") else "2GB"
     plan = loadstone.plan_finalize(source, recipe=recipe, layout=layout, device="cuda:0", max_shard_size=size)
     write_plan(plan, Path(out), device="cuda:0")
 else:

@@ -88,7 +88,6 @@ def test_memory_is_flat_in_context_and_vocabulary(model_factory: Any, tokenizer:
         "int8-weight-only",
         "float8-weight-only",
         "float8-dynamic-act-float8-weight",
-        "float8-dynamic-act-float8-weight:granularity=tensor",
         "nvfp4-weight-only",
         "mxfp4-dynamic-act-mxfp4-weight",
         "mxfp8-dynamic-act-mxfp8-weight",

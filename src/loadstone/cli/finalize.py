@@ -49,7 +49,7 @@ def command(
         typer.Option(
             metavar="SIZE", help="Size of the largest file, such as 500MB.", rich_help_panel=options.OUTPUT
         ),
-    ] = "5GB",
+    ] = "2GB",
     overwrite: options.Overwrite = False,
     json_to: options.Json = None,
     quantize: Annotated[

@@ -81,7 +81,7 @@ def _refuse_quantized(artifact: Artifact) -> None:
 
 def _files(artifact: Artifact, infos: dict[str, TensorInfo]) -> dict[str, str]:
     """The output file of each tensor: the source's own division into files, and for slices of a distributed
-    checkpoint, which has none, shards of 5 GB."""
+    checkpoint, which has none, shards of 2 GB."""
     order = {file: f"{number:05d}" for number, file in enumerate(artifact.weights.files)}
     if any(info.file not in order for info in infos.values()):
         return files_of(infos, SHARD_BYTES)
