@@ -1,11 +1,12 @@
-"""What each rank of a ``torchrun`` job of `test_parallel` runs: evaluations, one after the other in one process.
+"""Evaluations, one after the other, on ranks that are forked from one process, which has imported the libraries.
 
-Usage: torchrun … -m tests.evaluation.parallel_ranks CALLS.json RESULTS.json
+Usage: python -m tests.evaluation.parallel_ranks RANKS CALLS.json RESULTS.json
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,9 +15,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.multiprocessing as mp
 
 import loadstone
+import loadstone.evaluation.run
 from loadstone.errors import LoadstoneError
+from loadstone.loading.loader import import_libraries
 
 
 @contextmanager
@@ -40,21 +44,26 @@ def run(call: dict[str, Any]) -> dict[str, Any]:
     return result.as_json()
 
 
-if __name__ == "__main__":
+def work(rank: int, ranks: int, calls: Path, results: Path) -> None:
+    """What one rank does. They have the same figures, but for those of the computation."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    calls, results = map(Path, sys.argv[1:])
+    dist.init_process_group("gloo", f"file://{results}.store", rank=rank, world_size=ranks)
     found = [run(call) for call in json.loads(calls.read_text())]
-    every: list[Any] = [None] * dist.get_world_size()
+    every: list[Any] = [None] * ranks
     dist.all_gather_object(every, found)
-    # Every rank has the same figures, those of the computation apart.
-    for other in every:
-        for mine, theirs in zip(found, other, strict=True):
-            for a, b in zip(mine.get("models", ()), theirs.get("models", ()), strict=True):
-                assert a["unit_losses"] == b["unit_losses"]
     for result, *others in zip(found, *every, strict=True):
         if "error" in result:
             result["error"] = sorted({other.get("error", "") for other in others})
-    if dist.get_rank() == 0:
+        for other in others:
+            for mine, theirs in zip(result.get("models", ()), other.get("models", ()), strict=True):
+                assert mine["unit_losses"] == theirs["unit_losses"]
+    if rank == 0:
         results.write_text(json.dumps(found))
     dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    import_libraries()
+    count, *files = sys.argv[1:]
+    mp.start_processes(work, (int(count), *map(Path, files)), int(count), start_method="fork")

@@ -43,20 +43,20 @@ def family_dirs(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> dic
     }
 
 
-def torchrun(ranks: int, calls: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
+def evaluated(ranks: int, calls: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
     """The results of evaluations on that many ranks."""
     (folder / "calls.json").write_text(json.dumps(calls))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    command = [*launcher, "-m", "tests.evaluation.parallel_ranks"]
+    files = (folder / "calls.json", folder / "results.json")
+    command = [sys.executable, "-m", "tests.evaluation.parallel_ranks", str(ranks), *map(str, files)]
     done = subprocess.run(
-        [*command, str(folder / "calls.json"), str(folder / "results.json")],
+        command,
         capture_output=True,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         cwd=Path(__file__).parents[2],
     )
     assert done.returncode == 0, done.stderr
-    return json.loads((folder / "results.json").read_text())  # type: ignore[no-any-return]
+    return json.loads(files[1].read_text())  # type: ignore[no-any-return]
 
 
 def assert_close(call: dict[str, Any], divided: dict[str, Any], ranks: int) -> None:
@@ -90,7 +90,7 @@ def test_two_ranks_give_the_losses_of_one(
     refused = {"models": [str(broken)], "parallel": "tensor", **TEXT}
     kept = families[0] | {"cache": cache, "resume": True}
     calls = [*families, pair, *quantized, refused, kept | {"interrupt": True}, kept, kept]
-    *compared, failed, interrupted, resumed, cached = torchrun(2, calls, tmp_path)
+    *compared, failed, interrupted, resumed, cached = evaluated(2, calls, tmp_path)
     for call, divided in zip(calls, compared, strict=False):
         assert_close(call, divided, 2)
     found, told = sorted(failed["error"], key=lambda error: "another rank" in error)
@@ -119,7 +119,7 @@ def test_four_ranks_hold_one_copy_or_two(family_dirs: dict[str, Path], tmp_path:
         for name in FAMILIES
         for size in (2, 4)
     ]
-    for call, divided in zip(calls, torchrun(4, calls, tmp_path), strict=True):
+    for call, divided in zip(calls, evaluated(4, calls, tmp_path), strict=True):
         assert_close(call, divided, int(call["parallel"][-1]))
 
 
