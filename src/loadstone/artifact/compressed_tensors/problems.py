@@ -66,8 +66,8 @@ def _not_ignored(
     ]
     tied = [inner.get("tie_word_embeddings") for inner in (config, config.get("text_config")) if inner]
     stored = {name.split(".")[0] for name in (*weights, *plain)}
-    # BERT's kind keeps its head under "cls", base models and classifiers have none that could be tied.
-    writes = any(name.endswith(_WRITERS) for name in config.get("architectures") or _WRITERS)
+    # Other classes have no head, or call it something else.
+    writes = any(name.endswith("ForCausalLM") for name in config.get("architectures") or ["ForCausalLM"])
     if writes and not stored & {"lm_head", "cls"} and True in tied:
         modules.append("lm_head")
     found = [m for m in modules if not block.ignores(m) and block.scheme_of(m) is not None]
@@ -176,7 +176,5 @@ def _number(directory: Path, info: TensorInfo) -> float:
 
 
 # Last part of the name of a module whose rows are looked up: an embedding, no Linear.
-_LOOKED_UP = re.compile(r"embed|wte|wpe|tok_|bias|norm|conv|(_|^)emb$|^shared$")
-# How the classes with an output head `lm_head` end.
-_WRITERS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+_LOOKED_UP = re.compile(r"embed|wte|wpe|tok_|bias|norm|conv|(_|^)emb$|^shared$|^w$")
 _AGAIN = "Make the artifact again"
