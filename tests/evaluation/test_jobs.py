@@ -75,6 +75,38 @@ def test_slurm_job_starts_with_srun_or_what_launch_says(environment: dict[str, s
     assert run("slurm_eval.sbatch", environment, LAUNCH="").stdout == "python -m\n"
 
 
+@pytest.mark.parametrize("script", ["slurm_eval.sbatch", "slurm_finalize.sbatch"])
+def test_slurm_jobs_of_several_nodes(
+    script: str, environment: dict[str, str], tmp_path: Path, model_dir: Path
+) -> None:
+    for name, answer in (("python", "$@"), ("scontrol", "node7")):
+        (tmp_path / name).write_text(f'#!/bin/sh\necho "{answer}"\n')
+        (tmp_path / name).chmod(0o755)
+    job = {
+        "SLURM_NNODES": "2",
+        "SLURM_JOB_NODELIST": "node[7-8]",
+        "SLURM_JOB_ID": "5",
+        "LAUNCH": "",
+        "PROCESSES": "4",
+    }
+    job |= {
+        "OUT": "out",
+        "RECIPE": "int8-weight-only",
+        "SCRATCH": str(tmp_path / "scratch"),
+        "MODEL": str(model_dir),
+    }
+    environment["PATH"] = f"{tmp_path}:{os.environ['PATH']}"
+    done = run(script, environment, **job)
+    assert done.returncode == 0, done.stderr
+    several = "--nnodes 2 --rdzv-backend c10d --rdzv-endpoint node7:29400 --rdzv-id 5 --nproc-per-node 4 -m loadstone"
+    assert done.stdout.startswith(f"-m torch.distributed.run {several}")
+    if "finalize" in script:
+        copy = tmp_path / "scratch" / model_dir.name
+        assert f" -M {copy} -o out --quantize int8-weight-only --device auto" in done.stdout
+        times = [{p.name: p.stat().st_mtime_ns for p in folder.iterdir()} for folder in (copy, model_dir)]
+        assert times[0] == times[1]
+
+
 def test_workflow_runs_what_there_is() -> None:
     workflow = yaml.safe_load((RECIPES / "github-actions-gate.yml").read_text())
     steps = workflow["jobs"]["gate"]["steps"]

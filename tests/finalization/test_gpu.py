@@ -49,9 +49,19 @@ def test_row_blocks_give_the_same_bytes(
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device only")
-@pytest.mark.parametrize("recipe", ["int4-weight-only:group_size=32", "int8-dynamic-act-int4-weight"])
-def test_two_gpus_give_the_same_bytes(tiny: Path, tmp_path: Path, recipe: str) -> None:
+@pytest.mark.parametrize(
+    ("recipe", "algorithm"),
+    [
+        ("int4-weight-only:group_size=32", None),
+        ("int8-dynamic-act-int4-weight", None),
+        ("int8-dynamic-act-int4-weight", "gptq"),
+        ("intx4-weight-only", "awq"),
+    ],
+)
+def test_two_gpus_give_the_same_bytes(tiny: Path, tmp_path: Path, recipe: str, algorithm: str | None) -> None:
     options = ["--quantize", recipe, "--max-shard-size", "30kB", "--device", "cuda", "--quiet"]
+    if algorithm:
+        options += ["--algorithm", algorithm, "--calibrate", "sample", "--calibrate-tokens", "1024"]
 
     def run(prefix: list[str], folder: Path) -> dict[str, str]:
         folder.mkdir()

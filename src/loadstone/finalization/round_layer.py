@@ -3,8 +3,10 @@ its Linears and experts."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from loadstone.artifact.torchao.flatten import torch_dtype
@@ -23,6 +25,7 @@ from loadstone.ranks import Ranks
 if TYPE_CHECKING:
     import torch
 
+log = logging.getLogger(__name__)
 _INTX = (IntxWeightOnly, Int8DynActIntxWeight)
 _SCALES = {"awq": awq_scale, "smoothquant": smooth_scale}
 
@@ -64,6 +67,7 @@ def round_layer(
     }
     shares = experts_by_inputs(layer, experts)
     inputs, source, owners = _statistics(layer, wanted, shares, rows)
+    began = monotonic()
     rank = rows.ranks.rank
     parts: dict[str, torch.Tensor] = {}
     for key, steps in shares.items():
@@ -97,6 +101,7 @@ def round_layer(
         if rank == 0 and not new.equal(old):
             output = inside[name].outputs[0]
             parts[output.name] = new.detach().to("cpu", torch_dtype(output.dtype)).contiguous()
+    log.debug("rank %d rounded %d tensors in %.2f s", rank, len(parts), monotonic() - began)
     return parts
 
 
@@ -110,7 +115,7 @@ def _statistics(
     share its statistics, under the name of the first); and the rank that rounds what has a key."""
     seen: list[tuple[torch.Tensor, str]] = []
     source: dict[str, str] = {}
-    statistics = InputStatistics(rows.shape[0] * rows.shape[1])
+    statistics, began = InputStatistics(rows.shape[0] * rows.shape[1]), monotonic()
 
     def watch(name: str) -> Callable[..., None]:
         def hook(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
@@ -159,7 +164,10 @@ def _statistics(
         for key, found in steps.items()
     }
     owners = divide(costs, rows.ranks)
-    return statistics.add_up(rows.ranks, owners), source, owners
+    looked = monotonic()
+    inputs = statistics.add_up(rows.ranks, owners)
+    log.debug("inputs: %.2f s, exchanged in %.2f s", looked - began, monotonic() - looked)
+    return inputs, source, owners
 
 
 def _needs_sums(step: Step) -> bool:
