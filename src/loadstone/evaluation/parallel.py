@@ -40,7 +40,8 @@ def divide_models(
         _check(models, options, ranks, size)
     if size == 1:
         return models, ranks
-    log.info("each of %d copies of a model is divided among %d ranks", ranks.size // size, size)
+    if ranks.size > size:
+        log.info("%d copies, of %d ranks each, divide the batches", ranks.size // size, size)
     mesh = _mesh(ranks, size, input_device(models[0].plan))
     return tuple(replace(model, mesh=mesh) for model in models), ranks.in_copies(size)
 

@@ -35,6 +35,7 @@ from loadstone.evaluation.results.store import open_store
 from loadstone.evaluation.results.tables import describe
 from loadstone.evaluation.scoring.losses import Values
 from loadstone.evaluation.task import make_task
+from loadstone.loading.loader import import_libraries
 from loadstone.progress import Progress, no_progress
 from loadstone.ranks import joined
 
@@ -70,6 +71,8 @@ def run(options: Options, progress: Progress = no_progress) -> Evaluation:
             )
         dtype = saved.protocol.dtype if options.dtype == "auto" else options.dtype
         options = replace(options, baseline=None, dtype=dtype)
+    # Before transformers brings in torchao by itself, with its notices.
+    import_libraries()
     store = open_store(options.cache or DEFAULT_CACHE) if options.cache or options.resume else None
     with joined() as ranks, ThreadPoolExecutor(1) as pool:
         models = plan_models(options, device_of(ranks, options.device), referenced=saved is not None)
