@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from tests.helpers import on_ranks
 
 import loadstone
 from loadstone.quantization import RECIPES
@@ -138,20 +140,39 @@ def _evaluate(options: dict[str, Any]) -> list[dict[str, Any]]:
     ).records
 
 
-@pytest.mark.parametrize("row", pairwise(SHORT), ids=label)
-def test_pairs(
-    row: dict[str, Any],
-    options_of: Callable[..., dict[str, Any]],
-    check: Callable[..., None],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+@pytest.fixture
+def traced(monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers are traced as they are for compiling, and computed without kernels of their own, which take long."""
 
     def trace(module: Any, **options: Any) -> None:
         module._compiled_call_impl = torch.compile(module._call_impl, backend="eager", dynamic=False)
 
     monkeypatch.setattr(torch.nn.Module, "compile", trace)
+
+
+@pytest.mark.parametrize("row", pairwise(SHORT), ids=label)
+def test_pairs(
+    row: dict[str, Any], options_of: Callable[..., dict[str, Any]], check: Callable[..., None], traced: None
+) -> None:
     check(row, _evaluate(options_of(**row)))
+
+
+def test_two_ranks_give_what_one_gives(
+    options_of: Callable[..., dict[str, Any]], traced: None, tmp_path: Path
+) -> None:
+    rows = pairwise({name: values[:2] for name, values in SHORT.items() if name != "tasks"})
+
+    def losses() -> list[list[tuple[float, float]]]:
+        found = (_evaluate(options_of(tasks=False, **row)) for row in rows)
+        return [[(r["loss"], r.get("kl", 0.0)) for r in records] for records in found]
+
+    def work() -> None:
+        found = json.dumps(losses())
+        if os.environ["RANK"] == "0":
+            (tmp_path / "found.json").write_text(found)
+
+    on_ranks(2, work)
+    assert json.loads((tmp_path / "found.json").read_text()) == json.loads(json.dumps(losses()))
 
 
 CHILD = """
@@ -170,7 +191,7 @@ if os.environ["RANK"] == "0":
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_pairs_on_two_ranks(
+def test_all_pairs_on_two_ranks(
     options_of: Callable[..., dict[str, Any]], check: Callable[..., None], tmp_path: Path
 ) -> None:
     """All rows again, compiled, in one job of two processes."""

@@ -13,7 +13,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tests.helpers import on_ranks
 
+from loadstone.cli import main
 from loadstone.errors import UsageError
 from loadstone.evaluation.options import Options
 from loadstone.evaluation.result import Evaluation
@@ -163,22 +165,21 @@ def test_killed_and_resumed_is_undisturbed(
     assert not list(tmp_path.rglob("*.partial*.npz"))
 
 
-def test_two_processes_give_the_result_of_one(model_dir: Path, worse_dir: Path, tmp_path: Path) -> None:
+def test_two_processes_give_the_result_of_one(
+    model_dir: Path, worse_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     options = Options((str(model_dir), str(worse_dir)), limit=5, batch_size=2, divergence=True)
     alone = run(options)
     arguments = ["-M", str(model_dir), "-M", str(worse_dir), "--limit", "5", "--batch-size", "2", "--kl"]
-    launcher = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "--standalone",
-    ]
-    command = [*launcher, "-m", "loadstone", "eval", *arguments, "--json", str(tmp_path / "two.json")]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("same top-1") == 1 and done.stderr.count("computing in") == 1
+
+    def work() -> None:
+        sys.argv = ["loadstone", "eval", *arguments, "--json", str(tmp_path / "two.json")]
+        with pytest.raises(SystemExit, match="0"):
+            main()
+
+    on_ranks(2, work)
+    done = capfd.readouterr()
+    assert done.out.count("same top-1") == 1 and done.err.count("computing in") == 1
     together = json.loads((tmp_path / "two.json").read_text())
     for one, two in zip(alone.records, together["models"], strict=True):
         for name, value in one.items():
