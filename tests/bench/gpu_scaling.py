@@ -190,6 +190,7 @@ class Bench:
 
     def big(self) -> None:
         source = self.source("40B", self.options.big_layers)
+        self.text |= {"limit": -(-self.options.documents // 4)}
         for cards in [c for c in self.options.cards if c > 1]:
             self.evaluate("big", f"tensor={cards}", source, cards, f"--parallel=tensor={cards}")
             if not self.options.tiny:

@@ -176,8 +176,9 @@ def test_the_fewest_ranks_that_hold_a_copy_are_chosen(
     monkeypatch.setattr(parallel, "fits", fits)
     monkeypatch.setattr(parallel, "input_device", lambda plan: torch.device("cuda"))
     monkeypatch.setattr(parallel, "_mesh", lambda ranks, size, device: f"mesh of {size}")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(Ranks, "gather", lambda self, value: [value])
-    options = Options((str(family_dirs["llama"]),), device="cpu", **flags)
+    options = Options((str(family_dirs["llama"]),), **flags)
     with caplog.at_level("INFO", "loadstone"):
         models, ranks = divide_models(_planned(options), options, Ranks(3, 4))
     assert models[0].mesh == (f"mesh of {chosen}" if chosen > 1 else None)

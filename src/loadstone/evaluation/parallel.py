@@ -81,7 +81,7 @@ def _check(models: Sequence[EvalModel], options: Options, ranks: Ranks, size: in
                 f"--device {options.device} is one card, and --parallel {options.parallel} takes one for each rank",
                 "Leave --device out",
             )
-        local, cards = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.size)), torch.cuda.device_count()
+        local, cards = _on_this_machine(ranks)
         if local > cards:
             raise MissingError(
                 f"--parallel {options.parallel}: {local} ranks of this machine have {cards} GPUs",
@@ -101,6 +101,11 @@ def _check(models: Sequence[EvalModel], options: Options, ranks: Ranks, size: in
             )
 
 
+def _on_this_machine(ranks: Ranks) -> tuple[int, int]:
+    """The ranks and the GPUs of this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", ranks.size)), torch.cuda.device_count()
+
+
 def _prevents(model: EvalModel, options: Options) -> str:
     """What of a model or the options does not go with dividing it; empty where nothing does."""
     if model.prefix is not None:
@@ -117,12 +122,16 @@ def _prevents(model: EvalModel, options: Options) -> str:
 def _needed(models: Sequence[EvalModel], options: Options, ranks: Ranks) -> int:
     """The fewest ranks that a copy must be divided among to fit their GPUs: 1 where it fits one, or cannot be
     divided."""
-    if ranks.size == 1 or options.stream is not None or input_device(models[0].plan).type != "cuda":
+    on_gpus = input_device(models[0].plan).type == "cuda" and options.device in ("auto", "cuda")
+    if ranks.size == 1 or options.stream is not None or not on_gpus:
         return 1
     # Free memory may differ between the GPUs; the choice must not.
     if all(ranks.gather(fits(models, options))):
         return 1
     reason = next(filter(None, (_prevents(model, options) for model in models)), "")
+    local, cards = _on_this_machine(ranks)
+    if local > cards:
+        reason = f"{local} ranks of this machine have {cards} GPUs"
     for size in [] if reason else [n for n in range(2, ranks.size + 1) if ranks.size % n == 0]:
         try:
             share = max(divided_share(model.plan, size) for model in models)
