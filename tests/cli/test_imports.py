@@ -12,7 +12,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "artifact"))
 
 from builders import dense, torchao
 
-HEAVY = ("torch", "transformers", "datasets", "torchao", "accelerate", "numpy", "safetensors", "pandas")
+HEAVY = (
+    "torch", "transformers", "datasets", "torchao", "accelerate", "numpy", "safetensors", "pandas", "pydantic",
+)  # fmt: skip
 
 # Runs the command line in this process, then says on stderr what got imported.
 PROBE = """

@@ -9,6 +9,7 @@ import signal
 import sys
 import traceback
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -80,6 +81,31 @@ class _Formatter(logging.Formatter):
         return f"loadstone: {label}{one_line(record.getMessage())}"
 
 
+def _without_pydantic() -> None:
+    """Spare commands what typer (0.29) does for each option: a pydantic schema, also for texts, paths and what is not
+    given.
+
+    To import pydantic for that took a third of the time of `inspect`. Other releases of typer are left as they are.
+    """
+    option: Any = getattr(import_module("typer.core"), "_TyperParameter", None)
+    own = getattr(option, "process_value", None)
+    if own is None or own.__module__ == __name__:
+        return
+
+    def process_value(self: Any, context: Any, value: Any) -> Any:
+        kind = self.type_descriptor.annotation
+        plain = value is None and not self.required
+        if isinstance(value, str) and kind in (str, Path):
+            # typer refuses paths that cannot be read.
+            plain = kind is str or not os.access(value, os.F_OK) or os.access(value, os.R_OK)
+            value = kind(value) if plain else value
+        if self.multiple or self.nargs != 1 or not plain:
+            return own(self, context, value)
+        return self.callback(context, self, value) if self.callback else value
+
+    option.process_value = process_value
+
+
 def _register(args: list[str]) -> None:
     """Add the command that is asked for, so that no other's options take time; all of them when none is."""
     first = next((a for a in args if not a.startswith("-")), "")
@@ -99,6 +125,7 @@ def main(argv: list[str] | None = None) -> None:
     # The libraries' imports make a million objects that stay: looking for garbage among them takes a third of the time.
     gc.set_threshold(200_000, 20, 100)
     try:
+        _without_pydantic()
         _register(args)
         app(args=args, prog_name="loadstone")
     except SystemExit as stop:

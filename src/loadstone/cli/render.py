@@ -128,7 +128,7 @@ def _finite(value: Any) -> Any:
 
 def check_file(option: str, path: Path) -> None:
     """Raise `UsageError` when a result cannot be written to ``path``: said before the work, not after it."""
-    from loadstone.writing.filesystem import unfinished
+    from loadstone.writing.filesystem import is_plain, unfinished
     from loadstone.writing.publish import can_write
 
     try:
@@ -138,7 +138,7 @@ def check_file(option: str, path: Path) -> None:
             raise UsageError(f"{option} {path}: its directory does not exist", "Make it first")
         writable = os.access(path, os.W_OK) if path.exists() else can_write(path)
         work = unfinished(path.resolve())
-        if work.is_symlink() or (work.exists() and not work.is_file()):
+        if os.path.lexists(work) and (work.is_dir() or not is_plain(work)):
             raise UsageError(f"'{work}' is not a file, and {option} {path} needs that name", "Move it away")
     except PermissionError:
         writable = False

@@ -70,7 +70,12 @@ def record(target: str | Path | Any, recipe: Recipe | str) -> None:
         raise UsageError(f"'{target}' has no {CONFIG}", "Save the model there first")
     config = read_json(file) | {QAT_KEY: entry}
     work = file.with_name(f".{CONFIG}.partial")
-    work.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    try:
+        # A new file: whatever lies there is not followed.
+        with work.open("x", encoding="utf-8") as opened:
+            opened.write(json.dumps(config, indent=2) + "\n")
+    except FileExistsError:
+        raise UsageError(f"'{work}' is in the way of a new {CONFIG}", "Remove it") from None
     work.replace(file)
 
 

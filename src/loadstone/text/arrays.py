@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from loadstone.writing.filesystem import replacing
+from loadstone.writing.filesystem import make_folder, replacing
 
 log = logging.getLogger(__name__)
 Arrays = dict[str, np.ndarray]
@@ -20,7 +20,7 @@ Arrays = dict[str, np.ndarray]
 
 def write_arrays(path: Path, arrays: Arrays, facts: dict[str, Any]) -> None:
     """Write a file, or replace it. Raises OSError; nothing half-written stays."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     about = {"name": path.name, "sha256": _checksum(arrays, facts), "facts": facts}
     packed: dict[str, Any] = {
         "__facts__": np.frombuffer(json.dumps(about).encode(), dtype=np.uint8),

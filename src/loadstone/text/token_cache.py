@@ -18,7 +18,7 @@ from loadstone.artifact.files import open_regular
 from loadstone.artifact.hashing import sha256_file
 from loadstone.text.arrays import Arrays, read_arrays, write_arrays
 from loadstone.text.stream import Tokens
-from loadstone.writing.filesystem import open_locked, replacing
+from loadstone.writing.filesystem import make_folder, open_locked, replacing
 
 log = logging.getLogger(__name__)
 # In bytes. Tokenizing less text than this is not worth a file.
@@ -48,7 +48,7 @@ def cached_tokens(
     facts = [_FORMAT, text_sha256, tokenizer_sha256, tokenizers.__version__]
     path = directory / f"{hashlib.sha256(json.dumps(facts).encode()).hexdigest()}.npz"
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        make_folder(directory)
         with _alone(path):
             if (found := _read(path)) is not None:
                 log.info("tokens found in %s", directory)
@@ -93,8 +93,8 @@ def _read(path: Path) -> Tokens | None:
     if not whole or not _fits(counts, ids.stat().st_size):
         log.warning("%s is damaged: tokenizing again", ids)
         return None
-    path.touch()
-    ids.touch()
+    for entry in (path, ids):
+        os.utime(entry, follow_symlinks=False)
     return _mapped(ids, counts)
 
 

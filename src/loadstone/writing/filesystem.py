@@ -101,10 +101,24 @@ def unfinished(path: Path) -> Path:
     return path.with_name(f".{path.name}.partial")
 
 
+def is_plain(path: Path) -> bool:
+    """Whether a directory lies at a name, or a file that has no other name."""
+    found = path.lstat()
+    return stat.S_ISDIR(found.st_mode) or (stat.S_ISREG(found.st_mode) and found.st_nlink <= 1)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder with those before it, if it is absent; raises OSError for anything else there, a link too."""
+    path.mkdir(parents=True, exist_ok=True)
+    if path.is_symlink():
+        raise FileExistsError(errno.EEXIST, "is a link", str(path))
+
+
 def open_locked(path: Path, *, wait: bool = False) -> int:
     """Open a regular file, made if absent, and lock it; returns its descriptor.
 
-    Raises `FileExistsError` where something else lies there (links are not followed), `BlockingIOError` when another
+    Raises `FileExistsError` where something else lies there (links are not followed, and a file with another name is
+    somebody's), `BlockingIOError` when another
     process holds the lock, unless told to ``wait`` for it.
     """
     while True:
@@ -116,7 +130,8 @@ def open_locked(path: Path, *, wait: bool = False) -> int:
                 raise FileExistsError(errno.EEXIST, "is not a file", str(path)) from None
             raise
         try:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            found = os.fstat(descriptor)
+            if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
                 raise FileExistsError(errno.EEXIST, "is not a file", str(path))
             _lock(descriptor, path.parent, wait)
             # The holder before may have removed the file between the two calls: then the lock is on nothing.

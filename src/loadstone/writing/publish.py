@@ -20,8 +20,10 @@ from loadstone.artifact.context_file import CONTEXT_JSON
 from loadstone.artifact.manifest import MANIFEST
 from loadstone.errors import LoadstoneError, MissingError, UsageError
 from loadstone.writing.filesystem import (
+    everything_in,
     exchange,
     explain,
+    is_plain,
     open_locked,
     sync_directory,
     sync_tree,
@@ -230,16 +232,23 @@ def _check_working_names(out: Path) -> None:
     """Raise `UsageError`, with its name, for what lies at a working name and is not of loadstone's making."""
     for ending in (LOCK, PARTIAL, WRITING, REPLACED, CALIBRATED):
         path = working_path(out, ending)
-        try:
-            found = path.lstat()
-        except (FileNotFoundError, NotADirectoryError):
-            continue
-        if ending == LOCK:
-            ours = stat.S_ISREG(found.st_mode) and not found.st_size
-        else:
-            ours = stat.S_ISDIR(found.st_mode) and _is_ours(path, ending)
-        if not ours:
-            raise name_taken(path, out)
+        # Gone: another process has just ended.
+        with suppress(FileNotFoundError, NotADirectoryError):
+            if (strange := _foreign(path, ending)) is not None:
+                raise name_taken(strange, out)
+
+
+def _foreign(path: Path, ending: str) -> Path | None:
+    """A working name, or one within it, that holds what is not of loadstone's making; None where all is."""
+    found = path.lstat()
+    if ending == LOCK:
+        return None if stat.S_ISREG(found.st_mode) and not found.st_size else path
+    if not stat.S_ISDIR(found.st_mode) or not _is_ours(path, ending):
+        return path
+    if ending not in (PARTIAL, CALIBRATED):
+        return None
+    # A later run goes on writing there, and would follow a link.
+    return next((each for each in everything_in(path) if not is_plain(each)), None)
 
 
 def _is_ours(path: Path, ending: str) -> bool:
@@ -248,10 +257,15 @@ def _is_ours(path: Path, ending: str) -> bool:
         return True
     names = {entry.name for entry in path.iterdir()}
     if ending == CALIBRATED:
-        return all(re.fullmatch("[0-9a-f]{16}", name) for name in names)
+        return all(re.fullmatch("[0-9a-f]{16}", name) and (path / name).is_dir() for name in names)
     # A bare artifact or context: earlier versions set an output aside by itself.
-    bare = ending == REPLACED and names & {MANIFEST, CONTEXT_JSON, "config.json"}
-    return names <= {ENTRY} or bool(bare)
+    if ending == REPLACED and names & {MANIFEST, CONTEXT_JSON, "config.json"}:
+        return True
+    if names != {ENTRY}:
+        return not names
+    entry = path / ENTRY
+    # What was replaced may have been a link to a directory.
+    return stat.S_ISDIR(entry.lstat().st_mode) or (ending == REPLACED and entry.is_symlink())
 
 
 def name_taken(path: Path, out: Path) -> UsageError:
