@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -84,24 +85,35 @@ class Ranks:
         dist.broadcast_object_list(values, src=0)
         return values[0]
 
-    def combine(
-        self, tensor: torch.Tensor, how: Literal["sum", "max"], to: int | None = None
-    ) -> torch.Tensor:
-        """The sum or the largest of all ranks' tensors of one shape, on the CPU: on every rank, or on rank ``to``
-        alone, where others get anything."""
-        mine = tensor.contiguous().cpu()
+    def combine(self, tensor: torch.Tensor, how: Literal["sum", "max"]) -> torch.Tensor:
+        """The sum or the largest of all ranks' tensors of one shape, on every rank, on the CPU."""
+        mine = tensor.to("cpu", copy=True).contiguous()
         if self.alone:
             return mine
         import torch.distributed as dist
 
-        # The caller's tensor stays as it is.
-        mine = mine.clone() if mine.data_ptr() == tensor.data_ptr() else mine
-        op = dist.ReduceOp.SUM if how == "sum" else dist.ReduceOp.MAX
-        if to is None:
-            dist.all_reduce(mine, op)
-        else:
-            dist.reduce(mine, to, op)
+        dist.all_reduce(mine, dist.ReduceOp.SUM if how == "sum" else dist.ReduceOp.MAX)
         return mine
+
+    def sums(self, tensors: Iterable[torch.Tensor], to: int) -> Iterator[torch.Tensor]:
+        """The sums of all ranks' tensors one after the other, on the CPU: on rank ``to``, others get anything. A few
+        are on their way while the next is copied."""
+        import torch.distributed as dist
+
+        on_the_way: deque[tuple[torch.Tensor, Any]] = deque()
+        for tensor in tensors:
+            mine = tensor.to("cpu", copy=True).contiguous()
+            on_the_way.append((mine, None if self.alone else dist.reduce(mine, to, async_op=True)))
+            if len(on_the_way) > 2:
+                yield _arrived(*on_the_way.popleft())
+        while on_the_way:
+            yield _arrived(*on_the_way.popleft())
+
+
+def _arrived(tensor: torch.Tensor, work: Any) -> torch.Tensor:
+    if work is not None:
+        work.wait()
+    return tensor
 
 
 @contextmanager

@@ -30,9 +30,15 @@ CASES = {
 }
 
 
-def finalize(source: Path, out: Path, options: dict[str, object]) -> None:
+def finalize(source: Path, out: Path, options: dict[str, object], rows: int = 7) -> None:
     loadstone.finalize(
-        source, out, calibrate=TEXT, calibrate_tokens=128 * 7, device="cpu", max_shard_size="60kB", **options
+        source,
+        out,
+        calibrate=TEXT,
+        calibrate_tokens=128 * rows,
+        device="cpu",
+        max_shard_size="60kB",
+        **options,
     )
 
 
@@ -127,6 +133,18 @@ def test_ranks_give_the_bytes_of_one(
     on_ranks(size, lambda: finalize(source, tmp_path / "out", options))
     assert snapshot(tmp_path / "out") == one
     assert sorted(p.name for p in tmp_path.iterdir()) == ["one", "out"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["awq", "nvfp4", "experts"])
+def test_ranks_without_rows_take_part(make_model: Callable[..., Path], tmp_path: Path, case: str) -> None:
+    arch, options = CASES[case]
+    source = make_model(arch)
+    on_ranks(4, lambda: finalize(source, tmp_path / "out", options, rows=2))
+    found = snapshot(tmp_path / "out")
+    (tmp_path / "out").rename(tmp_path / "four")
+    finalize(source, tmp_path / "out", options, rows=2)
+    assert snapshot(tmp_path / "out") == found
 
 
 @pytest.mark.slow

@@ -145,11 +145,13 @@ class InputStatistics:
 
 def _moment_of_all(ranks: Ranks, moment: torch.Tensor, owner: int) -> torch.Tensor | None:
     """The sum of all ranks' second moments (in, in) on rank ``owner``, None on others. Half of it is sent."""
-    for start in range(0, len(moment), _ROWS):
+    starts = range(0, len(moment), _ROWS)
+    upper = (moment[start : start + _ROWS, start:] for start in starts)
+    for start, part in zip(starts, ranks.sums(upper, owner) if ranks.size > 1 else upper, strict=True):
         stop = start + _ROWS
-        if ranks.size > 1:
-            moment[start:stop, start:] = ranks.combine(moment[start:stop, start:], "sum", owner)
-        moment[stop:, start:stop] = moment[start:stop, stop:].t()
+        if ranks.rank == owner:
+            moment[start:stop, start:] = part
+            moment[stop:, start:stop] = moment[start:stop, stop:].t()
     return moment if ranks.rank == owner else None
 
 
