@@ -266,12 +266,12 @@ def integer_values(tensors: Tensors, name: str, block: dict[str, Any]) -> torch.
     return ((values - zeros[order]).half() * scale[order]).t()
 
 
-def mxfp4(out: Path) -> Path:
+def mxfp4(out: Path, experts: int = 3) -> Path:
     """A tiny gpt-oss with random blocks and scales, as its files are published."""
     import transformers
 
     config = transformers.GptOssConfig(
-        **{**SIZES, "hidden_size": 64, "intermediate_size": 96}, num_local_experts=3, num_experts_per_tok=2,
+        **{**SIZES, "hidden_size": 64, "intermediate_size": 96}, num_local_experts=experts, num_experts_per_tok=2,
         head_dim=16, layer_types=["full_attention", "full_attention"],
     )  # fmt: skip
     torch.manual_seed(0)
@@ -279,7 +279,7 @@ def mxfp4(out: Path) -> Path:
 
     def edit(tensors: Tensors) -> None:
         for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
-            experts, columns, rows = tensors.pop(name).shape
+            _, columns, rows = tensors.pop(name).shape
             blocks = (experts, rows, columns // 32)
             tensors[f"{name}_blocks"] = torch.randint(0, 256, (*blocks, 16), dtype=torch.uint8)
             tensors[f"{name}_scales"] = torch.randint(118, 124, blocks, dtype=torch.uint8)

@@ -66,4 +66,6 @@ def work(rank: int, ranks: int, calls: Path, results: Path) -> None:
 if __name__ == "__main__":
     import_libraries()
     count, *files = sys.argv[1:]
+    # One of an earlier run would lead to ranks that are gone.
+    Path(f"{files[1]}.store").unlink(missing_ok=True)
     mp.start_processes(work, (int(count), *map(Path, files)), int(count), start_method="fork")

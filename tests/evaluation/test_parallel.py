@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from tests import packed
-from tests.small_models import make_model, save
+from tests.small_models import make_model, make_tokenizer, save
 
 import loadstone
 from loadstone.errors import UsageError
@@ -83,10 +83,13 @@ def test_two_ranks_give_the_losses_of_one(
     loadstone.finalize(family_dirs["llama"], int8, recipe="int8-weight-only")
     fp8 = packed.fp8(family_dirs["llama"], tmp_path / "fp8", (16, 16))
     tokenizer.save_pretrained(fp8)
+    # Its experts are divided among the ranks, and nothing else of its layers.
+    gpt_oss = packed.mxfp4(tmp_path / "mxfp4", experts=4)
+    make_tokenizer(vocabulary=320).save_pretrained(gpt_oss)
     cache = str(tmp_path / "cache")
     families = [{"models": [str(family_dirs[name])], "parallel": "tensor", **TEXT} for name in FAMILIES]
     pair = {"models": [str(model_dir), str(worse_dir)], "kl": True, "parallel": "tensor=2", **TEXT}
-    quantized = [{"models": [str(each)], "parallel": "tensor", **TEXT} for each in (fp8, int8)]
+    quantized = [{"models": [str(each)], "parallel": "tensor", **TEXT} for each in (fp8, int8, gpt_oss)]
     refused = {"models": [str(broken)], "parallel": "tensor", **TEXT}
     kept = families[0] | {"cache": cache, "resume": True}
     calls = [*families, pair, *quantized, refused, kept | {"interrupt": True}, kept, kept]

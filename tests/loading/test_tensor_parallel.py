@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests import packed
 from tests.small_models import make_model
 
 import loadstone
@@ -45,6 +46,9 @@ def test_each_rank_holds_its_part_and_the_norms(llama: Path) -> None:
 def test_what_does_not_divide_evenly_is_named(llama: Path, tmp_path: Path) -> None:
     refused(llama, r"num_attention_heads \(4\) do not divide among 8 ranks", 8)
     odd = saved(tmp_path / "odd", intermediate_size=63)
+    gpt_oss = packed.mxfp4(tmp_path / "gpt-oss")
+    refused(gpt_oss, "3 experts of 'model.layers.0.mlp.experts.gate_up_proj' do not divide among 2 ranks")
+    assert 0.4 < divided_share(loadstone.plan(gpt_oss), 3) < 0.6
     refused(odd, "63 (rows|columns) of 'model.layers.0.mlp.*' do not divide among 2 ranks")
 
 

@@ -56,14 +56,13 @@ class LazyPacked:
         return self if index is Ellipsis else LazyPart(partial(self._part, index), self.dtype)
 
     def _part(self, index: tuple[slice, ...], device: Any, dtype: torch.dtype | None) -> torch.Tensor:
-        """The part of the weight at ``index``, a slice for each dimension; of a matrix its rows alone are decoded."""
-        rows, tile = self.weight.shape[0], self.weight.row_tile
-        if len(self.weight.shape) > 2:
-            return self.to(device, dtype)[index]
-        start, stop, _ = index[0].indices(rows)
-        first, last = start // tile * tile, min(-(-stop // tile) * tile, rows)
-        found = self._rows(first, last, device, dtype)
-        return found[start - first : stop - first][(slice(None), *index[1:])]
+        """The part of the weight at ``index``, a slice for each dimension; its rows (or experts) alone are decoded."""
+        each, tile = prod(self.weight.shape[1:-1]), self.weight.row_tile
+        start, stop, _ = index[0].indices(self.weight.shape[0])
+        first, last = start * each // tile * tile, -(-stop * each // tile) * tile
+        found = self._rows(first, min(last, prod(self.weight.shape[:-1])), device, dtype)
+        part = found[start * each - first : stop * each - first].view(stop - start, *self.weight.shape[1:])
+        return part[(slice(None), *index[1:])]
 
     def to(self, device: Any = None, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The weight in ``dtype`` (None: of its scales), decoded on ``device``."""

@@ -90,21 +90,37 @@ def _let_parts_be_viewed() -> None:
 
 
 def _apply_plan(model: PreTrainedModel, mesh: Any) -> None:
-    from transformers.distributed.tensor_parallel import apply_tensor_parallelism
+    from transformers.distributed import tensor_parallel
 
-    model._tp_plan = tensor_plan(model)
-    if hasattr(model, "_expand_parallel_plan"):
-        apply_tensor_parallelism(model, mesh, model._expand_parallel_plan(model._tp_plan))
-    else:  # transformers before 5.20
-        apply_tensor_parallelism(model, mesh)
+    plan = tensor_plan(model)
+    if not hasattr(
+        model, "_expand_parallel_plan"
+    ):  # transformers before 5.20 has one table of both kinds of styles
+        model._tp_plan = plan
+        tensor_parallel.apply_tensor_parallelism(model, mesh)
+        return
+    experts = {rule: style for rule, style in plan.items() if style == model.ep_plan.get(rule)}
+    rest = {rule: style for rule, style in plan.items() if rule not in experts}
+    tensor_parallel.apply_tensor_parallelism(model, mesh, model._expand_parallel_plan(rest))
+    if experts:
+        from transformers.distributed.expert_parallel import apply_expert_parallelism
+
+        apply_expert_parallelism(model, mesh, mesh, model._expand_parallel_plan(experts))
 
 
 def tensor_plan(model: PreTrainedModel) -> dict[str, str]:
-    """The model's plan: module or parameter name, ``*`` for a layer's number -> style; empty where it has none.
+    """The model's plan: module or parameter name, ``*`` for a layer's number -> style; empty where it has none for its
+    layers.
 
-    Before 5.20 transformers divided the head and not the embedding. Where these are one weight, it stays whole.
+    Where the tensor-parallel plan divides the head alone, the expert-parallel one is taken too: whole experts are then
+    divided among the ranks, which all see every token (gpt-oss).
     """
     plan = dict(model.tp_plan or {})
+    if not any("*" in rule for rule in plan):
+        plan |= model._ep_plan or {}
+    if not any("*" in rule for rule in plan):
+        return {}
+    # Before 5.20 transformers divided the head and not the embedding. Where these are one weight, it stays whole.
     for pair in model.all_tied_weights_keys.items():
         rules = [_rule(name, plan) for name in pair]
         if None in rules:
@@ -147,11 +163,9 @@ def divided_share(plan: LoadPlan, ranks: int) -> float:
     model = meta_model(plan.artifact, plan.trust_remote_code)
     rules = tensor_plan(model)
     kind = type(model).__name__
-    # A plan of the head alone divides no layer.
-    layers = any("*" in rule for rule in rules)
-    if not layers or model.config.model_type in _BROKEN:
+    if not rules or model.config.model_type in _BROKEN:
         raise UsageError(
-            f"{name}: transformers has no tensor-parallel plan {'that works ' if layers else ''}for {kind}",
+            f"{name}: transformers has no tensor-parallel plan {'that works ' if rules else ''}for {kind}",
             "Leave --parallel out: a model that does not fit is then streamed layer by layer",
         )
     _check_heads(model, rules, ranks, name)
@@ -177,17 +191,19 @@ def _part(parameter: str, shape: tuple[int, ...], style: str, ranks: int, name: 
     """The numbers of a parameter that one rank holds."""
     if style in _GATHERED:
         return -(-prod(shape) // ranks)
-    if "colwise" in style:
+    what = "rows"
+    if style == "grouped_gemm":
+        size, what = shape[0], "experts"
+    elif "colwise" in style:
         size = shape[-2] if len(shape) > 1 else shape[0]
     elif "rowwise" in style and len(shape) > 1:
-        size = shape[-1]
+        size, what = shape[-1], "columns"
     else:
         return prod(shape)
     each = ranks * 2 if style.startswith("packed") else ranks
     if size % each:
         raise UsageError(
-            f"{name}: {size} {'rows' if 'colwise' in style else 'columns'} of '{parameter}' do not divide among "
-            f"{ranks} ranks",
+            f"{name}: {size} {what} of '{parameter}' do not divide among {ranks} ranks",
             "Use fewer: --parallel tensor=N",
         )
     return prod(shape) // ranks
