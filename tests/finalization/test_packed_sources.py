@@ -190,6 +190,30 @@ def test_eval_is_that_of_stocks_dequantized_model(
     assert losses[0] == losses[1] == losses[2]
 
 
+@pytest.mark.parametrize("name", ["mxfp4", "gpt-oss W4A16", "llama4 FP8"])
+def test_eval_of_experts_is_that_of_the_plain_checkpoint(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tests.small_models import make_tokenizer
+
+    text = tmp_path / "text.txt"
+    text.write_text("Once upon a time there was a stone that knew the way. " * 20)
+    source = SOURCES[name](tmp_path)
+    plain = loadstone.finalize(source, tmp_path / "decoded").out
+    for directory in (source, plain):
+        make_tokenizer(vocabulary=300 if name == "mxfp4" else 240).save_pretrained(directory)
+    losses = []
+    for directory, stream in ((source, ()), (source, ("--stream",)), (plain, ())):
+        report = tmp_path / "found.json"
+        code, _, err = run(
+            capsys, "eval", "-M", directory, "--data", text, "--dtype", "bfloat16", "--separator", 1, "--json", report,
+            *stream,
+        )  # fmt: skip
+        assert code == 0, err
+        losses.append(json.loads(report.read_text())["models"][0]["loss"])
+    assert losses[0] == losses[1] == losses[2]
+
+
 @pytest.mark.parametrize("where", ["manifest", "cache"])
 def test_swapped_blocks_are_noticed_where_a_digest_is_recorded(fp8: Path, tmp_path: Path, where: str) -> None:
     """Values that are all sound in the wrong place: nothing but a digest tells."""
