@@ -148,7 +148,10 @@ class Bench:
         out = self.folder / f"{shape}-{layers}"
         if not out.exists():
             start = time.perf_counter()
-            nbytes = make(out, "tiny" if self.options.tiny else shape, layers)
+            unfinished = out.with_suffix(".unfinished")
+            shutil.rmtree(unfinished, ignore_errors=True)
+            nbytes = make(unfinished, "tiny" if self.options.tiny else shape, layers)
+            unfinished.rename(out)
             seconds = time.perf_counter() - start
             self.table.row("make", out.name, 1, seconds, f"{nbytes / 1e9 / seconds:.2f} GB/s", bytes=nbytes)
         return out
@@ -213,14 +216,14 @@ class Bench:
     def _finalize(self, section: str, source: Path, *flags: str) -> None:
         nbytes = sum(file.stat().st_size for file in source.glob("*.safetensors"))
         for cards in self.options.cards:
-            out = self.folder / "out"
+            out = self.folder / "finalized" / "out"
             arguments = ["-m", "loadstone", "finalize", "-q", "-M", str(source), "-o", str(out), *flags]
             seconds, error = launch(cards, *arguments, limit=self.options.limit)
             rate = f"{nbytes / 1e9 / seconds:.2f} GB/s"
             found = {"error": error} if error else {"sha256": _digest(out)}
             self.table.row(section, source.name, cards, seconds, "" if error else rate, **found)
-            for leftover in self.folder.glob("*out*"):
-                shutil.rmtree(leftover, ignore_errors=True)
+            # With what a killed run leaves beside it.
+            shutil.rmtree(out.parent, ignore_errors=True)
 
 
 def _digest(directory: Path) -> str:
