@@ -177,7 +177,7 @@ def _store() -> Any:
 
 
 # Seconds between two signs of life of a rank, without one after which it counts as gone, and until the first one.
-_BEAT, _GONE, _BORN = 3.0, 40.0, 600.0
+_BEAT, _GONE, _BORN = 3.0, 30.0, 600.0
 _AGAIN = "Run the same command again: what is finished is taken over (by eval with --resume)"
 _sessions = count()
 

@@ -5,6 +5,7 @@ import torch
 from torchao.quantization import IntxUnpackedToInt8Tensor
 from torchao.quantization.quant_primitives import MappingType
 
+from loadstone.quantization import rounding
 from loadstone.quantization.rounding import plain_weight
 from loadstone.quantization.schemes import IntxWeightOnly
 
@@ -40,3 +41,18 @@ def test_plain_weight_is_torchaos(dtype: torch.dtype, bits: int, group: int, map
         mine, his = getattr(ours, part), getattr(theirs, part)
         assert (mine.dtype, mine.shape) == (his.dtype, his.shape), part
         assert torch.equal(mine.view(torch.uint8), his.view(torch.uint8)), part
+
+
+@pytest.mark.parametrize("mapping", ["symmetric", "asymmetric"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_shares_tried_at_once_give_the_scales_of_one_by_one(
+    dtype: torch.dtype, mapping: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scheme = IntxWeightOnly(bits=3, group_size=32, mapping=mapping)
+    for importance in (None, torch.arange(1.0, 129.0)):
+        alone = rounding.least_squares_scales(weights(dtype), scheme, importance)
+        for count in (7, 45):
+            with monkeypatch.context() as patch:
+                patch.setattr(rounding, "_shares_at_once", lambda weight, count=count: count)
+                together = rounding.least_squares_scales(weights(dtype), scheme, importance)
+            assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))

@@ -60,7 +60,7 @@ def gptq(weights: Sequence[torch.Tensor], hessian: torch.Tensor, scheme: Intx) -
             if column % group == 0:
                 scales.append(found[0])
                 zeros.append(found[1])
-            scale, zero = found[0].float()[:, 0], found[1].float()[:, 0]
+                scale, zero = found[0].float()[:, 0], found[1].float()[:, 0]
             rounded = (rest[:, column] / scale + zero).round().clamp(low, high)
             values[:, column] = rounded.to(torch.int8)
             # As the tensor dequantizes: in the weight's own dtype.

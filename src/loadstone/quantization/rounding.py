@@ -5,7 +5,7 @@ The result is torchao's own tensor class with other integers and scales, so it l
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from loadstone.quantization.schemes import Intx
 
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 # Scales to try, as shares of the plain one: clipping outliers can round the other values better.
 _SHARES = tuple(0.50 + 0.0125 * step for step in range(45))
 _BLOCK = 1 << 22
+# Values that a GPU rounds at once in trying scales.
+_TOGETHER = 1 << 25
 
 
 def intx_tensor(
@@ -86,25 +88,43 @@ def least_squares_scales(
     best = torch.full_like(scale, torch.inf, dtype=torch.float32)
     best_scale, best_zero = scale.clone(), zero_point.clone()
     middle = (low - zero_point.float()) * scale.float()
-    for share in _SHARES:
+    together = _shares_at_once(weight)
+    for first in range(0, len(_SHARES), together):
+        some = _SHARES[first : first + together]
+        share: Any = some[0]
+        less: Any = 1 - some[0]
+        if together > 1:
+            share, less = (
+                torch.tensor(each, device=weight.device)[:, None, None]
+                for each in (some, [1 - s for s in some])
+            )
         tried = (scale.float() * share).to(scale.dtype)
         tried = torch.where(tried > 0, tried, scale)
         step = tried.float().unsqueeze(-1)
-        zero = zero_point
+        zero = zero_point.expand_as(tried)
         if scheme.mapping == "asymmetric":
             # The range shrinks towards its middle, so the low end moves up by half of what is cut off.
-            start = middle + (1 - share) * scale.float() * (high - low) / 2
+            start = middle + less * scale.float() * (high - low) / 2
             zero = (low - start / tried.float()).round().clamp(low, high).to(zero_point.dtype)
         offset = zero.float().unsqueeze(-1)
         error = (
             ((grouped / step + offset).round().clamp(low, high) - offset).mul_(step).sub_(grouped).square_()
         )
         total = (error * cost if cost is not None else error).sum(-1)
+        if together > 1:
+            # Of equal ones the first.
+            place = total.argmin(0, keepdim=True)
+            total, tried, zero = (each.gather(0, place)[0] for each in (total, tried, zero))
         better = total < best
         best = torch.where(better, total, best)
         best_scale = torch.where(better, tried, best_scale)
         best_zero = torch.where(better, zero, best_zero)
     return best_scale, best_zero
+
+
+def _shares_at_once(weight: torch.Tensor) -> int:
+    """A GPU waits for the starts of small kernels, so it tries several shares at once; a CPU's caches hold one."""
+    return max(_TOGETHER // weight.numel(), 1) if weight.is_cuda else 1
 
 
 def least_squares_weight(
