@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -184,6 +185,23 @@ def gptq(
         "checkpoint_format": version,
     }  # fmt: skip
     return rewrite(source, out, block, edit)
+
+
+def auto_round(source: Path, out: Path) -> Path:
+    """auto-round's own format with the bytes of GPTQ: 4 bits, and 8 in the last down_proj, which the block names."""
+    gptq(source, out)
+    layer = "model.layers.1.mlp.down_proj"
+    eight = gptq(source, out.with_name(f"{out.name}-8"), bits=8)
+    other = {n: t for n, t in load_file(eight / "model.safetensors").items() if n.startswith(layer)}
+    change(out, lambda tensors: tensors.update(other))
+    shutil.rmtree(eight)
+    config = json.loads((out / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "auto-round", "packing_format": "auto_round:auto_gptq", "data_type": "int", "bits": 4,
+        "group_size": 64, "sym": True, "extra_config": {layer: {"bits": 8}, "lm_head": {"bits": 16}},
+    }  # fmt: skip
+    (out / "config.json").write_text(json.dumps(config))
+    return out
 
 
 def awq(source: Path, out: Path, group: int = 64) -> Path:

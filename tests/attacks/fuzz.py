@@ -97,7 +97,7 @@ READERS = {
     },
     **{
         kind: Reader(kind, tuple(line for line in _MODEL if not line.startswith("eval")), model=True)
-        for kind in ("fp8", "nvfp4", "gptq", "awq")
+        for kind in ("fp8", "nvfp4", "gptq", "awq", "auto-round")
     },
     "run": Reader("run", (*_MODEL, "inspect @ --checkpoint best", "load-best @")),
     "fitted": Reader(

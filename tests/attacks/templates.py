@@ -140,9 +140,10 @@ def models(folder: Path) -> None:
         ("nvfp4", packed.nvfp4),
         ("gptq", packed.gptq),
         ("awq", packed.awq),
+        ("auto-round", packed.auto_round),
     ):
-        write(others / ("f16" if name in ("gptq", "awq") else "bf16"), folder / name)
-    for name in ("bin", "distributed", "adapter", "fakequant", "fp8", "nvfp4", "gptq", "awq"):
+        write(others / ("bf16" if name in ("fp8", "nvfp4") else "f16"), folder / name)
+    for name in ("bin", "distributed", "adapter", "fakequant", "fp8", "nvfp4", "gptq", "awq", "auto-round"):
         manifest(folder / name)
 
 

@@ -68,6 +68,15 @@ def test_recipes_without_exact_fake_quantization_are_refused(tiny: Path, name: s
         record(tiny, parse_recipe(name))
 
 
+def test_a_record_follows_no_link(tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes((tiny / "config.json").read_bytes())
+    (tmp_path / "other").write_text("not ours")
+    (tmp_path / ".config.json.partial").symlink_to(tmp_path / "other")
+    with pytest.raises(UsageError, match=r"\.config\.json\.partial' is in the way"):
+        record(tmp_path, TRAINABLE[0])
+    assert (tmp_path / "other").read_text() == "not ours"
+
+
 def test_another_recipe_is_refused_naming_both(
     make_model: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -150,8 +150,9 @@ def write_artifact(
                 # Last, since it shows which job the directory belongs to.
                 (work / KEY).unlink()
                 publish(output_in(work), out, overwrite)
-        except BaseException:
-            if has_progress(work):
+        except BaseException as error:
+            # What was made of a damaged source is not continued.
+            if has_progress(work) and not isinstance(error, ArtifactError):
                 log.info("finished shards are kept in %s: run the same command again to continue", work)
             elif ranks.rank == 0 and work.exists():
                 with uninterrupted():
