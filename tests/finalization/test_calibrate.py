@@ -220,6 +220,16 @@ def test_a_layer_without_folds_is_refused(
         calibrate(plan, TOKENS, tmp_path / "out")
 
 
+def test_inputs_that_are_not_finite_name_the_layer(tiny: Path, tmp_path: Path) -> None:
+    model = loadstone.load(tiny)
+    with torch.no_grad():
+        model.model.layers[1].input_layernorm.weight.fill_(1e38)
+    model.to(torch.float32).save_pretrained(tmp_path / "m")
+    plan = make_plan(loadstone.detect(tmp_path / "m"), parse_recipe("intx4-weight-only:rounding=gptq"))
+    with pytest.raises(ArtifactError, match=r"inputs of 'model\.layers\.1\..*NaN or infinite"):
+        calibrate(plan, TOKENS, tmp_path / "out")
+
+
 def test_space_for_the_calibrated_tensors_is_checked_first(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

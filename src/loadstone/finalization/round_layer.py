@@ -139,6 +139,11 @@ def _statistics(
         steps: dict[Any, list[Step]] = {key: shares[key] for key in shares if key in statistics.largest}
         for name in filter(source.__contains__, wanted):
             steps.setdefault(source[name], []).append(wanted[name])
+        for key, found in steps.items():
+            if statistics.largest[key].isinf().any():
+                raise ArtifactError(
+                    f"the inputs of '{found[0].name}' are NaN or infinite", "Use another checkpoint or text"
+                )
         return steps
 
     handles = [layer.get_submodule(name).register_forward_pre_hook(watch(name)) for name in wanted]

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from math import ceil, log2, prod
 from typing import TYPE_CHECKING, Any
 
-from loadstone.errors import ArtifactError
 from loadstone.ranks import Ranks
 
 if TYPE_CHECKING:
@@ -97,14 +96,8 @@ class InputStatistics:
             self._sums[key].add(flat)
 
     def share_largest(self, ranks: Ranks, device: str) -> None:
-        """The largest magnitudes of all ranks' inputs; raises `ArtifactError` for those that are not finite."""
+        """The largest magnitudes become those of all ranks' inputs, infinite for NaN."""
         found = largest_of_all(ranks, self.largest)
-        for key, size in found.items():
-            if size.isinf().any():
-                name = key if isinstance(key, str) else key[0]
-                raise ArtifactError(
-                    f"the inputs of '{name}' are NaN or infinite", "Use another checkpoint or text"
-                )
         self.largest = {key: size.to(device) for key, size in found.items()}
 
     def begin_sums(self, keys: Iterable[Any], exactly: bool = False) -> None:
