@@ -180,10 +180,11 @@ class Stage:
 
     def left_over(self, allowed: Set[str] = frozenset()) -> list[str]:
         """Names that a finished command should not leave."""
-        names = _names(self.folder) - self.given - {"out", "cache"} - allowed
+        names = _names(self.folder) - self.given - {"out", "cache"}
         cache = self.folder / "cache"
         found = [p for p in cache.rglob("*") if p.is_file()] if cache.is_dir() else []
         names |= {str(p.relative_to(self.folder)) for p in found if p.suffix != ".npz"}
+        names -= allowed
         return [f"left over: {', '.join(sorted(names))}"] if names else []
 
     def disturbed(self, number: int, way: str) -> list[str]:
@@ -232,14 +233,18 @@ class Stage:
             lines = [line for line in ended.printed.splitlines() if line.startswith("loadstone: error: ")]
             self.said.update(re.sub(r"/tmp/\w+/", "", line) for line in lines)
             if ended.code == 2 and "Invalid value for" in ended.printed:
-                lines = re.findall("path '.*' is not readable", ended.printed)
+                lines = re.findall("(?i)path '.*' is not readable", ended.printed)
             if len(lines) != 1 or "Traceback" in ended.printed:
                 wrong.append(f"not one line of error: {ended.printed[-400:]}")
             elif not any(re.search(rf"\b{re.escape(name)}\b", lines[0]) for name in self.names):
                 wrong.append(f"no path in: {lines[0]}")
-        # Finished shards are kept for a resume, and what the disk refused to remove cannot be removed.
+        # Finished shards are kept for a resume, what the disk refused to remove or lock cannot be removed, and of two
+        # outputs none is removed where it cannot be seen which is in place.
         paths = hit.paths if hit and way == "EIO" else ()
-        refused = {os.path.relpath(path, self.folder).partition("/")[0] for path in paths}
+        paths = [os.path.relpath(path, self.folder) for path in paths]
+        refused = {*paths, *(path.partition("/")[0] for path in paths)}
+        if hit and hit.looks_up and "out" in paths:
+            refused.add(".out.replaced")
         if way != "kill":
             wrong += self.left_over({".out.partial"} | refused)
         return wrong

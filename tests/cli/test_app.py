@@ -7,6 +7,7 @@ import json
 import math
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -98,3 +99,53 @@ def test_a_pipe_is_written_to_as_it_is(tmp_path: Path) -> None:
     with subprocess.Popen(["cat", str(pipe)], stdout=subprocess.PIPE, text=True) as reader:
         render.write_file(pipe, "text")
         assert reader.communicate()[0] == "text" and pipe.is_fifo()
+
+
+@pytest.mark.parametrize("number, stopped", [("SIGTERM", "Terminated"), ("SIGINT", "KeyboardInterrupt")])
+def test_a_signal_in_a_call_back_stops_the_command_too(number: str, stopped: str) -> None:
+    script = f"""
+import os, signal, sys, time
+from loadstone.cli import app
+signal.signal(signal.SIGTERM, app._terminate)
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.unraisablehook = app._stop_again
+class Dying:
+    def __del__(self):
+        # Python ignores what is raised here.
+        os.kill(os.getpid(), signal.{number})
+try:
+    Dying()
+    time.sleep(20)
+except {"app." if number == "SIGTERM" else ""}{stopped}:
+    print("stopped")
+"""
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert ended.stdout == "stopped\n"
+
+
+def test_a_signal_leaves_no_lock_taken() -> None:
+    """Sent while the main thread takes and gives back the lock of a condition, again and again."""
+    script = """
+import os, signal, threading, time
+from loadstone.cli import app
+signal.signal(signal.SIGTERM, app._terminate)
+condition, taken = threading.Condition(threading.Lock()), 0
+for number in range(40):
+    sender = threading.Thread(target=lambda: (time.sleep(number * 1e-5), os.kill(os.getpid(), signal.SIGTERM)))
+    try:
+        sender.start()
+        while True:
+            with condition:
+                pass
+    except app.Terminated:
+        pass
+    sender.join()
+    taken += not condition.acquire(blocking=False)
+    if not taken:
+        condition.release()
+print(taken)
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert ended.stdout == "0\n"

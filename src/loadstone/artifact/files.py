@@ -61,6 +61,14 @@ def links_followed() -> bool:
     return _FOLLOWING.get()
 
 
+def resolved(path: Path) -> Path:
+    """`Path.resolve`, which before Python 3.13 raises RuntimeError for a loop of links: here it is OSError."""
+    try:
+        return path.resolve()
+    except RuntimeError:
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path)) from None
+
+
 def check_inside(directory: Path, name: str) -> Path:
     """The path of ``name`` in ``directory``; raises `ArtifactError` when it is, or links, outside.
 
@@ -78,9 +86,9 @@ def check_inside(directory: Path, name: str) -> Path:
         raise ArtifactError(f"the file name {name!a} leaves the directory", "Do not trust this artifact")
     path = directory / name
     try:
-        root = directory.resolve()
-        target = path.resolve()
-    except (OSError, ValueError, RuntimeError):
+        root = resolved(directory)
+        target = resolved(path)
+    except (OSError, ValueError):
         raise ArtifactError(
             f"'{name[:200]}' cannot be followed (a loop of links?)", "Copy the file itself"
         ) from None

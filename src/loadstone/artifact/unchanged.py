@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
+from loadstone.artifact.files import naming
 from loadstone.errors import ArtifactError, LoadstoneError
 
 # Name, bytes and time of the last change (nanoseconds) of files, by which a change is noticed.
@@ -68,7 +69,8 @@ def _held(directory: Path) -> Iterator[None]:
         return
     try:
         # Open, so that no other directory is given its number.
-        before = os.fstat(descriptor)
+        with naming(directory):
+            before = os.fstat(descriptor)
         try:
             yield
         except (LoadstoneError, OSError) as error:

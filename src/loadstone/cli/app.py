@@ -10,6 +10,7 @@ import sys
 import traceback
 from importlib import import_module
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import typer
@@ -29,6 +30,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+# Code that takes locks, and its functions that wait without holding one.
+_LOCKING = ("/threading.py", "/concurrent/futures/thread.py", "/concurrent/futures/_base.py")
+_WAITING = ("wait", "_wait_for_tstate_lock")
 # Each command's module.
 COMMANDS = {
     "finalize": "finalize",
@@ -122,6 +126,7 @@ def main(argv: list[str] | None = None) -> None:
     debug = "--debug" in globals_
     streams.protect()
     signal.signal(signal.SIGTERM, _terminate)
+    sys.unraisablehook = _stop_again
     # The libraries' imports make a million objects that stay: looking for garbage among them takes a third of the time.
     gc.set_threshold(200_000, 20, 100)
     try:
@@ -174,8 +179,32 @@ class Terminated(BaseException):
     """SIGTERM arrived: unwinds the stack so that temporary files are removed, then exits with 143."""
 
 
-def _terminate(signum: int, frame: Any) -> None:
-    raise Terminated
+def _terminate(signum: int, frame: FrameType | None) -> None:
+    code = frame.f_code if frame else None
+    if code and code.co_filename.endswith(_LOCKING) and code.co_name not in _WAITING:
+        # An exception between taking a lock and the block that gives it back would leave it taken for good.
+        _again(signum)
+    else:
+        raise Terminated
+
+
+def _again(number: int) -> None:
+    """Handle the signal again in a moment, wherever the program is then."""
+
+    def again(_: int, frame: FrameType | None) -> None:
+        handler: Any = signal.getsignal(number)
+        handler(number, frame)
+
+    signal.signal(signal.SIGALRM, again)
+    signal.setitimer(signal.ITIMER_REAL, 0.01)
+
+
+def _stop_again(lost: sys.UnraisableHookArgs) -> None:
+    """Stop again where a signal arrived in a call-back whose exceptions Python ignores (of a weak reference, say)."""
+    if isinstance(lost.exc_value, Terminated | KeyboardInterrupt):
+        _again(signal.SIGTERM if isinstance(lost.exc_value, Terminated) else signal.SIGINT)
+    else:
+        sys.__unraisablehook__(lost)
 
 
 def _fail(message: str, code: int) -> None:

@@ -128,16 +128,17 @@ def _finite(value: Any) -> Any:
 
 def check_file(option: str, path: Path) -> None:
     """Raise `UsageError` when a result cannot be written to ``path``: said before the work, not after it."""
+    from loadstone.artifact.files import resolved
     from loadstone.writing.filesystem import is_plain, unfinished
     from loadstone.writing.publish import can_write
 
     try:
         if path.is_dir():
             raise UsageError(f"{option} {path} is a directory", "Name a file")
-        if not path.resolve().parent.is_dir():
+        if not resolved(path).parent.is_dir():
             raise UsageError(f"{option} {path}: its directory does not exist", "Make it first")
         writable = os.access(path, os.W_OK) if path.exists() else can_write(path)
-        work = unfinished(path.resolve())
+        work = unfinished(resolved(path))
         if os.path.lexists(work) and (work.is_dir() or not is_plain(work)):
             raise UsageError(f"'{work}' is not a file, and {option} {path} needs that name", "Move it away")
     except PermissionError:

@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from loadstone.artifact.files import naming
+from loadstone.artifact.files import naming, resolved
 from loadstone.errors import LoadstoneError, MissingError, UsageError
 
 log = logging.getLogger(__name__)
@@ -73,7 +73,7 @@ def replacing(path: Path, *, follow: bool = False) -> Iterator[IO[bytes]]:
     file or link is to be replaced (a device, a pipe), or lies at ``.NAME.partial``; a file there was left by a killed
     process, and is written over.
     """
-    path = path.resolve() if follow else path
+    path = resolved(path) if follow else path
     if path.exists() and not path.is_file() and not path.is_symlink():
         raise FileExistsError(errno.EEXIST, "is not a file", str(path))
     work, descriptor = unfinished(path), -1
@@ -213,6 +213,8 @@ def explain(error: OSError, what: str) -> LoadstoneError | None:
     message = f"{what} ({where}{error.strerror})"
     if error.errno == errno.ENAMETOOLONG:
         return UsageError(message, "Choose a shorter name")
+    if error.errno == errno.ELOOP:
+        return UsageError(message, "It links to itself: name another path")
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return MissingError(message, "Free some space and run again")
     return MissingError(message, "Check the disk and its permissions, or choose another place")

@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from loadstone.artifact.context_file import CONTEXT_JSON
+from loadstone.artifact.files import resolved
 from loadstone.artifact.manifest import MANIFEST
 from loadstone.errors import LoadstoneError, MissingError, UsageError
 from loadstone.writing.filesystem import (
@@ -51,9 +52,9 @@ def check_output(source: Path | None, out: Path, overwrite: bool) -> None:
     if out.name in ("", ".."):
         raise UsageError(f"the output '{out}' has no name of its own", "Name a directory to be made")
     _check_length(out)
-    target = out.resolve()
+    target = resolved(out)
     if source is not None:
-        root = source.resolve()
+        root = resolved(source)
         if target == root or target.is_relative_to(root) or root.is_relative_to(target):
             raise UsageError(f"the output '{out}' and the source '{source}' overlap", "Choose another output")
     if not can_write(out):
@@ -289,7 +290,7 @@ def _exists(path: Path) -> bool:
 
 
 def _existing_parent(path: Path) -> Path:
-    parent = path.resolve().parent
+    parent = resolved(path).parent
     while not parent.exists():
         parent = parent.parent
     return parent
