@@ -130,10 +130,12 @@ def joined() -> Iterator[Ranks]:
         return
     import torch.distributed as dist
 
-    ranks = Ranks(int(os.environ["RANK"]), size, int(os.environ.get("LOCAL_RANK", "0")))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if dist.is_initialized():
-        yield ranks
+        # By the caller, who also watches.
+        yield Ranks(dist.get_rank(), size, local_rank)
         return
+    ranks = Ranks(int(os.environ["RANK"]), size, local_rank)
     session = next(_sessions)
     watch = _Watch(ranks, session)
     # torchrun has a store already; without it rank 0 makes one as it joins.
