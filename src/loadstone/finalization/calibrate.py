@@ -11,7 +11,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -175,6 +175,8 @@ def calibrate_plan(
 ) -> FinalizePlan:
     """The plan with its weights rounded, and the ranges of inputs measured, on the first ``tokens`` tokens of ``text``,
     which rank 0 reads; see `calibrate` and `measure_inputs`."""
+    import torch
+
     mine = calibration_rows(plan, text, tokens, trust_remote_code) if ranks.rank == 0 else None
     rows = ranks.from_first(mine)
     folder = calibration_folder(plan, rows, out, ranks)
@@ -184,9 +186,11 @@ def calibrate_plan(
         "ranks": ranks,
         "on_progress": on_progress if ranks.rank == 0 else None,
     }
-    measure_inputs(plan, rows, folder, **options)
-    if _wanted(plan) or not measured_parameters(plan):
-        plan = calibrate(plan, rows, out, **options)
+    # Some libraries' kernels run on the current GPU, wherever their tensors are.
+    with torch.cuda.device(device) if device.startswith("cuda") else nullcontext():
+        measure_inputs(plan, rows, folder, **options)
+        if _wanted(plan) or not measured_parameters(plan):
+            plan = calibrate(plan, rows, out, **options)
     return with_ranges(replace(plan, calibration=folder.name), folder, ranks)
 
 
