@@ -27,6 +27,7 @@ from loadstone.finalization.ranges import measure_inputs, measured_parameters, w
 from loadstone.finalization.round_layer import Rows, round_layer
 from loadstone.ranks import Ranks
 from loadstone.writing.publish import check_space
+from loadstone.writing.shards import write_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -124,12 +125,10 @@ def _finished(folder: Path, number: int, ranks: Ranks) -> list[Path]:
 
 def _finish(parts: dict[str, torch.Tensor], folder: Path, number: int, ranks: Ranks) -> list[Path]:
     """Write this rank's tensors of a layer, and when all ranks have, the note that names their files."""
-    from safetensors.torch import save_file
-
     name = f"{number:05d}-{ranks.rank:05d}.safetensors" if parts else ""
     if parts:
         partial = folder / f"{name}.{os.getpid()}.partial"
-        save_file(parts, partial)
+        write_tensors(partial, parts)
         partial.replace(folder / name)
     names = [each for each in ranks.gather(name) if each]
     if ranks.rank == 0:

@@ -248,8 +248,11 @@ def _foreign(path: Path, ending: str) -> Path | None:
         return path
     if ending not in (PARTIAL, CALIBRATED):
         return None
-    # A later run goes on writing there, and would follow a link.
-    return next((each for each in everything_in(path) if not is_plain(each)), None)
+    for each in everything_in(path):
+        # A later run goes on writing there, and would follow a link. Calibrations hold files alone.
+        if not is_plain(each) or (ending == CALIBRATED and each.parent != path and each.is_dir()):
+            return each
+    return None
 
 
 def _is_ours(path: Path, ending: str) -> bool:
