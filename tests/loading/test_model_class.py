@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from tests.small_models import make_model
 
 import loadstone
 from loadstone.errors import ArtifactError
+from loadstone.loading.model_class import load_config
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 
@@ -79,3 +81,11 @@ def test_limits_that_limit_nothing(tmp_path: Path) -> None:
         for attempt in (loadstone.load, lambda source: loadstone.finalize(source, tmp_path / "no")):
             with pytest.raises(ArtifactError, match=f"{changed}' holds NaN or infinity"):
                 attempt(tmp_path / "audio")
+
+
+def test_a_config_that_was_exchanged_since_detect(tiny: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny, tmp_path / "model")
+    artifact = loadstone.detect(tmp_path / "model")
+    change(tmp_path / "model", architectures=5)
+    with pytest.raises(ArtifactError, match="architectures is not a list"):
+        load_config(artifact)

@@ -42,6 +42,11 @@ def load_config(artifact: Artifact, trust_remote_code: bool = False) -> Any:
         raise ArtifactError(
             f"{artifact.config_dir}/config.json: transformers refuses it ({reason})", _remedy(artifact)
         ) from None
+    if not isinstance(config.architectures or [], list):
+        # `detect` has refused such a file: it was exchanged since.
+        raise ArtifactError(
+            f"{artifact.config_dir}/config.json: architectures is not a list", _remedy(artifact)
+        )
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     if artifact.adapter is not None and artifact.adapter.config_changes:

@@ -112,7 +112,13 @@ def test_odd_entries_are_computed_again(tmp_path: Path, kind: str) -> None:
 
 def saved(protocol: Protocol) -> dict[str, Any]:
     total = float(protocol.tokens) * 2.0
-    record = {"path": "m", "loss": 2.0, "reference": True, "unit_losses": [total / 2, total / 2]}
+    record = {
+        "path": "m",
+        "loss": 2.0,
+        "reference": True,
+        "unit_losses": [total / 2, total / 2],
+        "delta_loss": None,
+    }
     return {"protocol": asdict(protocol), "models": [record]}
 
 
@@ -126,6 +132,10 @@ def saved(protocol: Protocol) -> dict[str, Any]:
         {"unit_losses": [[1.0]]},
         {"unit_losses": [float("inf")]},
         {"path": 3},
+        {"loss_stderr": [1.0]},
+        {"perplexity": "many"},
+        {"load_seconds": {}},
+        {"tasks": [1]},
     ],
 )
 def test_saved_results_are_held_to_themselves(

@@ -11,6 +11,7 @@ import numpy as np
 
 from loadstone.artifact.files import read_json
 from loadstone.errors import LoadstoneError, UsageError
+from loadstone.evaluation.results.tables import tables
 from loadstone.text.tokens import Protocol
 
 
@@ -40,6 +41,8 @@ def read_saved(path: str) -> Saved:
             raise TypeError("loss is no finite number")
         if not math.isclose(sums.sum() / protocol.tokens, chosen["loss"], rel_tol=1e-4, abs_tol=1e-6):
             raise ValueError("its loss is not that of its unit_losses")
+        # Now and not after the work: whatever of it cannot be shown.
+        tables([chosen], report=True)
     except LoadstoneError as error:
         raise UsageError(
             f"'{path}' is not a result of `loadstone eval --json` ({error.message})",
