@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,13 @@ def _one_thread() -> None:
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _no_handler_of_an_earlier_test() -> Iterator[None]:
+    """A command that ran in this process logs to the stderr of its test, which is closed by then."""
+    yield
+    logging.getLogger("loadstone").handlers.clear()
 
 
 @pytest.fixture(scope="session")

@@ -363,7 +363,7 @@ def test_what_is_loaded_is_checked(tiny: Path, tmp_path: Path) -> None:
     name = "model.layers.0.mlp.up_proj"
     wrong = {
         "weight_shape": (torch.tensor([1, 2]), "words a row"),
-        "weight_scale": (torch.zeros_like(stored[f"{name}.weight_scale"]), "a scale that is not above zero"),
+        "weight_scale": (torch.zeros_like(stored[f"{name}.weight_scale"]), "a scale that is zero"),
     }
     for suffix, (tensor, said) in wrong.items():
         save_file(stored | {f"{name}.{suffix}": tensor}, out / "model.safetensors", {"format": "pt"})
