@@ -51,10 +51,13 @@ def _one_thread() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _no_handler_of_an_earlier_test() -> Iterator[None]:
-    """A command that ran in this process logs to the stderr of its test, which is closed by then."""
+def _logs_as_before() -> Iterator[None]:
+    """A command that ran in this process logs to its test's stderr, which is closed then, and to nobody else."""
+    log = logging.getLogger("loadstone")
+    before = log.level, log.propagate, list(log.handlers)
     yield
-    logging.getLogger("loadstone").handlers.clear()
+    log.setLevel(before[0])
+    log.propagate, log.handlers[:] = before[1:]
 
 
 @pytest.fixture(scope="session")
