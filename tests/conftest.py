@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -51,13 +51,12 @@ def _one_thread() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _logs_as_before() -> Iterator[None]:
-    """A command that ran in this process logs to its test's stderr, which is closed then, and to nobody else."""
+def _logs_as_imported() -> None:
+    """A command that ran in this process logs to its test's stderr, which is closed by now, and to nobody else."""
     log = logging.getLogger("loadstone")
-    before = log.level, log.propagate, list(log.handlers)
-    yield
-    log.setLevel(before[0])
-    log.propagate, log.handlers[:] = before[1:]
+    log.setLevel(logging.NOTSET)
+    log.propagate = True
+    log.handlers.clear()
 
 
 @pytest.fixture(scope="session")
