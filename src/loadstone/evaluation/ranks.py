@@ -15,7 +15,7 @@ def device_of(ranks: Ranks, asked: str) -> str:
 
     if ranks.alone or asked not in ("auto", "cuda") or not torch.cuda.is_available():
         return asked
-    return f"cuda:{ranks.local_rank % torch.cuda.device_count()}"
+    return ranks.device("cuda")
 
 
 def merge(ranks: Ranks, values: Values, known: Values | None) -> Values:
