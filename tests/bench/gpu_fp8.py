@@ -3,9 +3,9 @@
 python tests/bench/gpu_fp8.py [--gb 20] [--experts 256] [--folder DIR] [--recipe intx4-weight-only:group_size=128]
 
 The slice has DeepSeek-V3's shapes and as many layers as fit; its values are random. Once undisturbed, once killed
-half-way and resumed, once under torchrun on two GPUs (where there are two, or with --ranks 2): seconds, the peak of host
-memory, and whether all files are the same. Each line is printed as soon as it is known, after the seconds since the
-start.
+half-way and resumed, once under torchrun on two GPUs (where there are two, or with --ranks 2): seconds, the peak of
+host memory, and whether all files are the same. Each line is printed as soon as it is known, after the seconds since
+the start.
 """
 
 from __future__ import annotations

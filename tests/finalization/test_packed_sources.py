@@ -255,6 +255,9 @@ def test_a_layer_for_multi_token_prediction_is_decoded_and_kept(tmp_path: Path) 
     names = [name for name in found if name.startswith("model.layers.61.")]
     assert len(names) > 20 and not any(name.endswith("scale_inv") for name in names)
     assert all(torch.equal(found[name], found[name.replace("layers.61.", "layers.1.")]) for name in names)
-    loadstone.finalize(source, tmp_path / "w4", recipe=W4, layout="compressed-tensors", verify=True)
+    served = {"recipe": W4, "layout": "compressed-tensors", "max_shard_size": "200KB"}
+    loadstone.finalize(source, tmp_path / "w4", **served, verify=True)
+    on_ranks(2, lambda: loadstone.finalize(source, tmp_path / "ranks", **served))
+    assert weights(tmp_path / "ranks") == weights(tmp_path / "w4")
     ours = loadstone.load(tmp_path / "w4", device="cpu")
     assert ours.config.num_hidden_layers == 2
