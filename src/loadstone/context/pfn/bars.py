@@ -41,14 +41,15 @@ class BarPosterior:
     def mass(self) -> Tensor:
         return self.log_mass.exp()
 
-    @property
+    @cached_property
     def widths(self) -> Tensor:
         return self.borders.diff()
 
-    @property
+    @cached_property
     def tail_scales(self) -> tuple[Tensor, Tensor]:
         """Scales of the left and right half-normal tails."""
-        return self.widths[0] / _HALF_MASS, self.widths[-1] / _HALF_MASS
+        low, high = (self.widths[:: len(self.widths) - 1] / _HALF_MASS).unbind()
+        return low, high
 
     def mirrored(self) -> BarPosterior:
         """The distribution of minus the target."""
@@ -131,15 +132,15 @@ class BarPosterior:
         best = as_double(threshold, self.borders.device).unsqueeze(-1)
         a, b = self.borders[1:-2], self.borders[2:-1]
         # Clamping the threshold to the bar makes one formula of the three cases (below, inside, above).
-        c = torch.minimum(torch.maximum(best, a), b)
+        c = best.clamp(a, b)
         inner = ((b + c) / 2 - best) * (b - c) / (b - a)
         low, high = self.tail_scales
-        room = ((self.borders[1] - best) / low).clamp(min=0)
-        left = low * (
-            room * torch.special.erf(room / math.sqrt(2)) - 2 * (_pdf(torch.zeros_like(room)) - _pdf(room))
-        )
-        t = (best - self.borders[-2]) / high
-        right = high * torch.where(t > 0, log_tail_excess(t.clamp(min=0)).exp(), _MEAN - t)
+        below, above = (self.borders[1] - best) / low, (best - self.borders[-2]) / high
+        # E[max(|Z| - t, 0)] of a standard normal Z for t >= 0, of both tails at once.
+        t = torch.cat((below, above), -1).clamp(min=0)
+        beyond = (t.square() * -0.5).exp() * _MEAN - t * torch.special.erfc(t / math.sqrt(2))
+        left = low * (t[..., :1] - _MEAN + beyond[..., :1])
+        right = high * (beyond[..., 1:] - above.clamp(max=0))
         return torch.cat((left, inner, right), -1)
 
     def integrate(self, on_bar: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
@@ -157,15 +158,11 @@ def as_double(number: Tensor | float, device: torch.device) -> Tensor:
 
 def log_tail_excess(t: Tensor) -> Tensor:
     """log E[max(|Z| - t, 0)] of a standard normal Z for t >= 0, without underflow or cancellation."""
-    mills = math.sqrt(math.pi / 2) * torch.special.erfcx(t.clamp(max=100.0) / math.sqrt(2))
-    near = 1 - t.clamp(max=100.0) * mills
+    short = t.clamp(max=100.0)
+    near = 1 - short * (math.sqrt(math.pi / 2) * torch.special.erfcx(short / math.sqrt(2)))
     far = t.clamp(min=100.0) ** -2
-    ratio = torch.where(t < 100, near, far * (1 - 3 * far + 15 * far**2))
-    return math.log(2) - t.square() / 2 - math.log(math.sqrt(2 * math.pi)) + ratio.log()
-
-
-def _pdf(z: Tensor) -> Tensor:
-    return torch.exp(-z.square() / 2) / math.sqrt(2 * math.pi)
+    ratio = torch.where(t < 100, near, far * (1 - far * (3 - 15 * far)))
+    return ratio.log() - t.square() * 0.5 + math.log(_MEAN)
 
 
 def _log_half_normal(z: Tensor, scale: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ def _with_gradient(function: Callable[[Tensor], Tensor], rows: Tensor) -> tuple[
     leaf = rows.detach().requires_grad_()
     with torch.enable_grad():
         values = function(leaf)
-        (gradient,) = torch.autograd.grad(values.sum(), leaf)
+        (gradient,) = torch.autograd.grad(values, leaf, torch.ones_like(values))
     return values.detach(), gradient
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # Beyond this many standard deviations values grow with their logarithm only (identity inside, C1 at the seam).
@@ -43,8 +44,10 @@ def fit_scaler(x: Tensor) -> Scaler:
 
 def soft_clip(z: Tensor) -> Tensor:
     """Identity within ±`SOFT_CLIP`, logarithmic growth beyond."""
-    excess = (z.abs() - SOFT_CLIP).clamp(min=0)
-    return z.clamp(-SOFT_CLIP, SOFT_CLIP) + z.sign() * excess.log1p()
+    sign = z.detach().sign()
+    excess = (z * sign - SOFT_CLIP).clamp(min=0)
+    # hardtanh and not clamp: its slope is one kernel on a GPU, and is 0 at the seam, where the excess has one.
+    return torch.addcmul(F.hardtanh(z, -SOFT_CLIP, SOFT_CLIP), sign, excess.log1p())
 
 
 def cells(z: Tensor, dtype: torch.dtype) -> Tensor:

@@ -59,11 +59,11 @@ class Layer(nn.Module):
         h = self.norm_features(x).view(batch * rows, tokens, width)
         if target_only:
             q_weight, kv_weight = self.features_qkv.weight.split((width, 2 * width))
-            q = _heads(F.linear(h[:, -1:], q_weight), self.heads)
-            k, v = (_heads(t, self.heads) for t in F.linear(h, kv_weight).split(width, -1))
+            q = F.linear(h[:, -1], q_weight).unflatten(-1, (self.heads, 1, -1))
+            k, v = _heads(F.linear(h, kv_weight), 2, self.heads)
             x = x[:, :, -1:]
         else:
-            q, k, v = (_heads(t, self.heads) for t in self.features_qkv(h).split(width, -1))
+            q, k, v = _heads(self.features_qkv(h), 3, self.heads)
         mixed = attention(q, k, v).transpose(1, 2).reshape(x.shape)
         return x + self.features_out(mixed)
 
@@ -166,7 +166,7 @@ class PFN(nn.Module):
             x = layer.mix_features(x, target_only=last)
             keys, values = layer.keys_values(x[:, :n])
             x = layer.attend(x[:, n:] if last else x, keys, values)
-        return self.read_out(x[:, :, -1], task)
+        return self.read_out(x.squeeze(2), task)
 
     def fit(self, x: Tensor, y: Tensor, **options: Any) -> TrainingContext:
         """The context of training rows ``x`` (n, d) and targets ``y`` (n,), tensors or numpy arrays: see `fit_context`
@@ -187,7 +187,7 @@ class PFN(nn.Module):
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """torch's fused attention over (batch, heads, length, head size), but for short sequences on a GPU."""
-    if q.is_cuda and q.shape[-2] * k.shape[-2] <= _FEW_SCORES:
+    if q.is_cuda and _few(q.shape[-2], k.shape[-2]):
         return (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1).to(v.dtype) @ v
     if len(q) <= _MAX_ATTENTION_BATCH:
         return F.scaled_dot_product_attention(q, k, v)
@@ -195,9 +195,17 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.cat([F.scaled_dot_product_attention(*part) for part in parts])
 
 
-def _heads(x: Tensor, heads: int) -> Tensor:
-    """(batch, length, width) -> (batch, heads, length, head size)."""
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+def _few(queries: int, keys: int) -> bool:
+    return queries * keys <= _FEW_SCORES
+
+
+def _heads(x: Tensor, parts: int, heads: int) -> tuple[Tensor, ...]:
+    """(batch, length, parts × width) -> each part as (batch, heads, length, head size)."""
+    x = x.unflatten(-1, (parts, heads, -1))
+    if x.is_cuda and _few(x.shape[1], x.shape[1]):
+        # One copy: matrix products would copy each part.
+        x = x.permute(2, 0, 3, 1, 4).contiguous().permute(1, 3, 0, 2, 4)
+    return tuple(part.transpose(1, 2) for part in x.unbind(2))
 
 
 def _columns(x: Tensor, heads: int) -> Tensor:

@@ -111,7 +111,7 @@ class TrainingContext:
         for layer, cache in zip(model.blocks, self.layers, strict=True):
             x = layer.mix_features(x, target_only=layer is model.blocks[-1])
             x = layer.attend(x, *cache.read(model.dtype))
-        logits = model.read_out(x[0, :, -1], self.task)
+        logits = model.read_out(x.flatten(0, 2), self.task)
         return logits[:, : len(self.classes)] if self.classes else logits
 
     def posterior(self, queries: Tensor, *, memory_budget: int | None = None) -> BarPosterior:
