@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from functools import cache
+from functools import cache, cached_property
 from itertools import count
 from socket import gethostname
 from threading import Event, Thread
@@ -86,28 +86,48 @@ class Ranks:
         return values[0]
 
     def combine(self, tensor: torch.Tensor, how: Literal["sum", "max"]) -> torch.Tensor:
-        """The sum or the largest of all ranks' tensors of one shape, on every rank, on the CPU."""
-        mine = tensor.to("cpu", copy=True).contiguous()
-        if self.alone:
-            return mine
-        import torch.distributed as dist
+        """The sum or the largest of all ranks' tensors of one shape, on every rank."""
+        mine, group = self._to_exchange(tensor)
+        if not self.alone:
+            import torch.distributed as dist
 
-        dist.all_reduce(mine, dist.ReduceOp.SUM if how == "sum" else dist.ReduceOp.MAX)
-        return mine
+            dist.all_reduce(mine, dist.ReduceOp.SUM if how == "sum" else dist.ReduceOp.MAX, group)
+        return mine.to(tensor.device)
 
     def sums(self, tensors: Iterable[torch.Tensor], to: int) -> Iterator[torch.Tensor]:
-        """The sums of all ranks' tensors one after the other, on the CPU: on rank ``to``, others get anything. A few
+        """The sums of all ranks' tensors one after the other, on any device: on rank ``to``, others get anything. A few
         are on their way while the next is copied."""
         import torch.distributed as dist
 
         on_the_way: deque[tuple[torch.Tensor, Any]] = deque()
         for tensor in tensors:
-            mine = tensor.to("cpu", copy=True).contiguous()
-            on_the_way.append((mine, None if self.alone else dist.reduce(mine, to, async_op=True)))
+            mine, group = self._to_exchange(tensor)
+            work = None if self.alone else dist.reduce(mine, to, group=group, async_op=True)
+            on_the_way.append((mine, work))
             if len(on_the_way) > 2:
                 yield _arrived(*on_the_way.popleft())
         while on_the_way:
             yield _arrived(*on_the_way.popleft())
+
+    def _to_exchange(self, tensor: torch.Tensor) -> tuple[torch.Tensor, Any]:
+        """A copy of ``tensor`` where it can be exchanged, and the group that does so: None is gloo, on the CPU."""
+        import torch
+
+        group = self._gpus if tensor.is_cuda and not self.alone else None
+        stays = self.alone or group is not None
+        device = tensor.device if stays else "cpu"
+        return tensor.to(device, copy=True, memory_format=torch.contiguous_format), group
+
+    @cached_property
+    def _gpus(self) -> Any:
+        """NCCL's group of all ranks, which all of them make at once; None where two share a GPU, which it refuses."""
+        import torch
+        import torch.distributed as dist
+
+        gpu = torch.cuda.get_device_properties(self.device("cuda")).uuid
+        if len(set(self.gather((gethostname(), str(gpu))))) < self.size * self.members:
+            return None
+        return dist.new_group(timeout=_PATIENCE, backend="nccl") if dist.is_nccl_available() else None
 
 
 def _arrived(tensor: torch.Tensor, work: Any) -> torch.Tensor:
@@ -118,8 +138,8 @@ def _arrived(tensor: torch.Tensor, work: Any) -> torch.Tensor:
 
 @contextmanager
 def joined() -> Iterator[Ranks]:
-    """Join the job's process group when torchrun's variables are set; gloo, because tensors are exchanged on the CPU
-    only.
+    """Join the job's process group when torchrun's variables are set; gloo, beside which NCCL is used once tensors on
+    GPUs are exchanged.
 
     Within the block this process ends, with exit code 5 and a message, when another rank fails or stops answering.
     Raises `MissingError` where that shows in an exchange.
@@ -128,6 +148,7 @@ def joined() -> Iterator[Ranks]:
     if size == 1:
         yield Ranks()
         return
+    import torch
     import torch.distributed as dist
 
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -159,9 +180,12 @@ def joined() -> Iterator[Ranks]:
             raise MissingError(reason or "another rank of this job has stopped", _AGAIN) from error
         raise
     finally:
-        watch.stop()
+        # NCCL may wait for a rank that is gone, and the watch ends that.
+        if not torch.cuda.is_initialized():
+            watch.stop()
         if dist.is_initialized():
             dist.destroy_process_group()
+        watch.stop()
 
 
 # Ranks wait as long as others work; the watch tells which have gone.
@@ -188,7 +212,8 @@ class _Watch:
     """Signs of life in the job's store: this rank gives its own, watches those of the next one, and ends this process
     when any rank has failed or stopped answering.
 
-    gloo tells of a process that ended once something is exchanged with it, and never of a machine that did.
+    gloo tells of a process that ended once something is exchanged with it, and never of a machine that did; NCCL of
+    neither.
     """
 
     def __init__(self, ranks: Ranks, session: int) -> None:
@@ -255,5 +280,5 @@ class _Watch:
             # In an exchange that fails, the main thread says so itself.
             if reason and not self._stopped.wait(_BEAT):
                 print(f"loadstone: error: {reason}. {_AGAIN}", file=sys.stderr, flush=True)
-                # The main thread may wait in an exchange, which nothing interrupts.
+                # The main thread may wait in an exchange, or for a GPU that does, which nothing interrupts.
                 os._exit(MissingError.exit_code)

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import loadstone
 from loadstone.errors import LoadstoneError
 from loadstone.finalization import units
 from loadstone.finalization.calibrate import calibrate
+from loadstone.finalization.gptq import gptq
 from loadstone.finalization.plan import make_plan
 from loadstone.finalization.run import write_plan
 from loadstone.quantization import RECIPES, parse_recipe
@@ -90,3 +92,68 @@ def test_calibrated_on_cuda(make_model: Callable[..., Path], tmp_path: Path) -> 
             for name in ("plain", "gptq")
         ]
     assert errors[1] < errors[0]
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="no Triton")
+@pytest.mark.parametrize(
+    ("recipe", "columns"),
+    [
+        ("intx4-weight-only:group_size=32", 416),
+        ("intx4-weight-only:group_size=64,mapping=asymmetric", 448),
+        ("intx4-weight-only:group_size=96", 288),
+        ("intx4-weight-only:group_size=256", 512),
+        ("intx3-weight-only:group_size=0", 300),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_kernel_of_gptq_gives_the_bits_of_torch(
+    monkeypatch: pytest.MonkeyPatch, recipe: str, columns: int, dtype: torch.dtype
+) -> None:
+    from loadstone.finalization import columns, columns_kernel
+
+    torch.manual_seed(1)
+    weights = [torch.randn(rows, columns, dtype=dtype, device=CUDA) for rows in (65, 130)]
+    inputs = torch.randn(512, columns, device=CUDA) @ torch.randn(columns, columns, device=CUDA)
+    arguments = (weights, inputs.t() @ inputs, parse_recipe(recipe).scheme)
+    calls = []
+    kernel = columns_kernel.round_columns
+    monkeypatch.setattr(columns_kernel, "round_columns", lambda *args: (calls.append(args), kernel(*args)))
+    found = gptq(*arguments)
+    assert calls
+    monkeypatch.setattr(columns_kernel, "round_columns", columns.round_columns)
+    for one, other in zip(found, gptq(*arguments), strict=True):
+        for name in ("qdata", "scale", "zero_point"):
+            assert torch.equal(getattr(one, name), getattr(other, name)), name
+
+
+# A rank ends while another waits for a GPU that exchanges with it.
+GONE = """
+import os, signal, time, torch
+from tests.helpers import on_ranks
+from loadstone import ranks as module
+from loadstone.ranks import joined
+module._BEAT, module._GONE = 0.5, 6.0
+
+def work():
+    with joined() as ranks:
+        torch.cuda.set_device(ranks.local_rank)
+        ones = torch.ones(1000, dtype=torch.float64, device="cuda")
+        assert ranks.combine(ones, "sum").equal(2 * ones) and ranks._gpus is not None
+        assert list(ranks.sums([ones], 0))[0].equal(2 * ones) or ranks.rank
+        if ranks.rank == 1:
+            os.kill(os.getpid(), signal.HOW)
+        print(ranks.combine(ones, "sum").sum())
+
+print(on_ranks(2, work, check=False))
+"""
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device only")
+@pytest.mark.parametrize("how", ["SIGKILL", "SIGSTOP"])
+def test_a_rank_that_is_gone_ends_one_that_waits_for_its_gpu(how: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", GONE.replace("HOW", how)],
+        cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False, timeout=90,
+    )  # fmt: skip
+    assert "[5, -9]" in done.stdout, done.stdout + done.stderr
+    assert "Run the same command again" in done.stderr

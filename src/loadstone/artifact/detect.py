@@ -160,32 +160,48 @@ class Artifact:
             )
         return _sidecar_dirs(self.path, self.root)
 
-    def fingerprint(self, *, check: bool = False) -> str:
-        """sha256 over config.json, every weight file and a fake-quant export's quantizers, by name and content.
+    def digests(self, part: int = 0, parts: int = 1) -> dict[str, str]:
+        """The sha256, by name, of config.json, every weight file and a fake-quant export's quantizers; of several
+        ``parts`` those of one."""
+        import os
+        from concurrent.futures import ThreadPoolExecutor
+
+        files = self._hashed
+        names = list(files)[part::parts]
+        # Half the cores: the others work on the same files.
+        with ThreadPoolExecutor(min(max((os.cpu_count() or 1) // (2 * parts), 1), 8)) as pool:
+            return dict(zip(names, pool.map(sha256_file, map(files.__getitem__, names)), strict=True))
+
+    def fingerprint(self, digests: Mapping[str, str] | None = None, *, check: bool = False) -> str:
+        """sha256 over all `digests`, which are computed where they are not given.
 
         ``check``: raise `ArtifactError` for a weight file whose content is not what is recorded of it.
         """
         import hashlib
-        import os
-        from concurrent.futures import ThreadPoolExecutor
 
-        total = hashlib.sha256()
+        found = self.digests() if digests is None else digests
         recorded = recorded_digests(self.path, self.weight_files) if check else {}
+        total = hashlib.sha256()
+        for name in self._hashed:
+            if recorded.get(name, found[name]) != found[name]:
+                raise ArtifactError(
+                    f"{name}: content differs from the sha256 that is recorded of it",
+                    f"Copy or download the file again, or remove {MANIFEST} if it was changed on purpose",
+                )
+            total.update(f"{name}\0{found[name]}\n".encode())
+        return total.hexdigest()
+
+    @property
+    def _hashed(self) -> dict[str, Path]:
+        """The files that `digests` covers."""
         names = dict.fromkeys((*self.weights.files, *self.weight_files))
         paths = [self.config_dir / CONFIG, *(self.path / name for name in names)]
         # Quantizers of inputs change what is computed with the same weights.
         paths += [self.path / name for name in QUANTIZER_FILES if is_file(self.path / name)]
-        # Half the cores: the others work on the same files.
-        with ThreadPoolExecutor(min(max((os.cpu_count() or 1) // 2, 1), 8)) as pool:
-            for path, digest in zip(paths, pool.map(sha256_file, paths), strict=True):
-                name = path.relative_to(self.path) if path.is_relative_to(self.path) else path.name
-                if recorded.get(str(name), digest) != digest:
-                    raise ArtifactError(
-                        f"{name}: content differs from the sha256 that is recorded of it",
-                        f"Copy or download the file again, or remove {MANIFEST} if it was changed on purpose",
-                    )
-                total.update(f"{name}\0{digest}\n".encode())
-        return total.hexdigest()
+        return {
+            str(path.relative_to(self.path)) if path.is_relative_to(self.path) else path.name: path
+            for path in paths
+        }
 
 
 def detect(path: str | Path, *, checkpoint: str | None = None, base: str | Path | None = None) -> Artifact:

@@ -21,7 +21,7 @@ from loadstone.artifact.manifest import versions
 from loadstone.errors import UsageError
 from loadstone.finalization.experts import FEWEST, Stored, plainly, use_experts
 from loadstone.finalization.journal import calibration_directory, output_in, work_directory
-from loadstone.finalization.layers import PLAIN, layer_calls
+from loadstone.finalization.layers import PLAIN, Laps, layer_calls
 from loadstone.finalization.plan import FinalizePlan, Step
 from loadstone.finalization.ranges import measure_inputs, measured_parameters, with_ranges
 from loadstone.finalization.round_layer import Rows, round_layer
@@ -70,6 +70,7 @@ def calibrate(
     source = load_plan(plan.source, dtype="float32", trust_remote_code=trust_remote_code)
     folder = calibration_folder(plan, rows, out, ranks)
     few: list[str] = []
+    whole = Laps(device)
     with streamed(source, torch.device(device)) as model, torch.no_grad():
         prefix = model.stack_name
         steps = _steps_by_parameter(plan, model.model)
@@ -87,8 +88,11 @@ def calibrate(
             check_space(needed, out, output_in(work_directory(out)), folder)
             folder.mkdir(parents=True, exist_ok=True)
         hidden, calls = layer_calls(model.model.base_model, model.stack, rows, device, ranks)
+        whole.lap("before the layers")
         for number in range(len(model)):
+            laps = Laps(device)
             start, layer = f"{prefix}.{number}.", model.layer(number)
+            laps.lap("read")
             found = {n.removeprefix(start): s for n, s in steps.items() if n.startswith(start)}
             inside = {n: s[0] for n, s in found.items() if len(s) == 1 and not s[0].first_row}
             experts = {n: s for n, s in found.items() if n not in inside}
@@ -97,15 +101,22 @@ def calibrate(
                 files = _finished(folder, number, ranks)
                 if not files:
                     parts = round_layer(layer, inside, experts, mine)
+                    laps.lap("round")
                     files = _finish(parts, folder, number, ranks)
                     del parts
+                    laps.lap("write")
                 with _stored(files) as stored:
                     _use_rounded(layer, inside, stored, device)
                     few += use_experts(layer, experts, stored, device)
+                laps.lap("load")
             hidden = mine.run(layer)
             del layer
+            laps.lap("run")
+            log.debug("layer %d: %s", number, laps)
             if on_progress:
                 on_progress(number + 1, len(model))
+        whole.lap("layers")
+    log.debug("calibrated: %s", whole)
     if few and ranks.rank == 0:
         log.warning(
             "%d matrices of experts saw fewer than %d calibration tokens and are rounded without text; the first: '%s'",

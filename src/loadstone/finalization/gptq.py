@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from loadstone.errors import ArtifactError
+from loadstone.finalization.columns import Block, round_columns
 from loadstone.quantization.schemes import Intx
 
 if TYPE_CHECKING:
@@ -32,42 +34,44 @@ def gptq(weights: Sequence[torch.Tensor], hessian: torch.Tensor, scheme: Intx) -
 
     from loadstone.quantization.rounding import intx_tensor, least_squares_scales
 
-    low, high = -(2 ** (scheme.bits - 1)), 2 ** (scheme.bits - 1) - 1
     # A copy.
     weight = torch.cat(list(weights))
-    rest = weight.float()
-    group = scheme.group_size or weight.shape[1]
+    rest, width = weight.float(), weight.shape[1]
+    group = scheme.group_size or width
     diagonal = hessian.diagonal().clone()
     inverse = _inverse_factor(hessian)
     one_group = replace(scheme, group_size=0)
     values = torch.empty_like(weight, dtype=torch.int8)
+    rounder = round_columns
+    if weight.is_cuda and find_spec("triton") is not None:
+        from loadstone.finalization import columns_kernel
+
+        rounder = columns_kernel.round_columns
     scales, zeros = [], []
-    if group == weight.shape[1]:
+    if group == width:
         found = least_squares_scales(weight, one_group, diagonal)
-    for start in range(0, weight.shape[1], _COLUMNS):
-        end = min(start + _COLUMNS, weight.shape[1])
+    for start in range(0, width, _COLUMNS):
+        end = min(start + _COLUMNS, width)
         errors = torch.zeros_like(rest[:, start:end])
-        for column in range(start, end):
-            if group < weight.shape[1] and column % group == 0:
-                # The group's scale is chosen once the errors of earlier columns have reached it.
-                last = min(column + group, end)
-                late = rest[:, column : column + group].clone()
-                if last < column + group:
-                    late[:, last - column :] -= errors @ inverse[start:end, last : column + group]
-                found = least_squares_scales(
-                    late.to(weight.dtype), one_group, diagonal[column : column + group]
-                )
-            if column % group == 0:
+        # The factor comes column by column.
+        own = inverse[start:end, start:end].contiguous()
+        block = Block(rest, own, errors, values, start, end, scheme.bits, weight.dtype)
+        first = start
+        while first < end:
+            last = min(first - first % group + group, end)
+            if first % group == 0:
+                if group < width:
+                    # The group's scale is chosen once the errors of earlier columns have reached it.
+                    late = rest[:, first : first + group].clone()
+                    if last < first + group:
+                        late[:, last - first :] -= errors @ inverse[start:end, last : first + group]
+                    found = least_squares_scales(
+                        late.to(weight.dtype), one_group, diagonal[first : first + group]
+                    )
                 scales.append(found[0])
                 zeros.append(found[1])
-                scale, zero = found[0].float()[:, 0], found[1].float()[:, 0]
-            rounded = (rest[:, column] / scale + zero).round().clamp(low, high)
-            values[:, column] = rounded.to(torch.int8)
-            # As the tensor dequantizes: in the weight's own dtype.
-            back = ((rounded - zero) * scale).to(weight.dtype).float()
-            error = (rest[:, column] - back) / inverse[column, column]
-            rest[:, column:end] -= error[:, None] * inverse[column, column:end]
-            errors[:, column - start] = error
+            rounder(block, first, last, *found)
+            first = last
         rest[:, end:] -= errors @ inverse[start:end, end:]
     rows = [len(each) for each in weights]
     parts = [part.split(rows) for part in (values, torch.cat(scales, 1), torch.cat(zeros, 1))]

@@ -6,14 +6,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from loadstone.artifact.torchao.flatten import torch_dtype
 from loadstone.errors import ArtifactError
 from loadstone.finalization.experts import experts_by_inputs, round_expert, watch_experts
 from loadstone.finalization.gptq import gptq
-from loadstone.finalization.layers import Call, run_layer
+from loadstone.finalization.layers import Call, Laps, run_layer
 from loadstone.finalization.plan import Step
 from loadstone.finalization.smooth import awq_scale, find_folds, smooth_scale
 from loadstone.finalization.statistics import Inputs, InputStatistics, divide
@@ -32,8 +31,8 @@ _SCALES = {"awq": awq_scale, "smoothquant": smooth_scale}
 
 @dataclass(frozen=True)
 class Rows:
-    """This rank's share of the calibration rows at a layer: ``hidden``, (1, length, width) each on the CPU, and the
-    layer's other arguments. ``shape``: rows of all ranks and tokens of each."""
+    """This rank's share of the calibration rows at a layer: ``hidden``, (1, length, width) each, and the layer's other
+    arguments. ``shape``: rows of all ranks and tokens of each."""
 
     hidden: list[torch.Tensor]
     call: Call
@@ -47,7 +46,7 @@ class Rows:
         return len(range(self.ranks.rank, -(-self.shape[0] // 8), self.ranks.size))
 
     def run(self, layer: torch.nn.Module) -> list[torch.Tensor]:
-        """The outputs of ``layer``, on the CPU."""
+        """The outputs of ``layer``, where the inputs are."""
         return [run_layer(layer, x, self.call, self.device) for x in self.hidden]
 
 
@@ -66,8 +65,8 @@ def round_layer(
         if step.scheme and step.scheme.calibrated
     }
     shares = experts_by_inputs(layer, experts)
-    inputs, source, owners = _statistics(layer, wanted, shares, rows)
-    began = monotonic()
+    laps = Laps(rows.device)
+    inputs, source, owners = _statistics(layer, wanted, shares, rows, laps)
     rank = rows.ranks.rank
     parts: dict[str, torch.Tensor] = {}
     for key, steps in shares.items():
@@ -101,7 +100,8 @@ def round_layer(
         if rank == 0 and not new.equal(old):
             output = inside[name].outputs[0]
             parts[output.name] = new.detach().to("cpu", torch_dtype(output.dtype)).contiguous()
-    log.debug("rank %d rounded %d tensors in %.2f s", rank, len(parts), monotonic() - began)
+    laps.lap(f"{len(parts)} tensors rounded")
+    log.debug("calibration: %s", laps)
     return parts
 
 
@@ -110,12 +110,13 @@ def _statistics(
     wanted: dict[str, Step],
     shares: dict[tuple[str, int], list[Step]],
     rows: Rows,
+    laps: Laps,
 ) -> tuple[dict[Any, Inputs], dict[str, str], dict[Any, int]]:
     """Statistics of the inputs of Linears and experts, by key; the key of each Linear (Linears that share an input
     share its statistics, under the name of the first); and the rank that rounds what has a key."""
     seen: list[tuple[torch.Tensor, str]] = []
     source: dict[str, str] = {}
-    statistics, began = InputStatistics(rows.shape[0] * rows.shape[1]), monotonic()
+    statistics = InputStatistics(rows.shape[0] * rows.shape[1])
 
     def watch(name: str) -> Callable[..., None]:
         def hook(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
@@ -169,9 +170,9 @@ def _statistics(
         for key, found in steps.items()
     }
     owners = divide(costs, rows.ranks)
-    looked = monotonic()
+    laps.lap("inputs")
     inputs = statistics.add_up(rows.ranks, owners)
-    log.debug("inputs: %.2f s, exchanged in %.2f s", looked - began, monotonic() - looked)
+    laps.lap("exchange")
     return inputs, source, owners
 
 

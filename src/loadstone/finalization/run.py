@@ -9,7 +9,7 @@ import shutil
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass
@@ -35,7 +35,8 @@ from loadstone.finalization.journal import (
     start_journal,
     work_directory,
 )
-from loadstone.finalization.plan import FinalizePlan
+from loadstone.finalization.plan import FinalizePlan, Step
+from loadstone.finalization.statistics import divide
 from loadstone.finalization.stream import stream
 from loadstone.finalization.units import Unit, units_of
 from loadstone.ranks import Ranks
@@ -83,7 +84,7 @@ def write_plan(
     """Write the artifact that ``plan`` describes to ``out``, whole or not at all.
 
     A run that was killed left its finished shards behind; the same call takes them over unless ``resume`` is false.
-    With several ``ranks`` each writes every size-th shard, and rank 0 the files beside them and runs ``check`` on the
+    With several ``ranks`` each writes some of the shards, and rank 0 the files beside them and runs ``check`` on the
     finished directory before it becomes ``out``; it returns the tensors that it compared. ``on_progress`` is called
     with the source bytes done since its last call. Raises `UsageError` for an output that exists, is being written by
     another process or belongs to another job, `MissingError` for too little disk space, `ArtifactError` for a damaged
@@ -170,26 +171,39 @@ def _write_all_files(
     ranks: Ranks,
     on_progress: Callable[[int], None] | None,
 ) -> dict[str, str]:
-    # A copy of the source on another node is hashed there, too.
-    is_copy = plan.source.stamp != ranks.from_first(plan.source.stamp)
-    # Hashing the source takes long and must not delay noting finished shards, so it has its own thread.
+    # Ranks divide the hashing of the source; copies of it with other times are hashed by one rank of their node.
+    stamps = ranks.gather(plan.source.stamp)
+    sharing = [rank for rank, stamp in enumerate(stamps) if stamp == stamps[0]]
+    part, parts = (sharing.index(ranks.rank), len(sharing)) if ranks.rank in sharing else (0, 1)
+    started = time.monotonic()
+    # That takes long and must not delay noting finished shards, so it has its own thread.
     with ThreadPoolExecutor(1) as hasher:
-        hashes = ranks.rank == 0 or (is_copy and ranks.local_rank == 0)
-        source_hash = hasher.submit(plan.source.fingerprint, check=True) if hashes else None
+        hashes = ranks.rank in sharing or ranks.local_rank == 0
+        hashing = hasher.submit(plan.source.digests, part, parts) if hashes else None
         left = []
-        for number in range(ranks.rank, len(plan.shards), ranks.size):
+        for number in own_shards(plan.shards, ranks):
             if finished(work, plan.file_name(number)) is None:
                 left.append(number)
             elif on_progress:
                 on_progress(sum(step.source_bytes for step in plan.shards[number]))
         _write_shards(plan, left, work, device, on_progress)
-        found = ranks.gather((source_hash.result(), gethostname()) if source_hash else None)
-        for other in filter(None, found):
-            if other[0] != found[0][0]:
+        wrote = time.monotonic()
+        gathered = ranks.gather((hashing.result() if hashing else {}, gethostname()))
+        hashed = {name: digest for rank in sharing for name, digest in gathered[rank][0].items()}
+        for rank, (copy, host) in enumerate(gathered):
+            if rank not in sharing and copy and copy != hashed:
                 raise ArtifactError(
-                    f"the source on {other[1]} has other weights than that on {found[0][1]}",
+                    f"the source on {host} has other weights than that on {gathered[0][1]}",
                     "Copy it again, and start with --no-resume",
                 )
+        fingerprint = plan.source.fingerprint(hashed, check=True) if ranks.rank == 0 else ""
+        log.debug(
+            "rank %d wrote %d shards in %.2f s, then waited %.2f s for other ranks and for hashes of the source",
+            ranks.rank,
+            len(left),
+            wrote - started,
+            time.monotonic() - wrote,
+        )
         if ranks.rank:
             return {}
         digests = close_journal(work, [plan.file_name(number) for number in range(len(plan.shards))])
@@ -198,7 +212,16 @@ def _write_all_files(
                 o.name: plan.file_name(n) for n, s in enumerate(plan.shards) for t in s for o in t.outputs
             }
             write_index(output_in(work), files, plan.bytes_after)
-        return write_rest(output_in(work), digests, found[0][0])
+        return write_rest(output_in(work), digests, fingerprint)
+
+
+def own_shards(shards: Sequence[Sequence[Step]], ranks: Ranks) -> list[int]:
+    """The numbers of the shards that this rank writes: all ranks read and write about as many bytes."""
+    costs = {
+        number: sum(step.source_bytes + sum(o.nbytes for o in step.outputs) for step in shard)
+        for number, shard in enumerate(shards)
+    }
+    return [number for number, rank in sorted(divide(costs, ranks).items()) if rank == ranks.rank]
 
 
 def _check_same(plan: FinalizePlan, ranks: Ranks) -> None:

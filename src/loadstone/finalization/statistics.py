@@ -97,8 +97,7 @@ class InputStatistics:
 
     def share_largest(self, ranks: Ranks, device: str) -> None:
         """The largest magnitudes become those of all ranks' inputs, infinite for NaN."""
-        found = largest_of_all(ranks, self.largest)
-        self.largest = {key: size.to(device) for key, size in found.items()}
+        self.largest = largest_of_all(ranks, self.largest, device)
 
     def begin_sums(self, keys: Iterable[Any], exactly: bool = False) -> None:
         """From now on add up the inputs of ``keys``, which are no larger than those so far, or (``exactly`` is false)
@@ -123,7 +122,7 @@ class InputStatistics:
         found = {key: Inputs(size) for key, size in self.largest.items()}
         sums, self._sums = self._sums, {}
         if sums:
-            totals = ranks.combine(torch.cat([each.total.cpu() for each in sums.values()]), "sum")
+            totals = ranks.combine(torch.cat([each.total for each in sums.values()]), "sum")
         sizes = [each.total.numel() for each in sums.values()]
         for key, total in zip(list(sums), totals.split(sizes) if sums else (), strict=True):
             each = sums.pop(key)
@@ -131,7 +130,7 @@ class InputStatistics:
             unit = 1 / each.scale
             if moment is not None:
                 moment = moment.float().mul_(unit[:, None]).mul_(unit)
-            mean_size = total[:-1].to(unit.device).float() * unit
+            mean_size = total[:-1].float() * unit
             found[key] = Inputs(found[key].largest, mean_size, moment, int(total[-1]))
         return found
 
@@ -148,8 +147,10 @@ def _moment_of_all(ranks: Ranks, moment: torch.Tensor, owner: int) -> torch.Tens
     return moment if ranks.rank == owner else None
 
 
-def largest_of_all(ranks: Ranks, mine: Mapping[Any, torch.Tensor]) -> dict[Any, torch.Tensor]:
-    """The largest of all ranks' values by key, float32 on the CPU, infinite for NaN; ranks may lack keys."""
+def largest_of_all(
+    ranks: Ranks, mine: Mapping[Any, torch.Tensor], device: str = "cpu"
+) -> dict[Any, torch.Tensor]:
+    """The largest of all ranks' values by key, float32 on ``device``, infinite for NaN; ranks may lack keys."""
     import torch
 
     shapes: dict[Any, tuple[int, ...]] = {}
@@ -158,9 +159,9 @@ def largest_of_all(ranks: Ranks, mine: Mapping[Any, torch.Tensor]) -> dict[Any, 
     if not shapes:
         return {}
     flat = [
-        mine[key].flatten().float().cpu().nan_to_num(nan=torch.inf, posinf=torch.inf)
+        mine[key].flatten().float().to(device).nan_to_num(nan=torch.inf, posinf=torch.inf)
         if key in mine
-        else torch.zeros(prod(shape))
+        else torch.zeros(prod(shape), device=device)
         for key, shape in shapes.items()
     ]
     largest = ranks.combine(torch.cat(flat), "max").split([prod(shape) for shape in shapes.values()])
