@@ -1,24 +1,22 @@
 """On a GPU: tokens per second of one sequence with weight-only recipes, beside bf16; and the kernels alone.
 
-    python tests/bench/gpu_decode.py [--kernels] [--layers 16] [--recipes a,b] [--folder DIR] [--profile]
-        [--no-stock]
+    python tests/bench/gpu_decode.py [--kernels] [--layers 16] [--recipes a,b] [--profile] [--no-stock]
 
 ``--kernels``: products of one row with single weights, each replayed in a CUDA graph: microseconds and the share of
-cuBLAS's bf16 time, for the block sizes that were tried. Otherwise a Llama-3-8B-shaped checkpoint of 16 layers is made,
-finalized by each recipe and loaded, and `generate` writes with a static cache: stock modules and loop, which
-compile the model; our loop (`loadstone.greedy_decoding`); and our loop with ``loadstone.load(…, fast=True)``.
-Tokens per second are the median of five differences between writing 64 and 128 tokens; the warm-up is the first call.
-``--profile`` adds the kernels that a token of the last way spends its time in; ``--no-stock`` leaves the stock loop out
-for recipes.
+cuBLAS's bf16 time, for the block sizes that were tried. Otherwise a random model of Llama-3-8B's shapes with 16 layers
+is made on the GPU and quantized there by each recipe, and `generate` writes with a static cache: stock modules and
+loop, which compile the model; our loop (`loadstone.greedy_decoding`); and our loop with the modules of
+``loadstone.load(…, fast=True)``. Tokens per second, in brackets over bf16's stock, are the median of three differences
+between writing 64 and 128 tokens; the warm-up is the first call. ``--profile`` adds the kernels that a token of the
+last way spends its time in; ``--no-stock`` leaves the stock loop out for recipes.
 """
 
 from __future__ import annotations
 
 import argparse
-import shutil
+import gc
 import statistics
 import sys
-import tempfile
 import time
 from functools import partial
 from pathlib import Path
@@ -115,7 +113,7 @@ def rate(model: Any, ids: Any, **options: Any) -> tuple[float, float]:
 
     warm = seconds(128)
     seconds(64)
-    return statistics.median(64 / (seconds(128) - seconds(64)) for _ in range(5)), warm
+    return statistics.median(64 / (seconds(128) - seconds(64)) for _ in range(3)), warm
 
 
 def profile(model: Any, ids: Any) -> None:
@@ -138,12 +136,36 @@ def profile(model: Any, ids: Any) -> None:
         print(f"  {time_:8.1f} us {count:6.1f} of {time_ / count:5.1f} us  {kernel.key[:90]}", flush=True)
 
 
+def make_model(layers: int, recipe: str) -> Any:
+    """A random model on the GPU, quantized by ``recipe`` ("": bf16)."""
+    import torch
+    from tests.bench.gpu_eval import quantize
+    from tests.bench.gpu_finalize import HIDDEN, INNER, VOCAB
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=VOCAB, hidden_size=HIDDEN, intermediate_size=INNER, num_hidden_layers=layers,
+        num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=8192, tie_word_embeddings=False,
+        dtype="bfloat16",
+    )  # fmt: skip
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("cuda"):
+            model = LlamaForCausalLM(config).eval().requires_grad_(False)
+    finally:
+        torch.set_default_dtype(before)
+    if recipe:
+        quantize(model, recipe)
+    return model
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--kernels", action="store_true")
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--recipes", default=",".join(RECIPES))
-    parser.add_argument("--folder", type=Path, default=None)
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--stock", action=argparse.BooleanOptionalAction, default=True)
     options = parser.parse_args()
@@ -151,53 +173,49 @@ def main() -> None:
         kernels()
         return
     import torch
-    from tests.bench.gpu_finalize import make
+    import transformers
 
     import loadstone
+    from loadstone.loading.few_rows import speed_up_decoding
 
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}", flush=True)
-    with tempfile.TemporaryDirectory(prefix="loadstone-gpu-", dir=options.folder) as name:
-        source = Path(name) / "source"
-        make(source, options.layers)
-        ids = torch.randint(0, 1000, (1, 32), device="cuda")
-        base: tuple[float, float] | None = None
+    print(
+        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, transformers {transformers.__version__}",
+        flush=True,
+    )
+    ids = torch.randint(0, 1000, (1, 32), device="cuda")
+    base: tuple[float, float] | None = None
+    print(
+        "| recipe | stock | our loop | our loop, fast | over bf16 in our loop | first logits agree to | "
+        "warm-ups, s |\n|---|---|---|---|---|---|---|",
+        flush=True,
+    )
+    for recipe in ("", *options.recipes.split(",")):
+        model = make_model(options.layers, recipe)
+        found, logits = [], []
+        ours = {"custom_generate": loadstone.greedy_decoding}
+        ways: list[tuple[bool, dict[str, Any]]] = [(False, {}), (False, ours), (True, ours)]
+        for fast, loop in ways[not options.stock :] if recipe else ways[:2]:
+            torch.compiler.reset()
+            if fast:
+                speed_up_decoding(model)
+            with torch.no_grad():
+                logits.append(model(ids[:, :1]).logits.float())
+            found.append(rate(model, ids, **loop))
+            if options.profile and loop and (fast or not recipe):
+                profile(model, ids)
+        base = base or (found[0][0], found[1][0])
+        gap = (logits[0] - logits[-1]).abs().max().item() / logits[0].abs().max().item()
+        rates = [f"{tokens:.0f} ({tokens / base[0]:.2f}x)" for tokens, _ in found]
+        rates = [*rates, ""] if not recipe else [""] * (3 - len(found)) + rates
+        best = max(tokens for tokens, _ in found[-2 if recipe else -1 :])
+        warm = ", ".join(f"{seconds:.0f}" for _, seconds in found)
         print(
-            "| recipe | stock | our loop | our loop, fast | over bf16's stock | over bf16 in our loop | "
-            "first logits agree to | warm-ups, s |",
+            f"| {recipe or 'bf16'} | {' | '.join(rates)} | {best / base[1]:.2f} | {gap:.1e} | {warm} |",
             flush=True,
         )
-        print("|---|---|---|---|---|---|---|---|", flush=True)
-        for recipe in ("", *options.recipes.split(",")):
-            path = source
-            if recipe:
-                path = Path(name) / "out"
-                loadstone.finalize(source, path, recipe=recipe, device="cuda")
-            found, logits = [], []
-            ours = {"custom_generate": loadstone.greedy_decoding}
-            ways: list[tuple[bool, dict[str, Any]]] = [(False, {}), (False, ours), (True, ours)]
-            for fast, loop in ways[not options.stock :] if recipe else ways[:2]:
-                torch.compiler.reset()
-                model = loadstone.load(path, device="cuda", fast=fast)
-                with torch.no_grad():
-                    logits.append(model(ids[:, :1]).logits.float())
-                found.append(rate(model, ids, **loop))
-                if options.profile and loop and (fast or not recipe):
-                    profile(model, ids)
-                del model
-                torch.cuda.empty_cache()
-            base = base or (found[0][0], found[1][0])
-            gap = (logits[0] - logits[-1]).abs().max().item() / logits[0].abs().max().item()
-            rates = [f"{tokens:.0f}" for tokens, _ in found]
-            rates = [*rates, ""] if not recipe else [""] * (3 - len(found)) + rates
-            best = found[-1][0]
-            warm = ", ".join(f"{seconds:.0f}" for _, seconds in found)
-            print(
-                f"| {recipe or 'bf16'} | {' | '.join(rates)} | {best / base[0]:.2f} | {best / base[1]:.2f} | "
-                f"{gap:.1e} | {warm} |",
-                flush=True,
-            )
-            if recipe:
-                shutil.rmtree(path)
+        del model
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """On a GPU: finalize of a synthetic Llama-3-8B-shaped checkpoint beside stock load-quantize-save.
 
-python tests/bench/gpu_finalize.py [--layers 32] [--recipes a,b] [--folder DIR] [--make DIR] [--no-limit]
+python tests/bench/gpu_finalize.py [--layers 32] [--recipes a,b] [--ways loadstone,stock] [--folder DIR] [--make DIR]
+    [--no-limit]
 
 The checkpoint (random bf16, 16 GB with 32 layers) is made on the GPU and written to local disk. Each run is a process
 of its own, which waits after its imports until it is alone, and reads the source from the page cache. "5 GB" has shards
@@ -24,7 +25,7 @@ from pathlib import Path
 
 SERVED = "W4A16"
 RECIPES = ("int4-weight-only", "int8-dynamic-act-int4-weight", "float8-weight-only", SERVED)
-WAYS = ("loadstone", "loadstone, 5 GB", "stock")
+WAYS = ("loadstone", "loadstone 5 GB", "stock")
 HIDDEN, INNER, KV, VOCAB = 4096, 14336, 1024, 128_256
 
 CHILD = """
@@ -193,6 +194,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--recipes", default=",".join(RECIPES))
+    parser.add_argument("--ways", default=",".join(WAYS))
     parser.add_argument("--folder", type=Path, default=None)
     parser.add_argument("--make", type=Path, default=None)
     parser.add_argument("--limit", action=argparse.BooleanOptionalAction, default=True)
@@ -203,8 +205,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="loadstone-gpu-", dir=options.folder) as name:
         folder = Path(name)
         source = folder / "source"
-        recipes = options.recipes.split(",")
-        runs = [(recipe, who) for recipe in recipes for who in WAYS]
+        recipes, ways = options.recipes.split(","), options.ways.split(",")
+        runs = [(recipe, who) for recipe in recipes for who in ways]
         outs = {run: folder / f"{number}" for number, run in enumerate(runs)}
         # All import at once, and wait.
         waiting = {(recipe, who): begin(who, source, outs[recipe, who], recipe) for recipe, who in runs}
@@ -232,18 +234,18 @@ def main() -> None:
             if found is None:
                 print(f"| {recipe} | {who} | failed: {problem} | | | | |", flush=True)
                 continue
-            if options.limit and who == WAYS[0]:
+            if options.limit and who == ways[0]:
                 limit = limit_seconds(source, size(out), folder)
             print(
                 f"| {recipe} | {who} | {found[0]:.1f} | {limit / found[0]:.0%} | {size(out) / 1e9:.2f} | "
                 f"{found[1]:.0f} | {found[2]:.0f} |",
                 flush=True,
             )
-            if who == WAYS[-1]:
-                first = outs[recipe, WAYS[0]]
-                if first.exists() and out.exists() and recipe != SERVED:
+            if who == ways[-1]:
+                first = outs[recipe, ways[0]]
+                if who == WAYS[-1] and first.exists() and out.exists() and recipe != SERVED:
                     print(f"{recipe}: {equal(first, out)}", flush=True)
-                for way in WAYS:
+                for way in ways:
                     shutil.rmtree(outs[recipe, way], ignore_errors=True)
 
 

@@ -53,10 +53,8 @@ log = logging.getLogger(__name__)
 
 # Source bytes to process between two flushes to disk.
 _FLUSH = 1 << 28
-# Shards that a GPU fills at once: hashing one file takes longer than writing it.
-_TOGETHER = 2
-# Most shards that are hashed and synced at once, while the next is being written.
-_FINISHING = 4
+# Most shards that are hashed at once. A GPU fills as many at once, since hashing one takes longer than filling it.
+_TOGETHER = 8
 
 
 @dataclass(frozen=True)
@@ -249,9 +247,11 @@ def _write_shards(
     left: dict[int, int] = {}
 
     def parts() -> Iterator[Unit]:
-        together = _TOGETHER if device.startswith("cuda") else 1
-        for start in range(0, len(numbers), together):
-            group = numbers[start : start + together]
+        together = count if device.startswith("cuda") else 1
+        # Of equal shares: a last shard that is filled alone is hashed alone.
+        rounds = -(-len(numbers) // together)
+        for turn in range(rounds):
+            group = numbers[turn::rounds]
             for number in group:
                 outputs = [o for step in plan.shards[number] for o in step.outputs]
                 writers[number] = ShardWriter(output_in(work) / plan.file_name(number), outputs, plan.header)
@@ -265,7 +265,7 @@ def _write_shards(
         writers[unit.shard].write(name, part, offset)
 
     # The same threads for every shard: the memory that a new thread takes is never given back.
-    count = max(min((os.cpu_count() or 1) // 4, _FINISHING), 1)
+    count = max(min((os.cpu_count() or 1) // 4, _TOGETHER), 1)
     with (
         ThreadPoolExecutor(count) as hashers,
         ThreadPoolExecutor(count) as finishers,
