@@ -19,6 +19,11 @@ SIZES: dict[str, Any] = {
 }  # fmt: skip
 EXPERTS = {**SIZES, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128, "head_dim": 64}
 Tensors = dict[str, torch.Tensor]
+NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
 
 
 def save_model(family: str, directory: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
@@ -185,6 +190,66 @@ def gptq(
         "checkpoint_format": version,
     }  # fmt: skip
     return rewrite(source, out, block, edit)
+
+
+def nf4(source: Path, out: Path, *, double: bool = True) -> Path:
+    """bitsandbytes' NF4 in blocks of 64, with factors that are quantized in turn (``double``), or floats."""
+    numbers = torch.tensor(NF4)
+
+    def edit(name: str, tensor: torch.Tensor) -> Tensors:
+        blocks = tensor.float().reshape(-1, 64)
+        largest = blocks.abs().amax(1)
+        codes = (
+            ((blocks / largest[:, None]).unsqueeze(-1) - numbers).abs().argmin(-1).flatten().to(torch.uint8)
+        )
+        state = {"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": list(tensor.shape)}
+        found = {name: (codes[0::2] << 4 | codes[1::2])[:, None], f"{name}.quant_map": numbers.clone()}
+        if double:
+            offset = largest.mean()
+            groups = torch.arange(len(largest)) // 256
+            nested = torch.stack(
+                [(largest[groups == g] - offset).abs().max() for g in range(int(groups.max()) + 1)]
+            )
+            places = ((largest - offset) / nested[groups] * 127 + 128).round().to(torch.uint8)
+            state |= {"nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": offset.item()}
+            found |= {
+                f"{name}.absmax": places,
+                f"{name}.nested_absmax": nested,
+                f"{name}.nested_quant_map": (torch.arange(256) - 128) / 127,
+            }
+        else:
+            found[f"{name}.absmax"] = largest
+        raw = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+        return found | {f"{name}.quant_state.bitsandbytes__nf4": raw}
+
+    return rewrite(source, out, {"quant_method": "bitsandbytes", "load_in_4bit": True}, edit)
+
+
+def nf4_values(tensors: Tensors, name: str) -> torch.Tensor:
+    """What an NF4 weight stands for, in bfloat16."""
+    state = json.loads(bytes(tensors[f"{name}.quant_state.bitsandbytes__nf4"].tolist()))
+    values, factors = tensors[name].flatten().long(), tensors[f"{name}.absmax"]
+    if factors.dtype == torch.uint8:
+        nested = tensors[f"{name}.nested_absmax"].repeat_interleave(256)[: len(factors)]
+        factors = tensors[f"{name}.nested_quant_map"][factors.long()] * nested + torch.tensor(
+            state["nested_offset"]
+        )
+    numbers = torch.tensor(NF4)[torch.stack((values >> 4, values & 15), 1).flatten()]
+    return (numbers * factors.repeat_interleave(64)).view(state["shape"]).bfloat16()
+
+
+def llm_int8(source: Path, out: Path) -> Path:
+    """bitsandbytes' int8 with the largest magnitude of each row."""
+
+    def edit(name: str, tensor: torch.Tensor) -> Tensors:
+        module, largest = name.removesuffix(".weight"), tensor.float().abs().amax(1)
+        return {
+            name: (tensor.float() * (127 / largest[:, None])).round().to(torch.int8),
+            f"{module}.SCB": largest,
+            f"{module}.weight_format": torch.tensor(0, dtype=torch.uint8),
+        }
+
+    return rewrite(source, out, {"quant_method": "bitsandbytes", "load_in_8bit": True}, edit)
 
 
 def auto_round(source: Path, out: Path) -> Path:

@@ -87,11 +87,6 @@ def test_other_quantizers(tmp_path: Path, method: str) -> None:
     assert (artifact.kind, artifact.quant_method) == ("other-quantizer", method)
 
 
-def test_an_old_bitsandbytes_block(tmp_path: Path) -> None:
-    artifact = detect(dense(tmp_path / "m", config=config(quantization_config={"load_in_8bit": True})))
-    assert artifact.quant_method == "bitsandbytes"
-
-
 def test_qat_and_fakequant(tmp_path: Path) -> None:
     assert detect(dense(tmp_path / "q", config=config(loadstone_qat={"recipe": "int4"}))).kind == "qat"
     directory = dense(tmp_path / "f")

@@ -32,6 +32,9 @@ FORMATS: dict[str, Callable[[Path, Path], Path]] = {
     "gptq rows, 3 bits": lambda source, out: packed.gptq(source, out, bits=3, group=-1),
     "gptq v2": lambda source, out: packed.gptq(source, out, sym=False, version="gptq_v2"),
     "awq": packed.awq,
+    "nf4": packed.nf4,
+    "nf4, plain factors": lambda source, out: packed.nf4(source, out, double=False),
+    "llm.int8": packed.llm_int8,
 }
 STOCK = ("fp8 block", "fp8 tensor")
 UP = "model.layers.0.mlp.up_proj"
@@ -121,6 +124,10 @@ def test_weights_are_those_of_the_published_layout(stored: Callable[..., Path], 
             expected = packed.integer_values(tensors, weight, block)
         elif name == "modelopt nvfp4":
             expected = packed.nvfp4_values(tensors, weight)
+        elif name.startswith("nf4"):
+            expected = packed.nf4_values(tensors, weight)
+        elif name == "llm.int8":
+            expected = tensors[weight] * tensors[f"{module}.SCB"][:, None] * 7.874015718698502e-3
         else:
             expected = tensors[weight].float() * tensors[f"{module}.weight_scale"]
         assert torch.equal(state[weight], expected.to(state[weight].dtype)), weight
@@ -165,6 +172,9 @@ SCALE_OF = {
     "gptq": f"{UP}.scales",
     "awq": f"{UP}.scales",
     "mxfp4": "model.layers.0.mlp.experts.gate_up_proj_scales",
+    "nf4": f"{UP}.weight.nested_absmax",
+    "nf4, plain factors": f"{UP}.weight.absmax",
+    "llm.int8": f"{UP}.SCB",
 }
 DAMAGES: dict[str, Callable[[str], Callable[[packed.Tensors], Any]]] = {
     "missing": _dropped,
@@ -181,6 +191,8 @@ def test_damaged_scales_are_refused_by_name(
 ) -> None:
     if (name, damage) in {("mxfp4", "zero"), ("modelopt nvfp4", "shape"), ("modelopt nvfp4", "missing")}:
         pytest.skip("2 ** -127 is a scale; a number has no other shape; without it, the format is another")
+    if damage == "zero" and name.startswith(("nf4", "llm")):
+        pytest.skip("bitsandbytes' factor of zeros is zero")
     out = tmp_path / "model"
     directory = packed.mxfp4(out) if name == "mxfp4" else FORMATS[name](models("llama"), out)
     scale = SCALE_OF[name]
@@ -188,7 +200,7 @@ def test_damaged_scales_are_refused_by_name(
     if name == "mxfp4" and damage == "nan":
         edit = _set(scale, 255)
     packed.change(directory, edit)
-    module = scale.rpartition(".")[0]
+    module = scale.rpartition(".")[0].removesuffix(".weight")
     for work in (
         lambda: loadstone.load(directory, device="cpu"),
         lambda: loadstone.finalize(directory, tmp_path / "out"),

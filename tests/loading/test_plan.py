@@ -180,7 +180,7 @@ def test_options_that_come_too_late(tiny: Path) -> None:
         loadstone.load(loadstone.detect(tiny), checkpoint="1")
 
 
-@pytest.mark.parametrize("method", ["aqlm", "bitsandbytes"])
+@pytest.mark.parametrize("method", ["aqlm", "quanto"])
 def test_other_quantizers_name_their_package(tiny: Path, tmp_path: Path, method: str) -> None:
     path = Path(shutil.copytree(tiny, tmp_path / "copy"))
     edit_config(path, quantization_config={"quant_method": method, "bits": 4})

@@ -10,7 +10,7 @@ from loadstone.artifact.files import Sink, is_file
 from loadstone.artifact.formats.safetensors import FLOAT_DTYPES, TensorInfo
 from loadstone.artifact.formats.weights import WeightFiles
 from loadstone.artifact.hints import MLX_REMEDY, MODELOPT_REMEDY, mlx_block, wrapped_names
-from loadstone.artifact.packed import MODELOPT, Packed
+from loadstone.artifact.packed import MODELOPT, Packed, method_of
 from loadstone.artifact.source import Source
 from loadstone.artifact.torchao.checks import FlatTensor
 from loadstone.artifact.torchao.config import check_agreement, check_block, chooses_by_module
@@ -140,11 +140,8 @@ def quantization_block(config: dict[str, Any]) -> Any:
 
 def quant_method(block: Any) -> str:
     """The quantizer a ``quantization_config`` block names; raises `ArtifactError` when it names none."""
-    method = block.get("quant_method") if isinstance(block, dict) else None
-    if isinstance(block, dict) and (block.get("load_in_8bit") is True or block.get("load_in_4bit") is True):
-        # Blocks from before quant_method existed.
-        method = "bitsandbytes"
-    if not isinstance(method, str) or not method.isprintable() or not method:
+    method = method_of(block)
+    if not method or not method.isprintable():
         raise ArtifactError(
             "config.json: quantization_config has no quant_method", "Restore it, or finalize again"
         )

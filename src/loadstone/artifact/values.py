@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, NamedTuple
 
+from loadstone.artifact.compressed_tensors.scheme import FP4, LLM_INT8, NF4
 from loadstone.artifact.files import naming, open_regular
 from loadstone.errors import ArtifactError
 
@@ -75,6 +76,15 @@ def packed_limits(packed: Iterable[Packed]) -> Limits:
     """
     limits: Limits = {}
     for weight in packed:
+        if weight.scheme.format in (NF4, FP4, LLM_INT8):
+            # bitsandbytes' factor of a block or row of zeros is zero.
+            if weight.values.dtype in _PATTERNS:
+                # Values of 4 bits, in a tensor of another dtype's name.
+                limits[weight.values.name] = Limit("uint8", 0, 255)
+            for scale in (weight.parts["weight_scale"], weight.parts.get("nested_scale")):
+                if scale is not None and scale.dtype in POSITIVE:
+                    limits[scale.name] = POSITIVE[scale.dtype]._replace(low=0)
+            continue
         for suffix in ("weight_scale", "weight_scale_2"):
             scale = weight.parts.get(suffix)
             if scale is not None and scale.dtype in POSITIVE:

@@ -63,6 +63,7 @@ _KERNELS = {
     "gptq": (("gptqmodel", "optimum"), False),
     "awq": (("gptqmodel",), False),
     "auto-round": (("auto_round",), False),
+    "bitsandbytes": (("bitsandbytes",), False),
 }
 
 
@@ -95,8 +96,8 @@ def plan(
     ``checkpoint`` and ``no_checkpoint`` choose within a training run; an artifact that loads one way only overrides
     them, with one warning that names the flag.
 
-    ``base``: of an adapter, its base model's directory. ``native_kernels``: run packed weights (FP8, MXFP4, GPTQ, AWQ)
-    on their format's own kernels, through `from_pretrained`, instead of decoding them.
+    ``base``: of an adapter, its base model's directory. ``native_kernels``: run packed weights (FP8, MXFP4, GPTQ, …) on
+    their format's own kernels, through `from_pretrained`, instead of decoding them.
 
     Raises `UsageError`, `ArtifactError` or `MissingError`.
     """

@@ -2,7 +2,8 @@
 
 Each format is decoded as its own library does it, in the same dtypes and order, so that the same bits come out:
 float8 in float32 (transformers' `Fp8Dequantize`), MXFP4 exactly (`convert_moe_packed_tensors`), NVFP4 of ModelOpt in
-float32, GPTQ and AWQ in the dtype of their scales. The result is then rounded to the model's dtype.
+float32, GPTQ and AWQ in the dtype of their scales, bitsandbytes' blocks in float32 and then in the dtype that was
+quantized. The result is rounded to the model's dtype.
 """
 
 from __future__ import annotations
@@ -11,13 +12,16 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from loadstone.artifact.compressed_tensors import LayerScheme, PackedWeight
-from loadstone.artifact.compressed_tensors.scheme import AWQ, FP8, GPTQ, MXFP4, NVFP4
+from loadstone.artifact.compressed_tensors.scheme import AWQ, FP4, FP8, GPTQ, LLM_INT8, MXFP4, NF4, NVFP4
 from loadstone.artifact.packed import Packed
-from loadstone.artifact.packed.weight import misfit
+from loadstone.artifact.packed.bitsandbytes import BlockwiseWeight
+from loadstone.artifact.packed.weight import StoredWeight, misfit
+from loadstone.artifact.torchao.flatten import torch_dtype
 from loadstone.quantization.packing import (
     decode_e2m1,
     decode_e8m0,
     decode_float8,
+    decode_pairs,
     decode_rows,
     scaled,
     unpack_ints,
@@ -30,6 +34,16 @@ if TYPE_CHECKING:
 _BLOCK = 1 << 22
 # Where AWQ puts each of eight neighbours in a word: value j is nibble _AWQ_NIBBLE[j].
 _AWQ_NIBBLE = (0, 4, 1, 5, 2, 6, 3, 7)
+# bitsandbytes' numbers of 4 bits, by code (`functional.get_4bit_type`), and what it multiplies int8 by for 1 / 127.
+_TABLES = {
+    NF4: (
+        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+        -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634,
+        0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+    ),
+    FP4: tuple(sign * each / 12 + 0.0 for sign in (1, -1) for each in (0, 0.0625, 8, 12, 4, 6, 2, 3)),
+}  # fmt: skip
+_PER_127 = 7.874015718698502e-3
 
 
 def decode_block(weight: Packed, parts: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
@@ -47,6 +61,10 @@ def decode_block(weight: Packed, parts: Mapping[str, torch.Tensor], dtype: torch
         return _mxfp4_experts(weight, parts, dtype)
     if scheme.format == MXFP4:
         return decode_rows(scheme, dict(parts), columns, dtype)
+    if isinstance(weight, BlockwiseWeight):
+        return _blockwise(weight, parts, dtype)
+    if scheme.format == LLM_INT8:
+        return _int8_rows(weight, parts, dtype)
     return _integers(weight, parts, dtype)
 
 
@@ -80,6 +98,44 @@ def _mxfp4_experts(weight: Packed, parts: Mapping[str, torch.Tensor], dtype: tor
     flat = {"weight_packed": blocks.reshape(experts * out, -1), "weight_scale": scale.reshape(-1, groups)}
     rows = decode_rows(weight.scheme, flat, weight.shape[1], dtype)
     return rows.view(experts, out, -1).transpose(1, 2).reshape(-1, out)
+
+
+def _blockwise(
+    weight: BlockwiseWeight, parts: Mapping[str, torch.Tensor], dtype: torch.dtype
+) -> torch.Tensor:
+    """Values of a table times the factor of their block; blocks go on from one row to the next."""
+    import torch
+
+    table = torch.tensor(_TABLES[weight.scheme.format], device=parts["weight_packed"].device)
+    if (parts["quant_map"].float() - table).abs().max() > 1e-3:
+        raise misfit(weight.parts["quant_map"], f"is not the table of {weight.scheme.format.upper()}")
+    factors = parts["weight_scale"]
+    if weight.nested_size:
+        factors = parts["nested_map"].float().index_select(0, factors.int())
+        factors = _times_blocks(factors, parts["nested_scale"], weight.nested_size) + weight.offset
+    columns = weight.shape[-1]
+    values = decode_pairs(parts["weight_packed"].view(torch.uint8), table, high_first=True)
+    values = _times_blocks(
+        values[: len(values) // columns * columns], factors, weight.scheme.weights.group_size or 1
+    )
+    return values.view(-1, columns).to(torch_dtype(weight.rounded)).to(dtype)
+
+
+def _times_blocks(values: torch.Tensor, factors: torch.Tensor, size: int) -> torch.Tensor:
+    """``values``, of which ``size`` after each other share a factor, times these; the last block may be shorter."""
+    whole = len(values) // size
+    values[: whole * size].view(whole, size).mul_(factors[:whole].float().unsqueeze(1))
+    values[whole * size :].mul_(factors[whole:].float())
+    return values
+
+
+def _int8_rows(weight: StoredWeight, parts: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    """int8 values times the largest magnitude of their row, in float32."""
+    if "weight_format" in parts and bool(parts["weight_format"].any()):
+        raise misfit(
+            weight.parts["weight_format"], "names another order of values than rows, of an old release"
+        )
+    return (parts["weight"] * parts["weight_scale"].float().view(-1, 1) * _PER_127).to(dtype)
 
 
 def _integers(weight: Packed, parts: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:

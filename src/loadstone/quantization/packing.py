@@ -78,14 +78,19 @@ def decode_e2m1(packed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The numbers (rows, K) of ``dtype`` that bytes (rows, K / 2) hold, two each, the first in the low bits."""
     import torch
 
-    packed = packed.view(torch.uint8)
-
     codes = torch.tensor([*_E2M1, *(-value for value in _E2M1)], dtype=dtype, device=packed.device)
+    return decode_pairs(packed.view(torch.uint8), codes).view(packed.shape[0], -1)
+
+
+def decode_pairs(packed: torch.Tensor, codes: torch.Tensor, *, high_first: bool = False) -> torch.Tensor:
+    """The numbers of a table of sixteen (``codes``) that bytes hold, two each, one after the other: (2 x bytes,)."""
+    import torch
+
     pairs = torch.stack((codes.repeat(16), codes.repeat_interleave(16)), -1)
     # A pair is looked up as one integer of twice the width.
-    whole = pairs.view({2: torch.int32, 4: torch.int64}[dtype.itemsize]).flatten()
-    found = whole.index_select(0, packed.flatten().to(torch.int32))
-    return found.view(dtype).view(packed.shape[0], -1)
+    whole = pairs.flip(-1).contiguous() if high_first else pairs
+    whole = whole.view({2: torch.int32, 4: torch.int64}[codes.itemsize]).flatten()
+    return whole.index_select(0, packed.flatten().to(torch.int32)).view(codes.dtype)
 
 
 def round_e2m1(x: torch.Tensor, *, ties_to_even: bool) -> torch.Tensor:

@@ -22,6 +22,10 @@ MIXED = "mixed-precision"
 FP8 = "fp8"
 GPTQ = "gptq"
 AWQ = "awq"
+# Of bitsandbytes: tables of sixteen numbers with a factor for each block of values; int8 with one for each row.
+NF4 = "nf4"
+FP4 = "fp4"
+LLM_INT8 = "llm.int8"
 # The formats of compressed-tensors that are read here.
 # Others (marlin-24, sparse-24-bitmask, mxfp6-pack-quantized, …) are refused by name.
 FORMATS = (PACK, INT, FLOAT, NAIVE, NVFP4, MXFP4, MXFP8)
@@ -77,6 +81,10 @@ class LayerScheme:
             high, wide = weights.block or (0, 0)
             sizes = f" {high}" if high == wide else f" {high}x{wide}"
             return f"FP8 {weights.strategy}{sizes if weights.block else ''}"
+        if self.format in (NF4, FP4):
+            return f"{self.format.upper()} g{weights.group_size}"
+        if self.format == LLM_INT8:
+            return "LLM.int8()"
         if self.format in (NVFP4, MXFP4, MXFP8):
             name = self.format.partition("-")[0].upper()
             return name if inputs else f"{name}A16"

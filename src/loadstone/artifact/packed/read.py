@@ -17,16 +17,28 @@ from loadstone.artifact.packed.weight import Packed
 from loadstone.errors import ArtifactError
 
 MODELOPT, MODELOPT_FILE = "modelopt", "hf_quant_config.json"
+BITSANDBYTES = "bitsandbytes"
 # ModelOpt's names of number formats whose weights are value x scale.
 _MODELOPT_ALGORITHMS = ("FP8", "NVFP4")
 
 # What a `quantization_config` may name, and is decoded here.
-METHODS = (METHOD, "fp8", "mxfp8", "fbgemm_fp8", MODELOPT, "mxfp4", "gptq", "awq", "auto-round")
+METHODS = (METHOD, "fp8", "mxfp8", "fbgemm_fp8", MODELOPT, "mxfp4", "gptq", "awq", "auto-round", BITSANDBYTES)
+
+
+def method_of(block: Any) -> str | None:
+    """The quantizer that a ``quantization_config`` names; None where it names none."""
+    if not isinstance(block, dict):
+        return None
+    if block.get("load_in_8bit") is True or block.get("load_in_4bit") is True:
+        # Blocks from before quant_method existed.
+        return BITSANDBYTES
+    method = block.get("quant_method")
+    return method if isinstance(method, str) else None
 
 
 def not_decoded(block: Any) -> str:
     """What a ``quantization_config`` of one of the `METHODS` asks for that is not decoded here; empty where all is."""
-    method = block.get("quant_method") if isinstance(block, dict) else None
+    method = method_of(block)
     if method == METHOD:
         return unsupported(block)
     # The readers of a format are imported where it is named: most directories name none.
@@ -48,7 +60,7 @@ def read_packed(
 
     Problems of single weights go to ``sink``. Raises `ArtifactError` where nothing is quantized.
     """
-    method = block.get("quant_method") if isinstance(block, dict) else None
+    method = method_of(block)
     if method not in METHODS or not isinstance(block, dict):
         return {}
     found: Mapping[str, Packed]
@@ -67,6 +79,10 @@ def read_packed(
 
         settings = dict(block)
         found = integer_weights(lambda module, bits: settings, tensors, sink)
+    elif method == BITSANDBYTES:
+        from loadstone.artifact.packed.bitsandbytes import bitsandbytes_weights, read_bytes
+
+        found = bitsandbytes_weights(partial(read_bytes, directory), tensors, sink)
     elif method == "auto-round":
         from loadstone.artifact.packed.auto_round import auto_round_weights
 
@@ -86,7 +102,7 @@ def read_packed(
     if not found:
         raise ArtifactError(
             f"config.json says {method}, and no tensor is quantized",
-            "The weights are not this config's: make the artifact again, or remove the quantization_config block",
+            "If the weights were merged or decoded, remove quantization_config; else make the artifact again",
         )
     return found
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from math import prod
+from fractions import Fraction
+from math import lcm, prod
 
 from loadstone.artifact.compressed_tensors import LayerScheme, PackedWeight
 from loadstone.artifact.compressed_tensors.weight import QuantizedWeight
@@ -18,14 +19,15 @@ AGAIN = "Copy the file again, or make the artifact again"
 class StoredWeight(QuantizedWeight):
     """A weight that another quantizer than compressed-tensors stored. ``values_in``: the suffix of its values.
 
-    ``heights``: by suffix, the rows of the weight that belong to one stored row; 0 for tensors that are needed whole.
+    ``heights``: by suffix, the rows of the weight, or the part of one, that belong to one stored row; 0 for tensors
+    that are needed whole.
     """
 
     name: str
     scheme: LayerScheme
     parts: Mapping[str, TensorInfo] = field(repr=False)
     shape: tuple[int, ...]
-    heights: Mapping[str, int] = field(repr=False)
+    heights: Mapping[str, int | Fraction] = field(repr=False)
     values_in: str = "weight"
 
     @property
@@ -42,8 +44,8 @@ class StoredWeight(QuantizedWeight):
     @property
     def row_tile(self) -> int:
         """Rows can be decoded apart from the others in multiples of this."""
-        # Heights divide each other.
-        return max(self.heights.values()) or prod(self.shape[:-1])
+        tall = [height.numerator for height in self.heights.values() if height]
+        return lcm(*tall) if tall else prod(self.shape[:-1])
 
     def rows_needed(self, suffix: str, start: int, stop: int) -> tuple[int, int]:
         """The part of a stored tensor, along its first dimension, that rows ``start`` to ``stop`` are decoded from."""
