@@ -12,6 +12,8 @@ from loadstone.errors import UsageError
 from loadstone.evaluation.options import Options
 from loadstone.evaluation.run import run
 from loadstone.evaluation.scoring.compiling import compile_layers, compiling_pays, decoder_layers
+from loadstone.evaluation.scoring.head import split_head
+from loadstone.evaluation.scoring.losses import compiled_losses, token_losses
 from loadstone.loading import plan
 
 
@@ -63,3 +65,36 @@ def test_one_graph_serves_all_layers_and_agrees(model_factory: Any) -> None:
         expected, got = (m(input_ids=ids, use_cache=False).logits for m in (model, compiled))
     assert torch.allclose(got, expected, atol=1e-4)
     assert counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize(
+    "device",
+    [
+        pytest.param("cpu", marks=pytest.mark.slow),
+        pytest.param(
+            "cuda",
+            marks=[
+                pytest.mark.gpu,
+                pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is visible"),
+            ],
+        ),
+    ],
+)
+def test_one_graph_of_losses_serves_all_numbers_of_rows(device: str) -> None:
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    for rows in (50, 37, 64):
+        logits = 9 * torch.randn(rows, 1000, device=device).bfloat16()
+        targets = torch.randint(0, 1000, (rows,), device=device)
+        with torch.inference_mode():
+            found = compiled_losses()(logits, targets)
+        expected = token_losses(logits.double(), targets).float()
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_split_models_know_whether_they_are_compiled(model_factory: Any) -> None:
+    model = model_factory(num_hidden_layers=2)
+    assert not split_head(model).compiled
+    compile_layers(model)
+    assert split_head(model).compiled

@@ -55,9 +55,14 @@ def compile_layers(model: Any) -> int:
     return len(layers)
 
 
+def is_compiled(model: Any) -> bool:
+    """Whether `compile_layers` compiled layers of it."""
+    return any(layer._compiled_call_impl is not None for layer in decoder_layers(model))
+
+
 def eagerly(model: Any) -> AbstractContextManager[object]:
     """Ignore compiled layers for the length of a block: compiling a graph for a probe's shape takes seconds."""
-    if all(layer._compiled_call_impl is None for layer in decoder_layers(model)):
+    if not is_compiled(model):
         return nullcontext()
     import torch
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any
 
 import torch
 
-from loadstone.evaluation.scoring.compiling import eagerly
+from loadstone.evaluation.scoring.compiling import eagerly, is_compiled
 from loadstone.loading.layers import hidden_parts
 
 log = logging.getLogger(__name__)
@@ -28,13 +28,14 @@ class SplitModel:
     ``backbone``: token ids (B, L), and a transformers cache that they follow or None, to hidden states (B, L, H).
     ``head``: hidden states (1, n, H) to logits (n, V). ``whole``: the model could not be split; ``backbone`` then gives
     logits (B, L, V), and ``head`` passes them on. ``together``: ``backbone`` for several batches at a time, for models
-    that gain from it.
+    that gain from it. ``compiled``: its layers are, and losses on a GPU are computed by a compiled function, too.
     """
 
     backbone: Callable[..., torch.Tensor]
     head: Callable[[torch.Tensor], torch.Tensor]
     whole: bool
     together: Callable[[Sequence[torch.Tensor]], Iterator[torch.Tensor]] | None = None
+    compiled: bool = False
 
     def hidden(self, many: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
         """Hidden states (B, L, H) for each batch of ids (B, L), in order."""
@@ -76,7 +77,7 @@ class PrefixedModel:
             rest = inner.backbone(ids[:, 1:], self.cache.fork(batch=batch, keeps=False))
             return torch.cat([first.to(rest), rest], 1)
 
-        return SplitModel(backbone, inner.head, inner.whole)
+        return replace(inner, backbone=backbone, together=None)
 
 
 def split_head(model: Any) -> SplitModel:
@@ -96,7 +97,7 @@ def split_head(model: Any) -> SplitModel:
             split = _split_at(model, base)
             try:
                 if torch.equal(split.head(split.backbone(ids)), expected):
-                    return split
+                    return replace(split, compiled=is_compiled(model))
             # Whatever fails here does not fail for the whole model.
             except Exception as error:
                 log.debug("%s cannot be split at %s: %s", type(model).__name__, type(base).__name__, error)
