@@ -16,7 +16,7 @@ from threading import Event, Thread
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Literal
 
-from loadstone.errors import MissingError
+from loadstone.errors import MissingError, UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -142,21 +142,27 @@ def joined() -> Iterator[Ranks]:
     GPUs are exchanged.
 
     Within the block this process ends, with exit code 5 and a message, when another rank fails or stops answering.
-    Raises `MissingError` where that shows in an exchange.
+    Raises `MissingError` where that shows in an exchange, `UsageError` where the variables are not a launcher's.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    size = _number("WORLD_SIZE", "1")
     if size == 1:
         yield Ranks()
         return
     import torch
     import torch.distributed as dist
 
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    local_rank = _number("LOCAL_RANK", "0")
     if dist.is_initialized():
         # By the caller, who also watches.
         yield Ranks(dist.get_rank(), size, local_rank)
         return
-    ranks = Ranks(int(os.environ["RANK"]), size, local_rank)
+    ranks = Ranks(_number("RANK"), size, local_rank)
+    _number("MASTER_PORT")
+    if ranks.rank >= size or not os.environ.get("MASTER_ADDR"):
+        raise UsageError(
+            f"WORLD_SIZE is {size}, RANK {ranks.rank} and MASTER_ADDR {os.environ.get('MASTER_ADDR', '')!r}",
+            _LAUNCH,
+        )
     session = next(_sessions)
     watch = _Watch(ranks, session)
     # torchrun has a store already; without it rank 0 makes one as it joins.
@@ -186,6 +192,19 @@ def joined() -> Iterator[Ranks]:
         if dist.is_initialized():
             dist.destroy_process_group()
         watch.stop()
+
+
+_LAUNCH = "Start with torchrun or accelerate launch, which set them, or unset WORLD_SIZE for one process"
+
+
+def _number(variable: str, default: str = "") -> int:
+    """The whole number in one of the variables that a launcher sets."""
+    value = os.environ.get(variable, default)
+    if not (value.isascii() and value.isdigit() and len(value) < 10) or (
+        variable == "WORLD_SIZE" and int(value) == 0
+    ):
+        raise UsageError(f"the environment variable {variable} is {ascii(value)[:80]}, not a number", _LAUNCH)
+    return int(value)
 
 
 # Ranks wait as long as others work; the watch tells which have gone.

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -57,6 +58,26 @@ def test_what_the_system_refuses_is_one_line_with_the_path(failing, number: int,
     found, err = failing(OSError(number, os.strerror(number), "some/file"))
     assert found == code and err.count("\n") == 1
     assert f"'some/file': {os.strerror(number)}" in err and "unexpected" not in err
+
+
+def test_where_python_leaves_out_docstrings(failing, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "loadstone.cli.app.sys", SimpleNamespace(**vars(sys) | {"flags": SimpleNamespace(optimize=2)})
+    )
+    code, err = failing(ValueError("No `Args` or `Parameters` section is found in the docstring"))
+    assert code == 5 and "PYTHONOPTIMIZE=2" in err and "unexpected" not in err
+
+
+def test_a_current_directory_that_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    with pytest.raises(SystemExit) as stop:
+        main(["inspect", str(tmp_path)])
+    assert stop.value.code == 5 and "the current directory no longer exists" in capsys.readouterr().err
 
 
 def test_an_interrupt_says_so(failing) -> None:

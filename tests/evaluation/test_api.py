@@ -39,6 +39,7 @@ def test_compares_models(model_dir: Path, worse_dir: Path) -> None:
 def test_one_model_or_a_list_of_them(model_dir: Path) -> None:
     alone, listed = (loadstone.evaluate(m, limit=1) for m in (str(model_dir), [model_dir]))
     assert alone.records[0]["loss"] == listed.records[0]["loss"] and not alone.verdicts
+    assert len(loadstone.evaluate(model_dir, limit=1, fail_if="loss>0").failures) == 1
 
 
 @pytest.mark.parametrize(

@@ -88,6 +88,8 @@ def test_what_is_not_a_size(text: str | int) -> None:
     [
         ({"recipe": "int8-weight"}, UsageError, "Did you mean 'int8-weight-only'"),
         ({"recipe": "none.yaml"}, UsageError, "there is no recipe file"),
+        ({"recipe": object()}, UsageError, "a object is not a recipe. Give its name"),
+        ({"recipe": W4, "skip": "nowhere"}, UsageError, "--skip nowhere matches no Linear"),
         ({"algorithm": "mse"}, UsageError, "--algorithm is about quantization"),
         ({"skip": ["mlp"]}, UsageError, "--skip is about quantization"),
         ({"calibrate": ["text"]}, UsageError, "--calibrate is about quantization"),

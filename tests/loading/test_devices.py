@@ -3,13 +3,14 @@
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tests.helpers import logits
 
 import loadstone
-from loadstone.errors import MissingError
+from loadstone.errors import MissingError, UsageError
 from loadstone.loading.native import load_native
 from loadstone.loading.placement import split_map
 from loadstone.loading.repack import unpack_int4_tiles
@@ -105,3 +106,37 @@ def test_a_gpu_shows_by_its_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert devices._certainly_no_gpu()
     (tmp_path / driver).touch()
     assert not devices._certainly_no_gpu()
+
+
+def test_a_callers_default_device_changes_nothing(
+    tiny: Path, quantize_to: Callable[..., Path], tmp_path: Path
+) -> None:
+    w4 = quantize_to(tiny, W4)
+    expected = logits(loadstone.load(w4))
+    text = ["One two three, four five six. " * 100]
+    options = {"recipe": "intx4-weight-only", "algorithm": "gptq", "calibrate": text, "calibrate_tokens": 256}
+    plain = loadstone.finalize(tiny, tmp_path / "plain", **options).out
+    # On a machine without a GPU: numpy and copies refuse tensors on the meta device as they do a GPU's.
+    with torch.device("meta"):
+        model = loadstone.load(w4)
+        found = loadstone.finalize(tiny, tmp_path / "found", **options, verify=True).out
+        loadstone.evaluate(w4, baseline=tiny, limit=1, context_length=32, separator="2", kl=True)
+        loadstone.export_fakequant(tiny, tmp_path / "fq", format="nvfp4")
+        assert torch.get_default_device().type == "meta"
+    assert torch.equal(logits(model), expected)
+    name = "model.safetensors"
+    assert (found / name).read_bytes() == (plain / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"device": torch.device("cpu")}, r"device\(type='cpu'\) is not known"),
+        ({"dtype": torch.float16}, "torch.float16"),
+    ],
+)
+def test_names_are_texts(options: dict[str, Any], says: str, tiny: Path) -> None:
+    with pytest.raises(UsageError, match=says):
+        loadstone.load(tiny, **options)
+    with pytest.raises(UsageError, match="empty text"):
+        loadstone.load("")

@@ -11,6 +11,7 @@ from tests.small_models import make_model
 from transformers import StaticCache
 
 import loadstone
+from loadstone.errors import UsageError
 from loadstone.loading import greedy
 
 on_gpu = [
@@ -107,6 +108,37 @@ def test_the_rest_is_transformers(options: dict[str, Any], ours: list[int]) -> N
         torch.testing.assert_close(torch.stack(found.scores), torch.stack(expected.scores))
         found, expected = found.sequences, expected.sequences
     assert torch.equal(found, expected) and not ours
+
+
+def test_a_streamer_gets_the_tokens(ours: list[int]) -> None:
+    from transformers.generation.streamers import BaseStreamer
+
+    class Collect(BaseStreamer):
+        def __init__(self) -> None:
+            self.seen: list[Any] = []
+
+        def put(self, value: torch.Tensor) -> None:
+            self.seen += value.flatten().tolist()
+
+        def end(self) -> None:
+            self.seen.append("end")
+
+    ids = padded("cpu")["input_ids"][:1]
+    model, found, expected = make_model(), Collect(), Collect()
+    model.generate(ids, **PLAIN, max_new_tokens=5, streamer=expected)
+    both(model, {"inputs": ids}, max_new_tokens=5, streamer=found)
+    assert found.seen == 2 * expected.seen and len(expected.seen) == 15 and not ours
+
+
+def test_decoding_that_is_code_of_the_hub() -> None:
+    with pytest.raises(UsageError, match="contrastive search is code that transformers fetches"):
+        make_model().generate(
+            padded("cpu")["input_ids"],
+            **PLAIN,
+            penalty_alpha=0.6,
+            top_k=4,
+            custom_generate=loadstone.greedy_decoding,
+        )
 
 
 def test_other_caches_are_transformers(ours: list[int]) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from tests.helpers import logits
 from tests.small_models import make_model
 
 import loadstone
@@ -59,6 +60,35 @@ def test_what_a_refused_config_is_told(config: dict[str, Any], says: str, tmp_pa
     with pytest.raises(ArtifactError, match=says):
         loadstone.finalize(tmp_path / "model", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn", "complex64", 5])
+def test_a_dtype_that_no_model_computes_in(dtype: Any, tiny: Path, tmp_path: Path) -> None:
+    source = change(Path(shutil.copytree(tiny, tmp_path / "source")), dtype=dtype)
+    for call in (
+        lambda: loadstone.load(source),
+        lambda: loadstone.load(source, dtype="float32"),
+        lambda: loadstone.finalize(source, tmp_path / "out"),
+        lambda: loadstone.export_fakequant(source, tmp_path / "out", format="fp8"),
+    ):
+        with pytest.raises(ArtifactError, match=f"cannot compute in the dtype '{dtype}'"):
+            call()
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_flash_attention_that_is_not_here(tiny: Path, gemma3: Path, tmp_path: Path) -> None:
+    asked = {"attn_implementation": "flash_attention_2"}
+    source = change(Path(shutil.copytree(tiny, tmp_path / "source")), **asked)
+    model = loadstone.load(source)
+    assert model.config._attn_implementation == "sdpa"
+    assert torch.equal(logits(model), logits(loadstone.load(tiny)))
+    out = loadstone.finalize(source, tmp_path / "out", recipe="int8-weight-only").out
+    assert loadstone.load(out).is_quantized
+    # Where it is here, it is used.
+    assert json.loads((out / "config.json").read_text())["attn_implementation"] == "flash_attention_2"
+    part = Path(shutil.copytree(gemma3, tmp_path / "part"))
+    change(part, text_config=json.loads((part / "config.json").read_text())["text_config"] | asked)
+    assert loadstone.load(part).config.text_config._attn_implementation == "sdpa"
 
 
 def test_limits_that_limit_nothing(tmp_path: Path) -> None:

@@ -360,6 +360,9 @@ def _or_empty(sink: Sink, work: Any, empty: Any) -> Any:
 
 
 def _directory(path: str | Path) -> Path:
+    if path == "":
+        # `Path` makes it the current directory.
+        raise UsageError("the model's directory is an empty text", "Name a directory")
     root = builtin_path(str(path)) if str(path).startswith(PREFIX) else Path(path)
     try:
         exists, is_directory = root.exists(), root.is_dir()

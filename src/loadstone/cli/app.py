@@ -130,6 +130,11 @@ def main(argv: list[str] | None = None) -> None:
     # The libraries' imports make a million objects that stay: looking for garbage among them takes a third of the time.
     gc.set_threshold(200_000, 20, 100)
     try:
+        Path.cwd()
+    except OSError:
+        # MKL ends the process there, without an exception.
+        _fail("the current directory no longer exists. Change to another one", MissingError.exit_code)
+    try:
         _without_pydantic()
         _register(args)
         app(args=args, prog_name="loadstone")
@@ -170,6 +175,9 @@ def _outcome(error: Exception) -> tuple[str, int]:
         return "there is not enough memory. Free some, or work on a smaller part", MissingError.exit_code
     if isinstance(error, OSError) and (refusal := explain(error, "the system refused a file")):
         return str(refusal), refusal.exit_code
+    if sys.flags.optimize > 1:
+        # transformers reads docstrings as it is imported.
+        return "python -OO and PYTHONOPTIMIZE=2 leave out what transformers needs. Use -O, or neither", 5
     text = " ".join(str(error).split()) or type(error).__name__
     name = type(error).__name__
     return f"unexpected {name}: {text[:500]}. Run again with --debug for the traceback", 1

@@ -11,6 +11,7 @@ from loadstone.artifact.builtin import PREFIX as BUILTIN
 from loadstone.artifact.context_file import is_context, read_context
 from loadstone.context.results import PromptFit, TableFit
 from loadstone.errors import UsageError
+from loadstone.loading.devices import cpu_by_default
 from loadstone.writing.publish import check_output
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 DEFAULT_BASE = f"{BUILTIN}tiny-pfn"
 
 
+@cpu_by_default
 def fit(
     base: str | Path | None = None,
     out: str | Path | None = None,
@@ -82,6 +84,7 @@ def fit(
     return _fit_prompt(request, dtype or "auto", checkpoint, trust_remote_code)
 
 
+@cpu_by_default
 def predict(
     model: str | Path,
     data: str | Path,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from loadstone.artifact.context_file import CONTEXT_JSON, PREFIX, TABPFN, context_kind
 from loadstone.artifact.unchanged import read_at_once
 from loadstone.errors import UsageError
+from loadstone.loading.devices import cpu_by_default
 
 if TYPE_CHECKING:
     from loadstone.artifact import Artifact
@@ -69,6 +70,7 @@ def _load(chosen: LoadPlan, fast: bool) -> Any:
     return load_pfn(chosen)
 
 
+@cpu_by_default
 def load_context(
     path: str | Path, base: Any = None, *, device: str | None = None, **options: Any
 ) -> TrainingContext | PrefixCache | Any:

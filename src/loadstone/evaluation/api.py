@@ -14,11 +14,13 @@ from loadstone.errors import UsageError
 from loadstone.evaluation.options import DEFAULT_DATA, Options
 from loadstone.evaluation.result import Evaluation
 from loadstone.evaluation.results.gates import parse_gate
+from loadstone.loading.devices import cpu_by_default
 
 log = logging.getLogger(__name__)
 StrPath = str | os.PathLike[str]
 
 
+@cpu_by_default
 def evaluate(
     models: StrPath | Sequence[StrPath],
     *,
@@ -128,10 +130,10 @@ def evaluate(
         parallel=parallel,
         cache=_path(cache),
         resume=resume,
-        tasks=tuple(tasks),
+        tasks=(tasks,) if isinstance(tasks, str) else tuple(tasks),
         task_path=_path(task_path),
         speed=speed,
-        gates=tuple(map(parse_gate, fail_if)),
+        gates=tuple(map(parse_gate, [fail_if] if isinstance(fail_if, str) else fail_if)),
     )
     kinds = [context_kind(Path(model)) for model in options.models]
     if any(kind not in (None, PREFIX) for kind in kinds):

@@ -10,6 +10,7 @@ from loadstone.artifact import Artifact, detect
 from loadstone.fakequant.formats.spec import Format
 from loadstone.fakequant.options import Options, make_options
 from loadstone.fakequant.rules import RuleSet
+from loadstone.loading.devices import cpu_by_default
 from loadstone.progress import WRITE, OnProgress, reporter
 from loadstone.writing.index import SHARD_BYTES
 from loadstone.writing.publish import check_output
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from loadstone.fakequant.plan import ExportPlan
 
 
+@cpu_by_default
 def export_fakequant(
     model: str | Path | Artifact | PreTrainedModel,
     out: str | Path,
@@ -123,6 +125,7 @@ def export_fakequant(
         )
 
 
+@cpu_by_default
 def plan_export(
     source: str | Path | Artifact,
     out: str | Path | None = None,

@@ -17,6 +17,7 @@ from loadstone.finalization.encoders import COMPRESSED_TENSORS, TORCHAO, encoder
 from loadstone.finalization.journal import discard_calibration
 from loadstone.finalization.plan import FinalizePlan, make_plan, weight_dtype
 from loadstone.finalization.run import Finalized, own_shards, write_plan
+from loadstone.loading.devices import cpu_by_default
 from loadstone.progress import CALIBRATE, VERIFY, WRITE, OnProgress, reporter
 from loadstone.quantization.recipe_file import MixedRecipe, read_recipe, recipes_in, with_algorithm
 from loadstone.quantization.schemes import Recipe, parse_recipe
@@ -26,6 +27,7 @@ from loadstone.writing.publish import check_output
 log = logging.getLogger(__name__)
 
 
+@cpu_by_default
 def finalize(
     source: str | Path | Artifact,
     out: str | Path,
@@ -137,6 +139,7 @@ def finalize(
     return done
 
 
+@cpu_by_default
 def plan_finalize(
     source: str | Path | Artifact,
     out: str | Path | None = None,
@@ -207,7 +210,7 @@ def plan_finalize(
         chosen,
         dtype=dtype,
         device=where,
-        skip=list(skip),
+        skip=[skip] if isinstance(skip, str) else list(skip),
         max_shard_bytes=max_shard_bytes,
         trust_remote_code=trust_remote_code,
         encoder=encoder,
@@ -248,6 +251,11 @@ def _refuse_quantized(artifact: Artifact) -> None:
 def _recipe(recipe: str | Path | Recipe | MixedRecipe | None) -> Recipe | MixedRecipe | None:
     if isinstance(recipe, Path) or (isinstance(recipe, str) and recipe.endswith((".yaml", ".yml"))):
         return read_recipe(recipe)
+    if recipe is not None and not isinstance(recipe, str | Recipe | MixedRecipe):
+        raise UsageError(
+            f"a {type(recipe).__name__} is not a recipe",
+            "Give its name, such as int8-weight-only: `loadstone finalize --list-recipes` shows all",
+        )
     return parse_recipe(recipe) if isinstance(recipe, str) else recipe
 
 

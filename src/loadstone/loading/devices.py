@@ -4,17 +4,36 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 from loadstone.errors import MissingError, UsageError
 
 CPU, DISK = "cpu", "disk"
+P, R = ParamSpec("P"), TypeVar("R")
 
 
 def check_device(device: str) -> None:
     """Raise `UsageError` unless it is ``auto``, ``cpu``, ``cuda`` or ``cuda:N``."""
     if not isinstance(device, str) or not re.fullmatch(r"auto|cpu|cuda(:\d{1,9})?", device):
-        raise UsageError(f"--device {device!s:.40} is not known", "One of auto, cpu, cuda, cuda:N")
+        shown = device if isinstance(device, str) else repr(device)
+        raise UsageError(f"--device {shown:.40} is not known", "One of auto, cpu, cuda, cuda:N, as text")
+
+
+def cpu_by_default(call: Callable[P, R]) -> Callable[P, R]:
+    """``call``, in which tensors made without a device are on the CPU, whatever `torch.set_default_device` says."""
+
+    @wraps(call)
+    def called(*args: P.args, **kwargs: P.kwargs) -> R:
+        torch = sys.modules.get("torch")
+        if torch is None or torch.get_default_device().type == CPU:
+            return call(*args, **kwargs)
+        with torch.device(CPU):
+            return call(*args, **kwargs)
+
+    return called
 
 
 def cuda_map(device: str) -> dict[str, str]:

@@ -9,6 +9,7 @@ one layer, used for all.
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,6 +33,7 @@ from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.utils import GENERATION_MODES_MAPPING
 
 from loadstone.artifact.torchao.flatten import plain_parts
+from loadstone.errors import UsageError
 from loadstone.loading.graphs import Graph, capture, put_back
 from loadstone.loading.layers import INDUCTOR, layer_stack
 
@@ -59,18 +61,31 @@ def greedy_decoding(
     """``custom_generate`` for transformers' ``generate``: the tokens of its greedy decoding, int64 (B, T) with prompts.
 
     Needs ``cache_implementation="static"``. Whatever else is asked for (sampling, beams, scores, processors that change
-    logits, other caches, several devices) is left to transformers' own loop; such functions are given no streamer. On a
-    CPU nothing is captured or compiled. Compiled layers round otherwise than plain ones, as `generate`'s own do: where
-    two tokens nearly tie in bfloat16, another one may be chosen.
+    logits, a streamer, other caches, several devices) is left to transformers' own loop. On a CPU nothing is captured
+    or compiled. Compiled layers round otherwise than plain ones, as `generate`'s own do: where two tokens nearly tie in
+    bfloat16, another one may be chosen.
+
+    Raises `UsageError` for decoding that is code of the hub's.
     """
-    if not _takes(model, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs):
-        method = GENERATION_MODES_MAPPING[generation_config.get_generation_mode()]
-        return getattr(type(model), method)(
+    # transformers gives a function of its caller's neither the streamer nor the tokenizer that `generate` was given.
+    streamer = sys._getframe(1).f_locals.get("streamer")
+    if streamer is not None or not _takes(
+        model, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs
+    ):
+        mode = generation_config.get_generation_mode()
+        method = getattr(type(model), GENERATION_MODES_MAPPING[mode], None)
+        if method is None:
+            raise UsageError(
+                f"{mode.value.replace('_', ' ')} is code that transformers fetches from the hub",
+                "Call generate without custom_generate",
+            )
+        return method(
             model,
             input_ids,
             logits_processor=logits_processor,
             stopping_criteria=stopping_criteria,
             generation_config=generation_config,
+            **({} if streamer is None else {"streamer": streamer}),
             **model_kwargs,
         )
     count = stopping_criteria.max_length - input_ids.shape[1]

@@ -14,6 +14,7 @@ from loadstone.artifact import Artifact, detect
 from loadstone.artifact.files import check_folder, translated
 from loadstone.artifact.unchanged import check_unchanged
 from loadstone.errors import ArtifactError, UsageError
+from loadstone.loading.devices import cpu_by_default
 from loadstone.loading.offline import offline
 from loadstone.loading.plan import FROM_PRETRAINED, IN_CONTEXT, LoadPlan, plan
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
+@cpu_by_default
 def load(
     target: str | Path | Artifact | LoadPlan, *, fast: bool = False, mesh: Any = None, **options: Any
 ) -> PreTrainedModel:

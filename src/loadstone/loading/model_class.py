@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import threading
 from collections.abc import Iterator, Sequence
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+log = logging.getLogger(__name__)
 # transformers builds models under settings of the whole process (default dtype, how weights are initialised and tied).
 BUILDING = threading.RLock()
 
@@ -47,11 +49,46 @@ def load_config(artifact: Artifact, trust_remote_code: bool = False) -> Any:
         raise ArtifactError(
             f"{artifact.config_dir}/config.json: architectures is not a list", _remedy(artifact)
         )
+    _check_dtype(artifact, config)
+    _usable_attention(artifact, config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     if artifact.adapter is not None and artifact.adapter.config_changes:
         config = type(config).from_dict(config.to_dict() | artifact.adapter.config_changes)
     return config
+
+
+def _check_dtype(artifact: Artifact, config: Any) -> None:
+    """Raise `ArtifactError` for a dtype that no model computes in, which transformers refuses once it builds one."""
+    import torch
+
+    known = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+    if config.dtype is not None and not isinstance(config.dtype, dict) and config.dtype not in known:
+        raise ArtifactError(
+            f"{artifact.config_dir}/config.json: a model cannot compute in the dtype "
+            f"{ascii(str(config.dtype).removeprefix('torch.'))[:80]}",
+            "Write the dtype that it was trained in: bfloat16, float16 or float32",
+        )
+
+
+def _usable_attention(artifact: Artifact, config: Any) -> None:
+    """Take transformers' own choice where the config, or a part of it, asks for flash attention that is not here.
+
+    It is another way to compute the same; a model that is quantized or loaded on a CPU need not have it.
+    """
+    from transformers.modeling_flash_attention_utils import FLASH_ATTENTION_COMPATIBILITY_MATRIX
+
+    found = {
+        f"flash_attention_{version}": facts["general_availability_check"]
+        for version, facts in FLASH_ATTENTION_COMPATIBILITY_MATRIX.items()
+    }
+    asked = config._attn_implementation
+    if isinstance(asked, str) and (here := found.get(asked)) is not None and not here():
+        log.warning("%s/config.json asks for %s, which is not here: not used", artifact.config_dir, asked)
+        config._attn_implementation = None
+    for name in config.sub_configs:
+        if (part := getattr(config, name, None)) is not None:
+            _usable_attention(artifact, part)
 
 
 def model_class_of(config: Any, artifact: Artifact, trust_remote_code: bool = False) -> Any:
