@@ -12,7 +12,8 @@ from typing import ParamSpec, TypeVar
 from loadstone.errors import MissingError, UsageError
 
 CPU, DISK = "cpu", "disk"
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def check_device(device: str) -> None:
