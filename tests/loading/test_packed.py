@@ -6,7 +6,9 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from tests import packed
 from tests.helpers import run, stock
 
 import loadstone
+import loadstone.loading.packed
 from loadstone.errors import ArtifactError, MissingError
 from loadstone.loading.decoded import dense_view
 
@@ -268,3 +271,27 @@ def test_biases_that_autogptq_adds(stored: Callable[..., Path], tmp_path: Path, 
     assert_equal(ours.state_dict(), theirs.state_dict())
     loadstone.finalize(directory, tmp_path / "out")
     assert f"{UP}.bias" not in loadstone.detect(tmp_path / "out").tensors
+
+
+def test_loading_threads_share_the_threads_of_torch_and_take_none_from_others(stored, monkeypatch):
+    from transformers.core_model_loading import GLOBAL_WORKERS
+
+    seen = set()
+    decode_block = loadstone.loading.packed.decode_block
+
+    def watched(*args):
+        seen.add((threading.get_ident() == here, torch.get_num_threads()))
+        return decode_block(*args)
+
+    here, before = threading.get_ident(), torch.get_num_threads()
+    monkeypatch.setattr(loadstone.loading.packed, "decode_block", watched)
+    torch.set_num_threads(2 * GLOBAL_WORKERS)
+    try:
+        loadstone.load(stored("fp8 block"), device="cpu")
+        assert seen == {(False, 2)}
+        with ThreadPoolExecutor(1) as later:
+            assert (
+                later.submit(torch.get_num_threads).result() == torch.get_num_threads() == 2 * GLOBAL_WORKERS
+            )
+    finally:
+        torch.set_num_threads(before)

@@ -97,6 +97,17 @@ def test_what_is_packed_comes_back(rows, columns, bits, seed):
     assert torch.equal(unpack_zero_points(pack_zero_points(numbers, bits), bits, rows), numbers)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_float8_by_table_is_what_torch_converts_to(dtype):
+    codes = torch.arange(256, dtype=torch.uint8).repeat(3)[:764].view(2, 2, -1)
+    for shape in (codes, codes[:1, :1, :7]):
+        for stored in (torch.float8_e4m3fn, torch.float8_e5m2):
+            values = shape.contiguous().view(stored)
+            torch.testing.assert_close(
+                decode_float8(values, dtype), values.to(dtype), rtol=0, atol=0, equal_nan=True
+            )
+
+
 def case(name: str, version: str):
     """(scheme, stored tensors, padded) of a recorded case."""
     form, args, _ = CASES[name]

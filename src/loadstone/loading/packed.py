@@ -6,6 +6,7 @@ What comes out is a plain tensor of the model's dtype, so experts merge and laye
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from functools import partial
 from math import prod
@@ -47,9 +48,12 @@ class LazyPacked:
     """A packed weight before it is read. ``parts`` maps suffixes to safetensors slices; ``dtype``: of parts of it."""
 
     def __init__(self, weight: Packed, parts: dict[str, Any], dtype: torch.dtype | None = None) -> None:
+        import torch
+
         self.weight = weight
         self.parts = parts
         self.dtype = dtype
+        self._caller = threading.get_ident(), torch.get_num_threads()
 
     def __getitem__(self, index: Any) -> LazyPacked | LazyPart:
         # A part is asked for where a weight is divided among ranks.
@@ -70,6 +74,9 @@ class LazyPacked:
         return self._rows(0, prod(shape[:-1]), device, dtype).view(shape)
 
     def _rows(self, first: int, last: int, device: Any, dtype: torch.dtype | None) -> torch.Tensor:
+        thread, threads = self._caller
+        if threading.get_ident() != thread:
+            _share_threads(threads)
 
         def read(suffix: str, start: int, stop: int) -> torch.Tensor:
             part = self.parts[suffix]
@@ -84,6 +91,21 @@ class LazyPacked:
 
     def get_shape(self) -> list[int]:
         return list(self.weight.shape)
+
+
+def _share_threads(threads: int) -> None:
+    """Divide torch's ``threads`` among transformers' loading threads, of which this is one: as many for each of them
+    would wait for each other."""
+    import torch
+    from transformers.core_model_loading import GLOBAL_WORKERS
+
+    share = max(threads // GLOBAL_WORKERS, 1)
+    if torch.get_num_threads() != share:
+        torch.set_num_threads(share)
+        # Threads that start later take the number that was set last, in whatever thread.
+        last = threading.Thread(target=torch.set_num_threads, args=(threads,))
+        last.start()
+        last.join()
 
 
 def decode(weight: Packed, read: Read, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:

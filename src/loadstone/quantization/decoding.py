@@ -21,7 +21,7 @@ from loadstone.quantization.packing import (
     decode_e2m1,
     decode_e8m0,
     decode_float8,
-    decode_pairs,
+    decode_nibbles,
     decode_rows,
     scaled,
     unpack_ints,
@@ -106,15 +106,15 @@ def _blockwise(
     """Values of a table times the factor of their block; blocks go on from one row to the next."""
     import torch
 
-    table = torch.tensor(_TABLES[weight.scheme.format], device=parts["weight_packed"].device)
-    if (parts["quant_map"].float() - table).abs().max() > 1e-3:
+    packed, table = parts["weight_packed"].view(torch.uint8).view(1, -1), _TABLES[weight.scheme.format]
+    if (parts["quant_map"].float() - torch.tensor(table, device=packed.device)).abs().max() > 1e-3:
         raise misfit(weight.parts["quant_map"], f"is not the table of {weight.scheme.format.upper()}")
     factors = parts["weight_scale"]
     if weight.nested_size:
         factors = parts["nested_map"].float().index_select(0, factors.int())
         factors = _times_blocks(factors, parts["nested_scale"], weight.nested_size) + weight.offset
     columns = weight.shape[-1]
-    values = decode_pairs(parts["weight_packed"].view(torch.uint8), table, high_first=True)
+    values = decode_nibbles(packed, table, torch.float32, high_first=True).flatten()
     values = _times_blocks(
         values[: len(values) // columns * columns], factors, weight.scheme.weights.group_size or 1
     )

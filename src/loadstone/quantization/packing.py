@@ -6,6 +6,7 @@ compressed-tensors' own decompressor does in the same order, so that the same bi
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING
 
 from loadstone.artifact.compressed_tensors.scheme import MXFP4, MXFP8, NVFP4, PACK, LayerScheme, QuantArgs
@@ -52,8 +53,12 @@ def unpack_ints(packed: torch.Tensor, bits: int, columns: int, padded: bool = Fa
     if bits == 8:
         return (packed.view(torch.uint8)[:, :columns] ^ 0x80).view(torch.int8)
     if bits == 4:
+        # In place: memory that is used for the first time costs more than the arithmetic.
         both = packed.view(torch.uint8).to(torch.int16)
-        return ((both | (both << 4)) & 0x0F0F).view(torch.int8)[:, :columns] - 8
+        both |= both << 4
+        both &= 0x0F0F
+        both.view(torch.int8).sub_(8)
+        return both.view(torch.int8)[:, :columns]
     index = torch.arange(columns, device=packed.device)
     per_word = 32 // bits
     starts = index // per_word * 32 + index % per_word * bits if padded else index * bits
@@ -76,21 +81,40 @@ def unpack_zero_points(packed: torch.Tensor, bits: int, rows: int, padded: bool 
 
 def decode_e2m1(packed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The numbers (rows, K) of ``dtype`` that bytes (rows, K / 2) hold, two each, the first in the low bits."""
+    return decode_nibbles(packed, (*_E2M1, *(-value for value in _E2M1)), dtype)
+
+
+def decode_nibbles(
+    packed: torch.Tensor, numbers: tuple[float, ...], dtype: torch.dtype, *, high_first: bool = False
+) -> torch.Tensor:
+    """For both nibbles of each byte (rows, bytes), the low one first, the one of 16 ``numbers`` that it stands for."""
+    return _look_up(packed, _nibble_table(numbers, dtype, high_first))
+
+
+@cache
+def _nibble_table(numbers: tuple[float, ...], dtype: torch.dtype, high_first: bool) -> torch.Tensor:
+    """The numbers of all nibbles of one or two bytes, which fill eight bytes: (65536, 4) or (256, 2)."""
     import torch
 
-    codes = torch.tensor([*_E2M1, *(-value for value in _E2M1)], dtype=dtype, device=packed.device)
-    return decode_pairs(packed.view(torch.uint8), codes).view(packed.shape[0], -1)
+    order = torch.arange(8 // dtype.itemsize, device="cpu")
+    codes = torch.arange(16 ** len(order), device="cpu").unsqueeze(1) >> 4 * (order ^ high_first)
+    return torch.tensor(numbers, dtype=dtype, device="cpu")[codes & 0xF]
 
 
-def decode_pairs(packed: torch.Tensor, codes: torch.Tensor, *, high_first: bool = False) -> torch.Tensor:
-    """The numbers of a table of sixteen (``codes``) that bytes hold, two each, one after the other: (2 x bytes,)."""
+def _look_up(stored: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """Bytes (rows, n) decoded by a table (256, k) of a byte's numbers, or (65536, k) of those of two bytes."""
+    import numpy
     import torch
 
-    pairs = torch.stack((codes.repeat(16), codes.repeat_interleave(16)), -1)
-    # A pair is looked up as one integer of twice the width.
-    whole = pairs.flip(-1).contiguous() if high_first else pairs
-    whole = whole.view({2: torch.int32, 4: torch.int64}[codes.itemsize]).flatten()
-    return whole.index_select(0, packed.flatten().to(torch.int32)).view(codes.dtype)
+    indices = stored.contiguous().view(torch.uint8 if len(table) == 256 else torch.uint16)
+    words = table.view({4: torch.int32, 8: torch.int64}[table.shape[1] * table.itemsize]).flatten()
+    if stored.is_cpu:
+        # It writes the result and little else: memory used for the first time takes longer than arithmetic.
+        result = torch.empty(stored.shape[0], table.shape[1] * indices.shape[1], dtype=table.dtype)
+        numpy.take(words.numpy(), indices.numpy(), out=result.view(words.dtype).numpy(), mode="clip")
+        return result
+    found = words.to(stored.device).index_select(0, indices.flatten().to(torch.int32))
+    return found.view(table.dtype).view(stored.shape[0], -1)
 
 
 def round_e2m1(x: torch.Tensor, *, ties_to_even: bool) -> torch.Tensor:
@@ -107,14 +131,22 @@ def round_e2m1(x: torch.Tensor, *, ties_to_even: bool) -> torch.Tensor:
 
 
 def decode_float8(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """float8 values in ``dtype``: by table on a CPU, which is six times as fast as torch's own conversion there."""
+    """float8 values in ``dtype``: by table on a CPU, where torch's own conversion takes many times as long."""
     import torch
 
-    if values.device.type != "cpu":
+    if not values.is_cpu or values.numel() % 2:
         return values.to(dtype)
-    table = torch.arange(256, dtype=torch.uint8).view(values.dtype).to(dtype)
-    codes = values.contiguous().view(torch.uint8).flatten().to(torch.int32)
-    return table.index_select(0, codes).view(values.shape)
+    stored = values.contiguous().view(torch.uint8).view(1, -1)
+    return _look_up(stored, _float8_table(values.dtype, dtype)).view(values.shape)
+
+
+@cache
+def _float8_table(stored: torch.dtype, dtype: torch.dtype) -> torch.Tensor:
+    """The numbers of all pairs of float8 values, (65536, 2)."""
+    import torch
+
+    numbers = torch.arange(256, dtype=torch.uint8, device="cpu").view(stored).to(dtype)
+    return torch.stack((numbers.repeat(256), numbers.repeat_interleave(256)), -1)
 
 
 def decode_e8m0(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -210,7 +242,15 @@ def decode_rows(
     zeros = parts.get("weight_zero_point") if not scheme.weights.symmetric else None
     if scheme.format == PACK:
         packed_values, bits = parts["weight_packed"], scheme.weights.bits
-        values = unpack_ints(packed_values, bits, columns, padded).to(scale.dtype)
+        if (
+            packed_values.is_cpu
+            and bits == 4
+            and 8 * packed_values.shape[1] == columns
+            and scale.itemsize in (2, 4)
+        ):
+            values = decode_nibbles(packed_values.view(torch.uint8), tuple(range(-8, 8)), scale.dtype)
+        else:
+            values = unpack_ints(packed_values, bits, columns, padded).to(scale.dtype)
         if zeros is not None and scheme.weights.strategy != "tensor":
             zeros = unpack_zero_points(zeros, bits, packed_values.shape[0], padded)
     elif scheme.weights.type == "float":
