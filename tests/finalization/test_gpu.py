@@ -96,7 +96,7 @@ def test_calibrated_on_cuda(make_model: Callable[..., Path], tmp_path: Path) -> 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="no Triton")
 @pytest.mark.parametrize(
-    ("recipe", "columns"),
+    ("recipe", "width"),
     [
         ("intx4-weight-only:group_size=32", 416),
         ("intx4-weight-only:group_size=64,mapping=asymmetric", 448),
@@ -107,13 +107,13 @@ def test_calibrated_on_cuda(make_model: Callable[..., Path], tmp_path: Path) -> 
 )
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_the_kernel_of_gptq_gives_the_bits_of_torch(
-    monkeypatch: pytest.MonkeyPatch, recipe: str, columns: int, dtype: torch.dtype
+    monkeypatch: pytest.MonkeyPatch, recipe: str, width: int, dtype: torch.dtype
 ) -> None:
     from loadstone.finalization import columns, columns_kernel
 
     torch.manual_seed(1)
-    weights = [torch.randn(rows, columns, dtype=dtype, device=CUDA) for rows in (65, 130)]
-    inputs = torch.randn(512, columns, device=CUDA) @ torch.randn(columns, columns, device=CUDA)
+    weights = [torch.randn(rows, width, dtype=dtype, device=CUDA) for rows in (65, 130)]
+    inputs = torch.randn(512, width, device=CUDA) @ torch.randn(width, width, device=CUDA)
     arguments = (weights, inputs.t() @ inputs, parse_recipe(recipe).scheme)
     calls = []
     kernel = columns_kernel.round_columns

@@ -25,8 +25,9 @@ from loadstone.context.tables.predictions import REGRESSION
 
 # CUDA attention kernels put the batch in a grid dimension that ends at 65,535.
 _MAX_ATTENTION_BATCH = 32_768
-# They also work in tiles of 128 x 128: below this many scores, plain matrix products are many times faster.
-_FEW_SCORES = 4096
+# They also work in tiles of 128 x 128: up to one tile, plain matrix products are faster, and many times so up to the
+# second number; in between, a batch must not hold more scores than the third (32 MB).
+_TILE, _FEW_SCORES, _MOST_SCORES = 16_384, 4096, 2**23
 
 
 class Layer(nn.Module):
@@ -187,7 +188,7 @@ class PFN(nn.Module):
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """torch's fused attention over (batch, heads, length, head size), but for short sequences on a GPU."""
-    if q.is_cuda and _few(q.shape[-2], k.shape[-2]):
+    if q.is_cuda and _few(q.shape[-2], k.shape[-2], q.shape[:-2].numel()):
         return (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1).to(v.dtype) @ v
     if len(q) <= _MAX_ATTENTION_BATCH:
         return F.scaled_dot_product_attention(q, k, v)
@@ -195,14 +196,15 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.cat([F.scaled_dot_product_attention(*part) for part in parts])
 
 
-def _few(queries: int, keys: int) -> bool:
-    return queries * keys <= _FEW_SCORES
+def _few(queries: int, keys: int, sequences: int) -> bool:
+    scores = queries * keys
+    return scores <= _FEW_SCORES or (scores <= _TILE and scores * sequences <= _MOST_SCORES)
 
 
 def _heads(x: Tensor, parts: int, heads: int) -> tuple[Tensor, ...]:
     """(batch, length, parts × width) -> each part as (batch, heads, length, head size)."""
     x = x.unflatten(-1, (parts, heads, -1))
-    if x.is_cuda and _few(x.shape[1], x.shape[1]):
+    if x.is_cuda and _few(x.shape[1], x.shape[1], len(x) * heads):
         # One copy: matrix products would copy each part.
         x = x.permute(2, 0, 3, 1, 4).contiguous().permute(1, 3, 0, 2, 4)
     return tuple(part.transpose(1, 2) for part in x.unbind(2))
