@@ -18,7 +18,7 @@ from loadstone.evaluation.fast.replace import speed_up
 from loadstone.evaluation.options import Options
 from loadstone.evaluation.run import run
 from loadstone.evaluation.scoring.batching import choose_batch_size
-from loadstone.evaluation.scoring.losses import BatchMaker, plan_batches, score
+from loadstone.evaluation.scoring.losses import BatchMaker, plan_batches, score, token_losses
 from loadstone.text.corpus import read_corpus
 from loadstone.text.tokenizing import tokenize
 from loadstone.text.tokens import make_protocol, make_windows
@@ -32,6 +32,17 @@ def test_gpu_and_cpu_agree(model_dir: Path, worse_dir: Path) -> None:
     for a, b in zip(cpu.records, gpu.records, strict=True):
         assert b["device"].startswith("cuda") and b["loss"] == pytest.approx(a["loss"], abs=1e-4)
     assert gpu.records[1]["kl"] == pytest.approx(cpu.records[1]["kl"], rel=1e-2)
+
+
+@pytest.mark.parametrize("vocabulary", [1000, 32_000, 262_144])
+def test_losses_over_large_vocabularies(vocabulary: int) -> None:
+    generator = torch.Generator("cuda").manual_seed(0)
+    logits = 10 + 4 * torch.randn((1 << 23) // vocabulary, vocabulary, device="cuda", generator=generator)
+    targets = torch.randint(vocabulary, (len(logits),), device="cuda", generator=generator)
+    apart = token_losses(logits, targets).double() - token_losses(logits.double(), targets)
+    assert apart.mean().abs() < 1e-6 and apart.abs().max() < 6e-6
+    rounded = logits.bfloat16()
+    assert torch.equal(token_losses(rounded, targets), token_losses(rounded.float(), targets))
 
 
 def test_batch_size_does_not_matter_and_auto_fits(model_dir: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from loadstone.errors import ArtifactError
 from loadstone.evaluation.scoring.head import SplitModel, chunk_rows, split_head
@@ -247,16 +248,19 @@ def token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Negative log-likelihoods, (n,), of ``targets``, int64 (n,), under logits (n, V), in at least float32.
 
     On a CPU `cross_entropy` adds float32 probabilities one after another, which is biased by 1e-5 for 262,144 of them;
-    `logsumexp` adds them in pairs.
+    `logsumexp` adds them in pairs, and compiled it is one kernel. On a GPU `cross_entropy` adds them in 1,024 parts,
+    and goes over the logits a third as often as `logsumexp` does when it is not compiled.
     """
     if logits.dtype != torch.float64:
         logits = logits.float()
+    if logits.is_cuda and not torch.compiler.is_compiling():
+        return F.cross_entropy(logits, targets, reduction="none")
     return logits.logsumexp(-1) - logits.gather(-1, targets[:, None])[:, 0]
 
 
 @lru_cache(maxsize=1)
 def compiled_losses() -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """`token_losses` in one pass over the logits; eager operations take about ten, a twelfth of a batch's time."""
+    """`token_losses` as one kernel, which writes no float32 logits."""
     compiled = torch.compile(token_losses, options=INDUCTOR)
 
     def call(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
