@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +32,8 @@ from loadstone.writing.index import SHARD_BYTES
 from loadstone.writing.publish import check_output
 from loadstone.writing.sidecars import find_sidecars
 
+log = logging.getLogger(__name__)
+
 
 def plan_directory(
     artifact: Artifact,
@@ -45,6 +48,12 @@ def plan_directory(
     Raises `ArtifactError` for a source that is quantized already, `UsageError` for rules that do not fit it.
     """
     _refuse_quantized(artifact)
+    if remote_code != COPY and artifact.needs_remote_code and not has_own_class(artifact):
+        log.warning(
+            "%s: transformers has no class for it, and without its code only an engine that knows the model loads the "
+            "export (--remote-code copy keeps the code)",
+            artifact.root,
+        )
     infos = stored_tensors(artifact)
     config = artifact.config if remote_code == COPY else without_auto_map(artifact.config)
     if artifact.needs_remote_code and not trust_remote_code and not has_own_class(artifact):

@@ -12,7 +12,13 @@ from loadstone.artifact import Artifact, TensorInfo
 from loadstone.loading.complete import Destination as Destination
 from loadstone.loading.complete import check_stored
 from loadstone.loading.experts import conversions_of, learn_experts
-from loadstone.loading.model_class import construction, generation_config, load_config, model_class_of
+from loadstone.loading.model_class import (
+    construction,
+    generation_config,
+    load_config,
+    model_class_of,
+    remote_code_failed,
+)
 from loadstone.quantization.model_facts import ModelFacts, facts_of
 
 if TYPE_CHECKING:
@@ -29,6 +35,8 @@ def meta_model(artifact: Artifact, trust_remote_code: bool = False) -> PreTraine
     model_class = model_class_of(config, artifact, trust_remote_code)
     with construction(artifact, model_class), torch.device("meta"), no_init_weights():
         model: PreTrainedModel = model_class(config)
+    if not hasattr(model, "all_tied_weights_keys"):
+        raise remote_code_failed(artifact, AttributeError("its model does not call self.post_init()"))
     learn_experts(model, (*artifact.packed, *artifact.tensors))
     return model
 

@@ -194,6 +194,23 @@ def _own_code(auto_map: dict[str, Any], architectures: Sequence[str]) -> str | N
     return next(iter([*named, *filter(None, [models.get("AutoModelForCausalLM")]), *models.values()]), None)
 
 
+def is_own_code(model_class: Any) -> bool:
+    """Whether a class is code that came with a model."""
+    return str(model_class.__module__).startswith("transformers_modules.")
+
+
+def auto_class(artifact: Artifact) -> Any:
+    """transformers' Auto class that loads an artifact by its config: the one under which ``auto_map`` names the model,
+    else that for causal language models."""
+    import transformers
+
+    found = artifact.config.get("auto_map")
+    found = found if isinstance(found, dict) else {}
+    reference = _own_code(found, artifact.config.get("architectures") or ())
+    named = [key for key, value in found.items() if key.startswith("AutoModel") and str(value) == reference]
+    return getattr(transformers, named[0] if named else "AutoModelForCausalLM")
+
+
 @contextmanager
 def construction(artifact: Artifact, model_class: Any) -> Iterator[None]:
     """Build a model, one thread at a time; what fails is an `ArtifactError`, and a full GPU a `MissingError`."""
@@ -210,6 +227,8 @@ def construction(artifact: Artifact, model_class: Any) -> Iterator[None]:
             "Use --device auto, which spreads it, or free the GPU",
         ) from error
     except Exception as error:
+        if is_own_code(model_class):
+            raise remote_code_failed(artifact, error) from error
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise ArtifactError(
             f"{artifact.config_dir}/config.json: {model_class.__name__} cannot be built from it ({reason})",

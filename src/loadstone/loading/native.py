@@ -19,6 +19,7 @@ from loadstone.artifact import Artifact
 from loadstone.artifact.source import values_checked
 from loadstone.errors import ArtifactError
 from loadstone.loading.complete import CHECK_CONFIG, COPY_AGAIN, MISSING, UNEXPECTED
+from loadstone.loading.computed import computed_tensors
 from loadstone.loading.devices import CPU, DISK
 from loadstone.loading.experts import experts_alone, forget_experts, registered_experts
 from loadstone.loading.infinite import infinite_buffers
@@ -28,6 +29,7 @@ from loadstone.loading.meta import meta_model
 from loadstone.loading.model_class import (
     construction,
     generation_config,
+    is_own_code,
     load_config,
     model_class_of,
     quiet_transformers,
@@ -65,6 +67,7 @@ def load_native(plan: LoadPlan, device_map: Any, mesh: Any = None) -> PreTrained
             construction(artifact, model_class),
             learned,
             divided(model_class, mesh) if mesh is not None else nullcontext(),
+            computed_tensors() if is_own_code(model_class) else nullcontext(),
         ):
             model, info = model_class.from_pretrained(
                 *_source(artifact, config, state, options),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +10,8 @@ from loadstone.artifact.detect import OTHER_QUANTIZER
 from loadstone.artifact.source import values_checked
 from loadstone.errors import ArtifactError, LoadstoneError, MissingError
 from loadstone.loading.bounds import bounded
-from loadstone.loading.model_class import BUILDING, quiet_transformers, remote_code_failed
+from loadstone.loading.computed import computed_tensors
+from loadstone.loading.model_class import BUILDING, auto_class, quiet_transformers, remote_code_failed
 from loadstone.loading.native import check_complete
 from loadstone.loading.plan import QUANTIZER_PACKAGES, LoadPlan
 
@@ -18,13 +20,12 @@ if TYPE_CHECKING:
 
 
 def load_pretrained(plan: LoadPlan, device_map: Any) -> PreTrainedModel:
-    """`AutoModelForCausalLM.from_pretrained`, with its silent failures made errors.
+    """transformers' `from_pretrained`, with its silent failures made errors.
 
     Raises `MissingError` naming the package that the quantizer needs, `ArtifactError` for tensors that do not fit or
     are not finite.
     """
     import torch
-    from transformers import AutoModelForCausalLM
 
     artifact = plan.artifact
     if artifact.adapter is not None:
@@ -38,10 +39,11 @@ def load_pretrained(plan: LoadPlan, device_map: Any) -> PreTrainedModel:
         values_checked(artifact.source, artifact.packed.values()),
         BUILDING,
         bounded(artifact),
+        computed_tensors() if artifact.needs_remote_code else nullcontext(),
         quiet_transformers(),
     ):
         try:
-            model, info = AutoModelForCausalLM.from_pretrained(
+            model, info = auto_class(artifact).from_pretrained(
                 artifact.path,
                 dtype=plan.dtype,
                 device_map=device_map,
