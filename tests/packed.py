@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -47,6 +49,28 @@ def save_model(family: str, directory: Path, dtype: torch.dtype = torch.bfloat16
         model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES))
     model.to(dtype).save_pretrained(directory)
     return directory
+
+
+def write_recorded(directory: Path, tensors: dict[str, Any], block: dict[str, Any]) -> Path:
+    """A directory of recorded tensors (name: dtype, shape, base64) with a ``quantization_config``."""
+    found = {
+        name: torch.frombuffer(bytearray(base64.b64decode(text)), dtype=getattr(torch, dtype)).view(shape)
+        for name, (dtype, shape, text) in tensors.items()
+    }
+    save_file(found, directory / "model.safetensors", {"format": "pt"})
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": 64,
+        "dtype": "float32",
+    }
+    (directory / "config.json").write_text(json.dumps(config | {"quantization_config": block}))
+    return directory
+
+
+def digest(tensor: torch.Tensor) -> str:
+    """sha256 of a tensor's bytes."""
+    return hashlib.sha256(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
 def rewrite(

@@ -43,7 +43,6 @@ SOURCES: dict[str, Callable[[Path], Path]] = {
     "awq": lambda out: packed.awq(packed.save_model("llama", out / "plain"), out / "packed"),
     "mxfp4": lambda out: packed.mxfp4(out / "packed"),
     "nf4": lambda out: packed.nf4(packed.save_model("qwen3-moe", out / "plain"), out / "packed"),
-    "llm.int8": lambda out: packed.llm_int8(packed.save_model("llama", out / "plain"), out / "packed"),
     # Experts one by one, of models that transformers loads from one tensor of all experts only.
     "gpt-oss W4A16": lambda out: served("gpt-oss", out, W4),
     "llama4 FP8": lambda out: served("llama4", out, "float8-dynamic-act-float8-weight"),

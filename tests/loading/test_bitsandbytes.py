@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from tests import packed
 from tests.helpers import run
 
@@ -23,19 +20,12 @@ GOLDEN: dict[str, Any] = json.loads(Path(__file__).with_name("golden_bitsandbyte
 UP = "model.layers.0.mlp.up_proj"
 NAME = f"{UP}.weight"
 STATE = f"{NAME}.quant_state.bitsandbytes__nf4"
-CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64}
 
 
 def write(directory: Path, name: str, **block: Any) -> Path:
-    golden = GOLDEN[name]
-    tensors = {
-        key: torch.frombuffer(bytearray(base64.b64decode(text)), dtype=getattr(torch, dtype)).view(shape)
-        for key, (dtype, shape, text) in golden["tensors"].items()
-    }
-    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
-    block = block or {"quant_method": "bitsandbytes"}
-    (directory / "config.json").write_text(json.dumps(CONFIG | {"quantization_config": block}))
-    return directory
+    return packed.write_recorded(
+        directory, GOLDEN[name]["tensors"], block or {"quant_method": "bitsandbytes"}
+    )
 
 
 @pytest.mark.parametrize("name", GOLDEN)
@@ -45,8 +35,7 @@ def test_weights_are_those_that_bitsandbytes_decodes(name: str, tmp_path: Path) 
     view = dense_view(artifact, GOLDEN[name]["dtype"])
     assert list(view.tensors) == [NAME]
     found = view.source.read(view.tensors[NAME])
-    raw = found.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-    assert hashlib.sha256(raw).hexdigest() == GOLDEN[name]["dense"]
+    assert packed.digest(found) == GOLDEN[name]["dense"]
     view.source.check_values({})
     for start, stop in ((0, 1), (100, 500), (found.numel() - 7, found.numel())):
         assert torch.equal(view.source.read(view.tensors[NAME], start, stop), found.flatten()[start:stop])

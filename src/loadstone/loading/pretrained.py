@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+import sys
+from contextlib import nullcontext, redirect_stdout
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from loadstone.loading.native import check_complete
 from loadstone.loading.plan import QUANTIZER_PACKAGES, LoadPlan
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
 
@@ -28,19 +30,28 @@ def load_pretrained(plan: LoadPlan, device_map: Any) -> PreTrainedModel:
     import torch
 
     artifact = plan.artifact
+    method, remedy = str(artifact.quant_method), ""
+    if artifact.packed:
+        remedy = "Leave --native-kernels out: its weights are then decoded"
+    elif artifact.kind == OTHER_QUANTIZER:
+        remedy = (
+            f"Load it where {method}'s own package and kernels run, or name the model that it was made from"
+        )
     if artifact.adapter is not None:
         raise ArtifactError(
             f"'{artifact.root}': an adapter is not merged while a model of its directory's own code is loaded",
             "Merge it first: loadstone finalize -M ADAPTER --trust-remote-code -o OUT",
         )
     if artifact.kind == OTHER_QUANTIZER:
-        check_package(str(artifact.quant_method))
+        check_package(method)
     with (
         values_checked(artifact.source, artifact.packed.values()),
         BUILDING,
         bounded(artifact),
         computed_tensors() if artifact.needs_remote_code else nullcontext(),
         quiet_transformers(),
+        # Packages of quantizers write their logs there, where a command's result belongs.
+        redirect_stdout(sys.stderr),
     ):
         try:
             model, info = auto_class(artifact).from_pretrained(
@@ -56,27 +67,61 @@ def load_pretrained(plan: LoadPlan, device_map: Any) -> PreTrainedModel:
                 raise remote_code_failed(artifact, error) from None
             reason = " ".join(str(error).split())
             raise MissingError(
-                f"loading {artifact.quant_method} needs a package that is not here: {reason}"
+                f"loading {method} needs a package that is not here: {reason}", remedy
             ) from None
         except (torch.OutOfMemoryError, LoadstoneError):
             raise
         except (ValueError, RuntimeError, OSError) as error:
             reason = " ".join(str(error).split())[:300]
-            raise ArtifactError(f"'{artifact.path}': transformers cannot load it here ({reason})") from None
+            raise ArtifactError(
+                f"'{artifact.path}' ({artifact.kind}): transformers cannot load it here ({reason})", remedy
+            ) from None
         except Exception as error:
             if not artifact.needs_remote_code:
                 reason = " ".join(str(error).split())[:300] or type(error).__name__
                 raise ArtifactError(
-                    f"'{artifact.path}': transformers cannot load it here ({reason})"
+                    f"'{artifact.path}' ({artifact.kind}): transformers cannot load it here ({reason})",
+                    remedy,
                 ) from None
             raise remote_code_failed(artifact, error) from None
         check_complete(artifact, model, info)
     if artifact.packed and not getattr(model, "is_quantized", False) and not artifact.needs_remote_code:
         raise MissingError(
-            f"transformers has no kernel for {artifact.quant_method} here, and decoded it",
-            "Leave --native-kernels out",
+            f"transformers has no kernel for {method} here, and decoded it", "Leave --native-kernels out"
         )
+    if artifact.packed and method in ("fp8", "mxfp8"):
+        _check_fp8_kernel()
+    if plan.dtype != "auto":
+        _cast_plain_weights(model, getattr(torch, plan.dtype))
     return model
+
+
+def _check_fp8_kernel() -> None:
+    """Raise `MissingError` where the kernel of FP8 layers, which transformers takes from the hub as a layer is first
+    used, is not in the cache."""
+    from transformers.integrations.finegrained_fp8 import load_finegrained_fp8_kernel
+
+    try:
+        load_finegrained_fp8_kernel()
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise MissingError(
+            f"transformers takes the kernel of FP8 from the hub, and it cannot be loaded here ({reason})",
+            "Fetch it once (hf download kernels-community/finegrained-fp8), or leave --native-kernels out",
+        ) from None
+
+
+def _cast_plain_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Weights beside quantized layers in the dtype that was asked for: of some quantizers (bitsandbytes' 4 bits)
+    transformers leaves them in the dtype that they are stored in."""
+    kept = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
+    for name, module in model.named_modules():
+        plain = type(module).__module__.startswith(("torch.nn.", "transformers.models."))
+        if not plain or any(f".{each}." in f".{name}." for each in kept):
+            continue
+        for parameter in module.parameters(recurse=False):
+            if parameter.is_floating_point() and parameter.itemsize > 1:
+                parameter.data = parameter.data.to(dtype)
 
 
 def check_package(method: str) -> None:

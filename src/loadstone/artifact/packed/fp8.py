@@ -19,8 +19,8 @@ _VALUES = ("F8_E4M3", "F8_E5M2")
 _MODULE_SCALES = (".weight_scale_inv", ".weight_scale", ".qscale_weight", ".scale")
 _PARAMETER_SCALES = ("_scale_inv", "_scale")
 _DEFAULT_BLOCK = (128, 128)
-# Values that share a scale in formats of 4 bits.
-_FP4_GROUP, _NVFP4_GROUP = 32, 16
+# Values that share a scale in MXFP4 and MXFP8, and in NVFP4.
+_MX_GROUP, _NVFP4_GROUP = 32, 16
 
 
 def fp8_weights(block: dict[str, Any], tensors: dict[str, TensorInfo], sink: Sink) -> dict[str, StoredWeight]:
@@ -81,6 +81,10 @@ def _fp8_weight(
         row, whole = QuantArgs(8, "float", "channel"), QuantArgs(8, "float", "tensor")
         grids |= {(*experts, rows, 1): row, (*experts, 1, 1): whole}
         grids |= {} if experts else {(rows,): row, (1,): whole, (): whole}
+    if scale.dtype in ("F8_E8M0", "U8") and columns % _MX_GROUP == 0:
+        # MXFP8, alone or as experts beside layers in square blocks.
+        mx = QuantArgs(8, "float", "block", block=(1, _MX_GROUP))
+        grids.setdefault((*experts, rows, columns // _MX_GROUP), mx)
     args = grids.get(scale.shape)
     if args is None:
         takes = " or ".join(str(list(grid)) for grid in grids)
@@ -102,7 +106,7 @@ def _fp4_weight(info: TensorInfo, tensors: dict[str, TensorInfo]) -> StoredWeigh
     heights = {"weight_packed": 1, "weight_scale": 1}
     if whole is None:
         kinds: tuple[str, ...] = ("U8", "F8_E8M0")
-        scheme = LayerScheme(MXFP4, QuantArgs(4, "float", "group", _FP4_GROUP))
+        scheme = LayerScheme(MXFP4, QuantArgs(4, "float", "group", _MX_GROUP))
     else:
         kinds, scheme = ("F8_E4M3",), LayerScheme(NVFP4, QuantArgs(4, "float", "tensor_group", _NVFP4_GROUP))
         if whole.dtype != "F32" or whole.numel != 1:

@@ -6,6 +6,7 @@ Both store the transposed matrix, so that a word holds values of one column (GPT
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from loadstone.artifact.compressed_tensors.scheme import AWQ, GPTQ, LayerScheme,
 from loadstone.artifact.files import Sink
 from loadstone.artifact.formats.safetensors import FLOAT_DTYPES, TensorInfo
 from loadstone.artifact.packed.weight import StoredWeight, misfit
+from loadstone.artifact.patterns import unsound
 from loadstone.errors import ArtifactError
 
 # Names of the stored tensors after the module's, and what they are called here.
@@ -38,6 +40,35 @@ def unsupported_integers(block: dict[str, Any]) -> str:
     if layout not in (FIRST_VERSION, "gptq_v2") or block.get("is_marlin_format") is True:
         return f"the GPTQ checkpoint_format {layout[:20]}"
     return "" if bits in GPTQ_BITS else f"GPTQ of {ascii(bits)[:20]} bits"
+
+
+def settings_of(block: dict[str, Any]) -> Callable[[str, int], dict[str, Any]]:
+    """What a GPTQ or AWQ block says of a module: GPTQModel's ``dynamic`` changes it by pattern, the first that fits.
+
+    A pattern that begins with ``-:`` names modules that are not quantized, whose tensors tell. Raises `ArtifactError`
+    for what is no pattern.
+    """
+    given = block.get("dynamic") or {}
+    if not isinstance(given, dict):
+        raise ArtifactError(
+            "config.json: quantization_config.dynamic is not an object", "Restore config.json from the source"
+        )
+    rules = {k.removeprefix("+:"): v for k, v in given.items() if not k.startswith("-:")}
+    for pattern, changes in rules.items():
+        why = unsound(pattern) if isinstance(changes, dict) else "has no settings"
+        if why:
+            raise ArtifactError(
+                f"config.json: quantization_config.dynamic: {ascii(pattern)[:80]} {why}",
+                "Restore config.json from the source",
+            )
+
+    def settings(module: str, bits: int) -> dict[str, Any]:
+        found = (
+            changes for pattern, changes in rules.items() if pattern == module or re.match(pattern, module)
+        )
+        return block | next(found, {})
+
+    return settings
 
 
 def integer_weights(
@@ -76,9 +107,7 @@ def _stored_bits(parts: dict[str, TensorInfo]) -> int:
 
 def _gptq(name: str, parts: dict[str, TensorInfo], block: dict[str, Any]) -> StoredWeight:
     values = _matrix(parts["weight_packed"])
-    bits = int(block["bits"])
-    if bits not in GPTQ_BITS:
-        raise misfit(parts["weight_packed"], f"has {bits} bits a value by its zero points")
+    bits = _bits(block["bits"], GPTQ_BITS, values)
     columns, rows = values.shape[0] * 32 // bits, values.shape[1]
     symmetric, first = bool(block.get("sym", True)), _version(block) == FIRST_VERSION
     groups = _check_scales(parts, rows, columns, bits)
@@ -99,9 +128,7 @@ def _gptq(name: str, parts: dict[str, TensorInfo], block: dict[str, Any]) -> Sto
 
 def _awq(name: str, parts: dict[str, TensorInfo], block: dict[str, Any]) -> StoredWeight:
     values = _matrix(parts["weight_packed"])
-    bits = int(block.get("bits", AWQ_BITS[0]))
-    if bits not in AWQ_BITS:
-        raise misfit(values, f"has {bits} bits a value by its zero points")
+    bits = _bits(block.get("bits", AWQ_BITS[0]), AWQ_BITS, values)
     columns, rows = values.shape[0], values.shape[1] * 32 // bits
     groups = _check_scales(parts, rows, columns, bits)
     size = _group_size(block, columns, groups)
@@ -118,6 +145,13 @@ def _weight(
 ) -> StoredWeight:
     # Rows of the weight are columns of what is stored: all of it is read at once.
     return StoredWeight(name, scheme, parts, (rows, columns), dict.fromkeys(parts, 0), "weight_packed")
+
+
+def _bits(given: Any, known: tuple[int, ...], values: TensorInfo) -> int:
+    """Bits of each value, as the config or the zero points say."""
+    if given not in known:
+        raise misfit(values, f"is of {ascii(given)[:20]} bits a value, not {' or '.join(map(str, known))}")
+    return int(given)
 
 
 def _version(block: dict[str, Any]) -> str:

@@ -75,10 +75,9 @@ def read_packed(
     if method == METHOD:
         found = packed_weights(read_block(block), tensors, sink, partial(stored_shape, directory))
     elif method in ("gptq", "awq"):
-        from loadstone.artifact.packed.integers import integer_weights
+        from loadstone.artifact.packed.integers import integer_weights, settings_of
 
-        settings = dict(block)
-        found = integer_weights(lambda module, bits: settings, tensors, sink)
+        found = integer_weights(settings_of(block), tensors, sink)
     elif method == BITSANDBYTES:
         from loadstone.artifact.packed.bitsandbytes import bitsandbytes_weights, read_bytes
 
