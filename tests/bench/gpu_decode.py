@@ -140,13 +140,12 @@ def make_model(layers: int, recipe: str) -> Any:
     """A random model on the GPU, quantized by ``recipe`` ("": bf16)."""
     import torch
     from tests.bench.gpu_eval import quantize
-    from tests.bench.gpu_finalize import HIDDEN, INNER, VOCAB
+    from tests.bench.gpu_scaling import SHAPES
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        vocab_size=VOCAB, hidden_size=HIDDEN, intermediate_size=INNER, num_hidden_layers=layers,
-        num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=8192, tie_word_embeddings=False,
-        dtype="bfloat16",
+        vocab_size=128_256, num_hidden_layers=layers, max_position_embeddings=8192, tie_word_embeddings=False,
+        dtype="bfloat16", **SHAPES["8B"],
     )  # fmt: skip
     torch.manual_seed(0)
     before = torch.get_default_dtype()

@@ -3,9 +3,9 @@
 python tests/bench/gpu_finalize.py [--layers 32] [--recipes a,b] [--ways loadstone,stock] [--folder DIR] [--make DIR]
     [--no-limit]
 
-The checkpoint (random bf16, 16 GB with 32 layers) is made on the GPU and written to local disk. Each run is a process
-of its own, which waits after its imports until it is alone, and reads the source from the page cache. "5 GB" has shards
-of that size in place of 2 GB. W4A16 is the serving layout (groups of 128); stock has no writer of it, and its figure is
+The checkpoint (random bf16, 16 GB with 32 layers) is written to local disk and synced. Each run is a process of its
+own, which waits after its imports until it is alone, and reads the source from the page cache. "5 GB" has shards of
+that size in place of 2 GB. W4A16 is the serving layout (groups of 128); stock has no writer of it, and its figure is
 of the same integers as `intx4-weight-only:group_size=128`. Host memory is anonymous and shared memory above what the
 imports took; the limit is reading the source and writing as many bytes as the output has, synced. At the end our
 tensors are held to stock's. ``--make DIR`` only makes the checkpoint there.
@@ -23,13 +23,14 @@ import tempfile
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
 SERVED = "W4A16"
-RECIPES = ("int4-weight-only", "int8-dynamic-act-int4-weight", "float8-weight-only", SERVED)
+RECIPES = ("int4-weight-only", SERVED, "int8-dynamic-act-int4-weight", "float8-weight-only")
 WAYS = ("loadstone", "loadstone 5 GB", "stock")
-HIDDEN, INNER, KV, VOCAB = 4096, 14336, 1024, 128_256
 
 CHILD = """
-import json, logging, sys, threading, time
+import json, logging, os, sys, threading, time
 logging.disable(logging.WARNING)
 import torch, torchao, transformers, accelerate
 import torchao.prototype.safetensors.safetensors_support
@@ -72,61 +73,10 @@ else:
     model.save_pretrained(out)
 seconds = time.perf_counter() - start
 stop.set()
-print(json.dumps([seconds, torch.cuda.max_memory_allocated() / 2**20, (peak[0] - base) / 2**20]))
+print(json.dumps([seconds, torch.cuda.max_memory_allocated() / 2**20, (peak[0] - base) / 2**20]), flush=True)
+# At once: the next run waits for the end of this one.
+os._exit(0)
 """
-
-
-def make(out: Path, layers: int) -> int:
-    """Write the checkpoint, a shard for every eight layers; returns its bytes."""
-    import torch
-    from safetensors.torch import save_file
-    from transformers import LlamaConfig
-
-    def shapes(number: int) -> dict[str, tuple[int, ...]]:
-        p = f"model.layers.{number}"
-        return {
-            f"{p}.self_attn.q_proj.weight": (HIDDEN, HIDDEN),
-            f"{p}.self_attn.k_proj.weight": (KV, HIDDEN),
-            f"{p}.self_attn.v_proj.weight": (KV, HIDDEN),
-            f"{p}.self_attn.o_proj.weight": (HIDDEN, HIDDEN),
-            f"{p}.mlp.gate_proj.weight": (INNER, HIDDEN),
-            f"{p}.mlp.up_proj.weight": (INNER, HIDDEN),
-            f"{p}.mlp.down_proj.weight": (HIDDEN, INNER),
-            f"{p}.input_layernorm.weight": (HIDDEN,),
-            f"{p}.post_attention_layernorm.weight": (HIDDEN,),
-        }
-
-    out.mkdir(parents=True)
-    groups = [range(start, min(start + 8, layers)) for start in range(0, layers, 8)]
-    tables = [{k: v for number in group for k, v in shapes(number).items()} for group in groups]
-    tables.append(
-        {
-            "model.embed_tokens.weight": (VOCAB, HIDDEN),
-            "lm_head.weight": (VOCAB, HIDDEN),
-            "model.norm.weight": (HIDDEN,),
-        }
-    )
-    weight_map: dict[str, str] = {}
-    total = 0
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.manual_seed(0)
-    for number, table in enumerate(tables, 1):
-        name = f"model-{number:05d}-of-{len(tables):05d}.safetensors"
-        tensors = {
-            key: (torch.randn(shape, device=device, dtype=torch.bfloat16) * 0.02).cpu()
-            for key, shape in table.items()
-        }
-        save_file(tensors, out / name, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(tensors, name)
-        total += sum(t.nbytes for t in tensors.values())
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (out / "model.safetensors.index.json").write_text(json.dumps(index))
-    LlamaConfig(
-        architectures=["LlamaForCausalLM"], dtype="bfloat16", vocab_size=VOCAB, hidden_size=HIDDEN,
-        intermediate_size=INNER, num_hidden_layers=layers, num_attention_heads=32, num_key_value_heads=8,
-        max_position_embeddings=8192, tie_word_embeddings=False,
-    ).save_pretrained(out)  # fmt: skip
-    return total
 
 
 def begin(who: str, source: Path, out: Path, recipe: str) -> subprocess.Popen[str]:
@@ -199,8 +149,10 @@ def main() -> None:
     parser.add_argument("--make", type=Path, default=None)
     parser.add_argument("--limit", action=argparse.BooleanOptionalAction, default=True)
     options = parser.parse_args()
+    from tests.bench.gpu_scaling import make
+
     if options.make:
-        print(f"{make(options.make, options.layers) / 1e9:.2f} GB in {options.make}")
+        print(f"{make(options.make, '8B', options.layers) / 1e9:.2f} GB in {options.make}")
         return
     with tempfile.TemporaryDirectory(prefix="loadstone-gpu-", dir=options.folder) as name:
         folder = Path(name)
@@ -211,7 +163,7 @@ def main() -> None:
         # All import at once, and wait.
         waiting = {(recipe, who): begin(who, source, outs[recipe, who], recipe) for recipe, who in runs}
         start = time.perf_counter()
-        total = make(source, options.layers)
+        total = make(source, "8B", options.layers)
         import torch
         import torchao
         import transformers
@@ -222,7 +174,7 @@ def main() -> None:
         )
         print(
             f"source: {options.layers} layers, {total / 1e9:.2f} GB, made in {time.perf_counter() - start:.0f} s; "
-            f"largest tensor {VOCAB * HIDDEN * 2 / 2**20:.0f} MiB\n"
+            "largest tensor 1,002 MiB\n"
         )
         print(
             "| recipe | who | s | of the limit | GB out | GPU MiB | host MiB |\n|---|---|---|---|---|---|---|"
