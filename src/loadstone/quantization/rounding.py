@@ -5,6 +5,7 @@ The result is torchao's own tensor class with other integers and scales, so it l
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from loadstone.quantization.schemes import Intx
@@ -90,14 +91,10 @@ def least_squares_scales(
     middle = (low - zero_point.float()) * scale.float()
     together = _shares_at_once(weight)
     for first in range(0, len(_SHARES), together):
-        some = _SHARES[first : first + together]
-        share: Any = some[0]
-        less: Any = 1 - some[0]
+        share: Any = _SHARES[first]
+        less: Any = 1 - share
         if together > 1:
-            share, less = (
-                torch.tensor(each, device=weight.device)[:, None, None]
-                for each in (some, [1 - s for s in some])
-            )
+            share, less = (each[first : first + together] for each in _shares_on(weight.device))
         tried = (scale.float() * share).to(scale.dtype)
         tried = torch.where(tried > 0, tried, scale)
         step = tried.float().unsqueeze(-1)
@@ -120,6 +117,15 @@ def least_squares_scales(
         best_scale = torch.where(better, tried, best_scale)
         best_zero = torch.where(better, zero, best_zero)
     return best_scale, best_zero
+
+
+@cache
+def _shares_on(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """The shares, and what is left of 1, each (shares, 1, 1) float32; kept, since a copy to a GPU waits for it."""
+    import torch
+
+    shares = torch.tensor([_SHARES, [1 - share for share in _SHARES]], dtype=torch.float32, device=device)
+    return shares[0, :, None, None], shares[1, :, None, None]
 
 
 def _shares_at_once(weight: torch.Tensor) -> int:
