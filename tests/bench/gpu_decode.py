@@ -25,6 +25,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 RECIPES = ("int4-weight-only", "float8-weight-only", "int8-weight-only", "intx4-weight-only")
+WAYS = STOCK, OURS, FAST = "stock", "our loop", "our loop, fast"
 # Rows of a block, values of a block, warps.
 BYTES = (
     (1, 2048, 4),
@@ -182,34 +183,31 @@ def main() -> None:
         flush=True,
     )
     ids = torch.randint(0, 1000, (1, 32), device="cuda")
-    base: tuple[float, float] | None = None
-    print(
-        "| recipe | stock | our loop | our loop, fast | over bf16 in our loop | first logits agree to | "
-        "warm-ups, s |\n|---|---|---|---|---|---|---|",
-        flush=True,
-    )
+    base: dict[str, float] = {}
+    print(f"| recipe | {' | '.join(WAYS)} | over bf16 in our loop | first logits agree to | warm-ups, s |")
+    print("|---|---|---|---|---|---|---|", flush=True)
     for recipe in ("", *options.recipes.split(",")):
         model = make_model(options.layers, recipe)
-        found, logits = [], []
-        ours = {"custom_generate": loadstone.greedy_decoding}
-        ways: list[tuple[bool, dict[str, Any]]] = [(False, {}), (False, ours), (True, ours)]
-        for fast, loop in ways[not options.stock :] if recipe else ways[:2]:
+        logits, found, warm = [], {}, []
+        for way in WAYS:
+            if (way == STOCK and recipe and not options.stock) or (way == FAST and not recipe):
+                continue
             torch.compiler.reset()
-            if fast:
+            if way == FAST:
                 speed_up_decoding(model)
             with torch.no_grad():
                 logits.append(model(ids[:, :1]).logits.float())
-            found.append(rate(model, ids, **loop))
-            if options.profile and loop and (fast or not recipe):
+            loop = {} if way == STOCK else {"custom_generate": loadstone.greedy_decoding}
+            found[way], seconds = rate(model, ids, **loop)
+            warm.append(f"{seconds:.0f}")
+            if options.profile and way == (FAST if recipe else OURS):
                 profile(model, ids)
-        base = base or (found[0][0], found[1][0])
+        base = base or found
         gap = (logits[0] - logits[-1]).abs().max().item() / logits[0].abs().max().item()
-        rates = [f"{tokens:.0f} ({tokens / base[0]:.2f}x)" for tokens, _ in found]
-        rates = [*rates, ""] if not recipe else [""] * (3 - len(found)) + rates
-        best = max(tokens for tokens, _ in found[-2 if recipe else -1 :])
-        warm = ", ".join(f"{seconds:.0f}" for _, seconds in found)
+        rates = [f"{found[w]:.0f} ({found[w] / base[STOCK]:.2f}x)" if w in found else "" for w in WAYS]
+        best = max(tokens for way, tokens in found.items() if way != STOCK)
         print(
-            f"| {recipe or 'bf16'} | {' | '.join(rates)} | {best / base[1]:.2f} | {gap:.1e} | {warm} |",
+            f"| {recipe or 'bf16'} | {' | '.join(rates)} | {best / base[OURS]:.2f} | {gap:.1e} | {', '.join(warm)} |",
             flush=True,
         )
         del model

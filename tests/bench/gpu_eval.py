@@ -99,7 +99,7 @@ def measure(
         begin = time.perf_counter()
         while time.perf_counter() - begin < HOT_SECONDS:
             loop(ids, targets).item()
-        times = []
+        times: list[float] = []
         while len(times) < RUNS and (len(times) < 2 or sum(times) < SLOW_SECONDS):
             begin = time.perf_counter()
             loop(ids, targets)

@@ -47,7 +47,7 @@ class BarPosterior:
 
     @cached_property
     def tail_scales(self) -> tuple[Tensor, Tensor]:
-        """Scales of the left and right half-normal tails."""
+        """Scales of the left and right half-normal tails: of the first and the last bar."""
         low, high = (self.widths[:: len(self.widths) - 1] / _HALF_MASS).unbind()
         return low, high
 
