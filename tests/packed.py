@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -395,3 +396,55 @@ def mxfp4(out: Path, experts: int = 3) -> Path:
     text = json.loads((out / "config.json").read_text())
     (out / "config.json").write_text(json.dumps(text | {"quantization_config": {"quant_method": "mxfp4"}}))
     return out
+
+
+def deepseek_v4(out: Path, experts: str) -> Path:
+    """A tiny DeepSeek-V4 under its published names: float8 in square blocks with powers of two as scales, and experts
+    in fp4 (two e2m1 values an int8), mxfp8 or fp8."""
+    import transformers
+
+    config = transformers.DeepseekV4Config(
+        vocab_size=320, hidden_size=128, moe_intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        head_dim=64, q_lora_rank=128, num_experts_per_tok=2, n_routed_experts=2, max_position_embeddings=256,
+        layer_types=["sliding_attention", "compressed_sparse_attention"], mlp_layer_types=["hash_moe", "moe"],
+        o_groups=2, o_lora_rank=64, index_n_heads=2, index_head_dim=32, index_topk=4, sliding_window=16,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    transformers.DeepseekV4ForCausalLM(config).to(torch.bfloat16).save_pretrained(out / "plain")
+    numbers = torch.tensor([0.0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+
+    def edit(name: str, tensor: torch.Tensor) -> Tensors:
+        kind = experts if ".experts." in name else "fp8"
+        if kind == "fp8" and (tensor.shape[0] % 128 or tensor.shape[1] % 128):
+            return {name: tensor}
+        high, wide = (128, 128) if kind == "fp8" else (1, 32)
+        blocks = tensor.float().unflatten(1, (-1, wide)).unflatten(0, (-1, high))
+        scale = (blocks.abs().amax((1, 3)) / (6 if kind == "fp4" else 448)).log2().ceil().exp2()
+        values = (blocks / scale[:, None, :, None]).reshape(tensor.shape)
+        stored = values.to(torch.float8_e4m3fn)
+        if kind == "fp4":
+            codes = (values.unsqueeze(-1) - numbers).abs().argmin(-1).to(torch.uint8)
+            stored = (codes[:, 0::2] | codes[:, 1::2] << 4).view(torch.int8)
+        return {name: stored, name.replace(".weight", ".scale"): scale.to(torch.float8_e8m0fnu)}
+
+    def linear(name: str, tensor: torch.Tensor) -> Tensors:
+        quantized = (
+            re.search(r"\.(wq_a|wq_b|wkv|wo_a|wo_b|w[123])\.weight$", name) and "compressor" not in name
+        )
+        return edit(name, tensor) if quantized else {name: tensor}
+
+    tensors: Tensors = {}
+    for name, tensor in load_file(out / "plain" / "model.safetensors").items():
+        name = name.removeprefix("model.").replace("embed_tokens.", "embed.").replace("lm_head.", "head.")
+        tensors |= linear(name.replace("hc_head.hc_", "hc_head_"), tensor)
+    (out / "packed").mkdir()
+    save_file(
+        {n: t.contiguous() for n, t in tensors.items()},
+        out / "packed" / "model.safetensors",
+        {"format": "pt"},
+    )
+    found = json.loads((out / "plain" / "config.json").read_text())
+    block = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128], "scale_fmt": "ue8m0"}
+    found |= {"quantization_config": block} | ({"expert_dtype": "fp4"} if experts == "fp4" else {})
+    (out / "packed" / "config.json").write_text(json.dumps(found))
+    return out / "packed"

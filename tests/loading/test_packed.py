@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tests import packed
 from tests.helpers import run, stock
 
@@ -113,6 +113,27 @@ def test_blocks_that_end_with_the_matrix(stored: Callable[..., Path]) -> None:
     assert tensors[name.replace("weight", "weight_scale_inv")].shape == (2, 2)
     for each in (name, "model.layers.1.self_attn.q_b_proj.weight"):
         assert torch.equal(state[each], packed.ragged_values(tensors, each, (128, 128)).bfloat16())
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 16), (2, 16, 1)])
+def test_experts_of_fbgemm_have_a_scale_for_each_output(shape: tuple[int, ...], tmp_path: Path) -> None:
+    """Llama 4's, (experts, in, out): scales of gate_up_proj are (experts, 1, out), of down_proj (experts, out, 1)."""
+    name, generator = "model.layers.0.feed_forward.experts.down_proj", torch.Generator().manual_seed(0)
+    values = torch.randn(2, 16, 16, generator=generator).to(torch.float8_e4m3fn)
+    scale = torch.rand(shape, generator=generator) + 0.5
+    save_file({name: values, f"{name}_scale": scale}, tmp_path / "model.safetensors", {"format": "pt"})
+    config = {"architectures": ["Llama4ForCausalLM"], "model_type": "llama4_text", "dtype": "bfloat16"}
+    block = {"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": block}))
+    view = dense_view(loadstone.detect(tmp_path))
+    expected = (values.float() * scale.view(2, 1, 16)).bfloat16()
+    assert torch.equal(view.source.read(view.tensors[name]), expected)
+    assert torch.equal(view.source.read(view.tensors[name], 300, 310), expected.flatten()[300:310])
+
+
+@pytest.mark.parametrize("experts", ["fp4", "mxfp8", "fp8"])
+def test_deepseek_v4_is_what_transformers_dequantizes(experts: str, tmp_path: Path) -> None:
+    assert_equal(*states(packed.deepseek_v4(tmp_path, experts)))
 
 
 @pytest.mark.parametrize("name", [name for name in FORMATS if name not in STOCK])
@@ -256,6 +277,60 @@ def test_native_kernels_that_are_not_here(
 def test_native_kernels_of_a_plain_model(models: Callable[[str], Path]) -> None:
     plan = loadstone.plan(models("llama"), native_kernels=True)
     assert plan.load_path == "native" and "--native-kernels has no effect" in plan.messages[0]
+
+
+@pytest.mark.parametrize("name", ["fp8 tensor", "gptq", "nf4"])
+def test_a_block_of_the_language_model_alone(name: str, tmp_path: Path) -> None:
+    """As in a text_config: of neither part is a quantizer's package needed, and the values are the same."""
+    import transformers
+
+    text = {**packed.SIZES, "head_dim": 64}
+    vision = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(**vision, image_size=28, patch_size=14),
+        text_config=transformers.LlamaConfig(**text),
+        image_token_index=10,
+    )
+    transformers.LlavaForConditionalGeneration(config).half().save_pretrained(tmp_path / "plain")
+    source = FORMATS[name](tmp_path / "plain", tmp_path / "source")
+    expected = loadstone.load(source, device="cpu").state_dict()
+    found = json.loads((source / "config.json").read_text())
+    found["text_config"]["quantization_config"] = found.pop("quantization_config")
+    (source / "config.json").write_text(json.dumps(found))
+    assert_equal(loadstone.load(source, device="cpu").state_dict(), expected)
+    loadstone.finalize(source, tmp_path / "out", verify=True)
+    assert "quantization_config" not in (tmp_path / "out" / "config.json").read_text()
+    assert_equal(loadstone.load(tmp_path / "out", device="cpu").state_dict(), expected)
+
+
+def test_modelopts_own_file(stored: Callable[..., Path], tmp_path: Path) -> None:
+    """Beside a config.json with or without a block; with other formats for single layers; not of what is written."""
+    source = Path(shutil.copytree(stored("modelopt fp8"), tmp_path / "model"))
+    other = stored("modelopt nvfp4")
+    moved = {n: t for n, t in load_file(other / "model.safetensors").items() if n.startswith(UP)}
+    packed.change(source, lambda tensors: tensors.update(moved))
+    config = json.loads((source / "config.json").read_text())
+    layers = {
+        UP: {"quant_algo": "NVFP4", "group_size": 16},
+        "model.layers.1.mlp.up_proj": {"quant_algo": "FP8"},
+    }
+    block = {"quant_algo": "MIXED_PRECISION", "quantized_layers": layers, "exclude_modules": ["lm_head"]}
+    written = {"producer": {"name": "modelopt"}, "quantization": block}
+    (source / "hf_quant_config.json").write_text(json.dumps(written))
+    states = []
+    for found in (block | {"quant_method": "modelopt"}, None):
+        (source / "config.json").write_text(json.dumps(config | {"quantization_config": found}))
+        states.append(loadstone.load(source, device="cpu").state_dict())
+    assert_equal(*states)
+    for name, directory in ((f"{UP}.weight", other), ("lm_head.weight", source)):
+        assert torch.equal(states[0][name], loadstone.load(directory, device="cpu").state_dict()[name])
+    loadstone.finalize(source, tmp_path / "out", verify=True)
+    assert not (tmp_path / "out" / "hf_quant_config.json").exists()
+    assert_equal(loadstone.load(tmp_path / "out", device="cpu").state_dict(), states[0])
+    layers[UP]["quant_algo"] = "W4A8_AWQ"
+    (source / "hf_quant_config.json").write_text(json.dumps(written))
+    with pytest.raises(ArtifactError, match="'W4A8_AWQ' is not decoded here"):
+        loadstone.detect(source)
 
 
 @pytest.mark.parametrize("value", [0.0, 0.5])

@@ -48,6 +48,7 @@ def test_a_sentence_encoder_is_carried_over_whole(tmp_path: Path, caplog: pytest
         "runs/x/events.out.tfevents.1",
         "x.tmp",
     )
+    left += ("hf_quant_config.json", "quantize_config.json", "quant_config.json", "quantization_config.json")
     for name in (*carried, *left):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("x")

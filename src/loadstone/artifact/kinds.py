@@ -116,7 +116,13 @@ def _from_block(
                 "Restore the quantization_config block",
             )
         if packed:
-            check_layers(tensors, sink)
+            # Layers may differ in their number format, and those of one format not in the dtypes of its parts.
+            stored: dict[str, dict[str, TensorInfo]] = {}
+            for weight in packed.values():
+                stored.setdefault(weight.type, {}).update({p.name: p for p in weight.parts.values()})
+            parts = {name for group in stored.values() for name in group}
+            for group in ({n: info for n, info in tensors.items() if n not in parts}, *stored.values()):
+                check_layers(group, sink)
             return method, (f"config.json: quantization_config.quant_method is {method}",), method
         return OTHER_QUANTIZER, (f"config.json: quantization_config.quant_method is {method}",), method
     check_layers(tensors, sink)

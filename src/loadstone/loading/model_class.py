@@ -51,11 +51,19 @@ def load_config(artifact: Artifact, trust_remote_code: bool = False) -> Any:
         )
     _check_dtype(artifact, config)
     _usable_attention(artifact, config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
+    _drop_quantization(config)
     if artifact.adapter is not None and artifact.adapter.config_changes:
         config = type(config).from_dict(config.to_dict() | artifact.adapter.config_changes)
     return config
+
+
+def _drop_quantization(config: Any) -> None:
+    """Remove the quantization block of a config, and of its parts' configs: a part would be built for its kernels."""
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    for name in config.sub_configs:
+        if (part := getattr(config, name, None)) is not None:
+            _drop_quantization(part)
 
 
 def _check_dtype(artifact: Artifact, config: Any) -> None:

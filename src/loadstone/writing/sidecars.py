@@ -14,9 +14,10 @@ from loadstone.artifact.kinds import ADAPTER_CONFIG
 from loadstone.errors import ArtifactError
 
 # Not carried over from a model directory, by what they are; everything else is.
-WEIGHTS, TRAINING, CACHES, CODE = (
+WEIGHTS, TRAINING, QUANTIZER, CACHES, CODE = (
     "other weights",
     "training state",
+    "what another quantizer says of the source",
     "caches",
     "Python code that no config names",
 )
@@ -29,6 +30,8 @@ _TRAINING = re.compile(
     r"optimizer.*|scheduler.*|scaler.*|rng_state.*|random_states.*|trainer_state\.json|training_args\.(json|bin)"
     r"|(all|train|eval)_results\.json|events\.out\..*|latest|zero_to_fp32\.py"
 )
+# Of ModelOpt, GPTQ, AWQ and auto-round: read again, they would be said of the weights that are written.
+_QUANTIZER = ("hf_quant_config.json", "quantize_config.json", "quant_config.json", "quantization_config.json")
 _TRAINING_FOLDERS = re.compile(
     r"checkpoint-\d+|runs|logs|wandb|global_step\d+|optimizer(_\d+)?|pytorch_model_fsdp_\d+"
 )
@@ -127,6 +130,8 @@ def _left_out(name: str, code: bool) -> str:
         return CACHES
     if _TRAINING.fullmatch(leaf):
         return TRAINING
+    if name in _QUANTIZER:
+        return QUANTIZER
     if leaf.endswith(_WEIGHT_SUFFIXES) or folder.partition("/")[0] in _WEIGHT_FOLDERS:
         return WEIGHTS
     return CODE if leaf.endswith(".py") and not code else ""

@@ -32,7 +32,10 @@ def fp8_weights(block: dict[str, Any], tensors: dict[str, TensorInfo], sink: Sin
             continue
         try:
             if info.dtype in _VALUES and len(info.shape) > 1:
-                found[name] = _fp8_weight(info, find_scale(info, tensors), size, "weight_block_size" in block)
+                scale, given = find_scale(info, tensors), "weight_block_size" in block
+                # Llama 4's experts are stored (in, out), with a scale for each output.
+                turned = len(info.shape) > 2 and block.get("quant_method") == "fbgemm_fp8"
+                found[name] = _fp8_weight(info, scale, size, given, turned)
             elif info.dtype in ("I8", "U8") and name.endswith(".weight") and len(info.shape) == 2:
                 found[name] = _fp4_weight(info, tensors)
         except ArtifactError as error:
@@ -66,7 +69,7 @@ def find_scale(info: TensorInfo, tensors: dict[str, TensorInfo]) -> TensorInfo:
 
 
 def _fp8_weight(
-    info: TensorInfo, scale: TensorInfo, size: tuple[int, int] | None, size_given: bool
+    info: TensorInfo, scale: TensorInfo, size: tuple[int, int] | None, size_given: bool, turned: bool
 ) -> StoredWeight:
     *experts, rows, columns = info.shape
     if scale.dtype not in {*FLOAT_DTYPES, "F8_E8M0", "U8"}:
@@ -81,6 +84,9 @@ def _fp8_weight(
         row, whole = QuantArgs(8, "float", "channel"), QuantArgs(8, "float", "tensor")
         grids |= {(*experts, rows, 1): row, (*experts, 1, 1): whole}
         grids |= {} if experts else {(rows,): row, (1,): whole, (): whole}
+    if turned:
+        column = QuantArgs(8, "float", "block", block=(rows, 1))
+        grids = {(*experts, 1, columns): column, (*experts, columns, 1): column}
     if scale.dtype in ("F8_E8M0", "U8") and columns % _MX_GROUP == 0:
         # MXFP8, alone or as experts beside layers in square blocks.
         mx = QuantArgs(8, "float", "block", block=(1, _MX_GROUP))

@@ -115,10 +115,13 @@ def modelopt_block(directory: Path) -> dict[str, Any] | None:
 
 
 def _check_modelopt(block: dict[str, Any], tensors: dict[str, TensorInfo]) -> None:
-    algorithm = block.get("quant_algo")
-    if algorithm not in _MODELOPT_ALGORITHMS:
+    named, layers = [block.get("quant_algo")], block.get("quantized_layers")
+    if named == ["MIXED_PRECISION"] and isinstance(layers, dict) and layers:
+        named = [layer.get("quant_algo") if isinstance(layer, dict) else layer for layer in layers.values()]
+    others = [algorithm for algorithm in named if algorithm not in _MODELOPT_ALGORITHMS]
+    if others:
         raise ArtifactError(
-            f"config.json: ModelOpt's quantization {ascii(algorithm)[:60]} is not decoded here",
+            f"config.json: ModelOpt's quantization {ascii(others[0])[:60]} is not decoded here",
             MODELOPT_REMEDY,
         )
     scaled = next((name for name in tensors if name.endswith("pre_quant_scale")), None)
