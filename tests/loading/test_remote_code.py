@@ -16,7 +16,8 @@ from tests.helpers import run
 from tests.small_models import make_tokenizer
 
 import loadstone
-from loadstone.errors import ArtifactError
+from loadstone.errors import ArtifactError, UsageError
+from loadstone.loading.tensor_parallel import divided_share
 
 CODE = """
 import torch
@@ -102,6 +103,14 @@ def test_what_the_code_computes_as_it_is_built(
         out = tmp_path / str(number)
         loadstone.finalize(path, out, recipe="int8-weight-only", layout=layout, trust_remote_code=True)
         assert torch.allclose(logits(out), expected, atol=0.05) and not torch.equal(logits(out), expected)
+        evaluated = {"limit": 2, "context_length": 32, "trust_remote_code": True}
+        ours, theirs = loadstone.evaluate([out, path], dtype="float32", **evaluated).records
+        assert abs(ours["loss"] - theirs["loss"]) < 0.01
+        # In another dtype than the stored one, which stock transformers ends in a product of two.
+        other = loadstone.load(out, dtype="bfloat16", trust_remote_code=True)
+        assert torch.allclose(other(IDS).logits.float(), expected, atol=0.1)
+    with pytest.raises(UsageError, match="its model class is code in the directory"):
+        divided_share(loadstone.plan(path, trust_remote_code=True), 2)
 
 
 @pytest.mark.parametrize(

@@ -119,7 +119,6 @@ def plan(
         if not trust_remote_code:
             raise remote_code_refused(artifact)
         reason = f"{reason}; its model class is code in the directory"
-        load_path = load_path if load_path == NATIVE_UNPACKED else FROM_PRETRAINED
     elif load_path in (NATIVE, NATIVE_QUANTIZED, NATIVE_UNPACKED) and artifact.kind != ADAPTER:
         _check_unnamed_class(artifact)
     if native_kernels and str(artifact.quant_method) in _KERNELS:

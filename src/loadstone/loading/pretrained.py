@@ -1,4 +1,4 @@
-"""Artifacts that only transformers' own quantizers can load, and models whose class is code in the directory."""
+"""Artifacts that only transformers' own quantizers can load."""
 
 from __future__ import annotations
 
@@ -37,11 +37,6 @@ def load_pretrained(plan: LoadPlan, device_map: Any) -> PreTrainedModel:
         remedy = (
             f"Load it where {method}'s own package and kernels run, or name the model that it was made from"
         )
-    if artifact.adapter is not None:
-        raise ArtifactError(
-            f"'{artifact.root}': an adapter is not merged while a model of its directory's own code is loaded",
-            "Merge it first: loadstone finalize -M ADAPTER --trust-remote-code -o OUT",
-        )
     if artifact.kind == OTHER_QUANTIZER:
         check_package(method)
     with (
@@ -63,8 +58,6 @@ def load_pretrained(plan: LoadPlan, device_map: Any) -> PreTrainedModel:
                 output_loading_info=True,
             )
         except ImportError as error:
-            if artifact.kind != OTHER_QUANTIZER and not artifact.packed:
-                raise remote_code_failed(artifact, error) from None
             reason = " ".join(str(error).split())
             raise MissingError(
                 f"loading {method} needs a package that is not here: {reason}", remedy

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from loadstone.artifact import Artifact, FlatTensor
 from loadstone.errors import ArtifactError, UsageError
 from loadstone.loading.meta import meta_model
+from loadstone.loading.model_class import is_own_code
 from loadstone.loading.plan import NATIVE, NATIVE_QUANTIZED, NATIVE_UNPACKED, LoadPlan
 
 if TYPE_CHECKING:
@@ -161,6 +162,8 @@ def divided_share(plan: LoadPlan, ranks: int) -> float:
     if reason := next(filter(None, map(_indivisible, plan.artifact.quantized.values())), ""):
         raise UsageError(f"{name} cannot be divided among ranks: {reason}", "Leave --parallel out")
     model = meta_model(plan.artifact, plan.trust_remote_code)
+    if is_own_code(type(model)):
+        raise UsageError(f"{name} cannot be divided among ranks: {plan.reason}", "Leave --parallel out")
     rules = tensor_plan(model)
     kind = type(model).__name__
     if not rules or model.config.model_type in _BROKEN:
