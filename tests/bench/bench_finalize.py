@@ -1,19 +1,22 @@
 """Finalize: time beside stock load-quantize-save and a plain copy, peak memory by size, a dry run on 671B headers.
 
-python -m tests.bench finalize [--parts time,serving,memory,other,headers,fp8] [--gb 3] [--runs 3]
+python -m tests.bench finalize [--parts time,limit,serving,memory,other,headers,fp8] [--gb 3] [--runs 3]
 
-Each run in a process of its own, sides in turn, medians. Before the clock starts, imports are done and a tiny model has
-been through the same code. Memory is the peak resident set above what was resident then. The limit is reading the
-source and writing as many bytes as the output has, synced. ``serving``: the compressed-tensors layout beside torchao's.
-``other`` is llm-compressor's ``model_free_ptq`` and auto-round's ``--model_free``, when LLMCOMPRESSOR and AUTOROUND
-name the Pythons of environments that have them: FP8 beside torchao's layout, and W4A16 beside the same scheme in the
-compressed-tensors layout. auto-round works in processes of its own, whose start is part of its time. ``fp8``: an FP8
-checkpoint to plain bfloat16 weights, beside transformers' `dequantize=True` and a save.
+Each run in a process of its own, sides in turn, medians. Before the clock starts, imports are done and a tiny model
+has been through the same code. Memory is the peak resident set above what was resident then. The limit is reading the
+source and writing as many bytes as the output has, synced. ``limit``: ours beside it, and beside the same while two
+threads hash as many bytes as finalize hashes, those of the source and of the output. ``serving``: the compressed-
+tensors layout beside torchao's. ``other`` is llm-compressor's ``model_free_ptq`` and auto-round's ``--model_free``,
+when LLMCOMPRESSOR and AUTOROUND name the Pythons of environments that have them: FP8 beside torchao's layout, and
+W4A16 beside the same scheme in the compressed-tensors layout. auto-round works in processes of its own, whose start
+is part of its time. ``fp8``: an FP8 checkpoint to plain bfloat16 weights, beside transformers' `dequantize=True` and
+a save.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import shutil
@@ -22,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tests.bench.gpu_finalize import limit_seconds, size
@@ -160,7 +164,7 @@ def compare(
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--parts", default="time,serving,memory,other,headers,fp8")
+    parser.add_argument("--parts", default="time,limit,serving,memory,other,headers,fp8")
     parser.add_argument("--gb", type=float, default=1)
     parser.add_argument("--runs", type=int, default=3)
     options = parser.parse_args()
@@ -169,6 +173,8 @@ def main() -> None:
         bench = Bench(Path(name))
         if {"time", "other", "serving"} & set(parts):
             times(bench, parts, options.gb, options.runs)
+        if "limit" in parts:
+            limits(bench, options.gb, options.runs)
         if "memory" in parts:
             memory(bench)
         if "fp8" in parts:
@@ -177,10 +183,57 @@ def main() -> None:
             headers(bench.folder)
 
 
+def synthetic(bench: Bench, gigabytes: float) -> Path:
+    layers = max(int(gigabytes * 1e9 / 2 / (13 * 2048**2)), 1)
+    return make_llama(bench.folder / "big", 2048, layers, "500MB")
+
+
+def limits(bench: Bench, gigabytes: float, runs: int) -> None:
+    """Ours beside copies of the bytes, plain and hashed: the copy's seconds and what share of ours they are."""
+    big = synthetic(bench, gigabytes)
+    print(
+        "\n| source | recipe | s | CPU s | copy s | of ours | hashed s | of ours | hashed CPU s | of ours |\n"
+        "|---|---|---|---|---|---|---|---|---|---|"
+    )
+    for recipe in ("none", W4, SERVED):
+        found = []
+        for _ in range(runs):
+            seconds, used, _ = bench.run("loadstone", big, recipe)
+            copied = limit_seconds(big, bench.last, bench.folder)
+            found.append((seconds, used, copied, *hashed_copy(big, bench.last, bench.folder)))
+        seconds, used, copied, hashed, hashed_used = map(statistics.median, zip(*found, strict=True))
+        shares = [statistics.median(run[i] / run[of] for run in found) for i, of in ((2, 0), (3, 0), (4, 1))]
+        print(
+            f"| {size(big) / 1e9:.1f} GB | {recipe} | {seconds:.1f} | {used:.1f} | {copied:.1f} | {shares[0]:.0%} | "
+            f"{hashed:.1f} | {shares[1]:.0%} | {hashed_used:.1f} | {shares[2]:.0%} |",
+            flush=True,
+        )
+    shutil.rmtree(big)
+
+
+def hashed_copy(source: Path, nbytes: int, folder: Path) -> tuple[float, float]:
+    """Wall and CPU seconds of `limit_seconds` while one thread hashes ``source`` and one ``nbytes`` of it."""
+
+    def digest(left: int) -> None:
+        total, buffer = hashlib.sha256(), memoryview(bytearray(1 << 20))
+        for file in sorted(source.glob("*.safetensors")):
+            with file.open("rb", buffering=0) as opened:
+                while left and (count := opened.readinto(buffer[: min(left, 1 << 20)])):
+                    total.update(buffer[:count])
+                    left -= count
+
+    start, used = time.perf_counter(), time.process_time()
+    with ThreadPoolExecutor(2) as pool:
+        hashing = [pool.submit(digest, each) for each in (size(source), nbytes)]
+        limit_seconds(source, nbytes, folder)
+        for each in hashing:
+            each.result()
+    return time.perf_counter() - start, time.process_time() - used
+
+
 def times(bench: Bench, parts: list[str], gigabytes: float, runs: int) -> None:
     """Seconds and peaks beside stock, llm-compressor and auto-round."""
-    layers = max(int(gigabytes * 1e9 / 2 / (13 * 2048**2)), 1)
-    big = make_llama(bench.folder / "big", 2048, layers, "500MB")
+    big = synthetic(bench, gigabytes)
     print("| source | recipe | s | other s | faster | CPU s | other | less | of the limit | MiB | other |")
     print("|---|---|---|---|---|---|---|---|---|---|---|")
     for label, source in (("SmolLM2", SMOLLM2), (f"synthetic {size(big) / 1e9:.1f} GB", big)):

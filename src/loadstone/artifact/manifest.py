@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from fnmatch import fnmatch
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -93,11 +94,18 @@ def verify_files(directory: Path) -> list[str]:
 def versions() -> dict[str, str]:
     """Versions of everything that decides an artifact's bytes."""
     import platform
-    from importlib.metadata import version
 
     from loadstone._version import __version__
 
     names = ("torch", "torchao", "transformers", "safetensors")
     return {"loadstone": __version__, "python": platform.python_version()} | {
-        name: version(name) for name in names
+        name: _version_of(name) for name in names
     }
+
+
+@cache
+def _version_of(name: str) -> str:
+    # Reading a package's metadata takes milliseconds, and a finalize asks several times.
+    from importlib.metadata import version
+
+    return version(name)
