@@ -84,7 +84,7 @@ def load_pretrained(plan: LoadPlan, device_map: Any) -> PreTrainedModel:
         )
     if artifact.packed and method in ("fp8", "mxfp8"):
         _check_fp8_kernel()
-    if plan.dtype != "auto":
+    if plan.dtype != "auto" and artifact.packed:
         _cast_plain_weights(model, getattr(torch, plan.dtype))
     return model
 
@@ -107,13 +107,14 @@ def _check_fp8_kernel() -> None:
 def _cast_plain_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Weights beside quantized layers in the dtype that was asked for: of some quantizers (bitsandbytes' 4 bits)
     transformers leaves them in the dtype that they are stored in."""
+    left = model.dtype
     kept = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
     for name, module in model.named_modules():
         plain = type(module).__module__.startswith(("torch.nn.", "transformers.models."))
-        if not plain or any(f".{each}." in f".{name}." for each in kept):
+        if left == dtype or not plain or any(f".{each}." in f".{name}." for each in kept):
             continue
         for parameter in module.parameters(recurse=False):
-            if parameter.is_floating_point() and parameter.itemsize > 1:
+            if parameter.dtype == left:
                 parameter.data = parameter.data.to(dtype)
 
 
