@@ -43,7 +43,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import templates
 import tqdm
 from mutations import SPECIAL, mutate, special
-from templates import SCORING, command
+from templates import OTHERS, SCORING, command
 
 from loadstone.artifact.context_file import read_context
 from loadstone.artifact.manifest import verify_files
@@ -97,7 +97,7 @@ READERS = {
     },
     **{
         kind: Reader(kind, tuple(line for line in _MODEL if not line.startswith("eval")), model=True)
-        for kind in ("fp8", "nvfp4", "gptq", "awq", "auto-round")
+        for kind in OTHERS
     },
     "run": Reader("run", (*_MODEL, "inspect @ --checkpoint best", "load-best @")),
     "fitted": Reader(

@@ -32,6 +32,11 @@ RULES = (
     "format: int8\nrules:\n  - {match: '*.down_proj', format: fp8}\n  - {match: self_attn, format: none}\n"
 )
 SERVED = "intx4-weight-only:group_size=32"
+# Of other quantizers.
+OTHERS = {
+    "fp8": packed.fp8, "nvfp4": packed.nvfp4, "gptq": packed.gptq, "awq": packed.awq, "auto-round": packed.auto_round,
+    "nf4": packed.nf4, "llm-int8": packed.llm_int8,
+}  # fmt: skip
 SCORING = ("--limit", 2, "--context-length", 32, "--device", "cpu")
 
 
@@ -135,15 +140,9 @@ def models(folder: Path) -> None:
     others = folder / "others-source"
     for name, dtype in (("bf16", torch.bfloat16), ("f16", torch.float16)):
         packed.save_model("llama", others / name, dtype)
-    for name, write in (
-        ("fp8", packed.fp8),
-        ("nvfp4", packed.nvfp4),
-        ("gptq", packed.gptq),
-        ("awq", packed.awq),
-        ("auto-round", packed.auto_round),
-    ):
-        write(others / ("bf16" if name in ("fp8", "nvfp4") else "f16"), folder / name)
-    for name in ("bin", "distributed", "adapter", "fakequant", "fp8", "nvfp4", "gptq", "awq", "auto-round"):
+    for name, write in OTHERS.items():
+        write(others / ("bf16" if name in ("fp8", "nvfp4", "nf4") else "f16"), folder / name)
+    for name in ("bin", "distributed", "adapter", "fakequant", *OTHERS):
         manifest(folder / name)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests import packed
 from tests.helpers import run, stock
 from tests.small_models import make_model
 
@@ -317,3 +318,20 @@ def test_what_is_refused(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
             shutil.copy(path, folder)
     with pytest.raises(ArtifactError, match="full weights and an adapter"):
         loadstone.detect(folder, base=base)
+
+
+def test_an_adapter_of_a_base_in_4_bits(tmp_path: Path) -> None:
+    """As QLoRA trains them: the base is decoded first, and merged into."""
+    source = packed.nf4(packed.save_model("llama", tmp_path / "plain"), tmp_path / "nf4")
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(4, 256, generator=generator), torch.randn(256, 4, generator=generator)
+    tensors = {f"{Q}.lora_A.weight": a, f"{Q}.lora_B.weight": b}
+    folder = adapter(
+        tmp_path / "adapter", source, tensors, target_modules=["q_proj"], layers_to_transform=[0]
+    )
+    with pytest.raises(ArtifactError, match=r"decode this one \(loadstone finalize -M"):
+        loadstone.load(folder, device="cpu")
+    loadstone.finalize(source, tmp_path / "decoded")
+    found = loadstone.load(folder, base=tmp_path / "decoded", device="cpu").state_dict()[f"{Q}.weight"]
+    weight = loadstone.load(source, device="cpu").state_dict()[f"{Q}.weight"]
+    torch.testing.assert_close(found.float(), weight.float() + (b @ a) * 1.5, rtol=1e-2, atol=1e-2)

@@ -302,7 +302,12 @@ def _adapter(
     if below.kind not in (DENSE, QAT):
         raise ArtifactError(
             f"the base '{named}' is quantized ({below.kind}): an adapter is merged into unquantized weights",
-            "Name the unquantized base by --base",
+            "Name the unquantized base by --base"
+            + (
+                f", or decode this one (loadstone finalize -M {named} -o OUT) and name OUT"
+                if below.packed
+                else ""
+            ),
         )
     adapter = read_adapter(directory, sink)
     # Its names are those of the model in memory: what they are in the files is asked of the model before they are read.
