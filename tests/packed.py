@@ -144,6 +144,18 @@ def ragged_values(tensors: Tensors, name: str, sizes: tuple[int, int]) -> torch.
     return values
 
 
+def mxfp8(source: Path, out: Path) -> Path:
+    """float8 with a power of two, as a byte, for each 32 values of a row."""
+
+    def edit(name: str, tensor: torch.Tensor) -> Tensors:
+        groups = tensor.float().unflatten(1, (-1, 32))
+        exponents = (groups.abs().amax(-1) / 448).log2().ceil()
+        values = (groups / exponents.exp2().unsqueeze(-1)).flatten(1).to(torch.float8_e4m3fn)
+        return {name: values, f"{name}_scale_inv": (exponents + 127).to(torch.uint8)}
+
+    return rewrite(source, out, {"quant_method": "mxfp8", "weight_block_size": [1, 32]}, edit)
+
+
 def fp8_rows(source: Path, out: Path, method: str = "fbgemm_fp8") -> Path:
     """A scale for each row (``fbgemm_fp8``), or one for the tensor and one for its inputs (``modelopt``)."""
     whole = method == "modelopt"

@@ -26,6 +26,20 @@ def test_weights_are_those_of_gptqmodels_layers(name: str, tmp_path: Path) -> No
         assert packed.digest(view.source.read(view.tensors[f"{module}.weight"])) == expected, module
 
 
+@pytest.mark.parametrize("name, key", [("v2", "checkpoint_format"), ("awq", "version")])
+def test_a_layout_that_is_named_once(name: str, key: str, tmp_path: Path) -> None:
+    golden = GOLDEN[name]
+    block = {k: v for k, v in golden["block"].items() if k not in ("checkpoint_format", "version", "method")}
+    view = dense_view(
+        loadstone.detect(packed.write_recorded(tmp_path, golden["tensors"], block)), golden["dtype"]
+    )
+    for module, expected in golden["dense"].items():
+        assert packed.digest(view.source.read(view.tensors[f"{module}.weight"])) == expected, module
+    for other in ({"format": "marlin"}, {key: "gemv", "format": block["format"]}):
+        artifact = loadstone.detect(packed.write_recorded(tmp_path, golden["tensors"], block | other))
+        assert artifact.kind == "other-quantizer" and not artifact.packed
+
+
 def test_the_first_pattern_that_fits_decides(tmp_path: Path) -> None:
     golden = GOLDEN["other bits by pattern"]
     kinds = {}

@@ -26,6 +26,7 @@ from loadstone.loading.decoded import dense_view
 FORMATS: dict[str, Callable[[Path, Path], Path]] = {
     "fp8 block": packed.fp8,
     "fp8 tensor": lambda source, out: packed.fp8(source, out, None),
+    "mxfp8": packed.mxfp8,
     "fp8 rows": packed.fp8_rows,
     "modelopt fp8": lambda source, out: packed.fp8_rows(source, out, "modelopt"),
     "modelopt nvfp4": packed.nvfp4,
@@ -39,7 +40,7 @@ FORMATS: dict[str, Callable[[Path, Path], Path]] = {
     "nf4, plain factors": lambda source, out: packed.nf4(source, out, double=False),
     "llm.int8": packed.llm_int8,
 }
-STOCK = ("fp8 block", "fp8 tensor")
+STOCK = ("fp8 block", "fp8 tensor", "mxfp8")
 UP = "model.layers.0.mlp.up_proj"
 
 

@@ -32,11 +32,11 @@ FIRST_VERSION = "gptq"
 def unsupported_integers(block: dict[str, Any]) -> str:
     """What a GPTQ or AWQ block asks for that is not decoded here; empty where all is."""
     if block.get("quant_method") == "awq":
-        version, bits = str(block.get("version", "gemm")).lower(), block.get("bits", block.get("w_bit", 4))
+        version, bits = _named(block, "version", "gemm"), block.get("bits", block.get("w_bit", 4))
         if version != "gemm" or bits not in AWQ_BITS:
             return f"AWQ version {version[:20]} of {ascii(bits)[:20]} bits"
         return ""
-    layout, bits = str(block.get("checkpoint_format", FIRST_VERSION)).lower(), block.get("bits")
+    layout, bits = _version(block), block.get("bits")
     if layout not in (FIRST_VERSION, "gptq_v2") or block.get("is_marlin_format") is True:
         return f"the GPTQ checkpoint_format {layout[:20]}"
     return "" if bits in GPTQ_BITS else f"GPTQ of {ascii(bits)[:20]} bits"
@@ -155,7 +155,12 @@ def _bits(given: Any, known: tuple[int, ...], values: TensorInfo) -> int:
 
 
 def _version(block: dict[str, Any]) -> str:
-    return str(block.get("checkpoint_format", FIRST_VERSION)).lower()
+    return _named(block, "checkpoint_format", FIRST_VERSION)
+
+
+def _named(block: dict[str, Any], key: str, usual: str) -> str:
+    """The layout that a block names by ``key``, or by gptqmodel's ``format``."""
+    return str(block.get(key) or block.get("format") or usual).lower()
 
 
 def _group_size(block: dict[str, Any], columns: int, groups: int) -> int:
