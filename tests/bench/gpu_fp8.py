@@ -41,6 +41,8 @@ def fill(source: Path) -> None:
     """Random values in the files that `write_headers` left sparse: by several threads, on all cards."""
     with ThreadPoolExecutor(THREADS) as pool:
         list(pool.map(lambda each: fill_file(*each), enumerate(sorted(source.glob("*.safetensors")))))
+    # What follows needs the cards.
+    torch.cuda.empty_cache()
 
 
 def fill_file(number: int, file: Path) -> None:

@@ -25,13 +25,18 @@ CASES: dict[str, tuple[Callable[[Path, Path], Path], float]] = {
 }
 
 
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return packed.save_model("llama", tmp_path_factory.mktemp("plain") / "model", torch.float16)
+
+
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("name", CASES)
 def test_kernels_give_what_decoded_weights_give(
-    name: str, device: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str, device: str, plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write, most = CASES[name]
-    source = write(packed.save_model("llama", tmp_path / "plain", torch.float16), tmp_path / "packed")
+    source = write(plain, tmp_path / "packed")
     dtype = "float16" if device == "cuda" and name == "awq" else "float32"
     if name == "fp8":
         dtype = "bfloat16"
