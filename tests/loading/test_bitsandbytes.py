@@ -37,6 +37,9 @@ def test_weights_are_those_that_bitsandbytes_decodes(name: str, tmp_path: Path) 
     found = view.source.read(view.tensors[NAME])
     assert packed.digest(found) == GOLDEN[name]["dense"]
     view.source.check_values({})
+    with view.source.opened() as (unread, _):
+        for part in ((slice(3, 17), slice(None)), (slice(0, 24), slice(9, 40))):
+            assert torch.equal(unread[NAME][part].to(dtype=found.dtype), found[part])
     for start, stop in ((0, 1), (100, 500), (found.numel() - 7, found.numel())):
         assert torch.equal(view.source.read(view.tensors[NAME], start, stop), found.flatten()[start:stop])
 
