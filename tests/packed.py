@@ -69,9 +69,25 @@ def write_recorded(directory: Path, tensors: dict[str, Any], block: dict[str, An
     return directory
 
 
+def recorded(tensors: Tensors) -> dict[str, Any]:
+    """Tensors as `write_recorded` takes them."""
+    return {
+        name: [
+            str(tensor.dtype).removeprefix("torch."),
+            list(tensor.shape),
+            base64.b64encode(_bytes(tensor)).decode(),
+        ]
+        for name, tensor in tensors.items()
+    }
+
+
 def digest(tensor: torch.Tensor) -> str:
     """sha256 of a tensor's bytes."""
-    return hashlib.sha256(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
+    return hashlib.sha256(_bytes(tensor)).hexdigest()
+
+
+def _bytes(tensor: torch.Tensor) -> bytes:
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
 
 
 def rewrite(

@@ -86,7 +86,7 @@ class Ranks:
         return values[0]
 
     def combine(self, tensor: torch.Tensor, how: Literal["sum", "max"]) -> torch.Tensor:
-        """The sum or the largest of all ranks' tensors of one shape, on every rank."""
+        """The sum or the largest of all ranks' tensors of one shape, on every rank and the tensor's device."""
         mine, group = self._to_exchange(tensor)
         if not self.alone:
             import torch.distributed as dist
@@ -95,8 +95,8 @@ class Ranks:
         return mine.to(tensor.device)
 
     def sums(self, tensors: Iterable[torch.Tensor], to: int) -> Iterator[torch.Tensor]:
-        """The sums of all ranks' tensors one after the other, on any device: on rank ``to``, others get anything. A few
-        are on their way while the next is copied."""
+        """The sums of all ranks' tensors one after the other, where they were exchanged (CPU or GPU): on rank ``to``,
+        others get anything. A few are on their way while the next is copied."""
         import torch.distributed as dist
 
         on_the_way: deque[tuple[torch.Tensor, Any]] = deque()

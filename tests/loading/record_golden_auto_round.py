@@ -7,8 +7,6 @@ make of them, in float32. Recorded with 0.16.1.
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
 import tempfile
 from pathlib import Path
@@ -17,7 +15,7 @@ from typing import Any
 import torch
 from auto_round import AutoRound
 from safetensors.torch import load_file
-from tests.packed import integer_values
+from tests.packed import digest, integer_values, recorded
 from tests.small_models import make_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -79,21 +77,8 @@ def record(folder: Path, source: Path, options: dict[str, Any], written: str) ->
     model = AutoModelForCausalLM.from_pretrained(directory, device_map="cpu") if own else None
     return {
         "block": block,
-        "tensors": {
-            name: [
-                str(tensor.dtype).removeprefix("torch."),
-                list(tensor.shape),
-                base64.b64encode(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()).decode(),
-            ]
-            for name, tensor in stored.items()
-            if name.startswith(LAYERS)
-        },
-        "dense": {
-            name: hashlib.sha256(
-                (dense(model, name, stored, block) + 0.0).contiguous().numpy().tobytes()
-            ).hexdigest()
-            for name in LAYERS
-        },
+        "tensors": recorded({name: each for name, each in stored.items() if name.startswith(LAYERS)}),
+        "dense": {name: digest(dense(model, name, stored, block) + 0.0) for name in LAYERS},
     }
 
 

@@ -6,8 +6,6 @@ Of each case: the stored tensors and the sha256 of the decoded weight's bytes. R
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ import bitsandbytes as bnb
 import torch
 from bitsandbytes.backends.default.ops import _dequantize_4bit_compute
 from bitsandbytes.functional import dequantize_blockwise, get_4bit_type
+from tests.packed import digest, recorded
 
 NAME = "model.layers.0.mlp.up_proj.weight"
 # Case -> shape, dtype, table, values in a block, double quantization, dtype that the values are stored as.
@@ -58,16 +57,9 @@ def record(
         if shape[1] % size == 0:
             assert torch.equal(dense, bnb.functional.dequantize_4bit(values, quantized))
     return {
-        "tensors": {
-            name: [
-                str(tensor.dtype).removeprefix("torch."),
-                list(tensor.shape),
-                base64.b64encode(tensor.reshape(-1).view(torch.uint8).numpy().tobytes()).decode(),
-            ]
-            for name, tensor in stored.items()
-        },
+        "tensors": recorded(stored),
         "dtype": str(dtype).removeprefix("torch."),
-        "dense": hashlib.sha256(dense.reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest(),
+        "dense": digest(dense),
     }
 
 

@@ -7,8 +7,6 @@ Of each format: the config block, the stored tensors of two layers, and the sha2
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
 import os
 import tempfile
@@ -20,6 +18,7 @@ from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
 from gptqmodel.quantization.awq.utils.packing_utils import dequantize_gemm
 from gptqmodel.quantization.config import FORMAT, METHOD
 from safetensors.torch import load_file
+from tests.packed import digest, recorded
 from tests.small_models import make_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -56,20 +55,9 @@ def record(source: Path, out: Path, settings: dict[str, Any]) -> dict[str, Any]:
     block.pop("meta")
     return {
         "block": block,
-        "tensors": {
-            name: [
-                str(tensor.dtype).removeprefix("torch."),
-                list(tensor.shape),
-                base64.b64encode(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()).decode(),
-            ]
-            for name, tensor in stored.items()
-            if name.startswith(LAYERS)
-        },
+        "tensors": recorded({name: each for name, each in stored.items() if name.startswith(LAYERS)}),
         "dtype": str(dense[LAYERS[0]].dtype).removeprefix("torch."),
-        "dense": {
-            name: hashlib.sha256(weight.contiguous().view(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
-            for name, weight in dense.items()
-        },
+        "dense": {name: digest(weight) for name, weight in dense.items()},
     }
 
 

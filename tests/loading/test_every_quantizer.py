@@ -63,14 +63,6 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-def loss(
-    capsys: pytest.CaptureFixture[str], source: Path, text: Path, result: Path
-) -> tuple[int, float, str]:
-    places = {"SOURCE": source, "TEXT": text, "RESULT": result}
-    code, _, err = run(capsys, *(places.get(part, part) for part in COMMANDS["eval"]))
-    return code, json.loads(result.read_text())["models"][0]["loss"] if code == 0 else 0.0, err
-
-
 @pytest.mark.parametrize(
     "is_packed, commands",
     [
@@ -91,14 +83,14 @@ def test_a_command_works_or_names_the_quantizer(
 ) -> None:
     source = write(plain, tmp_path / "source", method, packed=is_packed)
     name = "bitsandbytes" if method.startswith("bitsandbytes") else method
+    result = tmp_path / "result.json"
+
+    def call(command: str, source: Path) -> tuple[int, str, str]:
+        places = {"SOURCE": source, "TEXT": text, "RESULT": result, "OUT": tmp_path / command}
+        return run(capsys, *(places.get(part, part) for part in COMMANDS[command]))
+
     for command in commands:
-        places = {
-            "SOURCE": source,
-            "TEXT": text,
-            "RESULT": tmp_path / "found.json",
-            "OUT": tmp_path / command,
-        }
-        code, out, err = run(capsys, *(places.get(part, part) for part in COMMANDS[command]))
+        code, out, err = call(command, source)
         assert code in (0, 3, 5), (command, err)
         says = any(each in out + err for each in (name, UP, "quantization_config"))
         assert code == 0 or says, (command, err)
@@ -106,5 +98,6 @@ def test_a_command_works_or_names_the_quantizer(
         assert not (tmp_path / command).exists()
         if command == "eval" and code == 0:
             assert not is_packed
-            found = json.loads((tmp_path / "found.json").read_text())["models"][0]["loss"]
-            assert found == loss(capsys, plain, text, tmp_path / "plain.json")[1]
+            found = json.loads(result.read_text())["models"][0]["loss"]
+            call("eval", plain)
+            assert found == json.loads(result.read_text())["models"][0]["loss"]

@@ -116,7 +116,7 @@ def _from_block(
                 "Restore the quantization_config block",
             )
         if packed:
-            # Layers may differ in their number format, and those of one format not in the dtypes of its parts.
+            # Layers may differ in their number format; those of one format have parts of the same dtypes.
             stored: dict[str, dict[str, TensorInfo]] = {}
             for weight in packed.values():
                 stored.setdefault(weight.type, {}).update({p.name: p for p in weight.parts.values()})

@@ -79,7 +79,7 @@ def packed_limits(packed: Iterable[Packed]) -> Limits:
         if weight.scheme.format in (NF4, FP4, LLM_INT8):
             # bitsandbytes' factor of a block or row of zeros is zero.
             if weight.values.dtype in _PATTERNS:
-                # Values of 4 bits, in a tensor of another dtype's name.
+                # Bytes of 4-bit values that are stored under a float dtype's name: no bits of them are wrong.
                 limits[weight.values.name] = Limit("uint8", 0, 255)
             for scale in (weight.parts["weight_scale"], weight.parts.get("nested_scale")):
                 if scale is not None and scale.dtype in POSITIVE:

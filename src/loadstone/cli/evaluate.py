@@ -70,7 +70,7 @@ def evaluate(
         bool,
         typer.Option(
             "--native-kernels",
-            help="Run FP8, MXFP4, GPTQ, AWQ and bitsandbytes weights on their own kernels instead of decoding them.",
+            help="Run weights of other quantizers on their format's own kernels instead of decoding them.",
             rich_help_panel=options.INPUT,
         ),
     ] = False,

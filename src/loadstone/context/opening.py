@@ -38,7 +38,7 @@ def load(
     trust_remote_code: run Python code that came with the model.
     base: of an adapter, the model to merge it into, if it is not where the adapter says.
     fast: on a GPU write tokens faster with weight-only recipes, to rounding; such a model is not saved again.
-    native_kernels: run FP8, MXFP4, GPTQ, AWQ and bitsandbytes weights on their own kernels instead of decoding them.
+    native_kernels: run weights of other quantizers on their format's own kernels instead of decoding them.
 
     Raises `ArtifactError` (damaged, or cannot be loaded here), `MissingError` (package or GPU) or `UsageError`.
     """

@@ -71,8 +71,8 @@ def evaluate(
     Models
         ``baseline``: a model the others are compared with, or the ``--json`` file of an earlier run. ``base``: the base
         model of a context, if it is not the recorded one. ``checkpoint``, ``no_checkpoint``: within a training run.
-        ``trust_remote_code``: run Python code that came with the model. ``native_kernels``: run FP8, MXFP4, GPTQ, AWQ
-        and bitsandbytes weights on their format's own kernels instead of decoding them.
+        ``trust_remote_code``: run Python code that came with the model. ``native_kernels``: run weights of other
+        quantizers on their format's own kernels instead of decoding them.
     Text
         ``data``: a file (.txt .jsonl .json .csv .parquet .arrow), a directory, a dataset's name, or a text in the
         package (``sample``, ``stories``, ``austen``); a table for fitted contexts. ``text_column``, ``split``,

@@ -80,7 +80,7 @@ class Laps:
 
     def __init__(self, device: str) -> None:
         self._device, self._said = device, ""
-        self.start = self._last = self._now()
+        self._start = self._last = self._now()
 
     def lap(self, step: str) -> None:
         """``step`` ends now."""
@@ -89,7 +89,7 @@ class Laps:
         self._last = now
 
     def __str__(self) -> str:
-        return f"{self._said}, in all {self._last - self.start:.2f} s"
+        return f"{self._said}, in all {self._last - self._start:.2f} s"
 
     def _now(self) -> float:
         import torch

@@ -65,9 +65,9 @@ def greedy_decoding(
     or compiled. Compiled layers round otherwise than plain ones, as `generate`'s own do: where two tokens nearly tie in
     bfloat16, another one may be chosen.
 
-    Raises `UsageError` for decoding that is code of the hub's.
+    Raises `UsageError` for a way of decoding that transformers fetches from the hub (contrastive search, …).
     """
-    # transformers gives a function of its caller's neither the streamer nor the tokenizer that `generate` was given.
+    # transformers does not pass the streamer on to a function: it is read from the frame of `generate`.
     streamer = sys._getframe(1).f_locals.get("streamer")
     if streamer is not None or not _takes(
         model, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs

@@ -50,20 +50,22 @@ def load_config(artifact: Artifact, trust_remote_code: bool = False) -> Any:
             f"{artifact.config_dir}/config.json: architectures is not a list", _remedy(artifact)
         )
     _check_dtype(artifact, config)
-    _usable_attention(artifact, config)
-    _drop_quantization(config)
+    for part in _parts(config):
+        _usable_attention(artifact, part)
+        # A part with a block of its own would be built for its quantizer's kernels.
+        if hasattr(part, "quantization_config"):
+            del part.quantization_config
     if artifact.adapter is not None and artifact.adapter.config_changes:
         config = type(config).from_dict(config.to_dict() | artifact.adapter.config_changes)
     return config
 
 
-def _drop_quantization(config: Any) -> None:
-    """Remove the quantization block of a config, and of its parts' configs: a part would be built for its kernels."""
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
+def _parts(config: Any) -> Iterator[Any]:
+    """A config, and the configs of the model's parts (text, vision, …) in it."""
+    yield config
     for name in config.sub_configs:
         if (part := getattr(config, name, None)) is not None:
-            _drop_quantization(part)
+            yield from _parts(part)
 
 
 def _check_dtype(artifact: Artifact, config: Any) -> None:
@@ -80,7 +82,7 @@ def _check_dtype(artifact: Artifact, config: Any) -> None:
 
 
 def _usable_attention(artifact: Artifact, config: Any) -> None:
-    """Take transformers' own choice where the config, or a part of it, asks for flash attention that is not here.
+    """Take transformers' own choice where a config asks for flash attention that is not installed, with a warning.
 
     It is another way to compute the same; a model that is quantized or loaded on a CPU need not have it.
     """
@@ -92,11 +94,10 @@ def _usable_attention(artifact: Artifact, config: Any) -> None:
     }
     asked = config._attn_implementation
     if isinstance(asked, str) and (here := found.get(asked)) is not None and not here():
-        log.warning("%s/config.json asks for %s, which is not here: not used", artifact.config_dir, asked)
+        log.warning(
+            "%s/config.json asks for %s, which is not installed: not used", artifact.config_dir, asked
+        )
         config._attn_implementation = None
-    for name in config.sub_configs:
-        if (part := getattr(config, name, None)) is not None:
-            _usable_attention(artifact, part)
 
 
 def model_class_of(config: Any, artifact: Artifact, trust_remote_code: bool = False) -> Any:

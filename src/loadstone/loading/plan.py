@@ -96,8 +96,8 @@ def plan(
     ``checkpoint`` and ``no_checkpoint`` choose within a training run; an artifact that loads one way only overrides
     them, with one warning that names the flag.
 
-    ``base``: of an adapter, its base model's directory. ``native_kernels``: run packed weights (FP8, MXFP4, GPTQ, …) on
-    their format's own kernels, through `from_pretrained`, instead of decoding them.
+    ``base``: of an adapter, its base model's directory. ``native_kernels``: run weights of other quantizers on their
+    format's own kernels, through `from_pretrained`, instead of decoding them.
 
     Raises `UsageError`, `ArtifactError` or `MissingError`.
     """
@@ -163,7 +163,8 @@ def _check_native_kernels(artifact: Artifact, device: str) -> None:
     if lacking:
         names = " ".join(name.replace("_", "-") for name in lacking)
         raise MissingError(
-            f"the kernels of {method} need {', '.join(lacking)}", f"pip install {names}, or leave it out"
+            f"the kernels of {method} need {', '.join(lacking)}",
+            f"pip install {names}, or leave --native-kernels out",
         )
     if on_gpu:
         import torch

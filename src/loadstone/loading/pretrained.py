@@ -1,4 +1,4 @@
-"""Artifacts that only transformers' own quantizers can load."""
+"""Loading by transformers itself: quantizers that are not decoded here, and formats on their own kernels."""
 
 from __future__ import annotations
 
@@ -37,7 +37,6 @@ def load_pretrained(plan: LoadPlan, device_map: Any) -> PreTrainedModel:
         remedy = (
             f"Load it where {method}'s own package and kernels run, or name the model that it was made from"
         )
-    if artifact.kind == OTHER_QUANTIZER:
         check_package(method)
     with (
         values_checked(artifact.source, artifact.packed.values()),
@@ -64,19 +63,13 @@ def load_pretrained(plan: LoadPlan, device_map: Any) -> PreTrainedModel:
             ) from None
         except (torch.OutOfMemoryError, LoadstoneError):
             raise
-        except (ValueError, RuntimeError, OSError) as error:
-            reason = " ".join(str(error).split())[:300]
+        except Exception as error:
+            if artifact.needs_remote_code and not isinstance(error, ValueError | RuntimeError | OSError):
+                raise remote_code_failed(artifact, error) from None
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
             raise ArtifactError(
                 f"'{artifact.path}' ({artifact.kind}): transformers cannot load it here ({reason})", remedy
             ) from None
-        except Exception as error:
-            if not artifact.needs_remote_code:
-                reason = " ".join(str(error).split())[:300] or type(error).__name__
-                raise ArtifactError(
-                    f"'{artifact.path}' ({artifact.kind}): transformers cannot load it here ({reason})",
-                    remedy,
-                ) from None
-            raise remote_code_failed(artifact, error) from None
         check_complete(artifact, model, info)
     if artifact.packed and not getattr(model, "is_quantized", False) and not artifact.needs_remote_code:
         raise MissingError(

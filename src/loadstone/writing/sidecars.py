@@ -17,7 +17,7 @@ from loadstone.errors import ArtifactError
 WEIGHTS, TRAINING, QUANTIZER, CACHES, CODE = (
     "other weights",
     "training state",
-    "what another quantizer says of the source",
+    "settings of the source's quantizer",
     "caches",
     "Python code that no config names",
 )
@@ -30,7 +30,7 @@ _TRAINING = re.compile(
     r"optimizer.*|scheduler.*|scaler.*|rng_state.*|random_states.*|trainer_state\.json|training_args\.(json|bin)"
     r"|(all|train|eval)_results\.json|events\.out\..*|latest|zero_to_fp32\.py"
 )
-# Of ModelOpt, GPTQ, AWQ and auto-round: read again, they would be said of the weights that are written.
+# Of ModelOpt, GPTQ, AWQ and auto-round: they do not describe the weights that are written.
 _QUANTIZER = ("hf_quant_config.json", "quantize_config.json", "quant_config.json", "quantization_config.json")
 _TRAINING_FOLDERS = re.compile(
     r"checkpoint-\d+|runs|logs|wandb|global_step\d+|optimizer(_\d+)?|pytorch_model_fsdp_\d+"

@@ -43,10 +43,11 @@ def unsupported_integers(block: dict[str, Any]) -> str:
 
 
 def settings_of(block: dict[str, Any]) -> Callable[[str, int], dict[str, Any]]:
-    """What a GPTQ or AWQ block says of a module: GPTQModel's ``dynamic`` changes it by pattern, the first that fits.
+    """A function that gives a GPTQ or AWQ block's settings for a module.
 
-    A pattern that begins with ``-:`` names modules that are not quantized, whose tensors tell. Raises `ArtifactError`
-    for what is no pattern.
+    GPTQModel's ``dynamic`` changes them by pattern; the first that fits counts. Patterns that begin with ``-:`` name
+    modules that are not quantized, as their tensors show. Raises `ArtifactError` for anything but patterns with
+    settings.
     """
     given = block.get("dynamic") or {}
     if not isinstance(given, dict):

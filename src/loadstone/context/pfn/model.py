@@ -25,8 +25,8 @@ from loadstone.context.tables.predictions import REGRESSION
 
 # CUDA attention kernels put the batch in a grid dimension that ends at 65,535.
 _MAX_ATTENTION_BATCH = 32_768
-# They also work in tiles of 128 x 128: up to one tile, plain matrix products are faster, and many times so up to the
-# second number; in between, a batch must not hold more scores than the third (32 MB).
+# They also work in tiles of 128 x 128 scores. Plain matrix products are many times faster for a sequence of few scores,
+# and faster up to one tile where all sequences together have at most 2^23 (32 MB).
 _TILE, _FEW_SCORES, _MOST_SCORES = 16_384, 4096, 2**23
 
 
@@ -197,6 +197,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _few(queries: int, keys: int, sequences: int) -> bool:
+    """Whether plain matrix products attend faster than CUDA's fused kernels."""
     scores = queries * keys
     return scores <= _FEW_SCORES or (scores <= _TILE and scores * sequences <= _MOST_SCORES)
 
