@@ -12,10 +12,12 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from tests.small_models import make_tokenizer
 
 import loadstone
 from loadstone.artifact.manifest import verify_files
 from loadstone.errors import ArtifactError
+from loadstone.loading.streamed import streamed
 
 W8 = "int8-weight-only"
 UP = "model.layers.0.mlp.up_proj.weight"
@@ -176,6 +178,52 @@ def test_keys_that_transformers_ignores(make_model: Callable[..., Path], tmp_pat
     loadstone.finalize(source, tmp_path / "out", recipe=W8)
     loadstone.export_fakequant(source, tmp_path / "fq", format="fp8")
     assert loadstone.load(tmp_path / "out") and loadstone.load(tmp_path / "fq")
+    with streamed(loadstone.plan(source), torch.device("cpu")) as model:
+        assert model.layer(0)
+
+
+def test_masks_that_old_checkpoints_hold(tmp_path: Path) -> None:
+    config = transformers.GPTNeoConfig(
+        vocab_size=400, hidden_size=32, num_layers=2, num_heads=2, attention_types=[[["global", "local"], 1]],
+        max_position_embeddings=64, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    source = _saved(transformers.GPTNeoForCausalLM(config), tmp_path / "source")
+    clean = loadstone.load(source)(torch.arange(3, 20)[None]).logits
+
+    def add(tensors: Tensors) -> None:
+        for layer in range(2):
+            attention = f"transformer.h.{layer}.attn.attention"
+            tensors[f"{attention}.bias"] = torch.ones(1, 1, 64, 64, dtype=torch.bool).tril()
+            tensors[f"{attention}.masked_bias"] = torch.tensor(-1e9)
+
+    old = _edited(source, tmp_path / "old", add)
+    make_tokenizer().save_pretrained(old)
+    assert torch.equal(loadstone.load(old)(torch.arange(3, 20)[None]).logits, clean)
+    text = ["One two three, four five six. " * 200]
+    for number, options in enumerate(
+        (
+            {"dtype": "float16"},
+            {"recipe": W8, "verify": True},
+            {"recipe": "intx4-weight-only", "calibrate": text, "calibrate_tokens": 256},
+        )
+    ):
+        out = loadstone.finalize(old, tmp_path / str(number), **options).out
+        assert loadstone.load(out) and not [
+            name for name in loadstone.detect(out).tensors if "masked" in name
+        ]
+    loadstone.export_fakequant(old, tmp_path / "fq", format="fp8")
+    assert loadstone.load(tmp_path / "fq")
+    losses = [
+        loadstone.evaluate(old, limit=1, context_length=32, stream=stream).records[0]["loss"]
+        for stream in (True, False)
+    ]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    # A parameter of a layer is still one.
+    wrong = _edited(
+        source, tmp_path / "wrong", lambda t: t.update({"transformer.h.0.attn.bias": torch.ones(32)})
+    )
+    with pytest.raises(ArtifactError, match=r"'transformer\.h\.0\.attn\.bias' is not part of this model"):
+        loadstone.finalize(wrong, tmp_path / "out")
 
 
 def _saved(model: Any, directory: Path) -> Path:

@@ -113,6 +113,15 @@ def test_what_the_code_computes_as_it_is_built(
         divided_share(loadstone.plan(path, trust_remote_code=True), 2)
 
 
+def test_a_module_under_two_names(odd: Callable[..., tuple[Path, torch.Tensor]], tmp_path: Path) -> None:
+    path, expected = odd()
+    code = CODE.replace("self.post_init()", "self.again = self.up\n        self.post_init()")
+    (path / "modeling_odd.py").write_text(code)
+    assert torch.equal(logits(path), expected)
+    out = loadstone.finalize(path, tmp_path / "out", recipe="int8-weight-only", trust_remote_code=True).out
+    assert torch.allclose(logits(out), expected, atol=0.05)
+
+
 @pytest.mark.parametrize(
     ("old", "new", "says"),
     [

@@ -40,7 +40,7 @@ def roles_in(model: PreTrainedModel, infos: dict[str, TensorInfo], ties: dict[st
 
     infos = {t: infos[s]._replace(name=t) for t, s in ties.items() if s in infos} | infos
     where = destinations(model, list(infos))
-    ignored = ignored_keys(model, [key for key, place in where.items() if place is None])
+    ignored = ignored_keys(model, infos, [key for key, place in where.items() if place is None])
     head = output_head(model)
     roles: dict[str, Role] = {}
     for key, info in infos.items():

@@ -28,21 +28,24 @@ def layer_calls(
     """The inputs of the first layer for this rank's share of the ``rows`` of token ids, every size-th, on ``device``
     where they are small beside its memory, else on the CPU; and the arguments of each layer's call (masks, positions).
 
-    Each layer's forward is replaced by one that records its call and returns its input, so no layer needs weights.
+    Each layer's forward is replaced by one that records its call and returns the first one's input, so no layer needs weights.
     Raises `ArtifactError`, with ``remedy``, for a model that does not take token ids alone or does not run its layers
     one after the other.
     """
     mine = rows[ranks.rank :: ranks.size]
     calls: list[Call] = []
     entered: list[torch.Tensor] = []
+    first: list[torch.Tensor] = []
 
     def record(number: int) -> Callable[..., Any]:
         def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
             if number == 0:
+                first[:] = [x]
                 entered.append(x if _stays(x, len(mine)) else x.cpu())
             if number == len(calls):
                 calls.append((args, kwargs))
-            return x
+            # Models that take the first of what a layer returns find its one row here, and give that to the next.
+            return first[0]
 
         return forward
 

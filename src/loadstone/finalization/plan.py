@@ -160,6 +160,7 @@ def make_plan(
     fit the model.
     """
     from loadstone.finalization.encoders.torchao import TorchaoEncoder
+    from loadstone.loading.complete import old_masks
     from loadstone.loading.experts import learned_place
     from loadstone.loading.infinite import infinite_buffers
     from loadstone.loading.merged_experts import merged_experts
@@ -175,7 +176,8 @@ def make_plan(
         found = stored_tensors(artifact)
         mapped = model_map(artifact, found, trust_remote_code)
     model, where = mapped.facts, mapped.places
-    sources = source_tensors(artifact, found, model)
+    masks = old_masks(found, [key for key, place in where.items() if place is None])
+    sources = source_tensors(artifact, {key: found[key] for key in found if key not in masks}, model)
     decisions = encoder.decide(model, recipe, skip) if recipe else {}
     if not encoder.keeps_names:
         decisions = _left_plain(mapped, decisions, sources, dtype, artifact.config)

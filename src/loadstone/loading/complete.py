@@ -39,10 +39,27 @@ class Destination(NamedTuple):
         return self.pattern is not None
 
 
-def ignored_keys(model: PreTrainedModel, unexpected: Iterable[str]) -> frozenset[str]:
-    """Those of the ``unexpected`` checkpoint keys that transformers ignores for this model (such as ``inv_freq``)."""
+def ignored_keys(
+    model: PreTrainedModel, stored: Mapping[str, TensorInfo], unexpected: Iterable[str]
+) -> frozenset[str]:
+    """Those of the ``unexpected`` checkpoint keys that transformers ignores for this model (such as ``inv_freq``), and
+    `old_masks`."""
     asked = frozenset(unexpected)
-    return asked - _left(model, set(), set(asked)).unexpected_keys
+    return (asked - _left(model, set(), set(asked)).unexpected_keys) | old_masks(stored, asked)
+
+
+def old_masks(stored: Mapping[str, TensorInfo], names: Iterable[str]) -> frozenset[str]:
+    """Those of the ``names`` that are causal masks, which transformers once saved with GPT-Neo, GPT-J and their like.
+
+    ``bias`` of (1, 1, T, T) for T tokens, and the number ``masked_bias``: no layer has such parameters.
+    """
+    found = {name: stored[name] for name in names if name in stored}
+    return frozenset(
+        name
+        for name, info in found.items()
+        if (name.endswith(".masked_bias") and info.numel == 1)
+        or (name.endswith(".bias") and info.shape[:2] == (1, 1) and info.shape[2:3] == info.shape[3:])
+    )
 
 
 def _left(model: PreTrainedModel, missing: set[str], unexpected: set[str]) -> SimpleNamespace:
@@ -65,7 +82,7 @@ def check_stored(
     """
     expected = model.state_dict()
     unknown = [key for key, place in places.items() if place is None]
-    for key in sorted(set(unknown) - ignored_keys(model, unknown)):
+    for key in sorted(set(unknown) - ignored_keys(model, stored, unknown)):
         # TRL saves its value head beside the language model, which does not use it.
         remedy = "Remove TRL's value head from the file" if key.startswith("v_head.") else CHECK_CONFIG
         raise ArtifactError(
@@ -181,4 +198,14 @@ def _missing(model: PreTrainedModel, expected: Iterable[str], given: set[str]) -
     for target, source in model.all_tied_weights_keys.items():
         if source in given or target in given:
             missing -= {target, source}
+    if missing:
+        # A module under two names, as code that came with a model may have, is stored under one of them.
+        held = {_owner(model, name) for name in given}
+        missing = {name for name in missing if _owner(model, name) not in held}
     return _left(model, missing, set()).missing_keys if missing else missing
+
+
+def _owner(model: PreTrainedModel, name: str) -> tuple[int, str]:
+    """The module object that holds a parameter or buffer, by its identity, and the name there."""
+    module, _, own = name.rpartition(".")
+    return id(model.get_submodule(module)), own

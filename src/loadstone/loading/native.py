@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from loadstone.artifact import Artifact
 from loadstone.artifact.source import values_checked
 from loadstone.errors import ArtifactError
-from loadstone.loading.complete import CHECK_CONFIG, COPY_AGAIN, MISSING, UNEXPECTED
+from loadstone.loading.complete import CHECK_CONFIG, COPY_AGAIN, MISSING, UNEXPECTED, old_masks
 from loadstone.loading.computed import computed_tensors
 from loadstone.loading.devices import CPU, DISK
 from loadstone.loading.experts import experts_alone, forget_experts, registered_experts
@@ -106,7 +106,7 @@ def check_complete(artifact: Artifact, model: PreTrainedModel, info: dict[str, A
         ("missing_keys", MISSING, COPY_AGAIN),
         ("unexpected_keys", UNEXPECTED, CHECK_CONFIG),
     ):
-        names = sorted(info[key])
+        names = sorted(set(info[key]) - old_masks(artifact.tensors, info[key]))
         if names:
             more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
             raise ArtifactError(f"{where}: tensor '{names[0]}'{more} {problem}", remedy)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from loadstone.artifact.source import values_checked
 from loadstone.errors import ArtifactError
+from loadstone.loading.complete import CHECK_CONFIG, UNEXPECTED, ignored_keys
 from loadstone.loading.experts import conversions_of, learn_experts
 from loadstone.loading.layers import layer_stack
 from loadstone.loading.lazy import lazy_state_dict
@@ -60,12 +61,14 @@ class StreamedModel:
         stack, self.stack = found
         self.stack_name = stack
         self._parts: dict[int | None, dict[str, Any]] = {}
-        for key, destination in destinations(self.model, list(state)).items():
+        places = destinations(self.model, list(state))
+        unknown = [key for key, destination in places.items() if destination is None]
+        ignored = ignored_keys(self.model, artifact.tensors, unknown)
+        for key, destination in places.items():
+            if key in ignored:
+                continue
             if destination is None:
-                raise ArtifactError(
-                    f"{self._where}: tensor '{key}' is not part of this model",
-                    "Check that config.json is of these weights",
-                )
+                raise ArtifactError(f"{self._where}: tensor '{key}' {UNEXPECTED}", CHECK_CONFIG)
             inside = destination.parameter.startswith(stack + ".")
             index = int(destination.parameter[len(stack) + 1 :].partition(".")[0]) if inside else None
             self._parts.setdefault(index, {})[key] = state[key]
@@ -115,7 +118,7 @@ class StreamedModel:
             name, stored, expected = sorted(info.mismatched_keys)[0]
             raise ArtifactError(
                 f"{self._where}: tensor '{name}' has shape {list(stored)}, config.json asks for {list(expected)}",
-                "Check that config.json is of these weights",
+                CHECK_CONFIG,
             )
         errors = [*info.error_msgs, *map(str, info.conversion_errors.values())]
         if errors:
