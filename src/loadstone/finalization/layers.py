@@ -28,9 +28,9 @@ def layer_calls(
     """The inputs of the first layer for this rank's share of the ``rows`` of token ids, every size-th, on ``device``
     where they are small beside its memory, else on the CPU; and the arguments of each layer's call (masks, positions).
 
-    Each layer's forward is replaced by one that records its call and returns the first one's input, so no layer needs weights.
-    Raises `ArtifactError`, with ``remedy``, for a model that does not take token ids alone or does not run its layers
-    one after the other.
+    Each layer's forward is replaced by one that records its call and returns the first one's input, so no layer needs
+    weights. Raises `ArtifactError`, with ``remedy``, for a model that does not take token ids alone or does not run its
+    layers one after the other.
     """
     mine = rows[ranks.rank :: ranks.size]
     calls: list[Call] = []
