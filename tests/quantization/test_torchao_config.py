@@ -86,3 +86,10 @@ def test_unknown_class_is_named() -> None:
     flat = FlatTensor("m.weight", "AffineQuantizedTensor", {}, {})
     with pytest.raises(ArtifactError, match=r"AffineQuantizedTensor.*quantization_config.*float8"):
         scheme_of(flat)
+
+
+@pytest.mark.parametrize(
+    "recipe", ["intx4-weight-only:group_size=96", "int8-dynamic-act-int4-weight:group_size=4096"]
+)
+def test_groups_that_do_not_divide_1024(recipe: str) -> None:
+    check_runs(parse_recipe(recipe), "cpu", "bfloat16")

@@ -142,14 +142,17 @@ def _probe(scheme: Scheme, device: str, dtype_name: str) -> str:
     import torch
 
     dtype = getattr(torch, dtype_name)
+    group = int(getattr(scheme, "group_size", 0))
+    # Kernels take 1024 columns; groups that do not divide them are no kernel's.
+    columns = 1024 if not 0 < group <= 1 << 16 or 1024 % group == 0 else 32 * group
     try:
-        linear = torch.nn.Linear(1024, 256, bias=False, dtype=dtype, device=device)
+        linear = torch.nn.Linear(columns, 256, bias=False, dtype=dtype, device=device)
         linear.weight = torch.nn.Parameter(
             quantize_weight(linear.weight.detach(), scheme), requires_grad=False
         )
         flatten("probe.weight", linear.weight)
         with torch.inference_mode():
-            linear(torch.ones(32, 1024, dtype=dtype, device=device))
+            linear(torch.ones(32, columns, dtype=dtype, device=device))
     except Exception as error:
         return " ".join(str(error).split())[:200] or type(error).__name__
     return ""
