@@ -36,8 +36,6 @@ _TRAINING_FOLDERS = re.compile(
     r"checkpoint-\d+|runs|logs|wandb|global_step\d+|optimizer(_\d+)?|pytorch_model_fsdp_\d+"
 )
 _WEIGHT_FOLDERS = ("onnx", "openvino", "original", "coreml", "tf", "flax", "gguf", "mlx")
-# The weights that are read: no word about them.
-_SOURCE_SUFFIXES = (".safetensors", ".bin", ".json", ".distcp")
 _CACHE_SUFFIXES = (".tmp", ".lock", ".pyc", ".incomplete")
 # Hidden files that say something of the model; others belong to tools.
 _HIDDEN_KEPT = (".gitattributes",)

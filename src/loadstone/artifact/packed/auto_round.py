@@ -19,7 +19,6 @@ from loadstone.artifact.packed.fp8 import fp8_weights
 from loadstone.artifact.packed.integers import FIRST_VERSION, integer_weights
 from loadstone.artifact.packed.weight import Packed
 
-AUTO_ROUND = "auto-round"
 _GPTQ = {
     "auto": FIRST_VERSION,
     "auto_round:gptq": FIRST_VERSION,

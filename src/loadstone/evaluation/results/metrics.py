@@ -183,7 +183,6 @@ METRICS: tuple[Metric, ...] = (
         "lower", heading="calibration_error", missing="-", gate="calibration_error",
     ),
 )  # fmt: skip
-BY_KEY = {metric.key: metric for metric in METRICS}
 BY_GATE = {metric.gate: metric for metric in METRICS if metric.gate}
 
 
