@@ -13,7 +13,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
-from math import isfinite, prod
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +135,7 @@ def _state(info: TensorInfo, raw: bytes) -> dict[str, Any]:
     """The checked JSON of a quantization state."""
     try:
         state = json.loads(raw)
-    except ValueError:
+    except (ValueError, RecursionError):
         state = None
     if not isinstance(state, dict):
         raise misfit(info, "is not JSON")
@@ -146,9 +146,9 @@ def _state(info: TensorInfo, raw: bytes) -> dict[str, Any]:
         if key in state and not _is_size(state[key]):
             raise misfit(info, f"says {key} {ascii(state[key])[:40]}")
     offset = state.get("nested_offset", 0.0)
-    if "blocksize" not in state or state.get("dtype") not in _DTYPES:
+    if "blocksize" not in state or state.get("dtype") not in tuple(_DTYPES):
         raise misfit(info, f"names no blocksize, or no dtype of {', '.join(_DTYPES)}")
-    if not isinstance(offset, int | float) or not isfinite(offset):
+    if not isinstance(offset, int | float) or not abs(offset) < 1e38:
         raise misfit(info, f"says nested_offset {ascii(offset)[:40]}")
     return state
 
