@@ -35,9 +35,8 @@ def test_nibbles_lie_where_the_kernel_reads_them(group: int) -> None:
     assert torch.equal(((floats - 1.5) * 16).flatten(1), values.float())
 
 
-def test_nothing_is_replaced_on_a_cpu() -> None:
-    model = make_model()
-    assert speed_up_decoding(model) == 0 and not any(isinstance(m, FewRowsLinear) for m in model.modules())
+def test_a_plain_model_stays_as_it_is() -> None:
+    assert speed_up_decoding(make_model()) == 0
 
 
 @pytest.mark.gpu

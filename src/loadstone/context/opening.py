@@ -37,7 +37,8 @@ def load(
     checkpoint: of a training run: newest (default), best, a step or a folder. no_checkpoint: its own directory instead.
     trust_remote_code: run Python code that came with the model.
     base: of an adapter, the model to merge it into, if it is not where the adapter says.
-    fast: on a GPU write tokens faster with weight-only recipes, to rounding; such a model is not saved again.
+    fast: write tokens faster with quantized layers, on a GPU weight-only ones, to rounding; such a model is not saved
+        again.
     native_kernels: run weights of other quantizers on their format's own kernels instead of decoding them.
 
     Raises `ArtifactError` (damaged, or cannot be loaded here), `MissingError` (package or GPU) or `UsageError`.

@@ -227,25 +227,28 @@ def run_extras(
     """Scores of lm-eval tasks (``--tasks``) and records of speed (``--speed``), empty where not asked for.
 
     All ranks divide the tasks. Rank 0 alone measures speed, on one device while the others wait, and of the model as
-    anyone loads it: without the fast path and without compiled layers. On a GPU also as fast as it can be loaded: with
-    the kernels of `load(…, fast=True)` and `greedy_decoding`.
+    anyone loads it: without the fast path and without compiled layers. On a CPU it is `load(…, fast=True)`; on a GPU
+    that follows, with `greedy_decoding`.
     """
     options, task = context.options, context.task.result()
-    if not options.tasks and not options.speed:
-        return [], []
     scores: list[TaskScore] = []
     speeds: list[dict[str, Any]] = []
-    with open_model(model, replace(options, stream=False, fast=False, compile=False)) as loaded:
-        if options.speed:
+    plain = replace(options, stream=False, fast=False, compile=False)
+    if options.speed:
+        with open_model(model, plain) as loaded:
             if context.ranks.rank == 0:
                 ids = task.stream.ids_at(np.arange(min(task.stream.size, PROMPT_TOKENS)))
                 prompt = torch.from_numpy(ids).to(loaded.device)
+                if options.fast and loaded.device.type == "cpu":
+                    speed_up_decoding(loaded.model)
                 speeds = measure_speed(loaded.model, prompt, (1, batch_size))
                 if options.fast and loaded.device.type == "cuda" and loaded.model._can_compile_fullgraph:
                     speed_up_decoding(loaded.model)
                     speeds += measure_speed(loaded.model, prompt, (1, batch_size), compiled=True)
             context.ranks.wait()
-        if options.tasks:
+    if options.tasks:
+        # Loaded again, since kernels for few rows round otherwise.
+        with open_model(model, plain) as loaded:
             log.info("%s: running lm-eval tasks", model.name)
             if options.fast and not model.has_quantizers and model.mesh is None:
                 speed_up(loaded.model)

@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from loadstone.loading.few_rows_cpu import DenseLinear, IntegerLinear, faster_on_cpu
+from loadstone.loading.input_rounding import share_rounding
 from loadstone.loading.repack import unpack_int4_tiles
 from loadstone.quantization.weight_use import weights_used_otherwise
 
@@ -49,7 +51,7 @@ class FewRowsLinear(nn.Module):
 
 
 def speed_up_decoding(model: Any) -> int:
-    """Replace the weight-only quantized Linear layers of a model on a GPU. Returns how many were replaced.
+    """Replace the quantized Linear layers of a model: on a GPU those of weight-only recipes. Returns how many were.
 
     A layer stays where the model reads its weight itself, where its recipe has no kernel, and where the kernel does not
     give what the layer gives on a probe.
@@ -57,17 +59,25 @@ def speed_up_decoding(model: Any) -> int:
     read = weights_used_otherwise(model)
     count = 0
     for name, module in list(model.named_modules()):
-        if type(module) is not nn.Linear or name in read or module.weight.device.type != "cuda":
+        if type(module) is not nn.Linear or name in read:
             continue
-        stored = _stored(module.weight)
-        if stored is None:
-            continue
-        replacement = FewRowsLinear(module, stored)
-        if _agrees(module, replacement):
+        replacement = _replacement(module)
+        if replacement is not None and _agrees(module, replacement):
             model.set_submodule(name, replacement)
             count += 1
+    share_rounding(model, (IntegerLinear, DenseLinear))
     log.info("%d layers are multiplied by kernels for few rows", count)
     return count
+
+
+def _replacement(linear: nn.Linear) -> nn.Module | None:
+    match linear.weight.device.type:
+        case "cuda":
+            stored = _stored(linear.weight)
+            return None if stored is None else FewRowsLinear(linear, stored)
+        case "cpu":
+            return faster_on_cpu(linear)
+    return None
 
 
 def _stored(weight: Any) -> tuple[torch.Tensor, ...] | None:
@@ -116,7 +126,7 @@ def pack_nibbles(values: torch.Tensor, group: int) -> torch.Tensor:
     return (words - ((words >> 31) << 32)).to(torch.int32).flatten(1).contiguous()
 
 
-def _agrees(module: nn.Linear, replacement: FewRowsLinear) -> bool:
+def _agrees(module: nn.Linear, replacement: nn.Module) -> bool:
     """Whether the kernel gives what the layer gives, on a row and on several."""
     generator = torch.Generator().manual_seed(0)
     for rows in (1, MOST_ROWS):

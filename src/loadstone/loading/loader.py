@@ -32,7 +32,8 @@ def load(
 
     ``target``: a directory, or a plan that `plan` made. ``options`` are `plan`'s: ``device`` (auto, cpu, cuda,
     cuda:N), ``dtype`` (auto, float32, bfloat16, float16), ``checkpoint``, ``trust_remote_code``, ``native_kernels``.
-    ``fast``: on a GPU write tokens faster with weight-only recipes, to rounding; such a model is not saved again.
+    ``fast``: write tokens faster with quantized layers, on a GPU weight-only ones, to rounding; such a model is not
+    saved again.
     ``mesh``: a one-dimensional `DeviceMesh` of ranks that each load their part, by transformers' tensor-parallel plan;
     ``device`` is then this rank's.
 

@@ -11,7 +11,7 @@ import torch
 import loadstone
 from loadstone.evaluation.fast.products import DequantizedLinear, Int8LinearVnni, PackedProductInOrder
 from loadstone.evaluation.fast.replace import FastPath, _amd, speed_up
-from loadstone.evaluation.fast.rounding import SharedRounding, int8_round_trip, int8_rows
+from loadstone.loading.input_rounding import SharedRounding, int8_round_trip, int8_rows
 
 
 def configs() -> dict[str, Any]:

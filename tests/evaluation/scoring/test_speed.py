@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import loadstone
+from loadstone.evaluation import passes
 from loadstone.evaluation.scoring.speed import measure_speed
+from loadstone.loading.few_rows_cpu import Int4Linear
 
 
 def test_figures(model: Any) -> None:
@@ -51,3 +55,17 @@ def test_compiled_rows_write_the_same(model: Any, monkeypatch: pytest.MonkeyPatc
     assert torch.equal(
         max(written, key=lambda ids: ids.shape[1]), real(torch.arange(20, 60)[None], max_new_tokens=16)
     )
+
+
+def test_on_a_cpu_it_is_the_model_that_writes_fast(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+
+    def spy(model: Any, *args: Any) -> Any:
+        seen.append(sum(isinstance(m, Int4Linear) for m in model.modules()))
+        return measure_speed(model, *args)
+
+    monkeypatch.setattr(passes, "measure_speed", spy)
+    loadstone.finalize("builtin:tiny-llama", tmp_path / "q", recipe="intx4-weight-only", device="cpu")
+    for fast in (True, False):
+        loadstone.evaluate(tmp_path / "q", limit=1, speed=True, fast=fast, device="cpu")
+    assert seen == [28, 0]

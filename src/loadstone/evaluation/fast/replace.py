@@ -39,14 +39,14 @@ from loadstone.evaluation.fast.products import (
     Product,
     Rounding,
 )
-from loadstone.evaluation.fast.rounding import (
-    SharedRounding,
+from loadstone.evaluation.measure import free_bytes
+from loadstone.loading.input_rounding import (
     float8_rounding,
     int8_round_trip,
     int8_rows,
     mx_round_trip,
+    share_rounding,
 )
-from loadstone.evaluation.measure import free_bytes
 from loadstone.quantization.weight_use import weights_used_otherwise
 
 log = logging.getLogger(__name__)
@@ -96,7 +96,7 @@ def _speed_up(
     model: Any, head: nn.Module | None, read: Collection[str], *, packs: bool
 ) -> tuple[FastPath, int]:
     exact, rounded, found = _cache_dequantized(model, read)
-    _share_rounding(model)
+    share_rounding(model, (DequantizedLinear, Int8DynamicLinear, Float8DynamicLinear))
     packed = _pack(model, head, read) if packs else 0
     _unwrap(model)
     return FastPath(exact, rounded + packed), found
@@ -163,16 +163,6 @@ def _unwrap(model: Any) -> None:
         linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
         linear.weight, linear.bias = weight, module.bias
         model.set_submodule(name, linear)
-
-
-def _share_rounding(model: Any) -> None:
-    """Let Linear layers of one parent module, such as q, k and v, round their common input once."""
-    for parent in model.modules():
-        shared: dict[Rounding, SharedRounding] = {}
-        for module in parent.children():
-            rounds = isinstance(module, DequantizedLinear | Int8DynamicLinear | Float8DynamicLinear)
-            if rounds and module.rounding is not None:
-                module.rounding = shared.setdefault(module.rounding, SharedRounding(module.rounding))
 
 
 def _pack(model: Any, head: nn.Module | None, read: Collection[str]) -> int:

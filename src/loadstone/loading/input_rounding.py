@@ -8,6 +8,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from torch import nn
 
 _CACHED_ELEMENTS = 1 << 16
 _HALF_RANGE = 127.5
@@ -89,3 +90,13 @@ class SharedRounding:
     def __deepcopy__(self, memo: dict[int, Any]) -> SharedRounding:
         memo[id(self)] = copy = SharedRounding(self.rounding)
         return copy
+
+
+def share_rounding(model: nn.Module, kinds: type | tuple[type, ...]) -> None:
+    """Let modules of some ``kinds`` in one parent module, such as q, k and v, round their common input once."""
+    for parent in model.modules():
+        shared: dict[Callable[[torch.Tensor], Any], SharedRounding] = {}
+        for module in parent.children():
+            rounding: Any = getattr(module, "rounding", None)
+            if isinstance(module, kinds) and rounding is not None:
+                module.rounding = shared.setdefault(rounding, SharedRounding(rounding))  # type: ignore[assignment]
