@@ -69,6 +69,7 @@ DAMAGES: dict[str, tuple[str, Callable[[packed.Tensors], Any], str]] = {
     "no JSON": ("nf4", lambda t: t[STATE].fill_(1), "is not JSON"),
     "shape": ("nf4", _state(shape=[24, 65]), "takes"),
     "no matrix": ("nf4", _state(shape=[1536]), "none of a matrix"),
+    "many sides": ("nf4", _state(shape=[4_000_000_000] * 1000), "none of a matrix"),
     "blocks": ("nf4", _state(blocksize=0), "says blocksize 0"),
     "offset": ("nf4 double", _state(nested_offset=float("nan")), "says nested_offset nan"),
     "offset of 400 digits": ("nf4 double", _state(nested_offset=10**400), "says nested_offset 1000"),

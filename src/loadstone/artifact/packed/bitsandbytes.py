@@ -140,7 +140,7 @@ def _state(info: TensorInfo, raw: bytes) -> dict[str, Any]:
     if not isinstance(state, dict):
         raise misfit(info, "is not JSON")
     shape = state.get("shape")
-    if not isinstance(shape, list) or len(shape) < 2 or not all(_is_size(side) for side in shape):
+    if not isinstance(shape, list) or not 1 < len(shape) < 9 or not all(map(_is_size, shape)):
         raise misfit(info, f"says shape {ascii(shape)[:60]}, which is none of a matrix")
     for key in ("blocksize", "nested_blocksize"):
         if key in state and not _is_size(state[key]):
