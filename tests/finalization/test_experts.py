@@ -171,3 +171,24 @@ def test_the_command_reports_and_evaluates(
     text.write_text("Once upon a time there was a stone that knew the way. " * 20)
     run("eval", "-M", tmp_path / "out", "--data", text, "--separator", 1, "--json", tmp_path / "found.json")
     assert "loss" in (tmp_path / "found.json").read_text()
+
+
+@pytest.mark.parametrize("recipe", ["intx4-weight-only", "float8-dynamic-act-float8-weight"])
+def test_experts_that_are_stored_under_another_name(recipe: str, tmp_path: Path) -> None:
+    """Granite's `input_linear` of all experts is `experts.gate_up_proj` of the model."""
+    import transformers
+
+    config = transformers.GraniteMoeConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=2, num_experts_per_tok=1,
+    )  # fmt: skip
+    torch.manual_seed(5)
+    model = transformers.GraniteMoeForCausalLM(config).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "model")
+    out = loadstone.finalize(
+        tmp_path / "model", tmp_path / "out", recipe=recipe, layout="compressed-tensors", verify=True
+    ).out
+    loaded = loadstone.load(out).model.layers[0].block_sparse_moe.experts
+    for name, weight in model.model.layers[0].block_sparse_moe.experts.named_parameters():
+        found = loaded.get_parameter(name)
+        assert 0 < (found - weight).abs().max() < weight.abs().max() / 4, name

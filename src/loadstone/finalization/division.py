@@ -71,14 +71,16 @@ def separated(info: TensorInfo, artifact: Artifact, place: Destination, mapped: 
     layout = stored_layout(weight.experts, place.operations, info.shape, weight.shape)
     if len(info.shape) != 3 or layout is None:
         return []
+    last = place.parameter.rpartition(".")[2]
+    # Names of single experts follow from that of the module, which a load renames the stored tensor to (Granite's).
+    name = info.name if info.name.removesuffix(".weight").endswith(f".{last}") else place.parameter
     ranges = artifact.weights.format == "safetensors" and artifact.adapter is None
     if ranges and layout == ExpertLayout():
-        parts = divided(info, mapped.saved_rows(place.parameter, info.shape))
+        parts = divided(info._replace(name=name), mapped.saved_rows(place.parameter, info.shape))
         return [Matrix(part, _rows_before(part, info)) for part in parts]
     experts, height, width = info.shape
     shape = (experts, width, height) if layout.transposed else info.shape
-    owner, last = info.name.rpartition(".")[0], place.parameter.rpartition(".")[2]
-    upright = info._replace(name=f"{owner}.{last}", shape=shape)
+    upright = info._replace(name=f"{name.rpartition('.')[0]}.{last}", shape=shape)
     saved = mapped.saved_rows(place.parameter, shape) if layout == ExpertLayout() else {}
     found = []
     for part in divided(upright, saved):
