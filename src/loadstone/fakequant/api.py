@@ -76,7 +76,8 @@ def export_fakequant(
     result is empty on all but rank 0.
 
     Raises `UsageError` for options that contradict each other, the model or the disk, `ArtifactError` for a source that
-    is damaged or quantized already, `MissingError` where the format cannot be computed here or the disk is full.
+    is damaged, an export itself or quantized in a way that is not decoded here, `MissingError` where the format cannot
+    be computed here or the disk is full.
     """
     options = make_options(
         format=format,
