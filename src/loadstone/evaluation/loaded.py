@@ -141,7 +141,7 @@ def choose_streaming(models: Sequence[EvalModel], options: Options) -> bool:
     if options.stream and cannot:
         raise UsageError(
             f"--stream: the layers of '{cannot[0]}' cannot be read one at a time",
-            "Only dense and torchao safetensors can: leave --stream out, or finalize it",
+            "Only safetensors with a native load path can, but no fake-quantized exports: leave --stream out",
         )
     if options.stream is not None or cannot:
         return bool(options.stream)

@@ -127,7 +127,7 @@ class StreamedModel:
 
 @contextmanager
 def streamed(plan: LoadPlan, device: torch.device) -> Iterator[StreamedModel]:
-    """A dense or torchao artifact for the length of a block, during which its files stay open.
+    """An artifact of a native load path for the length of a block, during which its files stay open.
 
     Raises `ArtifactError` for what cannot be streamed, and at the end for a weight that is not finite.
     """
