@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import lcm
 from typing import TYPE_CHECKING
 
 from loadstone.artifact import FlatTensor
@@ -144,7 +145,7 @@ def _probe(scheme: Scheme, device: str, dtype_name: str) -> str:
     dtype = getattr(torch, dtype_name)
     group = int(getattr(scheme, "group_size", 0))
     # Kernels take 1024 columns; groups that do not divide them are no kernel's.
-    columns = 1024 if not 0 < group <= 1 << 16 or 1024 % group == 0 else 32 * group
+    columns = lcm(32, group) if 0 < group <= 1 << 16 and 1024 % group else 1024
     try:
         linear = torch.nn.Linear(columns, 256, bias=False, dtype=dtype, device=device)
         linear.weight = torch.nn.Parameter(
