@@ -48,6 +48,8 @@ def test_links_lead_somewhere(page: str) -> None:
         assert path.exists(), f"{page}: there is no {target}"
         if anchor:
             assert anchor in anchors(path), f"{page}: {path.name} has no heading #{anchor}"
+    for named in re.findall(r"`((?:src|tests|recipes)/[\w./-]*)", source.read_text(encoding="utf-8")):
+        assert list(ROOT.glob(f"{named}*")), f"{page}: there is no {named}"
 
 
 def anchors(page: Path) -> set[str]:
