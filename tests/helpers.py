@@ -70,7 +70,10 @@ def on_ranks(size: int, work: Callable[[], None], check: bool = True) -> list[in
     processes = [context.Process(target=on_rank, args=(rank,)) for rank in range(size)]
     for process in processes:
         process.start()
-    while len(wait([process.sentinel for process in processes], timeout=120)) < size:
+    end = time.monotonic() + 120
+    while (
+        len(wait([process.sentinel for process in processes], timeout=120)) < size and time.monotonic() < end
+    ):
         if all(process.exitcode is not None or _is_stopped(process.pid) for process in processes):
             break
         time.sleep(0.05)

@@ -101,12 +101,25 @@ def test_a_link_is_replaced_and_what_it_points_to_is_not(tmp_path: Path) -> None
     out.symlink_to("real")
     for _ in range(2):
         (tmp_path / "work").mkdir()
-        (tmp_path / "work" / "new").touch()
+        (tmp_path / "work" / "new.safetensors").touch()
         with locked(out, overwrite=True):
             publish(tmp_path / "work", out, True)
-        assert not out.is_symlink() and [p.name for p in out.iterdir()] == ["new"]
+        assert not out.is_symlink() and [p.name for p in out.iterdir()] == ["new.safetensors"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "real"]
     assert [p.name for p in (tmp_path / "real").iterdir()] == ["old"]
+
+
+def test_a_folder_of_something_else_is_not_replaced(tmp_path: Path) -> None:
+    """The folder above several models, given in place of one of them."""
+    out = tmp_path / "models"
+    make(out / "one", "old")
+    for _ in range(2):
+        with pytest.raises(UsageError, match="no model among them"):
+            make(out, "new", overwrite=True)
+        (out / "notes.txt").touch()
+    assert content(out / "one") == {"old"}
+    (tmp_path / "empty").mkdir()
+    make(tmp_path / "empty", "new", overwrite=True)
 
 
 def test_a_link_to_nowhere_is_refused_before_the_work(tmp_path: Path) -> None:

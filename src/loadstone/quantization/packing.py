@@ -106,14 +106,17 @@ def _look_up(stored: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     import numpy
     import torch
 
-    indices = stored.contiguous().view(torch.uint8 if len(table) == 256 else torch.uint16)
+    one = len(table) == 256
     words = table.view({4: torch.int32, 8: torch.int64}[table.shape[1] * table.itemsize]).flatten()
     if stored.is_cpu:
+        indices = stored.contiguous().view(torch.uint8 if one else torch.uint16)
         # It writes the result and little else: memory used for the first time takes longer than arithmetic.
         result = torch.empty(stored.shape[0], table.shape[1] * indices.shape[1], dtype=table.dtype)
         numpy.take(words.numpy(), indices.numpy(), out=result.view(words.dtype).numpy(), mode="clip")
         return result
-    found = words.to(stored.device).index_select(0, indices.flatten().to(torch.int32))
+    # torch has few operations on uint16 there.
+    codes = stored.contiguous().view(torch.uint8 if one else torch.int16).flatten().to(torch.int32) & 0xFFFF
+    found = words.to(stored.device).index_select(0, codes)
     return found.view(table.dtype).view(stored.shape[0], -1)
 
 

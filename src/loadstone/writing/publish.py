@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from loadstone.artifact.context_file import CONTEXT_JSON
+from loadstone.artifact.detect import CONFIG
 from loadstone.artifact.files import resolved
 from loadstone.artifact.manifest import MANIFEST
 from loadstone.errors import LoadstoneError, MissingError, UsageError
@@ -69,7 +70,20 @@ def check_output(source: Path | None, out: Path, overwrite: bool) -> None:
         )
     if exists and not out.is_dir():
         raise UsageError(f"the output '{out}' is no directory", "Choose another")
+    if exists and not _replaceable(out):
+        raise UsageError(
+            f"the output '{out}' holds files, and no model among them: it will not be replaced",
+            "Choose another, or remove it yourself",
+        )
     _check_working_names(out)
+
+
+def _replaceable(out: Path) -> bool:
+    """Whether a directory is empty, or a model or a context: not a folder of several, or of something else. Of a link
+    nothing is lost."""
+    names = [] if out.is_symlink() else [entry.name for entry in out.iterdir()]
+    known = (CONFIG, MANIFEST, CONTEXT_JSON)
+    return not names or any(name in known or name.endswith((".safetensors", ".bin")) for name in names)
 
 
 def can_write(path: Path) -> bool:
