@@ -81,6 +81,22 @@ def recorded(tensors: Tensors) -> dict[str, Any]:
     }
 
 
+def float16_llama(directory: Path, hidden: int, intermediate: int) -> Path:
+    """A Llama of one layer with a tokenizer, which other packages quantize."""
+    from tests.small_models import make_tokenizer
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=320, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=128, tie_word_embeddings=False, initializer_range=0.1,
+        bos_token_id=None, eos_token_id=None, pad_token_id=None,
+    )  # fmt: skip
+    LlamaForCausalLM(config).half().save_pretrained(directory)
+    make_tokenizer(vocabulary=300).save_pretrained(directory)
+    return directory
+
+
 def digest(tensor: torch.Tensor) -> str:
     """sha256 of a tensor's bytes."""
     return hashlib.sha256(_bytes(tensor)).hexdigest()

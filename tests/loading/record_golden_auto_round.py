@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from auto_round import AutoRound
 from safetensors.torch import load_file
-from tests.packed import digest, integer_values, recorded
-from tests.small_models import make_tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from tests.packed import digest, float16_llama, integer_values, recorded
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 LAYERS = ("model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj")
 MIXED = {LAYERS[1]: {"bits": 8}}
@@ -83,17 +82,9 @@ def record(folder: Path, source: Path, options: dict[str, Any], written: str) ->
 
 
 def main() -> None:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=320, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=128, tie_word_embeddings=False, initializer_range=0.1,
-        bos_token_id=None, eos_token_id=None, pad_token_id=None,
-    )  # fmt: skip
     found = {}
     with tempfile.TemporaryDirectory() as name:
-        source = Path(name) / "source"
-        LlamaForCausalLM(config).half().save_pretrained(source)
-        make_tokenizer(vocabulary=300).save_pretrained(source)
+        source = float16_llama(Path(name) / "source", 64, 96)
         for number, (label, (options, written)) in enumerate(FORMATS.items()):
             folder = Path(name) / str(number)
             folder.mkdir()

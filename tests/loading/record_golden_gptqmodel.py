@@ -18,9 +18,7 @@ from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
 from gptqmodel.quantization.awq.utils.packing_utils import dequantize_gemm
 from gptqmodel.quantization.config import FORMAT, METHOD
 from safetensors.torch import load_file
-from tests.packed import digest, recorded
-from tests.small_models import make_tokenizer
-from transformers import LlamaConfig, LlamaForCausalLM
+from tests.packed import digest, float16_llama, recorded
 
 LAYERS = ("model.layers.0.self_attn.k_proj", "model.layers.0.self_attn.v_proj")
 FORMATS: dict[str, dict[str, Any]] = {
@@ -64,17 +62,9 @@ def record(source: Path, out: Path, settings: dict[str, Any]) -> dict[str, Any]:
 def main() -> None:
     # gptqmodel makes one thread on a machine of two cores, and then asks for two.
     os.cpu_count = lambda: 4  # type: ignore[assignment]
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=320, hidden_size=128, intermediate_size=192, num_hidden_layers=1, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=128, tie_word_embeddings=False, initializer_range=0.1,
-        bos_token_id=None, eos_token_id=None, pad_token_id=None,
-    )  # fmt: skip
     found = {}
     with tempfile.TemporaryDirectory() as name:
-        source = Path(name) / "source"
-        LlamaForCausalLM(config).half().save_pretrained(source)
-        make_tokenizer(vocabulary=300).save_pretrained(source)
+        source = float16_llama(Path(name) / "source", 128, 192)
         for number, (label, settings) in enumerate(FORMATS.items()):
             found[label] = record(source, Path(name) / str(number), settings)
     file = Path(__file__).with_name("golden_gptqmodel.json")

@@ -177,7 +177,8 @@ def _outcome(error: Exception) -> tuple[str, int]:
         return str(refusal), refusal.exit_code
     if sys.flags.optimize > 1:
         # transformers reads docstrings as it is imported.
-        return "python -OO and PYTHONOPTIMIZE=2 leave out what transformers needs. Use -O, or neither", 5
+        needs = "python -OO and PYTHONOPTIMIZE=2 leave out what transformers needs. Use -O, or neither"
+        return needs, MissingError.exit_code
     text = " ".join(str(error).split()) or type(error).__name__
     name = type(error).__name__
     return f"unexpected {name}: {text[:500]}. Run again with --debug for the traceback", 1

@@ -102,7 +102,7 @@ def export_fakequant(
         )
     from loadstone.fakequant.calibrate import calibrate_directory
     from loadstone.fakequant.directory import export_directory
-    from loadstone.finalization.run import own_shards
+    from loadstone.finalization.run import own_bytes
     from loadstone.ranks import joined
 
     artifact = _artifact(model, checkpoint, base)
@@ -110,7 +110,7 @@ def export_fakequant(
     artifact = _placed(artifact, options)
     plan = _plan(artifact, options)
     with joined() as ranks:
-        share = sum(step.source_bytes for n in own_shards(plan.shards, ranks) for step in plan.shards[n])
+        share = own_bytes(plan.shards, ranks)
         return export_directory(
             artifact,
             plan,

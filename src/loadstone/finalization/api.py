@@ -16,7 +16,7 @@ from loadstone.errors import ArtifactError, UsageError
 from loadstone.finalization.encoders import COMPRESSED_TENSORS, TORCHAO, encoder_for
 from loadstone.finalization.journal import discard_calibration
 from loadstone.finalization.plan import FinalizePlan, make_plan, weight_dtype
-from loadstone.finalization.run import Finalized, own_shards, write_plan
+from loadstone.finalization.run import Finalized, own_bytes, write_plan
 from loadstone.loading.devices import cpu_by_default
 from loadstone.progress import CALIBRATE, VERIFY, WRITE, OnProgress, reporter
 from loadstone.quantization.recipe_file import MixedRecipe, read_recipe, recipes_in, with_algorithm
@@ -111,7 +111,7 @@ def finalize(
             plan = calibrate_plan(
                 plan, calibrate, calibrate_tokens, out, where, ranks, trust_remote_code, layers
             )
-        share = sum(step.source_bytes for n in own_shards(plan.shards, ranks) for step in plan.shards[n])
+        share = own_bytes(plan.shards, ranks)
         report = reporter(on_progress, WRITE, share)
         check = None
         if verify:

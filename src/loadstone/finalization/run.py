@@ -179,7 +179,7 @@ def _write_all_files(
         hashes = ranks.rank in sharing or ranks.local_rank == 0
         hashing = hasher.submit(plan.source.digests, part, parts) if hashes else None
         left = []
-        for number in own_shards(plan.shards, ranks):
+        for number in _own_shards(plan.shards, ranks):
             if finished(work, plan.file_name(number)) is None:
                 left.append(number)
             elif on_progress:
@@ -213,13 +213,18 @@ def _write_all_files(
         return write_rest(output_in(work), digests, fingerprint)
 
 
-def own_shards(shards: Sequence[Sequence[Step]], ranks: Ranks) -> list[int]:
+def _own_shards(shards: Sequence[Sequence[Step]], ranks: Ranks) -> list[int]:
     """The numbers of the shards that this rank writes: all ranks read and write about as many bytes."""
     costs = {
         number: sum(step.source_bytes + sum(o.nbytes for o in step.outputs) for step in shard)
         for number, shard in enumerate(shards)
     }
     return [number for number, rank in sorted(divide(costs, ranks).items()) if rank == ranks.rank]
+
+
+def own_bytes(shards: Sequence[Sequence[Step]], ranks: Ranks) -> int:
+    """The source bytes of `_own_shards`, which progress counts."""
+    return sum(step.source_bytes for number in _own_shards(shards, ranks) for step in shards[number])
 
 
 def _check_same(plan: FinalizePlan, ranks: Ranks) -> None:
